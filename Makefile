@@ -1,0 +1,35 @@
+# Four verbs, the same for people and for CI; each sets up what it needs.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: install quickstart test lint slurm clean
+
+install: .venv/ready
+
+.venv/ready: setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq python3-venv; } \
+		|| { echo "python3-venv is missing: install it (apt install python3-venv), then run make again"; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+quickstart: install
+	$(BIN)/python launch.py quickstart
+
+# A real SLURM for the tests, from the system's packages where we may install them.
+slurm:
+	@command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v munged >/dev/null || { \
+		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+			apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge >/dev/null; \
+		else echo "SLURM is not installed and may not be installed here: its tests will be skipped"; fi; }
+
+test: install slurm
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,483 @@
+"""radhpc's command line: raw archives to shards, a recipe to a job, and everything that follows.
+
+`python launch.py --help`, also installed as `radhpc`. Each verb is a few calls into the packages `shards` (data
+preparation), `slurm` (where jobs run) and `radhpc` (what runs inside them). PyTorch is imported only where a model is.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from radhpc.errors import UserError
+from radhpc.log import Bar, console, start as start_log
+
+if TYPE_CHECKING:
+    from radhpc.recipe import Recipe
+    from radhpc.run_dir import RunDir
+    from slurm.profile import Profile
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Train radiology vision-language models on SLURM clusters: from raw archives to reports, through every "
+    "preemption. First steps: [bold]quickstart[/] does it all on this machine in minutes; then [bold]build[/] your "
+    "data and [bold]train[/] a recipe. Research use only, not for clinical use.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line, for programs.")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")]
+On = Annotated[str, typer.Option("--on", metavar="PROFILE", help="inline, local, box, a name in slurm/profiles/, or a file.")]
+HERE = Path(__file__).resolve().parent
+
+
+@app.command(epilog="Example: python launch.py quickstart")
+def quickstart(
+    run: Annotated[Path | None, typer.Option(help="Folder of the run; default: runs/quickstart-DATE.")] = None,
+    studies: Annotated[int, typer.Option(help="Phantom studies to draw.", min=200)] = 3000,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Draw phantom radiographs, build shards, train all stages, evaluate and write reports: on a CPU, in minutes."""
+    from radhpc.files import read_json
+    from shards.build import Settings
+
+    started = time.perf_counter()
+    path = run or _new_run("quickstart")
+    shards = path.with_name(path.name + "-shards")
+    _build("phantom", None, str(shards), {"studies": str(studies)}, Settings(longest_side=112))
+    run_dir = _train(HERE / "recipes" / "quickstart.yaml", [f"shards=[{shards}]", *(overrides or [])], "inline", path)
+    folder = max((run_dir.path / "evaluation").glob("step-*"))
+    scores = read_json(folder / "scores.json")
+    name = "findings_macro_f1"
+    result = {
+        "run": str(run_dir.path),
+        "seconds": round(time.perf_counter() - started, 1),
+        "macro_f1": scores["scores"][name]["value"],
+        "baselines": {kind: values[name]["value"] for kind, values in scores["baselines"].items()},
+    }
+    _say(f"\nUnseen phantom patients: {scores['samples']} studies of split '{scores['split']}'", as_json)
+    _print_scores(scores, as_json)
+    for line in (folder / "reports.jsonl").read_text().splitlines()[:3]:
+        report = json.loads(line)
+        _say(f"\n[bold]reference[/] {report['reference']}\n[bold]generated[/] {report['generated']}", as_json)
+    _say(f"\nDone in {result['seconds']:.0f} s. The run: {run_dir.path}", as_json)
+    _say(f"See it: python launch.py board {run_dir.path}", as_json)
+    _emit(result, as_json)
+
+
+@app.command(epilog="Example: python launch.py build image_text --raw /data/cxr_notes --out runs/cxr-shards")
+def build(
+    dataset: Annotated[str, typer.Argument(help="image_text, phantom: see shards/datasets/.")],
+    out: Annotated[str, typer.Option(help="Folder for shards and manifest.")],
+    raw: Annotated[Path | None, typer.Option(help="The archive as it was distributed: a folder or its table.")] = None,
+    options: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Options of the dataset.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes; default: one per core.", min=1)] = None,
+    longest_side: Annotated[int, typer.Option(help="Larger images are shrunk to this many pixels.", min=16)] = 1120,
+    quality: Annotated[int, typer.Option(help="JPEG quality.", min=50, max=100)] = 95,
+    split: Annotated[str, typer.Option(help="Ratios of train, validate, test where the archive has no split.")] = "0.8,0.1,0.1",
+    shard_samples: Annotated[int, typer.Option(help="Studies per shard.", min=1)] = 1000,
+    max_skipped: Annotated[str, typer.Option(help="Unusable studies above which the build fails: 12, or 1%.")] = "1%",
+    force: Annotated[bool, typer.Option("--force", help="Replace shards that were built otherwise.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Turn a raw archive into tar shards with a manifest. A build that was interrupted goes on where it was."""
+    from shards.build import Settings
+
+    given: dict[str, Any] = {"workers": workers} if workers else {}
+    settings = Settings(
+        longest_side=longest_side,
+        quality=quality,
+        ratios=_ratios(split),
+        shard_samples=shard_samples,
+        max_skipped=max_skipped,
+        force=force,
+        **given,
+    )
+    result = _build(dataset, raw, out, _pairs(options), settings)
+    for skipped in result.skipped:
+        _say(f"skipped {skipped['name']}: {skipped['reason']}", as_json)
+    for warning in result.warnings:
+        _say(f"[yellow]warning[/] {warning}", as_json)
+    what = "were there already" if result.reused else f"built in {result.seconds:.0f} s"
+    _say(f"{result.samples} samples in {result.shards} shards {what}, {len(result.skipped)} skipped: {result.url}", as_json)
+    _emit({key: getattr(result, key) for key in ("url", "samples", "shards", "skipped", "seconds")}, as_json)
+
+
+@app.command(epilog="Example: python launch.py verify runs/cxr-shards")
+def verify(url: Annotated[str, typer.Argument(help="Folder with a manifest.json.")], as_json: Json = False) -> None:
+    """Reread every shard against the manifest: sizes, checksums, members, keys, patients in one split alone."""
+    from shards.verify import verify as verify_shards
+
+    with Bar("verify", 1, unit="samples") as bar:
+        report = verify_shards(url, lambda done, total: bar.update(done, total=total))
+    faults = [fault if isinstance(fault, dict) else vars(fault) for fault in report.faults]
+    for fault in faults:
+        _say(f"{fault['shard']} {fault['member'] or ''} at {fault['offset']}: {fault['fault']}", as_json)
+    _say(f"{report.samples} samples in {report.shards} shards, {len(faults)} fault(s)", as_json)
+    _emit({"ok": not faults, "shards": report.shards, "samples": report.samples, "faults": faults}, as_json)
+    raise typer.Exit(1 if faults else 0)
+
+
+@app.command(epilog="Example: python launch.py train recipes/image_text.yaml stages.adapt.steps=100 --on box --watch")
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file, such as those in recipes/.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, such as seed=1.")] = None,
+    on: On = "inline",
+    run: Annotated[Path | None, typer.Option(help="Folder of the run; default: runs/NAME-DATE.")] = None,
+    engine: Annotated[str | None, typer.Option(help="fsdp or single; as engine=.")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Follow the job until it ends.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Validate and freeze a recipe, check its data, and submit it. Prints the run's folder and the job's id."""
+    changes = [*(overrides or []), *([f"engine={engine}"] if engine else [])]
+    run_dir = _train(recipe, changes, on, run, watch, lambda run, job: _announce(run, job, as_json))
+    _emit({"run": str(run_dir.path), "job": (run_dir.job() or {}).get("id")}, as_json)
+
+
+@app.command(epilog="Example: python launch.py resume runs/quickstart-20261122-101500 --on local")
+def resume(
+    run: RunPath,
+    on: Annotated[str | None, typer.Option("--on", metavar="PROFILE", help="Default: the profile it ran on.")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Follow the job until it ends.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Go on from the newest checkpoint that verifies, on the same or another number of ranks."""
+    from radhpc.run_dir import RunDir
+    from slurm import profile as profiles
+
+    run_dir = RunDir.open(run)
+    frozen = run_dir.path / "profile.yaml"
+    profile = profiles.load(on or (str(frozen) if frozen.exists() else "inline"))
+    _submit(run_dir, profile, watch, lambda run, job: _announce(run, job, as_json))
+    _emit({"run": str(run_dir.path), "job": (run_dir.job() or {}).get("id")}, as_json)
+
+
+@app.command()
+def stop(run: RunPath, as_json: Json = False) -> None:
+    """Save at the next step and end for good; a job that still waits in the queue is taken out of it."""
+    from radhpc.run_dir import RunDir
+    from slurm import scheduler
+
+    run_dir = RunDir.open(run)
+    job = run_dir.job()
+    state = scheduler.state(job)
+    if not state or job is None:
+        raise UserError(f"{run}: no living job to stop")
+    run_dir.request_stop()
+    if state == "PENDING":
+        scheduler.cancel(job)
+        run_dir.record("stopped", cause="taken out of the queue")
+    _say(f"{run}: job {job['id']} ({state.lower()}) was asked to stop", as_json)
+    _emit({"run": str(run_dir.path), "job": job["id"]}, as_json)
+
+
+@app.command(epilog="Example: python launch.py status runs/* --json")
+def status(
+    runs: Annotated[list[Path] | None, typer.Argument(metavar="[RUN]...", help="Default: all in runs/.")] = None,
+    audit: Annotated[bool, typer.Option("--audit", help="Prove which samples were trained on, epoch by epoch.")] = False,
+    as_json: Json = False,
+) -> None:
+    """State, stage, step, loss, speed, age of the last checkpoint, restarts by cause."""
+    from radhpc.run_dir import RunDir
+    from slurm.status import status as run_status
+
+    chosen = [RunDir.open(path) for path in runs or sorted(p.parent for p in Path("runs").glob("*/recipe.yaml"))]
+    if audit:
+        from radhpc.audit import audit as run_audit
+
+        results = [{"run": str(run.path), **run_audit(run)} for run in chosen]
+        _print_audit(results, as_json)
+    else:
+        results = [run_status(run) for run in chosen]
+        _print_status(results, as_json)
+    _emit(results[0] if len(results) == 1 else {"runs": results}, as_json)
+
+
+@app.command(epilog="Example: python launch.py evaluate runs/quickstart-20261122-101500 --split test")
+def evaluate(
+    run: RunPath,
+    split: Annotated[str, typer.Option(help="train, validate or test.")] = "test",
+    samples: Annotated[int | None, typer.Option(help="Studies; default: all of the split.", min=1)] = None,
+    as_json: Json = False,
+) -> None:
+    """Generate for held-out studies with the newest checkpoint, and score beside trivial baselines."""
+    from radhpc.files import read_json
+
+    parts, engine, cursor = _load(run)
+    from radhpc.evaluate import chosen, evaluate as evaluate_engine, write
+    from radhpc.sample import SPLITS
+
+    if split not in SPLITS:
+        raise UserError(f"--split {split}: allowed are {', '.join(SPLITS)}")
+    held_out = parts.source(cursor.stage, split)
+    if not len(held_out):
+        raise UserError(f"--split {split}: no study there")
+    recipe = parts.recipe.evaluation.model_copy(update={"samples": samples})
+    count = len(chosen(held_out, samples))
+    with Bar("evaluate", count, unit="studies") as bar:
+        result = evaluate_engine(
+            engine, parts.encoder, held_out, parts.source(cursor.stage, "train"), recipe, parts.ranks,
+            lambda done: bar.update(min(done, count)),
+        )  # fmt: skip
+        bar.update(count)
+    folder = parts.run.path / "evaluation" / f"step-{cursor.step:06d}-{split}"
+    write(folder, result, cursor.step, split)
+    scores = read_json(folder / "scores.json")
+    _print_scores(scores, as_json)
+    _say(f"written to {folder}", as_json)
+    _emit({"run": str(parts.run.path), **{key: scores[key] for key in ("step", "split", "samples", "scores")}}, as_json)
+
+
+@app.command(epilog="Example: python launch.py generate RUN --image frontal.dcm --image lateral.png")
+def generate(
+    run: RunPath,
+    image: Annotated[list[Path], typer.Option(help="JPEG, PNG or DICOM; several are views of one study.")],
+    question: Annotated[str | None, typer.Option(help="Ask this instead of for a report.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Default: the recipe's.", min=1)] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a report, or an answer, for one study. Research use only, not for clinical use."""
+    from radhpc.transforms import decode
+    from shards.pixels import BadImage, encode, load
+
+    run_dir, side, quality = _image_settings(run)
+    views = []
+    for path in image:
+        try:
+            data, _ = encode(load(path), side, quality)  # what `build` does to an image, so that no view looks different
+        except (BadImage, FileNotFoundError) as error:
+            raise UserError(str(error)) from error
+        views.append(decode(data))
+    parts, engine, _ = _load(run_dir.path)
+    from radhpc.generate import generate as generate_texts
+
+    prompt = parts.encoder.encode_prompt("", question, views)
+    limit = max_new_tokens or parts.recipe.evaluation.max_new_tokens
+    (text,) = generate_texts(engine, parts.encoder, [prompt], 1, limit, parts.ranks)
+    if not as_json:
+        Console().print(text or "(the model wrote nothing)")
+    _emit({"run": str(run_dir.path), "text": text, "images": [str(path) for path in image]}, as_json)
+
+
+@app.command(epilog="Example: python launch.py board runs/quickstart-20261122-101500")
+def board(
+    runs: Annotated[list[Path] | None, typer.Argument(metavar="[RUN]...", help="Default: all in runs/.")] = None,
+    port: Annotated[int, typer.Option(help="On this machine alone.")] = 6006,
+) -> None:
+    """Open TensorBoard over these runs, on loopback."""
+    import subprocess
+
+    from radhpc.run_dir import RunDir
+
+    chosen = [RunDir.open(path).path for path in runs or sorted(p.parent for p in Path("runs").glob("*/recipe.yaml"))]
+    if not chosen:
+        raise UserError("no run in runs/: name one")
+    names = ",".join(f"{path.name}:{path / 'tensorboard'}" for path in chosen)
+    _say(f"http://localhost:{port}/  (from elsewhere: ssh -L {port}:localhost:{port} HOST)", False)
+    command = [sys.executable, "-m", "tensorboard.main", "--host", "127.0.0.1", "--port", str(port), "--logdir_spec", names]
+    raise typer.Exit(subprocess.run(command, check=False).returncode)
+
+
+# What several verbs share
+
+
+def _new_run(name: str) -> Path:
+    return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def _build(dataset: str, raw: Path | None, out: str, options: dict[str, str], settings: Any) -> Any:
+    from shards.build import build as build_shards
+
+    with Bar("build", 1, unit="studies") as bar:
+        return build_shards(dataset, raw, out, options, settings, lambda done, total: bar.update(done, total=total))
+
+
+def _train(
+    recipe_path: Path,
+    overrides: list[str],
+    on: str,
+    path: Path | None,
+    watch: bool = False,
+    announce: Callable[["RunDir", str], None] = lambda run, job: None,
+) -> "RunDir":
+    from radhpc import recipe as recipes
+    from radhpc.run_dir import RunDir
+    from slurm import profile as profiles
+
+    recipe, profile = recipes.load(recipe_path, overrides), profiles.load(on)
+    _check_data(recipe)
+    run = RunDir.create(path or _new_run(recipe.name), recipe)
+    _submit(run, profile, watch, announce)
+    return run
+
+
+def _check_data(recipe: "Recipe") -> None:
+    """Say here, in seconds, what would otherwise fail in the queue."""
+    from radhpc.manifest import Manifest
+    from radhpc.store import Store
+
+    for url in {url for stage in recipe.stages for url in stage.shards or recipe.shards}:
+        store = Store(url)
+        manifest = Manifest.load(store)
+        manifest.check_sizes(store)
+        if not manifest.splits.get("train"):
+            raise UserError(f"{url}: no sample of split 'train'; it has {manifest.splits}")
+    if recipe.model.weights is not None and not (Path(recipe.model.weights) / "config.json").exists():
+        raise UserError(f"model.weights: {recipe.model.weights}: no config.json there; a local folder is wanted")
+
+
+def _submit(run: "RunDir", profile: "Profile", watch: bool, announce: Callable[["RunDir", str], None]) -> None:
+    """Submit; an inline job runs now, and its error is this command's."""
+    from slurm.submit import environment, submit
+
+    job = submit(run, profile)
+    announce(run, str(job.job_id))
+    if profile.cluster == "inline":
+        with environment(profile):
+            error = job.exception()
+        if error is not None:
+            raise error
+        outcome = job.result()
+        if outcome.state == "interrupted":
+            _say(f"interrupted by {outcome.cause} at step {outcome.step}; go on: python launch.py resume {run.path}", False)
+            raise typer.Exit(1)
+    elif watch:
+        _watch(run)
+
+
+def _watch(run: "RunDir") -> None:
+    """Follow a job until it ends; Ctrl-C leaves the job alone."""
+    from slurm.status import status as run_status
+
+    with Bar(run.path.name, 1, unit="steps") as bar:
+        while True:
+            now = run_status(run)
+            bar.update(now["step"], f"{now['state']} {now['stage'] or ''} loss {now['loss'] or 0:.3f}", now["steps"] or 1)
+            if now["state"] not in ("pending", "running"):
+                break
+            time.sleep(1)
+    _say(f"{run.path}: {now['state']} {now['cause']}", False)
+    if now["state"] == "failed":
+        raise typer.Exit(1)
+
+
+def _load(path: Path) -> tuple[Any, Any, Any]:
+    """The parts of a run and the model of its newest checkpoint, in this process."""
+    from radhpc.dist import Ranks
+    from radhpc.parts import Parts
+    from radhpc.run_dir import RunDir
+
+    start_log()
+    run = RunDir.open(path)
+    parts = Parts(run, run.recipe().model_copy(update={"engine": "single"}), Ranks())
+    engine, cursor = parts.restored_engine()
+    return parts, engine, cursor
+
+
+def _image_settings(path: Path) -> tuple["RunDir", int, int]:
+    """Longest side and quality of the images that a run was trained on."""
+    from radhpc.manifest import Manifest
+    from radhpc.run_dir import RunDir
+    from radhpc.store import Store
+
+    run = RunDir.open(path)
+    settings = Manifest.load(Store(run.recipe().shards[0])).build
+    return run, int(settings["longest_side"]), int(settings["quality"])
+
+
+def _pairs(options: Iterable[str] | None) -> dict[str, str]:
+    pairs = {}
+    for option in options or []:
+        key, equals, value = option.partition("=")
+        if not equals:
+            raise UserError(f"option '{option}': allowed is key=value")
+        pairs[key] = value
+    return pairs
+
+
+def _ratios(text: str) -> tuple[float, float, float]:
+    try:
+        train, validate, test = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UserError(f"--split {text}: three numbers are wanted, such as 0.8,0.1,0.1") from error
+    return train, validate, test
+
+
+# What people and programs see
+
+
+def _say(line: str, as_json: bool) -> None:
+    """Text for people: on standard output, or on standard error where that belongs to the JSON."""
+    (console if as_json else Console(highlight=False)).print(line, soft_wrap=True)
+
+
+def _emit(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(result), flush=True)
+
+
+def _announce(run: "RunDir", job: str, as_json: bool) -> None:
+    _say(f"run {run.path}\njob {job}", as_json)
+
+
+def _print_scores(scores: dict[str, Any], as_json: bool) -> None:
+    table = Table("score", "model", "95% interval", *scores["baselines"], title=f"step {scores['step']}, {scores['split']}")
+    for name, score in scores["scores"].items():
+        limits = "" if score["low"] is None else f"{score['low']:.3f} to {score['high']:.3f}"
+        others = [values.get(name, {}).get("value") for values in scores["baselines"].values()]
+        table.add_row(name, f"{score['value']:.3f}", limits, *("" if v is None else f"{v:.3f}" for v in others))
+    (console if as_json else Console()).print(table)
+
+
+def _print_status(results: list[dict[str, Any]], as_json: bool) -> None:
+    table = Table("run", "state", "stage", "step", "loss", "samples/s", "checkpoint", "restarts", "goodput")
+    for result in results:
+        age = result["checkpoint_age_seconds"]
+        restarts = ", ".join(f"{count} {cause}" for cause, count in result["restarts"].items() if count)
+        table.add_row(
+            Path(result["run"]).name,
+            f"{result['state']} {result['cause'] if result['state'] != result['cause'] else ''}".strip(),
+            result["stage"] or "",
+            f"{result['step']}/{result['steps'] or '?'}",
+            "" if result["loss"] is None else f"{result['loss']:.3f}",
+            "" if not result["samples_per_second"] else f"{result['samples_per_second']:.1f}",
+            "" if age is None else f"step {result['checkpoint_step']}, {age:.0f} s ago",
+            restarts,
+            "" if result["goodput"] is None else f"{result['goodput']:.0%}",
+        )
+    (console if as_json else Console()).print(table)
+
+
+def _print_audit(results: list[dict[str, Any]], as_json: bool) -> None:
+    table = Table("run", "stage", "epoch", "expected", "seen", "missing", "repeated", "exactly once")
+    for result in results:
+        for epoch in result["epochs"]:
+            numbers = [str(epoch[key]) for key in ("epoch", "expected", "seen")]
+            faults = [str(len(epoch[key])) for key in ("missing", "repeated")]
+            once = "yes" if epoch["exactly_once"] else "NO"
+            table.add_row(Path(result["run"]).name, epoch["stage"], *numbers, *faults, once)
+    (console if as_json else Console()).print(table)
+
+
+def main() -> None:
+    """Exit status 0 done, 1 failed, 2 the user's mistake: one line and no traceback."""
+    start_log()
+    try:
+        app()
+    except UserError as error:
+        console.print(f"[red]error[/] {error}", soft_wrap=True, highlight=False, markup=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""TensorBoard: the curves, the events and the pictures of a run, without a step twice after a resume."""
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+
+
+class Board:
+    """The event file of one life of a run. On ranks other than 0 give no folder: every call does nothing."""
+
+    def __init__(self, folder: Path | None, resumed_at: int = 0) -> None:
+        self._writer: Any = None
+        if folder is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # What an earlier life wrote behind the restored step was lost with it, and will be trained again:
+            # purge_step makes TensorBoard drop it, so that no step appears twice.
+            purge = resumed_at + 1 if any(folder.glob("events.out.*")) else None
+            self._writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=10)  # type: ignore[no-untyped-call]
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+
+    def text(self, step: int, name: str, value: str) -> None:
+        if self._writer is not None:
+            self._writer.add_text(name, value, step)
+
+    def event(self, step: int, event: str, details: str) -> None:
+        """Something that happened to the job: preempted, requeued, resumed, saved."""
+        self.text(step, f"events/{event}", details)
+
+    def picture(self, step: int, name: str, picture: npt.NDArray[np.uint8]) -> None:
+        """Show a picture of shape (height, width, 3)."""
+        if self._writer is not None:
+            self._writer.add_image(name, picture, step, dataformats="HWC")
+
+    def flush(self) -> None:
+        if self._writer is not None:
+            self._writer.flush()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+def panel(images: Sequence[Image.Image], texts: dict[str, str], height: int = 320) -> npt.NDArray[np.uint8]:
+    """Draw a study: its views side by side, and titled texts beside them. Returns (height, width, 3) in 0..255."""
+    font, bold = ImageFont.load_default(14), ImageFont.load_default(15)
+    views = [image.convert("RGB").resize((round(image.width * height / image.height), height)) for image in images]
+    lines = [
+        (line, font) if n else (title, bold)
+        for title, text in texts.items()
+        for n, line in enumerate([title, *textwrap.wrap(text or "(nothing)", 62), ""])
+    ]
+    width = sum(view.width + 8 for view in views)
+    canvas = Image.new("RGB", (width + 460, max(height, 18 * len(lines) + 12)), "white")
+    x = 0
+    for view in views:
+        canvas.paste(view, (x, 0))
+        x += view.width + 8
+    draw = ImageDraw.Draw(canvas)
+    for n, (line, face) in enumerate(lines):
+        draw.text((width + 6, 6 + 18 * n), line, fill="black" if face is font else "#1a4f8a", font=face)
+    return np.asarray(canvas)

@@ -1,0 +1,44 @@
+"""Model families: one file each, found by name. A new family is one file with a class named `Family`."""
+
+import importlib
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from radhpc.recipe import Model
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+class ModelFamily(Protocol):
+    """What the rest of radhpc needs to know of a kind of model."""
+
+    tokenizer: Any
+    blocks: tuple[type[torch.nn.Module], ...]  # the layers that are sharded and recomputed one by one
+
+    def build(self, seed: int) -> torch.nn.Module:
+        """The whole model on the CPU, in float32 and in evaluation mode."""
+        ...
+
+    def prompt(self, text: str, images: int) -> str:
+        """The chat-formatted prompt for a number of images, up to where the answer begins."""
+        ...
+
+    def encode_images(self, images: Sequence[Image.Image]) -> Arrays:
+        """One study's views as arrays, each with the views as its first axis."""
+        ...
+
+    def collate_images(self, studies: Sequence[Arrays], input_ids: npt.NDArray[np.int64]) -> dict[str, torch.Tensor]:
+        """The image inputs of a batch, given its padded token ids of shape (batch, length)."""
+        ...
+
+
+def family(model: Model, tokenizer_folder: str) -> ModelFamily:
+    """Load a family's file and bind it to a recipe's model and tokenizer."""
+    module = importlib.import_module(f"radhpc.models.{model.family}")
+    result: ModelFamily = module.Family(model, tokenizer_folder)
+    return result

@@ -1,0 +1,140 @@
+"""Mllama (Llama 3.2 Vision): a vision encoder over tiles, and cross-attention layers inside a Llama.
+
+Images take no positions in the text: the language model's cross-attention layers look at them. Shapes, for a batch
+of B studies with at most I views of at most T tiles of S x S pixels, and L text tokens:
+
+    pixel_values (B, I, T, 3, S, S)   aspect_ratio_ids (B, I)   aspect_ratio_mask (B, I, T)
+    input_ids (B, L)                  cross_attention_mask (B, L, I, T)
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, MllamaConfig, MllamaForConditionalGeneration
+from transformers.models.mllama import modeling_mllama as upstream
+from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
+from transformers.models.mllama.processing_mllama import (
+    convert_sparse_cross_attention_mask_to_dense,
+    get_cross_attention_token_mask,
+)
+
+from radhpc.errors import UserError, first_line
+from radhpc.models import Arrays
+from radhpc.recipe import Model
+
+
+class Family:
+    """Mllama as radhpc.models.ModelFamily wants it."""
+
+    blocks = (
+        upstream.MllamaVisionEncoderLayer,
+        upstream.MllamaSelfAttentionDecoderLayer,
+        upstream.MllamaCrossAttentionDecoderLayer,
+    )
+
+    def __init__(self, model: Model, tokenizer_folder: str) -> None:
+        self._recipe = model
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+        self.image_token_id: int = self.tokenizer.convert_tokens_to_ids("<|image|>")
+        if self.image_token_id in (None, self.tokenizer.unk_token_id):
+            raise UserError(f"{tokenizer_folder}: the tokenizer has no token <|image|>; it is not a Llama 3.2 Vision one")
+        self.config = self._configuration()
+        vision = self.config.vision_config
+        self.max_tiles: int = vision.max_num_tiles
+        if model.weights is not None and (Path(model.weights) / "preprocessor_config.json").exists():
+            self.image_processor = MllamaImageProcessorPil.from_pretrained(model.weights, local_files_only=True)
+        else:
+            size = {"height": vision.image_size, "width": vision.image_size}
+            self.image_processor = MllamaImageProcessorPil(size=size, max_image_tiles=self.max_tiles)
+
+    def _configuration(self) -> MllamaConfig:
+        if self._recipe.weights is not None:
+            return MllamaConfig.from_pretrained(self._recipe.weights, local_files_only=True)
+        given = self._recipe.config
+        assert given is not None
+        unknown = set(given) - {"text", "vision"}
+        if unknown:
+            raise UserError(f"model.config: unknown key '{unknown.pop()}'; allowed are text and vision")
+        text, vision = dict(given.get("text", {})), dict(given.get("vision", {}))
+        for part, keys, known in (
+            ("text", text, upstream.MllamaTextConfig()),
+            ("vision", vision, upstream.MllamaVisionConfig()),
+        ):
+            for key in keys:
+                if not hasattr(known, key):
+                    raise UserError(f"model.config.{part}: '{key}' is no key of transformers' {type(known).__name__}")
+        # Upstream's output head has no row for the image token, which is therefore the last one.
+        text |= {
+            "vocab_size": self.image_token_id,
+            "bos_token_id": self.tokenizer.bos_token_id,
+            "eos_token_id": self.tokenizer.eos_token_id,
+            "pad_token_id": self.tokenizer.pad_token_id,
+        }
+        try:
+            return MllamaConfig(text_config=text, vision_config=vision, image_token_index=self.image_token_id)
+        except Exception as error:  # transformers raises several kinds for values that do not fit
+            raise UserError(f"model.config: {first_line(error)}") from error
+
+    def build(self, seed: int) -> torch.nn.Module:
+        """Random weights from the configuration (a pure function of the seed), or the local folder's."""
+        if self._recipe.weights is not None:
+            try:
+                model = MllamaForConditionalGeneration.from_pretrained(
+                    self._recipe.weights,
+                    local_files_only=True,
+                    dtype=torch.float32,
+                    attn_implementation=self._recipe.attention,
+                )
+            except (OSError, ValueError) as error:
+                raise UserError(f"model.weights: {self._recipe.weights}: {first_line(error)}") from error
+        else:
+            self.config._attn_implementation = self._recipe.attention
+            torch.manual_seed(seed)
+            model = MllamaForConditionalGeneration(self.config)
+            if self._recipe.gates is not None:
+                with torch.no_grad():
+                    for name, parameter in model.named_parameters():
+                        if name.endswith(("attn_gate", "mlp_gate", ".gate", "gate_attn", "gate_ffn")):
+                            parameter.fill_(self._recipe.gates)
+        model.generation_config.eos_token_id = self.tokenizer.eos_token_id
+        model.generation_config.pad_token_id = self.tokenizer.pad_token_id
+        return model.eval()
+
+    def prompt(self, text: str, images: int) -> str:
+        # Text before an image cannot see it, so the images come first.
+        content = [{"type": "image"}] * images + [{"type": "text", "text": text}]
+        chat = [{"role": "user", "content": content}]
+        return str(self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+
+    def encode_images(self, images: Sequence[Image.Image]) -> Arrays:
+        """Tile and normalise: pixel_values (views, tiles, 3, S, S), aspect_ratio_ids (views,), num_tiles (views,)."""
+        done = self.image_processor(images=[[image.convert("RGB") for image in images]], return_tensors="np")
+        return {
+            "pixel_values": done["pixel_values"][0].astype(np.float32),
+            "aspect_ratio_ids": done["aspect_ratio_ids"][0],
+            "aspect_ratio_mask": done["aspect_ratio_mask"][0],
+            "num_tiles": np.asarray(done["num_tiles"][0]),
+        }
+
+    def collate_images(self, studies: Sequence[Arrays], input_ids: npt.NDArray[np.int64]) -> dict[str, torch.Tensor]:
+        views = max(len(study["num_tiles"]) for study in studies)
+        batch = {}
+        for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"):
+            padded = np.zeros((len(studies), views, *studies[0][name].shape[1:]), studies[0][name].dtype)
+            for row, study in enumerate(studies):
+                padded[row, : len(study[name])] = study[name]
+            batch[name] = torch.from_numpy(padded)
+        # A missing view has no aspect ratio (id 0); its first tile counts as valid, as in upstream's processor,
+        # because a tile that may attend to nothing would give NaN. The cross-attention mask below hides it.
+        batch["aspect_ratio_mask"][:, :, 0] = 1
+        ranges = [get_cross_attention_token_mask(row.tolist(), self.image_token_id) for row in input_ids]
+        mask = convert_sparse_cross_attention_mask_to_dense(
+            ranges, [study["num_tiles"].tolist() for study in studies], self.max_tiles, input_ids.shape[1]
+        )
+        batch["cross_attention_mask"] = torch.from_numpy(mask)
+        return batch

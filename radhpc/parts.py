@@ -1,0 +1,135 @@
+"""The parts of a run, built from its folder: tokenizer, model family, data, and the model of any stage."""
+
+import hashlib
+import json
+import os
+import shutil
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from radhpc import adapters, models, tokenizer
+from radhpc.checkpoint import Checkpoints, Cursor, read_cursor, read_tensors, sha256
+from radhpc.collate import Encoder
+from radhpc.dist import Ranks
+from radhpc.engine import Engine
+from radhpc.errors import UserError
+from radhpc.files import read_json, write_atomically
+from radhpc.recipe import Recipe
+from radhpc.run_dir import RunDir
+from radhpc.sample import Sample, Split
+from radhpc.stream import Source
+
+
+class Parts:
+    """Everything that training, evaluation and generation share."""
+
+    def __init__(self, run: RunDir, recipe: Recipe, ranks: Ranks) -> None:
+        self.run, self.recipe, self.ranks = run, recipe, ranks
+        self.checkpoints = Checkpoints(run.folder("checkpoints"))
+        self._sources: dict[tuple[int, str], Source] = {}
+        self.base_hash = ""  # known once a model was built
+
+    def source(self, stage: int, split: Split) -> Source:
+        """The samples of a split, over a stage's shards."""
+        if (stage, split) not in self._sources:
+            urls = self.recipe.stages[stage].shards or self.recipe.shards
+            self._sources[stage, split] = Source(urls, split)
+        return self._sources[stage, split]
+
+    @cached_property
+    def family(self) -> models.ModelFamily:
+        return models.family(self.recipe.model, self._tokenizer_folder())
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        return Encoder(self.family, self.recipe.text)
+
+    def engine(self, stage: int, lineage: tuple[str, ...]) -> Engine:
+        """The model at the start of a stage, ready to train. `lineage` names the checkpoints of the stages before."""
+        model = self.family.build(self.recipe.seed)
+        self.base_hash = self._base_hash(model)
+
+        def saved(earlier: int) -> adapters.Tensors:
+            return read_tensors(self.checkpoints.folder / lineage[earlier], moments=False)
+
+        adapters.prepare(model, self.recipe.stages, stage, saved, self.recipe.seed)
+        return Engine(model, self.recipe, self.recipe.stages[stage].optimizer, self.family.blocks, self.ranks)
+
+    def restored_engine(self) -> tuple[Engine, Cursor]:
+        """The model of the newest checkpoint that verifies. Raises UserError where there is none."""
+        path, skipped = self.checkpoints.newest()
+        if path is None:
+            why = "".join(f"; {name}: {fault}" for name, fault in skipped)
+            raise UserError(f"{self.run.path}: no checkpoint to load{why}")
+        cursor = read_cursor(path)
+        engine = self.engine(cursor.stage, cursor.lineage)
+        self.check(cursor)
+        engine.load(read_tensors(path, moments=False), steps=0)
+        return engine, cursor
+
+    def check(self, cursor: Cursor) -> None:
+        """Refuse a checkpoint of another recipe, base model or data than what is here now."""
+        here = self.run.path
+        if cursor.recipe != self.recipe.hash:
+            raise UserError(f"{here}/recipe.yaml: changed since the checkpoint of step {cursor.step}; start a new run")
+        if cursor.base != self.base_hash:
+            raise UserError(f"{here}: the base model is not the one of the checkpoint of step {cursor.step}")
+        if cursor.data != self.source(cursor.stage, "train").hashes:
+            raise UserError(
+                f"{here}: the shards are not those of the checkpoint of step {cursor.step}; a run needs the same "
+                "manifests all its life"
+            )
+
+    def _tokenizer_folder(self) -> str:
+        """Where the tokenizer lies; one that is to be trained is trained once, by rank 0."""
+        model = self.recipe.model
+        if model.tokenizer.train_vocabulary is None:
+            return str(model.tokenizer.folder or model.weights)
+        folder = self.run.path / "tokenizer"
+        if self.ranks.first and not folder.exists():
+            temporary = self.run.path / ".tokenizer.writing"
+            shutil.rmtree(temporary, ignore_errors=True)
+            texts = (self._text(sample) for sample in self.source(0, "train").samples())
+            tokenizer.train(texts, model.tokenizer.train_vocabulary, temporary)
+            temporary.rename(folder)
+        self.ranks.barrier()
+        return str(folder)
+
+    def _text(self, sample: Sample) -> str:
+        question = sample.question or self.recipe.text.prompt
+        return f"{question}\n{sample.answer or sample.report.text(self.recipe.text.sections)}"
+
+    def _base_hash(self, model: torch.nn.Module) -> str:
+        """Identity of the base: of the weights' files, or of the random values themselves."""
+        digest = ""
+        if self.ranks.first:
+            weights = self.recipe.model.weights
+            digest = _hash_files(Path(weights), self.run.path / "base.json") if weights else _hash_tensors(model)
+        return str(self.ranks.broadcast(digest))
+
+
+def _hash_tensors(model: torch.nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _hash_files(folder: Path, remembered: Path) -> str:
+    """sha256 over the weights' files. Twenty gigabytes take some ten seconds, so the result is kept in base.json and
+    trusted while sizes and times of change stay the same.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"model.weights: {folder}: no .safetensors file there")
+    seen = [[file.name, os.stat(file).st_size, os.stat(file).st_mtime_ns] for file in files]
+    before = read_json(remembered)
+    if before and before["files"] == seen:
+        return str(before["hash"])
+    digest = hashlib.sha256("".join(f"{file.name} {sha256(file)}\n" for file in files).encode()).hexdigest()
+    write_atomically(remembered, json.dumps({"hash": digest, "files": seen}).encode())
+    return digest
+

@@ -1,0 +1,146 @@
+"""The run folder: all that a run is, as files that outlive every job that worked on it.
+
+    recipe.yaml     the frozen recipe            checkpoints/   step-N/, see checkpoint.py
+    events.jsonl    what happened, append-only   tensorboard/   event files
+    job.json        the job that owns the run    logs/          standard output and crashes by rank
+    progress.json   step, loss, rate             ledger/        keys of the samples trained on
+    tokenizer/      where it was trained here    evaluation/    step-N/: reports, scores
+    base.json       identity of the frozen base  adapter/       the newest stage's adapter, for PEFT
+
+Written by rank 0 alone, except ledger/ and logs/. Private: only its owner may read it.
+"""
+
+import json
+import os
+import socket
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal
+
+from radhpc.errors import UserError, nearest
+from radhpc.files import read_json, read_lines, write_atomically
+from radhpc.recipe import Recipe, load
+
+Event = Literal[
+    "submitted", "started", "resumed", "skipped_checkpoint", "saved", "stage_finished", "evaluated",
+    "interrupted", "preempted", "requeued", "rank_lost", "time_limit", "cancelled", "stopped", "crashed", "failed",
+    "finished",
+]  # fmt: skip
+
+
+class RunDir:
+    """Paths and small files of one run."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path).absolute()
+
+    @classmethod
+    def create(cls, path: Path, recipe: Recipe) -> "RunDir":
+        """Make the folder and freeze the recipe. Raises UserError where a run is there already."""
+        run = cls(path)
+        if run.recipe_path.exists():
+            raise UserError(f"{path}: a run is there already; go on with 'launch.py resume {path}' or name another folder")
+        try:
+            run.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if any(run.path.iterdir()):
+                raise UserError(f"{path}: the folder is not empty, and no run; name another one")
+            run.path.chmod(0o700)
+            for name in ("checkpoints", "tensorboard", "logs", "ledger", "evaluation"):
+                (run.path / name).mkdir()
+            write_atomically(run.recipe_path, recipe.to_yaml().encode())
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}") from error
+        return run
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> "RunDir":
+        """Open an existing run. Raises UserError where there is none."""
+        run = cls(path)
+        if not run.recipe_path.exists():
+            beside = [p.parent.name for p in run.path.parent.glob("*/recipe.yaml")]
+            raise UserError(f"{path}: no run there (no recipe.yaml){nearest(run.path.name, beside)}")
+        return run
+
+    @property
+    def recipe_path(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    def recipe(self) -> Recipe:
+        return load(self.recipe_path)
+
+    def folder(self, name: str) -> Path:
+        """A subfolder, made where it is missing."""
+        folder = self.path / name
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return folder
+
+    # What happened
+
+    def record(self, event: Event, **details: Any) -> None:
+        """Append one line to events.jsonl: one write, so that lines of two processes never mix on a local disk."""
+        line = json.dumps({"time": now(), "event": event, **details}) + "\n"
+        descriptor = os.open(self.path / "events.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            os.write(descriptor, line.encode())
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def events(self, *names: Event) -> list[dict[str, Any]]:
+        """The events so far, oldest first; a last line that was cut by a crash is left out."""
+        return [event for event in read_lines(self.path / "events.jsonl") if not names or event["event"] in names]
+
+    @property
+    def lives(self) -> int:
+        """How many times a job has started on this run."""
+        return len(self.events("started"))
+
+    # Who owns it
+
+    def write_job(self, **job: Any) -> None:
+        """Name the job that may work on this run: executor, id, host, pid."""
+        write_atomically(self.path / "job.json", json.dumps(job).encode(), 0o600)
+
+    def job(self) -> dict[str, Any] | None:
+        return read_json(self.path / "job.json")
+
+    # Where it stands
+
+    def write_progress(self, **progress: Any) -> None:
+        write_atomically(self.path / "progress.json", json.dumps({"time": time.time(), **progress}).encode(), 0o600)
+
+    def progress(self) -> dict[str, Any]:
+        return read_json(self.path / "progress.json") or {}
+
+    # A request to stop
+
+    def request_stop(self) -> None:
+        """Ask the living job to save at its next step and to end for good."""
+        write_atomically(self.path / "stop", now().encode(), 0o600)
+
+    def stop_requested(self) -> bool:
+        return (self.path / "stop").exists()
+
+    def clear_stop(self) -> None:
+        (self.path / "stop").unlink(missing_ok=True)
+
+
+def process_alive(job: dict[str, Any]) -> bool:
+    """Whether the process that job.json names still runs on this machine; another host's cannot be seen."""
+    if job.get("host") != socket.gethostname():
+        return False
+    try:
+        fields = Path(f"/proc/{job['pid']}/stat").read_text().rsplit(")", 1)[1].split()
+    except FileNotFoundError:
+        return False
+    return fields[0] != "Z" and (job.get("process_start") in (None, fields[19]))
+
+
+def process_start(pid: int) -> str:
+    """The kernel's start time of a process: with the pid it names a process for good, as pids come again."""
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
+
+
+def now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")

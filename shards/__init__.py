@@ -1,0 +1,1 @@
+"""Raw archives -> tar shards with a manifest: once, on CPUs, without torch."""
