@@ -36,7 +36,9 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line, for programs.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")]
-On = Annotated[str, typer.Option("--on", metavar="PROFILE", help="inline, local, box, a name in slurm/profiles/, or a file.")]
+On = Annotated[
+    str, typer.Option("--on", metavar="PROFILE", help="inline, local, box, a name in slurm/profiles/, or a file.")
+]
 HERE = Path(__file__).resolve().parent
 
 
@@ -44,12 +46,15 @@ HERE = Path(__file__).resolve().parent
 def quickstart(
     run: Annotated[Path | None, typer.Option(help="Folder of the run; default: runs/quickstart-DATE.")] = None,
     studies: Annotated[int, typer.Option(help="Phantom studies to draw.", min=200)] = 3000,
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Draw phantom radiographs, build shards, train all stages, evaluate and write reports: on a CPU, in minutes."""
-    from radhpc.files import read_json
     from shards.build import Settings
+
+    from radhpc.files import read_json
 
     started = time.perf_counter()
     path = run or _new_run("quickstart")
@@ -80,11 +85,15 @@ def build(
     dataset: Annotated[str, typer.Argument(help="image_text, phantom: see shards/datasets/.")],
     out: Annotated[str, typer.Option(help="Folder for shards and manifest.")],
     raw: Annotated[Path | None, typer.Option(help="The archive as it was distributed: a folder or its table.")] = None,
-    options: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Options of the dataset.")] = None,
+    options: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Options of the dataset.")
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes; default: one per core.", min=1)] = None,
     longest_side: Annotated[int, typer.Option(help="Larger images are shrunk to this many pixels.", min=16)] = 1120,
     quality: Annotated[int, typer.Option(help="JPEG quality.", min=50, max=100)] = 95,
-    split: Annotated[str, typer.Option(help="Ratios of train, validate, test where the archive has no split.")] = "0.8,0.1,0.1",
+    split: Annotated[
+        str, typer.Option(help="Ratios of train, validate, test where the archive has no split.")
+    ] = "0.8,0.1,0.1",
     shard_samples: Annotated[int, typer.Option(help="Studies per shard.", min=1)] = 1000,
     max_skipped: Annotated[str, typer.Option(help="Unusable studies above which the build fails: 12, or 1%.")] = "1%",
     force: Annotated[bool, typer.Option("--force", help="Replace shards that were built otherwise.")] = False,
@@ -109,7 +118,10 @@ def build(
     for warning in result.warnings:
         _say(f"[yellow]warning[/] {warning}", as_json)
     what = "were there already" if result.reused else f"built in {result.seconds:.0f} s"
-    _say(f"{result.samples} samples in {result.shards} shards {what}, {len(result.skipped)} skipped: {result.url}", as_json)
+    _say(
+        f"{result.samples} samples in {result.shards} shards {what}, {len(result.skipped)} skipped: {result.url}",
+        as_json,
+    )
     _emit({key: getattr(result, key) for key in ("url", "samples", "shards", "skipped", "seconds")}, as_json)
 
 
@@ -131,7 +143,9 @@ def verify(url: Annotated[str, typer.Argument(help="Folder with a manifest.json.
 @app.command(epilog="Example: python launch.py train recipes/image_text.yaml stages.adapt.steps=100 --on box --watch")
 def train(
     recipe: Annotated[Path, typer.Argument(help="A YAML file, such as those in recipes/.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, such as seed=1.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, such as seed=1.")
+    ] = None,
     on: On = "inline",
     run: Annotated[Path | None, typer.Option(help="Folder of the run; default: runs/NAME-DATE.")] = None,
     engine: Annotated[str | None, typer.Option(help="fsdp or single; as engine=.")] = None,
@@ -184,7 +198,9 @@ def stop(run: RunPath, as_json: Json = False) -> None:
 @app.command(epilog="Example: python launch.py status runs/* --json")
 def status(
     runs: Annotated[list[Path] | None, typer.Argument(metavar="[RUN]...", help="Default: all in runs/.")] = None,
-    audit: Annotated[bool, typer.Option("--audit", help="Prove which samples were trained on, epoch by epoch.")] = False,
+    audit: Annotated[
+        bool, typer.Option("--audit", help="Prove which samples were trained on, epoch by epoch.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """State, stage, step, loss, speed, age of the last checkpoint, restarts by cause."""
@@ -254,7 +270,9 @@ def generate(
     views = []
     for path in image:
         try:
-            data, _ = encode(load(path), side, quality)  # what `build` does to an image, so that no view looks different
+            data, _ = encode(
+                load(path), side, quality
+            )  # what `build` does to an image, so that no view looks different
         except (BadImage, FileNotFoundError) as error:
             raise UserError(str(error)) from error
         views.append(decode(data))
@@ -284,7 +302,17 @@ def board(
         raise UserError("no run in runs/: name one")
     names = ",".join(f"{path.name}:{path / 'tensorboard'}" for path in chosen)
     _say(f"http://localhost:{port}/  (from elsewhere: ssh -L {port}:localhost:{port} HOST)", False)
-    command = [sys.executable, "-m", "tensorboard.main", "--host", "127.0.0.1", "--port", str(port), "--logdir_spec", names]
+    command = [
+        sys.executable,
+        "-m",
+        "tensorboard.main",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--logdir_spec",
+        names,
+    ]
     raise typer.Exit(subprocess.run(command, check=False).returncode)
 
 
@@ -349,7 +377,10 @@ def _submit(run: "RunDir", profile: "Profile", watch: bool, announce: Callable[[
             raise error
         outcome = job.result()
         if outcome.state == "interrupted":
-            _say(f"interrupted by {outcome.cause} at step {outcome.step}; go on: python launch.py resume {run.path}", False)
+            _say(
+                f"interrupted by {outcome.cause} at step {outcome.step}; go on: python launch.py resume {run.path}",
+                False,
+            )
             raise typer.Exit(1)
     elif watch:
         _watch(run)
@@ -362,7 +393,9 @@ def _watch(run: "RunDir") -> None:
     with Bar(run.path.name, 1, unit="steps") as bar:
         while True:
             now = run_status(run)
-            bar.update(now["step"], f"{now['state']} {now['stage'] or ''} loss {now['loss'] or 0:.3f}", now["steps"] or 1)
+            bar.update(
+                now["step"], f"{now['state']} {now['stage'] or ''} loss {now['loss'] or 0:.3f}", now["steps"] or 1
+            )
             if now["state"] not in ("pending", "running"):
                 break
             time.sleep(1)
@@ -431,7 +464,9 @@ def _announce(run: "RunDir", job: str, as_json: bool) -> None:
 
 
 def _print_scores(scores: dict[str, Any], as_json: bool) -> None:
-    table = Table("score", "model", "95% interval", *scores["baselines"], title=f"step {scores['step']}, {scores['split']}")
+    table = Table(
+        "score", "model", "95% interval", *scores["baselines"], title=f"step {scores['step']}, {scores['split']}"
+    )
     for name, score in scores["scores"].items():
         limits = "" if score["low"] is None else f"{score['low']:.3f} to {score['high']:.3f}"
         others = [values.get(name, {}).get("value") for values in scores["baselines"].values()]

@@ -1,1 +1,4 @@
-"""What runs inside the job: recipe, stream, models, engine, loop, checkpoint, evaluate. Imports neither slurm nor shards."""
+"""What runs inside the job: recipe, stream, models, engine, loop, checkpoint, evaluate.
+
+Imports neither slurm nor shards.
+"""

@@ -32,7 +32,9 @@ def canonical(name: str) -> str:
     return name.replace(".base_layer.", ".").replace(".default.", ".")
 
 
-def prepare(model: nn.Module, stages: tuple[Stage, ...], number: int, saved: Callable[[int], Tensors], seed: int) -> None:
+def prepare(
+    model: nn.Module, stages: tuple[Stage, ...], number: int, saved: Callable[[int], Tensors], seed: int
+) -> None:
     """Turn the base model into that of stage `number`, ready to train, in place.
 
     `saved(i)` gives the trained parameters at the end of stage i. Raises UserError where the stage trains nothing.

@@ -172,4 +172,3 @@ def _save_tensors(tensors: Tensors, path: Path, step: int) -> None:
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-

@@ -40,7 +40,9 @@ class StepReport:
 class Engine:
     """The model on its device or devices, with the optimizer of one stage."""
 
-    def __init__(self, model: nn.Module, recipe: Recipe, stage: Optimizer, blocks: tuple[type, ...], ranks: Ranks) -> None:
+    def __init__(
+        self, model: nn.Module, recipe: Recipe, stage: Optimizer, blocks: tuple[type, ...], ranks: Ranks
+    ) -> None:
         if recipe.engine == "single" and ranks.world > 1:
             raise UserError(f"engine 'single' on {ranks.world} ranks: allowed is 'fsdp', or a profile with one task")
         self.model, self.ranks, self._objective = model, ranks, NextToken()
@@ -155,7 +157,9 @@ def schedule(stage: Optimizer, step: int, steps: int) -> float:
 
 def _shard(model: nn.Module, blocks: tuple[type, ...], ranks: Ranks, bf16: bool) -> None:
     mesh = init_device_mesh(ranks.device.type, (ranks.world,))
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
+    policy = (
+        MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
+    )
     for module in model.modules():
         if isinstance(module, blocks):
             fully_shard(module, mesh=mesh, mp_policy=policy)

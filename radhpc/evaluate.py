@@ -142,7 +142,9 @@ def write(folder: Path, result: Result, step: int, split: str) -> None:
         for row in result.rows
     ]
     write_atomically(folder / "reports.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode(), 0o600)
-    write_atomically(folder / "table.md", "\n".join([f"# Step {step}, split {split}", "", *table(result)]).encode(), 0o600)
+    write_atomically(
+        folder / "table.md", "\n".join([f"# Step {step}, split {split}", "", *table(result)]).encode(), 0o600
+    )
     summary = {
         "step": step,
         "split": split,

@@ -25,7 +25,7 @@ def epoch_key(seed: int, stage: int, epoch: int) -> int:
 def permute(positions: Positions, n: int, key: int) -> Positions:
     """Map positions (any shape, each in 0..n-1) to samples 0..n-1, one to one."""
     assert n > 0
-    assert positions.size == 0 or (0 <= positions.min() and positions.max() < n)
+    assert positions.size == 0 or (positions.min() >= 0 and positions.max() < n)
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))  # bits of each side
     values = _feistel(positions.astype(np.uint64), half, key)
     while (outside := values >= np.uint64(n)).any():  # a walk along a cycle comes back inside

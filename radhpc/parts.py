@@ -132,4 +132,3 @@ def _hash_files(folder: Path, remembered: Path) -> str:
     digest = hashlib.sha256("".join(f"{file.name} {sha256(file)}\n" for file in files).encode()).hexdigest()
     write_atomically(remembered, json.dumps({"hash": digest, "files": seen}).encode())
     return digest
-

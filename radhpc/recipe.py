@@ -84,9 +84,13 @@ class Text(Section):
 
     prompt: str = Field("Write the report of this chest radiograph.", description="for studies without a question")
     sections: tuple[Literal["findings", "impression", "other"], ...] = Field(
-        ("findings", "impression", "other"), min_length=1, description="sections of the report that are learnt, in order"
+        ("findings", "impression", "other"),
+        min_length=1,
+        description="sections of the report that are learnt, in order",
     )
-    max_tokens: int = Field(512, ge=8, description="longest prompt and answer together; longer answers are cut, and counted")
+    max_tokens: int = Field(
+        512, ge=8, description="longest prompt and answer together; longer answers are cut, and counted"
+    )
 
 
 class Stream(Section):
@@ -146,7 +150,9 @@ class Stage(Section):
     steps: int | None = Field(None, ge=1)
     epochs: int | None = Field(None, ge=1)
     batch: int = Field(ge=1, description="samples per optimizer step over all ranks, whatever their number")
-    micro_batch: int | None = Field(None, ge=1, description="samples per rank and forward pass; default: all of the rank's")
+    micro_batch: int | None = Field(
+        None, ge=1, description="samples per rank and forward pass; default: all of the rank's"
+    )
     train: tuple[str, ...] = Field((), description="regular expressions: base parameters that are trained whole")
     lora: Lora | None = None
     adapters: Literal["grow", "keep", "merge"] | None = Field(
@@ -228,9 +234,13 @@ class Recipe(Section):
                 if stage.lora.targets != before.targets:
                     raise ValueError(f"{where}: '{stage.adapters}' needs the same lora.targets as the stage before")
                 if stage.adapters == "keep" and (stage.lora.rank, stage.lora.alpha) != (before.rank, before.alpha):
-                    raise ValueError(f"{where}: 'keep' needs rank {before.rank} and alpha {before.alpha}; or say 'grow'")
+                    raise ValueError(
+                        f"{where}: 'keep' needs rank {before.rank} and alpha {before.alpha}; or say 'grow'"
+                    )
                 if stage.lora.rank < before.rank:
-                    raise ValueError(f"{where}: lora.rank {stage.lora.rank} is below {before.rank}; ranks can only grow")
+                    raise ValueError(
+                        f"{where}: lora.rank {stage.lora.rank} is below {before.rank}; ranks can only grow"
+                    )
             before = stage.lora
         return self
 
@@ -344,7 +354,9 @@ def _position(items: list[Any], part: str, override: str) -> int:
         return names.index(part)
     if part.isdecimal() and int(part) < len(items):
         return int(part)
-    raise UserError(f"override '{override}': no '{part}' there; allowed are 0 to {len(items) - 1} and {', '.join(names)}")
+    raise UserError(
+        f"override '{override}': no '{part}' there; allowed are 0 to {len(items) - 1} and {', '.join(names)}"
+    )
 
 
 def _absolute(path: str) -> str:

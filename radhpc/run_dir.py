@@ -14,7 +14,7 @@ import json
 import os
 import socket
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,7 +40,9 @@ class RunDir:
         """Make the folder and freeze the recipe. Raises UserError where a run is there already."""
         run = cls(path)
         if run.recipe_path.exists():
-            raise UserError(f"{path}: a run is there already; go on with 'launch.py resume {path}' or name another folder")
+            raise UserError(
+                f"{path}: a run is there already; go on with 'launch.py resume {path}' or name another folder"
+            )
         try:
             run.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             if any(run.path.iterdir()):
@@ -103,7 +105,8 @@ class RunDir:
         write_atomically(self.path / "job.json", json.dumps(job).encode(), 0o600)
 
     def job(self) -> dict[str, Any] | None:
-        return read_json(self.path / "job.json")
+        job: dict[str, Any] | None = read_json(self.path / "job.json")
+        return job
 
     # Where it stands
 
@@ -143,4 +146,4 @@ def process_start(pid: int) -> str:
 
 
 def now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -46,7 +46,7 @@ class Report(BaseModel):
 
     def text(self, sections: tuple[str, ...] = ("findings", "impression", "other")) -> str:
         """Join the wanted sections: headed by their names, or bare where there is just `other`."""
-        parts = {name: value for name in sections if (value := getattr(self, name))}
+        parts: dict[str, str] = {name: value for name in sections if (value := getattr(self, name))}
         if set(parts) == {"other"}:
             return parts["other"]
         return " ".join(f"{name.capitalize()}: {value}" for name, value in parts.items())

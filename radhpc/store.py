@@ -35,7 +35,9 @@ class Store:
         try:
             return obstore.store.from_url(self.url)
         except Exception as error:
-            raise UserError(f"{self.url}: {first_line(error)}; allowed are a folder and s3, gs, az, http, file URLs") from error
+            raise UserError(
+                f"{self.url}: {first_line(error)}; allowed are a folder and s3, gs, az, http, file URLs"
+            ) from error
 
     def read(self, name: str) -> bytes:
         """Read a whole file. Raises FileNotFoundError."""

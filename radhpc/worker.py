@@ -1,6 +1,6 @@
-"""What every rank of a job runs: start, build the parts, restore the newest verified checkpoint, train, say how it ended.
+"""What every rank of a job runs: build the parts, restore the newest verified checkpoint, train, say how it ended.
 
-    outcome = run("runs/padchest-1")        # on each rank, with RANK, WORLD_SIZE, ... in the environment
+outcome = run("runs/padchest-1")        # on each rank, with RANK, WORLD_SIZE, ... in the environment
 """
 
 import json

@@ -38,9 +38,11 @@ def draw(
     """Draw one view. `anatomy` belongs to the patient, `exposure` to this picture."""
     x, y = _place(size, exposure)
     picture = (_frontal if view == "PA" else _lateral)(x, y, findings, anatomy)
-    picture = picture * np.float32(exposure.uniform(0.85, 1.15)) + np.float32(exposure.uniform(0.0, 0.06))
-    picture += exposure.standard_normal((size, size), dtype=np.float32) * np.float32(exposure.uniform(0.008, 0.02))
-    return np.asarray(np.clip(picture * 3000, 0, (1 << BITS) - 1), np.uint16)
+    picture *= exposure.uniform(0.85, 1.15)
+    picture += exposure.uniform(0.0, 0.06)
+    picture += exposure.standard_normal((size, size), dtype=np.float32) * exposure.uniform(0.008, 0.02)
+    picture *= 3000
+    return np.clip(picture, 0, (1 << BITS) - 1).astype(np.uint16)
 
 
 def _place(size: int, rng: np.random.Generator) -> tuple[Plane, Plane]:
@@ -55,56 +57,63 @@ def _place(size: int, rng: np.random.Generator) -> tuple[Plane, Plane]:
 
 def _frontal(x: Plane, y: Plane, findings: list[Finding], rng: np.random.Generator) -> Plane:
     by_label = {finding.label: finding for finding in findings}
-    wide, tall = np.float32(rng.uniform(0.95, 1.05)), np.float32(rng.uniform(0.96, 1.04))
-    x, y = x / wide, y / tall
+    x, y = x / rng.uniform(0.95, 1.05), y / rng.uniform(0.96, 1.04)
     away = np.abs(x)
 
-    body = soft(away - np.interp(y, [-1.0, -0.86, -0.66, -0.4, 1.0], [0.26, 0.30, 0.93, 0.86, 0.92]), 0.04)
-    picture = AIR + body * (TISSUE + 0.05 * (1 - away))
-    picture += body * 0.14 * soft(away - 0.075, 0.03) * (1 + 0.25 * np.sin(y * 34))  # spine
+    shoulders = 0.28 + 0.64 * np.clip((y + 0.88) * 4.5, 0, 1) - 0.05 * np.clip((y + 0.66) * 4, 0, 1)
+    body = soft(away - shoulders, 0.05)
+    picture = body * (TISSUE + 0.06 - 0.06 * away) + AIR
+    picture += soft(away - 0.07, 0.05) * body * (0.04 + 0.02 * np.sin(y * 34))  # spine
 
-    base = {side: np.float32(rng.uniform(0.40, 0.47) + (0.03 if side == "left" else -0.03)) for side in ("left", "right")}
     texture = _texture(x.shape[0], rng)
-    for side, sign in (("left", 1), ("right", -1)):
-        picture = _lung(picture, x * sign, y, base[side], side, texture, by_label)
+    bases = {"left": rng.uniform(0.43, 0.50), "right": rng.uniform(0.37, 0.44)}
+    middle = round(0.42 * x.shape[1])  # a lung lies in its half of the picture, and a little beyond
+    for side, sign, half in (("left", 1, slice(middle, None)), ("right", -1, slice(None, -middle))):
+        patch = picture[:, half], x[:, half] * sign, y[:, half]
+        picture[:, half] = _lung(*patch, bases[side], side, texture[:, half], by_label)
 
-    picture += _bones(x, y, away, body)
+    picture += _bones(y, away, body)
     large = by_label.get("cardiomegaly")
-    share = 0.62 + 0.08 * large.extent if large else rng.uniform(0.38, 0.46)  # cardiothoracic ratio
-    return np.asarray(np.maximum(picture, _mediastinum(x, y, np.float32(share), rng)), np.float32)
+    normal = rng.uniform(0.38, 0.46)  # cardiothoracic ratio
+    heart = _mediastinum(x, y, 0.62 + 0.08 * large.extent if large else normal)
+    return np.maximum(picture, heart, out=picture)
 
 
 def _lung(
-    picture: Plane, out: Plane, y: Plane, base: np.float32, side: str, texture: Plane, findings: dict[str, Finding]
+    picture: Plane, out: Plane, y: Plane, base: float, side: str, texture: Plane, findings: dict[str, Finding]
 ) -> Plane:
     """One lung and what is found in it; `out` is the distance from the midline toward this side."""
-    along = np.sqrt(np.clip(1 - np.square((y - 0.30) / 1.10), 0, None)) * (y < 0.30) + (y >= 0.30)
-    edge = out - (0.40 + 0.37 * along)  # negative inside, the chest wall at zero
-    dome = base + 0.34 * np.square((out - 0.36) / 0.40)  # height of the diaphragm
-    lung = soft(edge, 0.03) * soft((0.40 - 0.27 * along) - out, 0.03) * soft(y - dome, 0.03)
-    inside = LUNG + 0.10 * texture * np.exp(-2.2 * np.hypot(out - 0.2, y + 0.05))
+    along = np.sqrt(np.clip(1 - np.square(np.minimum(y - 0.30, 0) / 1.10), 0, None))
+    edge = out - 0.37 * along - 0.40  # negative inside, the chest wall at zero
+    dome = 2.1 * np.square(out - 0.36) + base  # height of the diaphragm
+    lung = soft(edge, 0.03)
+    lung *= soft(0.40 - 0.27 * along - out, 0.03)
+    lung *= soft(y - dome, 0.03)
+    vessels = texture * np.clip(1.1 - 1.3 * np.hypot(out - 0.2, y + 0.05), 0, 1)  # thin out toward the edge
+    inside = LUNG + 0.11 * vessels
 
     air = findings.get("pneumothorax")
     if air and air.side == side:
-        rim = (0.13 + 0.08 * air.extent) * (1 + 0.9 * np.clip(-y, 0, 1))  # wider at the apex
-        inside = inside + 0.06 + (0.03 - inside - 0.06) * soft(-edge - rim, 0.015)
-        inside = inside + 0.26 * soft(np.abs(edge + rim) - 0.012, 0.012)  # the pleural line
+        rim = edge + (0.13 + 0.08 * air.extent) * (1 + 0.9 * np.clip(-y, 0, 1))  # wider at the apex
+        inside += 0.06
+        inside = blend(inside, 0.03, soft(-rim, 0.015))
+        inside += 0.26 * soft(np.abs(rim) - 0.012, 0.012)  # the pleural line
     for label, finding in findings.items():
         if finding.side == side:
             if label.startswith("consolidation"):
-                inside = inside + (0.50 - inside) * _consolidation(label, out, y, finding.extent, texture)
+                inside = blend(inside, TISSUE, _consolidation(label, out, y, finding.extent, texture))
             elif label.startswith("nodule"):
-                inside = inside + 0.34 * _nodule(label, out, y, finding.extent, side)
+                inside += 0.34 * _nodule(label, out, y, finding.extent, side)
             elif label.startswith("effusion"):
-                level = base - 0.12 - 0.16 * finding.extent - 0.9 * np.square(np.clip(out - 0.30, 0, None)) + 0.02
-                inside = inside + (TISSUE + 0.10 - inside) * soft(level - y, 0.03)
-    return np.asarray(picture + (inside - picture) * lung, np.float32)
+                level = base - 0.10 - 0.16 * finding.extent - 0.9 * np.square(np.clip(out - 0.30, 0, None))
+                inside = blend(inside, TISSUE + 0.04, soft(level - y, 0.03))
+    return blend(picture, inside, lung)
 
 
 _LOBES = {  # centre and radii of the filled part: out, y
     "consolidation right upper": (0.42, -0.44, 0.34, 0.27),
-    "consolidation right middle": (0.34, 0.06, 0.26, 0.17),
-    "consolidation right lower": (0.54, 0.36, 0.26, 0.17),
+    "consolidation right middle": (0.34, 0.05, 0.29, 0.19),
+    "consolidation right lower": (0.54, 0.36, 0.28, 0.19),
     "consolidation left upper": (0.44, -0.36, 0.32, 0.30),
     "consolidation left lower": (0.60, 0.30, 0.22, 0.22),
 }
@@ -116,7 +125,7 @@ def _consolidation(label: str, out: Plane, y: Plane, extent: float, texture: Pla
     across, down, width, height = _LOBES[label]
     grow = 0.9 + 0.2 * extent
     distance = np.hypot((out - across) / (width * grow), (y - down) / (height * grow))
-    return np.asarray(soft(distance - 0.85, 0.35) * (0.88 + 0.12 * texture), np.float32)
+    return soft(distance - 0.85 - 0.08 * texture, 0.40) * (0.88 + 0.12 * texture)
 
 
 def _nodule(label: str, out: Plane, y: Plane, extent: float, side: str) -> Plane:
@@ -128,59 +137,74 @@ def _nodule(label: str, out: Plane, y: Plane, extent: float, side: str) -> Plane
     return soft(np.hypot(out - across, y - _ZONES[label]) - radius, 0.025)
 
 
-def _bones(x: Plane, y: Plane, away: Plane, body: Plane) -> Plane:
+def _bones(y: Plane, away: Plane, body: Plane) -> Plane:
     """Ribs (the back parts bright, the front parts faint) and clavicles."""
-    cage = body * soft(away - 0.80, 0.06) * soft(np.float32(0.10) - away, 0.04) * soft(np.abs(y + 0.05) - 0.72, 0.15)
-    back = (y - 0.30 * away + 0.35 * np.square(away)) / 0.155
-    front = (y + 0.55 * away - 0.25) / 0.155
-    bands = 0.075 * _stripes(back, 0.20) + 0.030 * _stripes(front, 0.22)
-    bone = soft(np.abs(y + 0.62 + 0.16 * away - 0.10 * np.sin(away * 4)) - 0.025, 0.02) * soft(np.abs(away - 0.40) - 0.33, 0.04)
-    return np.asarray(cage * bands + 0.12 * body * bone, np.float32)
+    cage = soft(away - 0.80, 0.06)
+    cage *= soft(0.10 - away, 0.04)
+    cage *= soft(np.abs(y + 0.05) - 0.66, 0.2)
+    back = y * 6.5 + away * (2.4 * away - 1.6)
+    front = y * 6.5 + away * 3.6
+    bones = 0.075 * _stripes(back, 0.20) + 0.030 * _stripes(front, 0.22)
+    bones *= cage
+    clavicle = soft(np.abs(y + 0.62 + 0.3 * np.square(away - 0.75)) - 0.025, 0.02)
+    clavicle *= soft(np.abs(away - 0.42) - 0.34, 0.04)
+    return np.maximum(bones, 0.11 * clavicle * body)
 
 
-def _mediastinum(x: Plane, y: Plane, share: np.float32, rng: np.random.Generator) -> Plane:
+def _mediastinum(x: Plane, y: Plane, share: float) -> Plane:
     """Heart, great vessels and hila; `share` is the heart's part of the inner thorax's width."""
     width = share * 0.77  # half the heart's width; the inner thorax is 1.54 wide
-    centre = 0.36 * width + 0.03
-    tilt = 0.30
-    across, down = x - centre, y - np.float32(0.27)
-    main, cross = across + tilt * down, down - tilt * across
-    heart = soft(np.hypot(main / width, cross / (0.30 + 0.12 * share)) - 1, 0.10)
-    vessels = soft(np.abs(x - 0.02) - (0.13 + 0.03 * np.square(y)), 0.04) * soft(-0.95 - y, 0.05)
-    knob = soft(np.hypot(x - 0.13, y + 0.34) - 0.10, 0.05)
-    hila = 0.42 * soft(np.hypot((np.abs(x) - 0.20) / 0.09, (y + 0.06) / 0.14) - 1, 0.6)
-    return np.asarray(np.maximum((TISSUE + 0.08) * np.maximum(np.maximum(heart, vessels), knob), hila), np.float32)
+    across, down = x - (0.36 * width + 0.03), y - 0.27
+    main, cross = (across + 0.30 * down) / width, (down - 0.30 * across) / (0.30 + 0.12 * share)
+    shadow = soft(np.square(main) + np.square(cross) - 1, 0.20)
+    shadow = np.maximum(shadow, soft(np.abs(x - 0.02) - 0.03 * np.square(y) - 0.13, 0.05))  # great vessels
+    shadow = np.maximum(shadow, soft(np.square(x - 0.13) + np.square(y + 0.34) - 0.010, 0.010))  # aortic knob
+    shadow *= TISSUE + 0.08
+    hila = np.square((np.abs(x) - 0.20) / 0.09) + np.square((y + 0.06) / 0.14)
+    return np.maximum(shadow, 0.40 * soft(hila - 1, 1.2))
 
 
 def _lateral(x: Plane, y: Plane, findings: list[Finding], rng: np.random.Generator) -> Plane:
     """The side view, spine to the viewer's right; findings are fainter here."""
-    body = soft(np.abs(x) - np.interp(y, [-1.0, -0.8, -0.5, 1.0], [0.34, 0.42, 0.74, 0.80]), 0.05)
-    picture = AIR + body * (TISSUE + 0.08)
-    dome = 0.46 + 0.28 * np.clip(x + 0.25, 0, None) + 0.10 * np.clip(-x - 0.25, 0, None)
-    lung = soft(np.hypot((x + 0.02) / 0.60, (y - 0.10) / 0.92) - 1, 0.06) * soft(y - dome, 0.03)
-    texture = _texture(x.shape[0], rng)
-    inside = LUNG + 0.08 + 0.08 * texture * np.exp(-2.5 * np.hypot(x, y))
+    outline = 0.36 + 0.36 * np.clip((y + 0.90) * 2.4, 0, 1)
+    body = soft(np.abs(x) - outline, 0.05)
+    picture = body * (TISSUE + 0.08) + AIR
+    dome = 0.46 + 0.30 * np.square(np.clip(x + 0.30, 0, None)) + 0.20 * np.clip(-x - 0.30, 0, None)
+    lung = soft(np.hypot((x + 0.02) / 0.60, (y - 0.10) / 0.92) - 1, 0.06)
+    lung *= soft(y - dome, 0.03)
+    inside = LUNG + 0.08 + 0.09 * _texture(x.shape[0], rng) * np.clip(1.1 - np.hypot(x, y), 0, 1)
     large = any(finding.label == "cardiomegaly" for finding in findings)
-    heart = soft(np.hypot((x + 0.22 + 0.25 * (y - 0.25)) / (0.34 if large else 0.25), (y - 0.24) / 0.26) - 1, 0.15)
-    inside = inside + 0.22 * heart
+    tilted = (x + 0.25 * y + 0.16) / (0.34 if large else 0.25)
+    inside = blend(inside, 0.50, soft(np.square(tilted) + np.square((y - 0.24) / 0.26) - 1, 0.4))
     for finding in findings:
         kind, zone = finding.label.split()[0], finding.label.split()[-1]
         height = {"upper": -0.42, "middle": 0.06, "lower": 0.34}.get(zone, 0.0)
         depth = {"upper": 0.05, "middle": -0.22, "lower": 0.28}.get(zone, 0.0)
         if kind == "consolidation":
-            inside = inside + 0.20 * soft(np.hypot((x - depth) / 0.26, (y - height) / 0.20) - 0.8, 0.4)
+            inside = blend(inside, 0.56, 0.7 * soft(np.hypot((x - depth) / 0.26, (y - height) / 0.20) - 0.8, 0.4))
         elif kind == "nodule":
-            inside = inside + 0.22 * soft(np.hypot(x - depth, y - height) - 0.10 - 0.03 * finding.extent, 0.03)
+            inside = blend(inside, 0.56, 0.8 * soft(np.hypot(x - depth, y - height) - 0.10 - 0.03 * finding.extent, 0.03))
         elif kind == "effusion":
-            inside = inside + 0.24 * soft(0.48 - 0.25 * np.clip(x, 0, None) - y, 0.06) * soft(np.float32(0.05) - x, 0.1)
-    spine = soft(np.abs(x - 0.50 - 0.10 * np.square(y)) - 0.09, 0.05) * (1 + 0.3 * np.sin(y * 30))
-    ribs = 0.05 * _stripes((y - 0.55 * x) / 0.19, 0.18)
-    return np.asarray(picture + (inside - picture) * lung + body * (0.14 * spine + ribs * lung), np.float32)
+            inside = blend(inside, 0.56, soft(0.50 - 0.4 * np.square(x) - y, 0.06) * soft(0.05 - x, 0.1))
+    picture = blend(picture, inside, lung)
+    spine = soft(np.abs(x - 0.50 - 0.10 * np.square(y)) - 0.09, 0.06) * (0.10 + 0.03 * np.sin(y * 30))
+    picture += body * spine + 0.05 * lung * _stripes((y - 0.55 * x) * 5.2, 0.18)
+    return picture
 
 
-def soft(distance: npt.ArrayLike, edge: float) -> Plane:
+def soft(distance: Plane, edge: float) -> Plane:
     """One where the distance is negative, zero where positive, a ramp of width `edge` between."""
-    return np.clip(np.float32(0.5) - np.asarray(distance, np.float32) / np.float32(edge), 0, 1)
+    ramp = distance * (-1 / edge)
+    ramp += 0.5
+    return np.clip(ramp, 0, 1, out=ramp)
+
+
+def blend(under: Plane, over: Plane | float, share: Plane) -> Plane:
+    """`over` where the share is one, `under` where it is zero."""
+    change = over - under
+    change *= share
+    change += under
+    return change
 
 
 def _stripes(phase: Plane, width: float) -> Plane:
@@ -209,5 +233,5 @@ def _ridges(size: int, rng: np.random.Generator) -> Plane:
         smooth = np.asarray(Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC))
         start = (side - size) // 2
         smooth = smooth[start : start + size, start : start + size]
-        total += np.float32(weight) * (1 - np.minimum(np.abs(smooth) * 2.5, 2))
+        total += weight * (1 - np.minimum(np.abs(smooth) * 2.5, 2))
     return total

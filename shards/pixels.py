@@ -106,27 +106,41 @@ def apply_window(pixels: npt.NDArray[Any], window: WINDOW | None = None) -> tupl
 
     A constant image becomes black. Returns the pixels and the window that was used.
     """
-    if pixels.dtype.kind in "iu":
-        lowest, highest = int(pixels.min()), int(pixels.max())
-        if highest - lowest < 1 << 16:  # a table of every value is several times faster than float arithmetic
-            shifted = (pixels.astype(np.int64) - lowest) if lowest else pixels
-            if window is None:
-                counts = np.bincount(shifted.ravel(), minlength=highest - lowest + 1)
-                window = _percentiles(np.arange(lowest, highest + 1), np.cumsum(counts))
-            return _ramp(np.arange(lowest, highest + 1), window)[shifted], window
     if window is None:
-        ordered = np.sort(pixels, axis=None)
-        window = _percentiles(ordered, np.arange(1, ordered.size + 1))
+        window = percentile_window(pixels)
+    if span := _table(pixels):
+        lowest, length = span
+        table = _ramp(np.arange(lowest, lowest + length), window)
+        return table[pixels if lowest == 0 else pixels.astype(np.int64) - lowest], window
     return _ramp(pixels, window), window
 
 
-def _percentiles(values: npt.NDArray[Any], counts: npt.NDArray[Any]) -> WINDOW:
-    """The smallest values that 0.5% and 99.5% of the pixels do not exceed; `counts[i]` of them are <= values[i]."""
-    total = int(counts[-1])
-    black, white = (float(values[np.searchsorted(counts, np.ceil(total * p / 100))]) for p in PERCENTILES)
+def percentile_window(pixels: npt.NDArray[Any]) -> WINDOW:
+    """The smallest values that 0.5% and 99.5% of the pixels do not exceed; the extremes where these are equal."""
+    if span := _table(pixels):
+        lowest, length = span
+        values: npt.NDArray[Any] = np.arange(lowest, lowest + length)
+        shifted = pixels.ravel() if lowest == 0 else pixels.ravel().astype(np.int64) - lowest
+        counts = np.cumsum(np.bincount(shifted, minlength=length))
+    else:
+        values = np.sort(pixels, axis=None)
+        counts = np.arange(1, values.size + 1)
+    ranks = [np.ceil(int(counts[-1]) * percent / 100) for percent in PERCENTILES]
+    black, white = (float(values[np.searchsorted(counts, rank)]) for rank in ranks)
     if black == white:  # nearly constant: the few other pixels are all there is to see
-        black, white = float(values[0]), float(values[-1])
+        return float(pixels.min()), float(pixels.max())
     return black, white
+
+
+def _table(pixels: npt.NDArray[Any]) -> tuple[int, int] | None:
+    """(first value, length) of a table over all values of integer pixels: faster than float arithmetic.
+
+    None where the values are no integers, or spread too far.
+    """
+    if pixels.dtype.kind not in "iu":
+        return None
+    lowest, highest = min(int(pixels.min()), 0), int(pixels.max())
+    return (lowest, highest - lowest + 1) if highest - lowest < 1 << 16 else None
 
 
 def _ramp(values: npt.NDArray[Any], window: WINDOW) -> npt.NDArray[np.uint8]:

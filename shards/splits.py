@@ -13,7 +13,7 @@ from radhpc.sample import SPLITS, Split
 Ratios = tuple[float, float, float]  # train, validate, test: they add up to one
 RATIOS: Ratios = (0.8, 0.1, 0.1)
 
-_WORDS: dict[str, Split] = {
+WORDS: dict[str, Split] = {
     "train": "train", "training": "train",
     "validate": "validate", "validation": "validate", "valid": "validate", "val": "validate", "dev": "validate",
     "test": "test", "testing": "test",
@@ -31,14 +31,14 @@ class Assignment:
 def parse(word: str) -> Split:
     """Read a split's name as archives write it. Raises UserError."""
     try:
-        return _WORDS[word.strip().lower()]
+        return WORDS[word.strip().lower()]
     except KeyError:
-        raise UserError(f"split: '{word}' is unknown; allowed are {', '.join(_WORDS)}") from None
+        raise UserError(f"split: '{word}' is unknown; allowed are {', '.join(WORDS)}") from None
 
 
 def position(patient: str) -> float:
     """Where a patient stands in [0, 1): the salted hash (16 hexadecimal digits) as a fraction."""
-    return int(patient, 16) / 16 ** len(patient)
+    return int(patient, 16) / float(16 ** len(patient))
 
 
 def by_hash(patient: str, ratios: Ratios = RATIOS) -> Split:

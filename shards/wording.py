@@ -33,7 +33,7 @@ _PRESENT: dict[str, tuple[str, ...]] = {
         "There is a {size} {side} pneumothorax.",
         "A {side}-sided pneumothorax is seen, with a visible pleural line.",
         "{size} pneumothorax on the {side}.",
-        "A pleural line without lung markings beyond it shows a {side} pneumothorax.",
+        "A {side} pneumothorax shows as a pleural line, without lung markings beyond it.",
         "On the {side}, there is a {size} pneumothorax.",
     ),
     "nodule": (

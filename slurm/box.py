@@ -89,7 +89,8 @@ def status(folder: str | Path | None = None) -> dict[str, Any]:
     """Say whether the box is up, down or broken; `problem` tells what is wrong with a broken one."""
     place = _place(folder)
     running = _processes(place)
-    daemons = {name: pid for pid, name in running.items() if name != "job"}
+    # A daemon that is just forking is there twice; the lower number is the daemon's own.
+    daemons = {name: pid for pid, name in sorted(running.items(), reverse=True) if name != "job"}
     found: dict[str, Any] = {"state": "broken" if running else "down", "conf": f"{place}/slurm.conf"}
     found |= {"nodes": [], "partitions": [], "daemons": daemons, "settings": None, "problem": None}
     if not running:
@@ -175,7 +176,7 @@ def _write_files(place: Path, settings: dict[str, int], address: str) -> None:
     (place / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
     with (place / "gres.conf").open("w") as gres:
         for gpu in [f"{name}-{number}" for name in names for number in range(settings["gpus"])]:
-            (place / "gpus" / gpu).touch()
+            (place / "gpus" / gpu).symlink_to("/dev/null")  # it must be some device
             gres.write(f"NodeName={gpu.partition('-')[0]} Name=gpu File={place}/gpus/{gpu}\n")
 
     host = socket.gethostname().partition(".")[0]
@@ -257,14 +258,16 @@ def _daemons(place: Path, nodes: int) -> dict[str, list[str]]:
 
 
 def _wait_until_idle(place: Path, nodes: int) -> dict[str, Any]:
-    deadline = time.monotonic() + START_SECONDS
+    start = time.monotonic()
     while True:
         found = status(place)
+        waited = time.monotonic() - start
         busy = [node["name"] for node in found["nodes"] if node["state"] != "idle"]
         if found["state"] == "up" and not busy:
             return found
-        dead = [name for name in _daemons(place, nodes) if name not in found["daemons"]]
-        if dead or time.monotonic() > deadline:
+        # One that is still detaching itself may be missed.
+        dead = [name for name in _daemons(place, nodes) if name not in found["daemons"] and waited > 1]
+        if dead or waited > START_SECONDS:
             name = [*dead, *busy, "slurmctld"][0]
             fault = "ended while the box was starting" if dead else f"is not ready after {START_SECONDS} s"
             last = (place / "logs" / f"{name}.log").read_text(errors="replace").splitlines()[-8:]

@@ -1,7 +1,7 @@
 """Where a job runs: a YAML file in slurm/profiles/, or anywhere else.
 
-    profile = load("box")            # slurm/profiles/box.yaml
-    profile = load("~/a100.yaml")    # a file of one's own
+profile = load("box")            # slurm/profiles/box.yaml
+profile = load("~/a100.yaml")    # a file of one's own
 """
 
 import os
@@ -25,12 +25,16 @@ class Profile(Section):
     nodes: int = Field(1, ge=1)
     tasks_per_node: int = Field(1, ge=1, description="ranks on each node: one per GPU")
     gpus_per_node: int | None = Field(None, ge=1, description="none: the job asks for no GPU and computes on CPUs")
-    gpu_request: Literal["gpus_per_node", "gres"] = Field("gpus_per_node", description="how the site wants GPUs asked for")
+    gpu_request: Literal["gpus_per_node", "gres"] = Field(
+        "gpus_per_node", description="how the site wants GPUs asked for"
+    )
     cpus_per_task: int | None = Field(None, ge=1)
     threads: int | None = Field(None, ge=1, description="OMP_NUM_THREADS of each rank; default: cpus_per_task")
     memory_gb: int | None = Field(None, ge=1, description="per node; none: the site's default")
     minutes: int = Field(60 * 24, ge=1, description="time limit of one life; a run may have many")
-    signal_seconds: int = Field(120, ge=1, description="warning before the time limit (SIGUSR2); longer than a save takes")
+    signal_seconds: int = Field(
+        120, ge=1, description="warning before the time limit (SIGUSR2); longer than a save takes"
+    )
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
@@ -38,8 +42,12 @@ class Profile(Section):
     exclude: str | None = None
     exclusive: bool = False
     requeue: bool = Field(True, description="come back after a preemption, the time limit or a lost rank")
-    retries: int = Field(3, ge=0, description="requeues after a lost rank (killed, out of memory) without a new checkpoint")
-    python: str | None = Field(None, description="how to start Python in the job, a container for instance; default: this one")
+    retries: int = Field(
+        3, ge=0, description="requeues after a lost rank (killed, out of memory) without a new checkpoint"
+    )
+    python: str | None = Field(
+        None, description="how to start Python in the job, a container for instance; default: this one"
+    )
     setup: tuple[str, ...] = Field((), description="lines of the batch script before the ranks start: modules, a venv")
     environment: dict[str, str] = Field(
         default_factory=dict, description="variables for sbatch and the job; $NAME and ~ are expanded"

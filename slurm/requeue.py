@@ -26,7 +26,9 @@ class Verdict:
     why: str = ""
 
 
-def decide(job: dict[str, str], ends: list[dict[str, Any]], world: int, exit_status: int, profile: Profile, losses: int) -> Verdict:
+def decide(
+    job: dict[str, str], ends: list[dict[str, Any]], world: int, exit_status: int, profile: Profile, losses: int
+) -> Verdict:
     """The policy, as a pure function.
 
     `job`: fields of scontrol; `ends`: what the ranks wrote on their way out; `losses`: lives lost to dead ranks since

@@ -1,4 +1,4 @@
-"""What the scheduler says of a job. Asks scontrol, which needs no accounting; submitit's sacct knows nothing without."""
+"""What the scheduler says of a job: by scontrol, which needs no accounting as submitit's sacct does."""
 
 import os
 import re
@@ -8,7 +8,17 @@ from typing import Any
 from radhpc.errors import UserError
 from radhpc.run_dir import RunDir, process_alive
 
-_LIVING = {"PENDING", "RUNNING", "SUSPENDED", "CONFIGURING", "COMPLETING", "REQUEUED", "STOPPED", "SIGNALING", "RESIZING"}
+_LIVING = {
+    "PENDING",
+    "RUNNING",
+    "SUSPENDED",
+    "CONFIGURING",
+    "COMPLETING",
+    "REQUEUED",
+    "STOPPED",
+    "SIGNALING",
+    "RESIZING",
+}
 
 
 def show_job(job_id: str, environment: dict[str, str] | None = None) -> dict[str, str]:

@@ -25,7 +25,9 @@ def status(run: RunDir) -> dict[str, Any]:
     last = ends[-1] if ends else None
     if living:
         state = "pending" if living in ("PENDING", "REQUEUED", "CONFIGURING") else "running"
-    elif last is not None and events.index(last) > max((n for n, e in enumerate(events) if e["event"] == "started"), default=-1):
+    elif last is not None and events.index(last) > max(
+        (n for n, e in enumerate(events) if e["event"] == "started"), default=-1
+    ):
         state = _ENDED[last["event"]]
     else:
         state = "failed"  # the job is gone and has not said a word

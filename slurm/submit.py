@@ -73,9 +73,10 @@ def executor(run: RunDir, profile: Profile) -> submitit.Executor:
 
 def slurm_parameters(run: RunDir, profile: Profile, python: str) -> dict[str, Any]:
     """What submitit shall put into the batch script."""
-    gpus = {profile.gpu_request: profile.gpus_per_node} if profile.gpus_per_node else {}
-    if "gres" in gpus:
-        gpus = {"gres": f"gpu:{profile.gpus_per_node}"}
+    gpus: dict[str, Any] = {}
+    if profile.gpus_per_node:
+        by_gres = profile.gpu_request == "gres"
+        gpus = {"gres": f"gpu:{profile.gpus_per_node}"} if by_gres else {"gpus_per_node": profile.gpus_per_node}
     wanted = {
         "job_name": run.path.name,
         "nodes": profile.nodes,

@@ -26,7 +26,9 @@ def interval(
     drawn_from = list(groups.values())
     random = np.random.default_rng(seed)
     values = [
-        statistic([row for group in random.integers(len(drawn_from), size=len(drawn_from)) for row in drawn_from[group]])
+        statistic(
+            [row for group in random.integers(len(drawn_from), size=len(drawn_from)) for row in drawn_from[group]]
+        )
         for _ in range(replicates)
     ]
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])

@@ -42,7 +42,9 @@ class Family:
         self.tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
         self.image_token_id: int = self.tokenizer.convert_tokens_to_ids("<|image|>")
         if self.image_token_id in (None, self.tokenizer.unk_token_id):
-            raise UserError(f"{tokenizer_folder}: the tokenizer has no token <|image|>; it is not a Llama 3.2 Vision one")
+            raise UserError(
+                f"{tokenizer_folder}: the tokenizer has no token <|image|>; it is not a Llama 3.2 Vision one"
+            )
         self.config = self._configuration()
         vision = self.config.vision_config
         self.max_tiles: int = vision.max_num_tiles

@@ -44,6 +44,10 @@ class RawStudy:
     fault: str | None = None  # why it cannot be used, where the metadata alone say so
 
 
+class DatasetWarning(UserWarning):
+    """What a reader wants its user to know; the build returns it with the result."""
+
+
 class Options(BaseModel):
     """The options that every reader has; each adds its own."""
 
@@ -69,7 +73,8 @@ def reader(name: str) -> Reader:
     """Import the reader of that name. Raises UserError for an unknown one."""
     if name not in NAMES:
         raise UserError(f"dataset: '{name}' is unknown{nearest(name, NAMES)}; allowed are {', '.join(NAMES)}")
-    return importlib.import_module(f"{__name__}.{name}")  # type: ignore[return-value]
+    module: Reader = importlib.import_module(f"{__name__}.{name}")  # type: ignore[assignment]
+    return module
 
 
 def parse_options(dataset: str, kind: type[Options], values: Mapping[str, str]) -> Options:

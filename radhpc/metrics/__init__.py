@@ -1,0 +1,1 @@
+"""Measures of written reports: pure functions of texts and labels."""

@@ -1,0 +1,265 @@
+"""Any table of images and texts: JSON, JSON lines, CSV or TSV, beside the images.
+
+    [{"image": "images/1.png", "text": "Findings: ... Impression: ...", "patient": "7", "view": "PA"}, ...]
+
+`image` is a path relative to the table, or a list of them. Rows of the same study are its views. Columns are
+found by their usual names (ALIASES) or named by options: `image=COLUMN text=COLUMN ...`. Columns that nobody
+names, dates and names among them, are not read.
+"""
+
+import json
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from radhpc.errors import UserError, nearest
+from radhpc.sample import CHEXPERT, Report, Split
+from shards import sections, splits, table
+from shards.datasets import DatasetWarning, Options, RawStudy
+
+SYNTHETIC = False
+
+ALIASES: dict[str, tuple[str, ...]] = {
+    "image": ("image", "images", "image_path", "image_paths", "path", "file", "file_name", "filename"),
+    "text": ("text", "report", "caption"),
+    "findings": ("findings",),
+    "impression": ("impression",),
+    "patient": ("patient", "patient_id", "subject_id"),
+    "study": ("study", "study_id"),
+    "view": ("view", "view_position", "projection"),
+    "split": ("split",),
+    "question": ("question",),
+    "answer": ("answer",),
+    "labels": ("labels",),
+    "language": ("language",),
+}
+VOCABULARY = "own"  # of labels that name none
+
+
+def _column(what: str) -> Any:
+    return Field(None, description=f"the column of {what}")
+
+
+class OPTIONS(Options):
+    """image_text: any table of images and texts."""
+
+    table: str | None = Field(None, description="the file in the folder, where it holds several tables")
+    delimiter: str | None = Field(None, description="the character between the columns of a CSV; \\t is a tab")
+    image: str | None = _column("image paths")
+    text: str | None = _column("whole reports or captions")
+    findings: str | None = _column("findings, where sections have columns of their own")
+    impression: str | None = _column("impressions, where sections have columns of their own")
+    patient: str | None = _column("patients; without one each study counts as a patient")
+    study: str | None = _column("studies; without one each row is a study")
+    view: str | None = _column("projections: PA, AP, L, ...")
+    split: str | None = _column("official splits: train, validate or test")
+    question: str | None = _column("questions about the image")
+    answer: str | None = _column("answers to them")
+    labels: str | None = _column("labels: {name: 1, 0, -1 or null}, or the names of what is present")
+    language: str | None = Field(None, description="the column of languages, or one code for all, such as es")
+
+
+class Fault(ValueError):
+    """Why a row cannot be used."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """What one row says, in our terms."""
+
+    views: tuple[tuple[Path, str | None], ...]
+    patient: str
+    study: str
+    split: Split | None
+    report: Report
+    language: str
+    labels: dict[str, dict[str, int | None]]
+    question: str | None
+    answer: str | None
+    name: str
+
+
+def read(raw: Path | None, options: Options) -> Iterator[RawStudy]:
+    """Yield the studies of the table. Raises UserError for a table that cannot be read."""
+    assert isinstance(options, OPTIONS)
+    if raw is None:
+        raise UserError("image_text: --raw is missing: the folder of the table, or the table itself")
+    rows = table.read(table.find(raw, options.table), options.delimiter)
+    columns = find_columns(rows, options)
+    if "patient" not in columns:
+        warnings.warn(
+            f"{rows.path.name}: no patient column, so each study counts as a patient of its own; if patients have "
+            "several studies, name the column with patient=COLUMN",
+            DatasetWarning,
+            stacklevel=2,
+        )
+    studies: dict[tuple[str, str, str | None], list[Item]] = {}
+    for record in rows.records:
+        try:
+            item = _item(record, columns, options, rows.path.parent)
+        except Fault as fault:
+            yield RawStudy(study="", patient="", views=(), name=f"{rows.path.name} {record.where}", fault=str(fault))
+            continue
+        if "study" in columns:
+            studies.setdefault((item.patient, item.study, item.question), []).append(item)
+        else:
+            yield _study([item])
+    for items in studies.values():
+        yield _study(items)
+
+
+def find_columns(rows: table.Table, options: OPTIONS) -> dict[str, str]:
+    """Our names -> the table's. Raises UserError that names the columns found and wanted."""
+    by_name = {name.strip().lower(): name for name in reversed(rows.columns)}
+    found = {}
+    for ours, aliases in ALIASES.items():
+        chosen = getattr(options, ours)
+        if chosen is not None and (ours != "language" or chosen in rows.columns):
+            if chosen not in rows.columns:
+                raise UserError(
+                    f"{ours}={chosen}: no such column in {rows.path}{nearest(chosen, rows.columns)}; "
+                    f"found are {', '.join(rows.columns)}"
+                )
+            found[ours] = chosen
+        elif theirs := next((by_name[alias] for alias in aliases if alias in by_name), None):
+            found[ours] = theirs
+    told = "text" in found or "findings" in found or "impression" in found or {"question", "answer"} <= found.keys()
+    if "image" not in found or not told:
+        lacking = [name for name, there in (("image", "image" in found), ("text", told)) if not there]
+        raise UserError(
+            f"{rows.path}: no column for {' and '.join(lacking)}; found are {', '.join(rows.columns) or 'none'}; wanted "
+            f"are {' or '.join(ALIASES['image'])} and {' or '.join(ALIASES['text'])} (or name them: image=COLUMN "
+            "text=COLUMN)"
+        )
+    return found
+
+
+def _item(record: table.Record, columns: dict[str, str], options: OPTIONS, folder: Path) -> Item:
+    """Read one row. Raises Fault."""
+    if record.fault:
+        raise Fault(record.fault)
+
+    def get(ours: str) -> Any:
+        value = record.values.get(columns[ours]) if ours in columns else None
+        return None if isinstance(value, float) and math.isnan(value) else value
+
+    def text(ours: str) -> str | None:
+        value = get(ours)
+        if isinstance(value, (dict, list)):
+            raise Fault(f"{ours} is no text")
+        return str(value).strip() or None if value is not None else None
+
+    images = [path for path in _strings(get("image")) if path.strip()]
+    if not images:
+        raise Fault("no image named")
+    if any("\0" in path for path in images):
+        raise Fault("image path with a zero byte")
+    views = _strings(get("view"))
+    views += [None] * (len(images) - len(views))
+    question = text("question")
+    study = text("study") or "\x1f".join([*(str(path) for path in images), question or ""])
+    try:
+        split = splits.parse(word) if (word := text("split")) else None
+    except UserError:
+        raise Fault("unknown split") from None
+    code = options.language if options.language not in columns.values() else None
+    return Item(
+        views=tuple((folder / path, view or None) for path, view in zip(images, views, strict=False)),
+        patient=text("patient") or (study if "study" in columns else "\x1f".join(images)),
+        study=study,
+        split=split,
+        report=_report(text("text"), text("findings"), text("impression"), options),
+        language=text("language") or code or "en",
+        labels=_labels(get("labels"), record.values),
+        question=question,
+        answer=text("answer"),
+        name=f"{folder.name}: {images[0]}",
+    )
+
+
+def _report(text: str | None, findings: str | None, impression: str | None, options: OPTIONS) -> Report:
+    """Columns of sections that an option names come first, then the whole text, then usual section columns."""
+    named = options.findings or options.impression
+    if text and not named:
+        return sections.split(text)
+    return Report(findings=findings, impression=impression)
+
+
+def _study(items: list[Item]) -> RawStudy:
+    """Rows of one study: the views of all, the rest of the first."""
+    first = items[0]
+    fault = None
+    if not first.report.text() and not first.answer:
+        fault = "empty text"
+    elif any(item.report != first.report or item.answer != first.answer for item in items):
+        fault = "rows of one study with different texts"
+    elif any(item.split != first.split for item in items):
+        fault = "rows of one study in different splits"
+    return RawStudy(
+        study=f"{first.patient}\x1f{first.study}\x1f{first.question or ''}",
+        patient=first.patient,
+        views=tuple(view for item in items for view in item.views),
+        name=first.name,
+        split=first.split,
+        report=first.report,
+        language=first.language,
+        labels=first.labels,
+        question=first.question,
+        answer=first.answer,
+        fault=fault,
+    )
+
+
+def _strings(value: Any) -> list[str | None] | Any:
+    """A list of texts, from one or several; in a CSV several are written as a JSON list."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            return [value]  # a file may be called so
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    if any(isinstance(item, (dict, list)) for item in values):
+        raise Fault("image or view that is no text")
+    return [str(item) for item in values if item is not None]
+
+
+def _labels(value: Any, record: dict[str, Any]) -> dict[str, dict[str, int | None]]:
+    """Labels by vocabulary, from a labels column and from columns called as CheXpert's names."""
+    labels: dict[str, dict[str, int | None]] = {}
+    if isinstance(value, str):
+        value = value.strip()
+        if value.startswith("{"):
+            try:
+                value = json.loads(value)
+            except json.JSONDecodeError:
+                raise Fault("labels that are no JSON") from None
+        else:
+            value = [name.strip() for name in value.split("|") if name.strip()]
+    if isinstance(value, list):
+        value = {str(name): 1 for name in value}
+    if isinstance(value, dict) and value:
+        nested = all(isinstance(inner, dict) for inner in value.values())
+        plain = "chexpert" if set(value) <= set(CHEXPERT) else VOCABULARY
+        for vocabulary, values in (value if nested else {plain: value}).items():
+            labels[str(vocabulary)] = {str(name): _label(given) for name, given in values.items()}
+    elif value:
+        raise Fault("labels that are no names")
+    own = {name: _label(record[name]) for name in CHEXPERT if name in record}
+    return {"chexpert": own, **labels} if own else labels
+
+
+def _label(value: Any) -> int | None:
+    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise Fault("a label other than 1, 0, -1 and empty") from None
+    if number not in (1, 0, -1):
+        raise Fault("a label other than 1, 0, -1 and empty")
+    return int(number)
