@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pydicom
 from pydicom import encaps, uid
-from pydicom.pixels import apply_color_lut, apply_modality_lut
+from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
 
 from shards.pixels import WINDOW, BadImage, Raw, check_size, merge_channels, percentile_window
 
@@ -151,4 +151,3 @@ def _finish(shown: npt.NDArray[Any], window: WINDOW, bits: int, inverted: bool) 
     """Pixels that a curve has brought to 0..255; the window is for the record."""
     pixels = np.asarray(np.rint(255 - shown if inverted else shown), np.uint8)
     return Raw(pixels, bits, window[::-1] if inverted else window)
-

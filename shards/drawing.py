@@ -8,7 +8,7 @@ radiographs are hung), y from -1 (neck) to 1 (abdomen). Brightness is how much t
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +17,10 @@ from PIL import Image
 BITS = 12
 Projection = Literal["PA", "L"]
 PROJECTIONS: tuple[Projection, ...] = ("PA", "L")
-Plane = npt.NDArray[np.float32]  # (size, size)
+Plane = npt.NDArray[np.floating[Any]]  # (size, size), float32 throughout
 
 AIR, LUNG, TISSUE = 0.02, 0.20, 0.56  # brightness
+COARSE = 256  # pixels: pictures from here on are drawn at half the size and enlarged, soft as real ones are
 TEXTURES = 8  # vessel patterns kept in memory; each patient gets a shifted, mirrored one
 
 
@@ -36,8 +37,10 @@ def draw(
     view: Projection, size: int, findings: list[Finding], anatomy: np.random.Generator, exposure: np.random.Generator
 ) -> npt.NDArray[np.uint16]:
     """Draw one view. `anatomy` belongs to the patient, `exposure` to this picture."""
-    x, y = _place(size, exposure)
+    x, y = _place(size // 2 if size >= COARSE else size, exposure)
     picture = (_frontal if view == "PA" else _lateral)(x, y, findings, anatomy)
+    if size >= COARSE:
+        picture = np.array(Image.fromarray(picture).resize((size, size), Image.Resampling.BICUBIC))
     picture *= exposure.uniform(0.85, 1.15)
     picture += exposure.uniform(0.0, 0.06)
     picture += exposure.standard_normal((size, size), dtype=np.float32) * exposure.uniform(0.008, 0.02)
@@ -89,7 +92,7 @@ def _lung(
     lung = soft(edge, 0.03)
     lung *= soft(0.40 - 0.27 * along - out, 0.03)
     lung *= soft(y - dome, 0.03)
-    vessels = texture * np.clip(1.1 - 1.3 * np.hypot(out - 0.2, y + 0.05), 0, 1)  # thin out toward the edge
+    vessels = texture * np.clip(1 - np.square(out - 0.2) - np.square(y + 0.05), 0, 1)  # thin out toward the edge
     inside = LUNG + 0.11 * vessels
 
     air = findings.get("pneumothorax")
@@ -160,8 +163,9 @@ def _mediastinum(x: Plane, y: Plane, share: float) -> Plane:
     shadow = np.maximum(shadow, soft(np.abs(x - 0.02) - 0.03 * np.square(y) - 0.13, 0.05))  # great vessels
     shadow = np.maximum(shadow, soft(np.square(x - 0.13) + np.square(y + 0.34) - 0.010, 0.010))  # aortic knob
     shadow *= TISSUE + 0.08
-    hila = np.square((np.abs(x) - 0.20) / 0.09) + np.square((y + 0.06) / 0.14)
-    return np.maximum(shadow, 0.40 * soft(hila - 1, 1.2))
+    hila: Plane = np.square((np.abs(x) - 0.20) / 0.09) + np.square((y + 0.06) / 0.14)
+    hila = 0.40 * soft(hila - 1, 1.2)
+    return np.maximum(shadow, hila)
 
 
 def _lateral(x: Plane, y: Plane, findings: list[Finding], rng: np.random.Generator) -> Plane:
@@ -183,7 +187,8 @@ def _lateral(x: Plane, y: Plane, findings: list[Finding], rng: np.random.Generat
         if kind == "consolidation":
             inside = blend(inside, 0.56, 0.7 * soft(np.hypot((x - depth) / 0.26, (y - height) / 0.20) - 0.8, 0.4))
         elif kind == "nodule":
-            inside = blend(inside, 0.56, 0.8 * soft(np.hypot(x - depth, y - height) - 0.10 - 0.03 * finding.extent, 0.03))
+            distance = np.hypot(x - depth, y - height) - 0.03 * finding.extent
+            inside = blend(inside, 0.56, 0.8 * soft(distance - 0.10, 0.03))
         elif kind == "effusion":
             inside = blend(inside, 0.56, soft(0.50 - 0.4 * np.square(x) - y, 0.06) * soft(0.05 - x, 0.1))
     picture = blend(picture, inside, lung)

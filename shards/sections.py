@@ -1,7 +1,7 @@
 """The text of a report -> its sections, by their headers.
 
-    split("INDICATION: cough. FINDINGS: Clear lungs. IMPRESSION: Normal.")
-    Report(findings="Clear lungs.", impression="Normal.", other="INDICATION: cough.")
+split("INDICATION: cough. FINDINGS: Clear lungs. IMPRESSION: Normal.")
+Report(findings="Clear lungs.", impression="Normal.", other="INDICATION: cough.")
 """
 
 import re

@@ -1,7 +1,7 @@
 """Reads a table of records: JSON, JSON lines, CSV or TSV, by the standard library, in UTF-8 with or without BOM.
 
-    table = read(Path("data.json"))                     # Table: path, columns, records
-    table.records[0].values["image"], table.records[0].where                     # "images/1.jpg", "record 1"
+table = read(Path("data.json"))                     # Table: path, columns, records
+table.records[0].values["image"], table.records[0].where                     # "images/1.jpg", "record 1"
 """
 
 import csv
@@ -105,8 +105,8 @@ def _suggest_delimiter(path: Path, header: str, delimiter: str) -> None:
         if other in header and other != delimiter:
             written = "\\t" if other == "\t" else other
             raise UserError(
-                f"{path}: the header is one column, '{header}', when cut at each {DELIMITERS.get(delimiter, delimiter)}; "
-                f"is it a {name}? Then give delimiter='{written}'"
+                f"{path}: cut at each {DELIMITERS.get(delimiter, delimiter)}, the header is one column, '{header}'; "
+                f"if the {name} cuts it, give delimiter='{written}'"
             )
 
 
@@ -139,7 +139,7 @@ def _json_lines(path: Path, text: str) -> list[Record]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                records.append(Record(f"line {number}", *_objects(path, [json.loads(line)])))
+                records.append(Record(f"line {number}", _objects(path, [json.loads(line)])[0]))
             except json.JSONDecodeError as error:
                 raise UserError(f"{path}: line {number}: no valid JSON ({error.msg})") from error
     return records
@@ -147,5 +147,5 @@ def _json_lines(path: Path, text: str) -> list[Record]:
 
 def _objects(path: Path, value: Any) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        raise UserError(f"{path}: the records must be a list of objects such as {{\"image\": ..., \"text\": ...}}")
+        raise UserError(f'{path}: the records must be a list of objects such as {{"image": ..., "text": ...}}')
     return value

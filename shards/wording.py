@@ -1,7 +1,7 @@
 """Writes the report of a drawn study: Findings and Impression, the same facts in ever other words.
 
-    write([Finding("effusion left", "left", 0.9)], views=1, rng).findings
-    "A large pleural effusion is present on the left. The heart is not enlarged. No pneumothorax. ..."
+write([Finding("effusion left", "left", 0.9)], views=1, rng).findings
+"A large pleural effusion is present on the left. The heart is not enlarged. No pneumothorax. ..."
 """
 
 from collections.abc import Sequence
@@ -124,7 +124,8 @@ def _say(findings: Sequence[Finding], words: dict[str, tuple[str, ...]], rng: np
             continue
         place = finding.label.split(maxsplit=1)[-1]
         size = _SIZES[min(int(3 * finding.extent), 2)]
-        text = _pick(words[_kind(finding)], rng).format(side=finding.side, zone=place.split()[-1], lobe=place, size=size)
+        wording = _pick(words[_kind(finding)], rng)
+        text = wording.format(side=finding.side, zone=place.split()[-1], lobe=place, size=size)
         said.append(text[0].upper() + text[1:])
     return said
 

@@ -81,6 +81,9 @@ def build_shard(task: Task, tick: Callable[[], None]) -> Done:
                 yield row.key, members(row, task)
             except BadImage as error:
                 skipped.append((place, error.reason, error.detail))
+            except ValidationError as error:
+                what = error.errors()[0]
+                skipped.append((place, "description refused", f"{'.'.join(map(str, what['loc']))}: {what['msg']}"))
             tick()
 
     shard, rows = write(task.out / task.plan.name, samples())
@@ -137,7 +140,8 @@ def _follow_parent() -> None:
 
 def run_task(task: Task) -> Done | None:
     """Build one shard in a worker process; None where the build is ending."""
-    assert _counter is not None and _stop is not None
+    assert _counter is not None
+    assert _stop is not None
     counter, stop = _counter, _stop
 
     def tick() -> None:

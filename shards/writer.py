@@ -40,9 +40,7 @@ class SampleRow(NamedTuple):
     members: tuple[MemberRow, ...]
 
 
-def write(
-    path: Path, samples: Iterable[tuple[str, list[tuple[str, bytes]]]]
-) -> tuple[Shard | None, list[SampleRow]]:
+def write(path: Path, samples: Iterable[tuple[str, list[tuple[str, bytes]]]]) -> tuple[Shard | None, list[SampleRow]]:
     """Write the samples in their order. No samples: no file, and None. Raises OSError, and whatever they raise."""
     rows: list[SampleRow] = []
     digest, size = hashlib.sha256(), 0

@@ -302,15 +302,15 @@ def _stop(place: Path) -> None:
 
 
 def _end(place: Path, name: str) -> None:
-    """Ask the processes whose names begin with `name` to end, and after two seconds make them."""
+    """Ask the processes whose names begin with `name` to end, and after a second make them."""
     start = time.monotonic()
     while pids := {pid for pid, one in _processes(place).items() if one.startswith(name)}:
         waited = time.monotonic() - start
-        if waited > 12:
+        if waited > 10:
             raise BoxError(f"processes {sorted(pids)} do not end, not even by SIGKILL")
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL if waited > 2 or name == "job" else signal.SIGTERM)
+                os.kill(pid, signal.SIGKILL if waited > 1 or name == "job" else signal.SIGTERM)
         time.sleep(0.1)
 
 
@@ -354,7 +354,7 @@ def _up(
     nodes: Annotated[int, typer.Option(min=1, max=64, help="Nodes, named box1, box2, ...")] = 2,
     cpus: Annotated[int, typer.Option(min=1, help="CPUs of each node, whatever this machine has.")] = 1,
     gpus: Annotated[int, typer.Option(min=0, help="Pretended GPUs of each node.")] = 0,
-    grace: Annotated[int, typer.Option(min=0, help="Seconds from a preemption to the job's end.")] = 20,
+    grace: Annotated[int, typer.Option(min=0, help="GraceTime of the preemptible partition.")] = 20,
     folder: Folder = None,
     as_json: Json = False,
 ) -> None:

@@ -73,7 +73,7 @@ def reader(name: str) -> Reader:
     """Import the reader of that name. Raises UserError for an unknown one."""
     if name not in NAMES:
         raise UserError(f"dataset: '{name}' is unknown{nearest(name, NAMES)}; allowed are {', '.join(NAMES)}")
-    module: Reader = importlib.import_module(f"{__name__}.{name}")  # type: ignore[assignment]
+    module: Reader = importlib.import_module(f"{__name__}.{name}")
     return module
 
 

@@ -12,6 +12,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -132,9 +133,9 @@ def find_columns(rows: table.Table, options: OPTIONS) -> dict[str, str]:
     if "image" not in found or not told:
         lacking = [name for name, there in (("image", "image" in found), ("text", told)) if not there]
         raise UserError(
-            f"{rows.path}: no column for {' and '.join(lacking)}; found are {', '.join(rows.columns) or 'none'}; wanted "
-            f"are {' or '.join(ALIASES['image'])} and {' or '.join(ALIASES['text'])} (or name them: image=COLUMN "
-            "text=COLUMN)"
+            f"{rows.path}: no column for {' and '.join(lacking)}; found are {', '.join(rows.columns) or 'none'}; "
+            f"wanted are {' or '.join(ALIASES['image'])} and {' or '.join(ALIASES['text'])} "
+            "(or name them: image=COLUMN text=COLUMN)"
         )
     return found
 
@@ -152,24 +153,25 @@ def _item(record: table.Record, columns: dict[str, str], options: OPTIONS, folde
         value = get(ours)
         if isinstance(value, (dict, list)):
             raise Fault(f"{ours} is no text")
-        return str(value).strip() or None if value is not None else None
+        return _text(value) or None
 
-    images = [path for path in _strings(get("image")) if path.strip()]
+    views = [view for view in zip_longest(_strings(get("image")), _strings(get("view")), fillvalue="") if view[0]]
+    images = [path for path, _ in views]
     if not images:
         raise Fault("no image named")
     if any("\0" in path for path in images):
         raise Fault("image path with a zero byte")
-    views = _strings(get("view"))
-    views += [None] * (len(images) - len(views))
+    if "patient" in columns and not text("patient"):
+        raise Fault("empty patient")
     question = text("question")
-    study = text("study") or "\x1f".join([*(str(path) for path in images), question or ""])
+    study = text("study") or "\x1f".join([*images, question or ""])
     try:
         split = splits.parse(word) if (word := text("split")) else None
     except UserError:
         raise Fault("unknown split") from None
     code = options.language if options.language not in columns.values() else None
     return Item(
-        views=tuple((folder / path, view or None) for path, view in zip(images, views, strict=False)),
+        views=tuple((folder / path, view or None) for path, view in views),
         patient=text("patient") or (study if "study" in columns else "\x1f".join(images)),
         study=study,
         split=split,
@@ -215,7 +217,14 @@ def _study(items: list[Item]) -> RawStudy:
     )
 
 
-def _strings(value: Any) -> list[str | None] | Any:
+def _text(value: Any) -> str:
+    """A cell as text; whole numbers lose the point that some exporters give them, so that 7.0 and 7 are one patient."""
+    if value is None:
+        return ""
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
+
+
+def _strings(value: Any) -> list[str]:
     """A list of texts, from one or several; in a CSV several are written as a JSON list."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
@@ -225,7 +234,7 @@ def _strings(value: Any) -> list[str | None] | Any:
     values = value if isinstance(value, list) else [] if value is None else [value]
     if any(isinstance(item, (dict, list)) for item in values):
         raise Fault("image or view that is no text")
-    return [str(item) for item in values if item is not None]
+    return [_text(item) for item in values]
 
 
 def _labels(value: Any, record: dict[str, Any]) -> dict[str, dict[str, int | None]]:

@@ -1,0 +1,180 @@
+"""Rereads shards against their manifest and names every fault with shard, member and offset.
+
+    report = verify("/data/padchest", lambda done, total: None)
+    report.ok, report.faults        # False, [Fault(shard="train-000003.tar", member="...", offset=..., fault=...)]
+
+The index is checked against the manifest, each tar against the index, each description against both, and the
+patients of all splits against each other.
+"""
+
+import hashlib
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import google_crc32c
+import numpy as np
+from pydantic import ValidationError
+
+from radhpc.errors import UserError, first_line
+from radhpc.manifest import MANIFEST, Index, Manifest, Member
+from radhpc.sample import SPLITS, Sample
+from radhpc.store import Store
+from shards.writer import BLOCK
+
+Progress = Callable[[int, int], None]  # (samples done, samples in all)
+CHUNK = 16 << 20  # bytes read at a time for the checksum of a shard
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong, and where: `shard` is a file beside the manifest, `offset` a byte in it."""
+
+    shard: str
+    member: str | None
+    offset: int | None
+    fault: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome."""
+
+    url: str
+    shards: int
+    samples: int
+    faults: list[Fault] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not self.faults
+
+
+def verify(url: str, progress: Progress = lambda done, total: None) -> Report:
+    """Reread every shard. Raises UserError where there is no manifest, or it cannot be read at all."""
+    store = Store(url)
+    manifest = Manifest.load(store)
+    try:
+        index = manifest.load_index(store)
+    except UserError as error:
+        fault = Fault(manifest.index.name, None, None, first_line(error))
+        return Report(url, len(manifest.shards), manifest.samples, [fault])
+    faults = list(_check_counts(manifest, index))
+    of_shard = [np.flatnonzero(index.shard == number) for number in range(len(manifest.shards))]
+    done = 0
+    for number, samples in enumerate(of_shard):
+        faults += _check_shard(store, manifest, index, number, samples.tolist())
+        done += len(samples)
+        progress(done, len(index))
+    store.close()
+    return Report(url, len(manifest.shards), len(index), faults)
+
+
+def _check_counts(manifest: Manifest, index: Index) -> Iterator[Fault]:
+    """The manifest's counts and the proofs that need no shard."""
+
+    def fault(text: str) -> Fault:
+        return Fault(MANIFEST, None, None, text)
+
+    keys = index.key.tolist()
+    if len(keys) != manifest.samples:
+        yield fault(f"{manifest.samples} samples, but the index has {len(keys)}")
+    for key, count in Counter(keys).items():
+        if count > 1:
+            yield fault(f"key {key.decode()} stands {count} times")
+    split_of: dict[bytes, set[int]] = {}
+    for patient, split in zip(index.patient.tolist(), index.split.tolist(), strict=True):
+        split_of.setdefault(patient, set()).add(split)
+    for patient, places in split_of.items():
+        if len(places) > 1:
+            yield fault(f"patient {patient.decode()} is in {' and '.join(SPLITS[n] for n in sorted(places))}")
+    samples = {split: int((index.split == n).sum()) for n, split in enumerate(SPLITS)}
+    if {split: manifest.splits.get(split, 0) for split in SPLITS} != samples:
+        yield fault(f"splits of {manifest.splits} samples, but the index has {samples}")
+    patients = {split: sum(n in places for places in split_of.values()) for n, split in enumerate(SPLITS)}
+    if {split: manifest.patients.get(split, 0) for split in SPLITS} != patients:
+        yield fault(f"splits of {manifest.patients} patients, but the index has {patients}")
+    for number, shard in enumerate(manifest.shards):
+        held = int((index.shard == number).sum())
+        if held != shard.samples:
+            yield fault(f"{shard.name}: {shard.samples} samples, but the index has {held}")
+
+
+def _check_shard(store: Store, manifest: Manifest, index: Index, number: int, samples: list[int]) -> Iterator[Fault]:
+    """One tar: its size and checksum, then each member, then what lies between and behind them."""
+    shard = manifest.shards[number]
+    try:
+        size = store.size(shard.name)
+    except FileNotFoundError:
+        yield Fault(shard.name, None, None, "missing")
+        return
+    if size != shard.size:
+        yield Fault(shard.name, None, min(size, shard.size), f"{size} bytes, but the manifest says {shard.size}")
+    if _digest(store, shard.name, size) != shard.sha256:
+        yield Fault(shard.name, None, None, "sha256 differs from the manifest's")
+    end = 0
+    for sample in samples:
+        for member in index.members(sample):
+            yield from _check_member(store, manifest, index, sample, member, end)
+            end = member.offset + member.length + -member.length % BLOCK
+    rest = store.read_range(shard.name, end, max(0, size - end))
+    if len(rest) < 2 * BLOCK or rest.strip(b"\0"):
+        yield Fault(shard.name, None, end, "the tar does not end where the index says")
+
+
+def _check_member(
+    store: Store, manifest: Manifest, index: Index, sample: int, member: Member, end: int
+) -> Iterator[Fault]:
+    """One file in a tar; `end` is where the one before it ends, and so where its header must start."""
+    name = manifest.shards[member.shard].name
+
+    def fault(text: str, offset: int = member.offset) -> Fault:
+        return Fault(name, member.name, offset, text)
+
+    if member.offset - BLOCK != end:
+        yield fault(f"stands at {member.offset}, but the member before it ends at {end}", end)
+    data = store.read_range(name, member.offset - BLOCK, BLOCK + member.length)
+    header, data = data[:BLOCK], data[BLOCK:]
+    try:
+        found = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
+        if (found.name, found.size) != (member.name, member.length):
+            yield fault(f"the tar has {found.name} of {found.size} bytes here", member.offset - BLOCK)
+    except (tarfile.HeaderError, UnicodeDecodeError) as error:
+        yield fault(f"no tar header ({first_line(error)})", member.offset - BLOCK)
+    if len(data) < member.length:
+        yield fault(f"cut after {len(data)} of {member.length} bytes")
+        return
+    if google_crc32c.value(data) != member.crc32c:
+        yield fault("crc32c differs from the index's")
+    if member.name.endswith(".json"):
+        yield from (fault(text) for text in _check_description(data, index, sample))
+    elif not data.startswith(b"\xff\xd8\xff"):
+        yield fault("no JPEG")
+
+
+def _check_description(data: bytes, index: Index, sample: int) -> Iterator[str]:
+    """The JSON of a sample must be one of ours, and say of it what the index says."""
+    try:
+        described = Sample.model_validate_json(data)
+    except ValidationError as error:
+        what = error.errors()[0]
+        yield f"description: {'.'.join(map(str, what['loc'])) or 'the file'}: {what['msg']}"
+        return
+    images = int(index.first[sample + 1] - index.first[sample]) - 1
+    pairs = {
+        "key": (described.key, index.key[sample].decode()),
+        "patient": (described.patient, index.patient[sample].decode()),
+        "split": (described.split, SPLITS[index.split[sample]]),
+        "number of images": (len(described.images), images),
+    }
+    for what, (here, there) in pairs.items():
+        if here != there:
+            yield f"description: {what} is {here}, but the index says {there}"
+
+
+def _digest(store: Store, name: str, size: int) -> str:
+    digest = hashlib.sha256()
+    for offset in range(0, size, CHUNK):
+        digest.update(store.read_range(name, offset, min(CHUNK, size - offset)))
+    return digest.hexdigest()

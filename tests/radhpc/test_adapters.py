@@ -1,0 +1,140 @@
+"""Stages join without a seam: after growing, keeping or merging adapters the logits are those before."""
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+
+from radhpc import adapters
+from radhpc.collate import Batch, Encoder
+from radhpc.dist import Ranks
+from radhpc.engine import Engine
+from radhpc.errors import UserError
+from radhpc.export import write_adapter
+from radhpc.models import ModelFamily, family
+from radhpc.recipe import Lora, Recipe, load
+from radhpc.stream import Source
+from radhpc.tokenizer import train as train_tokenizer
+from tests.conftest import TINY_RECIPE
+
+TARGETS = ".*language_model.*(q|v)_proj"
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory, phantom_shards: Path) -> Recipe:
+    path = tmp_path_factory.mktemp("adapters") / "tiny.yaml"
+    path.write_text(TINY_RECIPE.format(shards=phantom_shards))
+    return load(path)
+
+
+@pytest.fixture(scope="module")
+def kind(tmp_path_factory: pytest.TempPathFactory, recipe: Recipe) -> ModelFamily:
+    folder = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
+    train_tokenizer((s.report.text() for s in Source(recipe.shards, "train").samples()), 400, folder)
+    return family(recipe.model, str(folder))
+
+
+@pytest.fixture(scope="module")
+def batch(recipe: Recipe, kind: ModelFamily) -> Batch:
+    encoder, source = Encoder(kind, recipe.text), Source(recipe.shards, "train")
+    return encoder.batch([encoder.encode(*source.read(n)) for n in range(4)])
+
+
+def logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    with torch.no_grad():
+        return model.eval()(**inputs).logits  # type: ignore[no-any-return]
+
+
+def trained(kind: ModelFamily, lora: Lora) -> tuple[torch.nn.Module, adapters.Adapter]:
+    """A model with adapters that do something."""
+    model = kind.build(0)
+    adapters.attach(model, lora, seed=1)
+    torch.manual_seed(2)
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data.normal_(std=0.3)
+            tensors[adapters.canonical(name)] = parameter.data.clone()
+    return model, adapters.Adapter(lora, tensors)
+
+
+@pytest.mark.parametrize(("rank", "alpha"), [(2, 4), (4, 8), (5, 3.5), (16, 64)])
+def test_growing_keeps_the_function_and_every_new_direction_learns(
+    kind: ModelFamily, batch: Batch, rank: int, alpha: float
+) -> None:
+    before, adapter = trained(kind, Lora(rank=2, alpha=4, targets=TARGETS))
+    after = kind.build(0)
+    lora = Lora(rank=rank, alpha=alpha, targets=TARGETS)
+    adapters.attach(after, lora, seed=3)
+    plain = logits(after, batch)
+    adapters.grow(after, lora, adapter)
+    wanted = logits(before, batch)
+    assert (wanted - plain).abs().max() > 1e-2, "the adapters do nothing: the test would pass on anything"
+    assert (logits(after, batch) - wanted).abs().max() < 1e-5
+    after(**{k: v for k, v in batch.items() if k != "labels"}).logits.square().sum().backward()
+    for name, parameter in after.named_parameters():
+        if ".lora_B." in name:
+            assert parameter.grad is not None
+            assert (parameter.grad.abs().amax(dim=0) > 0).all(), f"{name}: a direction without gradient"
+
+
+def test_merging_keeps_the_function(kind: ModelFamily, batch: Batch) -> None:
+    before, adapter = trained(kind, Lora(rank=3, alpha=6, targets=TARGETS))
+    after = kind.build(0)
+    adapters.merge(after, adapter)
+    assert (logits(after, batch) - logits(before, batch)).abs().max() < 1e-5
+
+
+def test_a_stage_is_prepared_from_the_stages_before(kind: ModelFamily, recipe: Recipe, batch: Batch) -> None:
+    """Full training, then adapters, then grown ones: the third stage starts where the second ended."""
+    saved: list[adapters.Tensors] = []
+    last = None
+    for number in range(3):
+        model = kind.build(0)
+        adapters.prepare(model, recipe.stages, number, saved.__getitem__, seed=0)
+        if last is not None:
+            assert (logits(model, batch) - last).abs().max() < 1e-5, f"a seam before stage {number}"
+        engine = Engine(model, recipe, recipe.stages[number].optimizer, kind.blocks, Ranks())
+        for _ in range(3):
+            engine.step([batch], int((batch["labels"][:, 1:] != -100).sum()), 1.0)
+        assert last is None or (logits(model, batch) - last).abs().max() > 1e-4
+        last = logits(model, batch)
+        saved.append(engine.weights())
+
+
+def test_peft_reads_our_adapter(kind: ModelFamily, batch: Batch, tmp_path: Path) -> None:
+    lora = Lora(rank=3, alpha=6, targets=TARGETS)
+    model, adapter = trained(kind, lora)
+    write_adapter(tmp_path / "adapter", adapters.peft_config(lora), adapter.tensors)
+    write_adapter(tmp_path / "adapter", adapters.peft_config(lora), adapter.tensors)  # over the one that is there
+    theirs: Any = peft.PeftModel.from_pretrained(kind.build(0), str(tmp_path / "adapter"))  # type: ignore[arg-type]
+    assert torch.equal(logits(theirs, batch), logits(model, batch))
+
+
+def test_what_matches_nothing_is_refused(kind: ModelFamily, recipe: Recipe) -> None:
+    with pytest.raises(UserError, match=r"nowhere.*"):
+        adapters.attach(kind.build(0), Lora(rank=2, alpha=2, targets="nowhere"), 0)
+    stage = recipe.stages[0].model_copy(update={"train": ("projecter",)})
+    with pytest.raises(UserError, match="'projecter' matches no parameter"):
+        adapters.choose_trained(kind.build(0), stage)
+    optimizer = recipe.stages[1].optimizer.model_copy(
+        update={"groups": (recipe.stages[1].optimizer.groups[0].model_copy(update={"match": "vision"}),)}
+    )
+    model = kind.build(0)
+    adapters.prepare(model, (recipe.stages[1],), 0, lambda n: {}, 0)
+    with pytest.raises(UserError, match="'vision' matches no trained parameter"):
+        Engine(model, recipe, optimizer, kind.blocks, Ranks())
+
+
+def test_only_the_stage_trains(kind: ModelFamily, recipe: Recipe, batch: Batch) -> None:
+    model = kind.build(0)
+    adapters.prepare(model, (recipe.stages[1],), 0, lambda n: {}, 0)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    engine = Engine(model, recipe, recipe.stages[1].optimizer, kind.blocks, Ranks())
+    for _ in range(2):
+        engine.step([batch], 100, 1.0)
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed == {name for name in before if ".lora_" in name}
