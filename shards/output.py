@@ -68,14 +68,14 @@ def earlier(folder: Path, recipe: dict[str, Any], build_hash: str, force: bool) 
         manifest = Manifest.load(Store(folder))
         if manifest.build_hash != build_hash:
             clear_records(folder)
-            raise _another(folder, manifest.build, recipe)
+            raise _another(folder, "another build", manifest.build, recipe)
         manifest.check_sizes(Store(folder))
         clean(folder, manifest)
         return manifest
     with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
         begun = json.loads((folder / RECIPE).read_bytes())
         if begun != recipe:
-            raise _another(folder, begun, recipe)
+            raise _another(folder, "another, unfinished build", begun, recipe)
     write_atomically(folder / RECIPE, json.dumps(recipe).encode(), 0o600)
     return None
 
@@ -109,9 +109,9 @@ def explain_refusals(folder: Path) -> Iterator[None]:
         raise
 
 
-def _another(folder: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> UserError:
+def _another(folder: Path, what: str, theirs: dict[str, Any], ours: dict[str, Any]) -> UserError:
     differing = [key for key in ours if theirs.get(key) != ours[key]]
     return UserError(
-        f"{folder}: holds another build (other {', '.join(differing) or 'format'}); "
+        f"{folder}: holds {what} (other {', '.join(differing) or 'format'}); "
         "use another folder, or --force to replace it"
     )

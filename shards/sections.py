@@ -18,7 +18,7 @@ _OTHERS = (
 )  # fmt: skip
 # A header stands at the start of the text, of a line or of a sentence, and ends with a colon.
 _HEADER = re.compile(
-    rf"(?:^|(?<=[\n.!?])|(?<=[.!?]\s))[^\S\n]*(?P<name>{'|'.join((*_SECTION, *_OTHERS))})[^\S\n]*:", re.IGNORECASE
+    rf"(?:^|(?<=[\n.!?:])|(?<=[.!?:]\s))[^\S\n]*(?P<name>{'|'.join((*_SECTION, *_OTHERS))})[^\S\n]*:", re.IGNORECASE
 )
 
 

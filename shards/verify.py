@@ -158,8 +158,8 @@ def _check_description(data: bytes, index: Index, sample: int) -> Iterator[str]:
     try:
         described = Sample.model_validate_json(data)
     except ValidationError as error:
-        what = error.errors()[0]
-        yield f"description: {'.'.join(map(str, what['loc'])) or 'the file'}: {what['msg']}"
+        first = error.errors()[0]
+        yield f"description: {'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"
         return
     images = int(index.first[sample + 1] - index.first[sample]) - 1
     pairs = {

@@ -8,6 +8,8 @@
 
 Everything lives in one folder and listens on loopback only. Nobody else can submit jobs, because the key that
 signs every request lies in that folder. A requeued job waits 11 seconds here; on most clusters, two minutes.
+As anywhere, SLURM looks only every 30 seconds for preempted jobs whose grace is over, and then sends SIGTERM
+once more, so one that does not end by itself may live 40 seconds longer than its grace.
 """
 
 import contextlib
@@ -136,9 +138,7 @@ def _loopback_address() -> str:
     if not address.startswith("127."):
         # The daemons and srun can listen on this one address or on all of them; there is no third choice.
         fix = f"as root: echo 127.0.0.1 {host} >> /etc/hosts"
-        raise UserError(
-            f"this machine's name, {host}, stands for {address}, not for a loopback address; {fix}"
-        )
+        raise UserError(f"this machine's name {host} stands for {address}, not for a loopback address; {fix}")
     return address
 
 
@@ -209,7 +209,7 @@ SlurmctldPidFile={place}/slurmctld.pid
 SlurmdPidFile={place}/%n.pid
 SlurmctldLogFile={place}/logs/slurmctld.log
 SlurmdLogFile={place}/logs/%n.log
-# Nothing that needs control groups, mail.
+# Nothing that needs control groups or mail.
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MailProg=/bin/true
@@ -252,9 +252,9 @@ def _daemons(place: Path, nodes: int) -> dict[str, list[str]]:
     # Unless forced, munged wants the folders above its socket open to all users; the box is for one.
     commands = {"munged": ["munged", "--force", *(f"--{key}={place}/{name}" for key, name in files.items())]}
     commands["slurmctld"] = ["slurmctld", "-f", f"{place}/slurm.conf"]
-    return commands | {
-        name: ["slurmd", "-N", name, "-f", f"{place}/slurm.conf"] for name in _node_names(nodes)
-    }
+    for name in _node_names(nodes):
+        commands[name] = ["slurmd", "-N", name, "-f", f"{place}/slurm.conf"]
+    return commands
 
 
 def _wait_until_idle(place: Path, nodes: int) -> dict[str, Any]:
@@ -264,7 +264,7 @@ def _wait_until_idle(place: Path, nodes: int) -> dict[str, Any]:
         waited = time.monotonic() - start
         busy = [node["name"] for node in found["nodes"] if node["state"] != "idle"]
         if found["state"] == "up" and not busy:
-            return found
+            return status(place)  # once more, with the ids of daemons that have detached themselves
         # One that is still detaching itself may be missed.
         dead = [name for name in _daemons(place, nodes) if name not in found["daemons"] and waited > 1]
         if dead or waited > START_SECONDS:
@@ -383,9 +383,8 @@ def _print(found: dict[str, Any], as_json: bool) -> None:
 
     console = Console(highlight=False, soft_wrap=True)
     already = "already " if found.get("started") is False else ""
-    console.print(
-        f"the box is {already}{found['state']}" + (f": {found['problem']}" if found["problem"] else "")
-    )
+    problem = f": {found['problem']}" if found["problem"] else ""
+    console.print(f"the box is {already}{found['state']}{problem}")
     for rows in filter(None, (found["nodes"], found["partitions"])):
         table = Table(*(key.replace("_", " ") for key in rows[0]))
         for row in rows:

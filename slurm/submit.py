@@ -103,7 +103,8 @@ def slurm_parameters(run: RunDir, profile: Profile, python: str) -> dict[str, An
             f"export PYTHONPATH={shlex.quote(str(CHECKOUT))}${{PYTHONPATH:+:$PYTHONPATH}}",
             *profile.setup,
         ],
-        "teardown": [f"exec {python} -m slurm.requeue {shlex.quote(str(run.path))} $?"],
+        # From here on a signal must not end the decision half way.
+        "teardown": ["status=$?; trap '' TERM USR2", f"{python} -m slurm.requeue {shlex.quote(str(run.path))} $status"],
     }
 
 

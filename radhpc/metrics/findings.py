@@ -43,7 +43,7 @@ _TURN = re.compile(r"\b(?:but|however|although|except(?: for)?|apart from|yet|wh
 _CUT = re.compile(r",|\band\b|\bwith\b|\bas well as\b|\bplus\b|\bin keeping with\b")
 _SIDE = re.compile(r"\b(left|right|bilateral(?:ly)?|both)\b")
 _HEIGHT = re.compile(r"\b(upper|middle|mid|lower)\b")
-_SENTENCE = re.compile(r"[.;:!?\n]+")
+_SENTENCE = re.compile(r"[;:!?\n]|\.(?!\d)")  # not at the point of 3.5 cm
 
 
 def read(text: str) -> set[str]:

@@ -70,7 +70,7 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_one(tmp_path: Path) -> N
     import sys
     import time
 
-    for _ in range(5):
+    for _ in range(3):
         with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             process.stdout.readline()

@@ -39,7 +39,7 @@ def test_every_recipe_opens_with_the_commands_that_run_it(path: Path) -> None:
         ("stages.refine.adapters=null", ["refine", "'grow', 'keep' or 'merge'"]),
         ("stages.scratch.epochs=2", ["scratch", "either 'steps' or 'epochs'"]),
         ("nonsense", ["nonsense", "key=value"]),
-        ("seed.deeper=1", ["plain value"]),
+        ("name.deeper=1", ["plain value"]),
     ],
 )
 def test_a_mistake_is_named(recipe_file: Path, override: str, words: list[str]) -> None:

@@ -152,7 +152,8 @@ def test_nothing_listens_outside_loopback(running: dict[str, Any]) -> None:
 def test_an_urgent_job_preempts_a_preemptible_one_which_comes_back(running: dict[str, Any]) -> None:
     conf = running["conf"]
     # Left alone it would be requeued too, but SLURM looks at graces that are over only twice a minute.
-    first = submit(conf, "srun sleep 60; scontrol requeue $SLURM_JOB_ID", "--partition=preemptible")
+    script = 'srun sleep 60; test "$SLURM_RESTART_COUNT" || scontrol requeue $SLURM_JOB_ID'
+    first = submit(conf, script, "--partition=preemptible")
     wait_until(lambda: job(conf, first)["JobState"] == "RUNNING")
     urgent = submit(conf, "sleep 1", "--partition=urgent")
     assert wait_until(lambda: job(conf, first).get("PreemptTime") != "None") < 10

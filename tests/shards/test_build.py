@@ -1,0 +1,404 @@
+"""The same input gives the same bytes, whatever happens on the way; what goes wrong is one line and no half dataset."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import webdataset
+from PIL import Image
+
+from radhpc.errors import UserError
+from radhpc.manifest import Manifest
+from radhpc.sample import SPLITS, Sample
+from radhpc.store import Store
+from shards import salt, writer
+from shards.build import Settings, build
+from shards.worker import RECORDS
+
+pytestmark = pytest.mark.timeout(120)
+ROOT = Path(__file__).resolve().parents[2]
+PHANTOM = {"studies": "60", "size": "64"}
+SMALL = Settings(workers=1, shard_samples=8)
+
+
+@pytest.fixture(autouse=True)
+def own_salt(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path_factory.mktemp("salt") / "salt"
+    path.write_bytes(b"a salt for tests, of enough bytes")
+    monkeypatch.setenv(salt.VARIABLE, str(path))
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Path:
+    """Twenty studies of ten patients as PNGs with dots in their names, beside a data.json."""
+    folder = tmp_path / "raw"
+    (folder / "images").mkdir(parents=True)
+    rows = []
+    for n in range(20):
+        pixels = np.random.default_rng(n).integers(0, 4096, (40, 30)).astype(np.uint16)
+        Image.fromarray(pixels).save(folder / f"images/1.2.840.{n}.png")
+        rows.append({"image": f"images/1.2.840.{n}.png", "text": f"Report {n}.", "patient": f"{n // 2}", "view": "PA"})
+    write_table(folder, rows)
+    return folder
+
+
+def write_table(folder: Path, rows: list[dict[str, Any]]) -> None:
+    (folder / "data.json").write_text(json.dumps(rows))
+
+
+def read_table(folder: Path) -> list[dict[str, Any]]:
+    return list(json.loads((folder / "data.json").read_text()))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of the folder; a subfolder is an error."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def start(out: Path, *arguments: str) -> subprocess.Popen[str]:
+    """Build phantoms in a process of its own, with two workers."""
+    code = f"""
+import sys
+from radhpc.errors import UserError
+from shards.build import Settings, build
+if __name__ == "__main__":
+    try:
+        build("phantom", None, {str(out)!r}, {{"studies": "600", "size": "64"}}, Settings(workers=2, shard_samples=8))
+    except UserError as error:
+        sys.exit(f"UserError: {{error}}")
+"""
+    script = out.with_suffix(".py")
+    script.write_text(code)
+    return subprocess.Popen(
+        [sys.executable, script],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.01)
+
+
+def records(out: Path) -> list[str]:
+    return [path.name for path in (out / RECORDS).glob("*.tar.json")] if (out / RECORDS).exists() else []
+
+
+def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    return [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+
+
+def test_shards_index_and_samples_agree_and_webdataset_reads_them(tmp_path: Path) -> None:
+    ticks: list[tuple[int, int]] = []
+    out = tmp_path / "out"
+    result = build("phantom", None, str(out), PHANTOM, SMALL, lambda done, total: ticks.append((done, total)))
+    assert (result.samples, result.skipped, result.warnings, result.reused) == (60, [], [], False)
+    assert ticks[0] == (0, 60)
+    assert ticks[-1] == (60, 60)
+    store = Store(out)
+    manifest = Manifest.load(store)
+    index = manifest.load_index(store)
+    assert manifest.hash == result.manifest_hash
+    assert (manifest.samples, sum(manifest.splits.values()), len(index)) == (60, 60, 60)
+    assert sorted(contents(out)) == sorted(["manifest.json", "index.npz", *(shard.name for shard in manifest.shards)])
+    assert all(shard.samples <= 8 for shard in manifest.shards)
+    read = {
+        sample["__key__"]: sample
+        for shard in manifest.shards
+        for sample in webdataset.WebDataset(str(out / shard.name), shardshuffle=False, empty_check=False)
+    }
+    assert sorted(read) == sorted(key.decode() for key in index.key)
+    for n in range(len(index)):
+        key = index.key[n].decode()
+        sample = Sample.model_validate_json(read[key]["json"])
+        assert (sample.key, sample.patient) == (key, index.patient[n].decode())
+        assert manifest.shards[index.shard[n]].name.startswith(sample.split == SPLITS[index.split[n]] and sample.split)
+        members = list(index.members(n))
+        assert [member.name.split(".", 1)[1] for member in members] == [
+            "json", *(f"{k}.jpg" for k in range(len(sample.images)))
+        ]  # fmt: skip
+        for member in members:
+            data = store.read_range(manifest.shards[member.shard].name, member.offset, member.length)
+            assert data == read[key][member.name.split(".", 1)[1]]
+
+
+def test_one_and_two_workers_and_a_second_run_give_the_same_bytes(tmp_path: Path) -> None:
+    one = build("phantom", None, str(tmp_path / "one"), PHANTOM, SMALL)
+    two = build("phantom", None, str(tmp_path / "two"), PHANTOM, Settings(workers=2, shard_samples=8))
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    assert one.manifest_hash == two.manifest_hash
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "two").iterdir()}
+    again = build("phantom", None, str(tmp_path / "two"), PHANTOM, SMALL)
+    assert (again.reused, again.samples, again.manifest_hash) == (True, 60, two.manifest_hash)
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "two").iterdir()}
+
+
+def test_a_build_killed_in_the_middle_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    options, out = {"studies": "600", "size": "64"}, tmp_path / "killed"
+    process = start(out)
+    wait_for(lambda: len(records(out)) >= 3)
+    orphans = workers(process)
+    process.kill()
+    process.wait()
+    assert orphans
+    psutil.wait_procs(orphans, timeout=10)
+    assert not any(orphan.is_running() and orphan.status() != psutil.STATUS_ZOMBIE for orphan in orphans)
+    assert not (out / "manifest.json").exists()
+    kept = {name.removesuffix(".json"): (out / name.removesuffix(".json")).stat().st_ino for name in records(out)}
+    (out / ".train-000000.tar.abc").write_bytes(b"what a killed writer leaves")
+    progress: list[int] = []
+    result = build("phantom", None, str(out), options, SMALL, lambda done, total: progress.append(done))
+    assert progress[0] >= 3 * 4  # what was finished is not built again
+    assert all((out / name).stat().st_ino == inode for name, inode in kept.items())
+    build("phantom", None, str(tmp_path / "whole"), options, SMALL)
+    assert contents(out) == contents(tmp_path / "whole")
+    assert result.samples == 600
+
+
+def test_a_killed_worker_is_one_line_and_no_hang(tmp_path: Path) -> None:
+    process = start(tmp_path / "out")
+    wait_for(lambda: len(records(tmp_path / "out")) >= 1 and workers(process))
+    workers(process)[0].kill()
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert stderr.startswith(f"UserError: {tmp_path}/out: a worker process was killed")
+    assert stderr.count("\n") == 1
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_ctrl_c_ends_all_at_once(tmp_path: Path) -> None:
+    process = start(tmp_path / "out")
+    wait_for(lambda: len(records(tmp_path / "out")) >= 1)
+    children = psutil.Process(process.pid).children()
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=20)
+    assert stderr.strip().endswith("KeyboardInterrupt")
+    assert stderr.count("Traceback") == 1  # the build's own, none of a worker
+    psutil.wait_procs(children, timeout=10)
+    left = [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+    assert left == [RECORDS]
+
+
+def test_image_text_end_to_end(archive: Path, tmp_path: Path) -> None:
+    result = build("image_text", archive, str(tmp_path / "out"), {"name": "notes"}, Settings(workers=1))
+    assert (result.samples, sum(result.patients.values())) == (20, 10)
+    manifest = Manifest.load(Store(tmp_path / "out"))
+    assert (manifest.dataset, min(manifest.splits.values()) > 0) == ("notes", True)
+    for shard in manifest.shards:
+        with tarfile.open(tmp_path / "out" / shard.name) as tar:
+            for member in tar:
+                data = tar.extractfile(member).read()
+                assert member.name.startswith("notes-")
+                assert b"1.2.840" not in data
+                if member.name.endswith(".json"):
+                    (view,) = Sample.model_validate_json(data).images
+                    assert (view.view, view.width, view.height, view.source_bits) == ("PA", 30, 40, 16)
+    everything = b"".join(contents(tmp_path / "out").values())
+    assert b"1.2.840" not in everything
+    assert str(archive).encode() not in everything
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
+    assert all(path.stat().st_mode & 0o777 == 0o640 for path in (tmp_path / "out").iterdir())
+
+
+def test_a_moved_archive_is_the_same_build(archive: Path, tmp_path: Path) -> None:
+    build("image_text", archive, str(tmp_path / "out"), {}, SMALL)
+    moved = archive.rename(tmp_path / "moved")
+    assert build("image_text", moved / "data.json", str(tmp_path / "out"), {}, SMALL).reused
+
+
+def test_what_cannot_be_used_is_counted_and_named(archive: Path, tmp_path: Path) -> None:
+    rows = read_table(archive)
+    rows[3]["text"] = ""
+    rows[4]["language"] = "x"  # the description refuses it
+    rows.append({**rows[5], "text": "again"})
+    write_table(archive, rows)
+    (archive / rows[0]["image"]).unlink()
+    broken = archive / rows[1]["image"]
+    broken.write_bytes(broken.read_bytes()[:200])
+    result = build("image_text", archive, str(tmp_path / "out"), {}, Settings(workers=1, max_skipped=5))
+    named = {skip["name"]: skip["reason"] for skip in result.skipped}
+    assert named["raw: images/1.2.840.0.png"] == "missing image file"
+    assert named["raw: images/1.2.840.1.png"].startswith("broken image: ")
+    assert named["raw: images/1.2.840.3.png"] == "empty text"
+    assert named["raw: images/1.2.840.4.png"].startswith("description refused: language: ")
+    assert named["raw: images/1.2.840.5.png"] == "duplicate key"
+    manifest = Manifest.load(Store(tmp_path / "out"))
+    assert manifest.skipped == {
+        "broken image": 1, "description refused": 1, "duplicate key": 1, "empty text": 1, "missing image file": 1,
+    }  # fmt: skip
+    assert manifest.samples == result.samples == 16
+    again = build("image_text", archive, str(tmp_path / "out"), {}, Settings(workers=1, max_skipped=5))
+    assert again.reused
+    assert "1 studies were left out when it was built: empty text" in again.warnings
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_too_many_unusable_studies_fail_and_may_be_mended(archive: Path, tmp_path: Path, workers: int) -> None:
+    lost = {path: path.read_bytes() for path in sorted(archive.glob("images/*"))[:4]}
+    for path in lost:
+        path.unlink()
+    settings = Settings(workers=workers, shard_samples=3, max_skipped="10%")
+    with pytest.raises(UserError, match=r"3 of 20 studies cannot be used, and max_skipped allows 2: raw: images/1.2"):
+        build("image_text", archive, str(tmp_path / "out"), {}, settings)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    for path, data in lost.items():
+        path.write_bytes(data)
+    assert build("image_text", archive, str(tmp_path / "out"), {}, settings).samples == 20
+    build("image_text", archive, str(tmp_path / "fresh"), {}, settings)
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_the_budget_of_tiny_archives_allows_one(archive: Path, tmp_path: Path) -> None:
+    next(iter(archive.glob("images/*"))).unlink()
+    assert len(build("image_text", archive, str(tmp_path / "out"), {}, Settings(workers=1)).skipped) == 1
+    with pytest.raises(UserError, match="1 of 20 studies cannot be used, and max_skipped allows 0"):
+        build("image_text", archive, str(tmp_path / "none"), {}, Settings(workers=1, max_skipped=0))
+    write_table(archive, [{"image": "no.png", "text": "x", "patient": 1}])
+    with pytest.raises(UserError, match="1 of 1 studies cannot be used"):
+        build("image_text", archive, str(tmp_path / "empty"), {}, Settings(workers=1))
+
+
+def test_a_patient_in_two_official_splits_is_refused_before_any_work(archive: Path, tmp_path: Path) -> None:
+    rows = read_table(archive)
+    write_table(archive, [{**row, "split": "train" if n % 2 else "test"} for n, row in enumerate(rows)])
+    with pytest.raises(UserError, match=r"'raw: images/1.2.840.0.png' is in test and .* of the same patient"):
+        build("image_text", archive, str(tmp_path / "out"), {}, SMALL)
+    assert not (tmp_path / "out").exists()
+
+
+def test_official_splits_are_kept(archive: Path, tmp_path: Path) -> None:
+    write_table(archive, [{**row, "split": SPLITS[n // 2 % 3]} for n, row in enumerate(read_table(archive))])
+    assert build("image_text", archive, str(tmp_path / "out"), {}, SMALL).splits == {
+        "train": 8, "validate": 6, "test": 6,
+    }  # fmt: skip
+
+
+def test_another_build_is_refused_unless_forced(archive: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    build("phantom", None, out, PHANTOM, SMALL)
+    with pytest.raises(UserError, match=r"out: holds another build \(other quality\); use another folder, or --force"):
+        build("phantom", None, out, PHANTOM, Settings(workers=1, shard_samples=8, quality=80))
+    assert build("phantom", None, out, PHANTOM, SMALL).reused
+    forced = Settings(workers=1, shard_samples=30, quality=80, force=True)
+    assert not build("phantom", None, out, PHANTOM, forced).reused
+    build("phantom", None, str(tmp_path / "fresh"), PHANTOM, forced)
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_another_unfinished_build_is_refused_too(archive: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(RuntimeError, match="stop"):
+        build("phantom", None, str(out), PHANTOM, SMALL, lambda done, total: stop_at(done, 20))
+    assert records(out)
+    with pytest.raises(UserError, match=r"holds another, unfinished build \(other options, source\)"):
+        build("phantom", None, str(out), {**PHANTOM, "seed": "1"}, SMALL)
+    assert build("phantom", None, str(out), PHANTOM, SMALL).samples == 60
+
+
+def stop_at(done: int, limit: int) -> None:
+    if done >= limit:
+        raise RuntimeError("stop")
+
+
+def test_a_changed_table_is_noticed(archive: Path, tmp_path: Path) -> None:
+    build("image_text", archive, str(tmp_path / "out"), {}, SMALL)
+    rows = read_table(archive)
+    rows[7]["text"] += " And more."
+    write_table(archive, rows)
+    with pytest.raises(UserError, match=r"holds another build \(other source\)"):
+        build("image_text", archive, str(tmp_path / "out"), {}, SMALL)
+
+
+def test_foreign_tars_and_files_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "train-000000.tar").write_bytes(b"somebody's work")
+    with pytest.raises(UserError, match=r"holds train-000000.tar of something else"):
+        build("phantom", None, str(tmp_path), PHANTOM, SMALL)
+    with pytest.raises(UserError, match="a file is in the way"):
+        build("phantom", None, str(tmp_path / "train-000000.tar"), PHANTOM, SMALL)
+    with pytest.raises(UserError, match="--out s3://bucket/x: URLs are not supported yet"):
+        build("phantom", None, "s3://bucket/x", PHANTOM, SMALL)
+    assert os.listdir(tmp_path) == ["train-000000.tar"]
+
+
+def test_two_builds_do_not_write_to_one_folder(tmp_path: Path) -> None:
+    def intrude(done: int, total: int) -> None:
+        if done == 20:
+            with pytest.raises(UserError, match="another build is writing there"):
+                build("phantom", None, str(tmp_path / "out"), PHANTOM, SMALL)
+
+    assert build("phantom", None, str(tmp_path / "out"), PHANTOM, SMALL, intrude).samples == 60
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = os.fsync
+
+    def full(descriptor: int) -> None:
+        if "train-000002" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        synced(descriptor)
+
+    monkeypatch.setattr(writer.os, "fsync", full)
+    with pytest.raises(UserError, match=f"{tmp_path}/out: no space left; finished shards are kept"):
+        build("phantom", None, str(tmp_path / "out"), PHANTOM, SMALL)
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == [RECORDS, "train-000000.tar", "train-000001.tar"]
+    monkeypatch.undo()
+    assert build("phantom", None, str(tmp_path / "out"), PHANTOM, SMALL).samples == 60
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small file system")
+def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", disk], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        for workers in (1, 2):
+            with pytest.raises(UserError, match="no space left"):
+                build("phantom", None, str(disk / "out"), PHANTOM, Settings(workers=workers, shard_samples=8))
+            assert not (disk / "out" / "manifest.json").exists()
+            for path in (disk / "out").glob("*.tar"):
+                with tarfile.open(path) as tar:
+                    assert tar.getnames()
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_settings_that_cannot_be() -> None:
+    for values, message in (
+        ({"workers": 0}, "workers: 0 is too few"),
+        ({"longest_side": 5}, "longest_side: 5 pixels; allowed are 16 to 65500"),
+        ({"quality": 101}, "quality: 101; allowed are 1 to 100"),
+        ({"ratios": (0.5, 0.5, 0.5)}, r"ratios: .* must add up to 1"),
+        ({"shard_samples": 0}, "shard_samples: 0 is too few"),
+        ({"max_skipped": "many"}, "max_skipped: 'many'; allowed are a count such as 20 or a share such as 1%"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Settings(**values)
+    budgets = [Settings(max_skipped=given).skip_budget(250) for given in ("1%", "0%", "0.5%", 7, "12")]
+    assert budgets == [3, 0, 2, 7, 12]
+
+
+def test_a_build_needs_no_torch() -> None:
+    code = "import sys, shards.build, shards.verify, shards.datasets.phantom; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -1,0 +1,197 @@
+"""Every kind of raw image gets into eight bits without losing what is seen; every broken one is named."""
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import imagecodecs
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+from hypothesis.extra import numpy as arrays
+from PIL import Image
+
+from shards.pixels import BadImage, Raw, apply_window, decode, encode, load, percentile_window
+
+pytestmark = pytest.mark.timeout(60)
+RAMP = (np.arange(64 * 48, dtype=np.uint16).reshape(48, 64) * 16 + 500).astype(np.uint16)  # 500 to 49,636
+
+
+def saved(pixels: np.ndarray, form: str = "PNG", mode: str | None = None, **options: object) -> bytes:
+    image = Image.fromarray(pixels)
+    buffer = io.BytesIO()
+    (image.convert(mode) if mode else image).save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def seen(jpeg: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(jpeg))).astype(int)
+
+
+def test_16_bit_gray_does_not_saturate() -> None:
+    raw = decode(saved(RAMP))
+    assert raw.pixels.dtype == np.uint16
+    assert np.array_equal(raw.pixels, RAMP)
+    jpeg, view = encode(raw)
+    shown = seen(jpeg)
+    assert (shown == 255).mean() < 0.02
+    assert (shown == 0).mean() < 0.02
+    assert len(np.unique(shown)) > 200
+    assert view.source_bits == 16
+    assert view.window == percentile_window(RAMP)
+    black, white = view.window
+    repeated = np.rint(255 * np.clip((RAMP - black) / (white - black), 0, 1))
+    assert np.abs(repeated - shown).max() <= 4  # what JPEG changes
+
+
+def test_16_bit_colour_keeps_its_lower_bits_and_equal_channels_become_gray() -> None:
+    colour = np.stack([RAMP, RAMP // 2, RAMP // 3], axis=2)
+    assert np.array_equal(decode(imagecodecs.png_encode(colour)).pixels, colour)
+    gray = decode(imagecodecs.png_encode(np.stack([RAMP] * 3, axis=2)))
+    assert np.array_equal(gray.pixels, RAMP)
+    alpha = np.dstack([RAMP, RAMP, RAMP, np.full_like(RAMP, 65535)])
+    assert np.array_equal(decode(imagecodecs.png_encode(alpha)).pixels, RAMP)
+    jpeg, view = encode(decode(imagecodecs.png_encode(colour)))
+    assert seen(jpeg).shape == (48, 64, 3)
+    assert view.source_bits == 16
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "LA"])
+def test_gray_in_any_dress_stays_gray_and_as_it_is(mode: str) -> None:
+    gray = (RAMP >> 8).astype(np.uint8)
+    raw = decode(saved(gray, mode=mode))
+    assert np.array_equal(raw.pixels, gray)
+    jpeg, view = encode(raw)
+    assert Image.open(io.BytesIO(jpeg)).mode == "L"
+    assert (view.window, view.source_bits) == (None, 8)
+
+
+def test_colour_stays_colour() -> None:
+    colour = np.zeros((32, 32, 3), np.uint8)
+    colour[:, 16:, 0] = 255
+    assert np.array_equal(decode(saved(colour)).pixels, colour)
+    assert decode(saved(colour, "JPEG", quality=95)).pixels.shape == (32, 32, 3)
+    assert decode(saved(colour, "JPEG", mode="CMYK")).pixels.shape == (32, 32, 3)
+    assert decode(saved(colour, mode="P")).pixels.shape == (32, 32, 3)
+
+
+def test_one_bit_and_transparent_images() -> None:
+    checks = np.indices((32, 32)).sum(axis=0) % 2 * 255
+    assert np.array_equal(decode(saved(checks.astype(np.uint8), mode="1")).pixels, checks)
+    hidden = np.dstack([np.full((32, 32), 200, np.uint8)] * 3 + [np.tile(np.uint8([0, 255]), (32, 16))])
+    assert set(decode(saved(hidden)).pixels.ravel()) == {0, 200}
+
+
+def test_exif_orientation_is_applied() -> None:
+    image = Image.fromarray(np.tile(np.linspace(0, 255, 40, dtype=np.uint8), (20, 1)))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn right
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", exif=exif)
+    raw = decode(buffer.getvalue())
+    assert raw.pixels.shape == (40, 20)
+    assert raw.pixels[-1, 10] > raw.pixels[0, 10]
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.7, 0.97])
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "PNG16"])
+def test_truncated_files_are_named(form: str, share: float) -> None:
+    noise = np.random.default_rng(0).integers(0, 65536, (64, 64)).astype(np.uint16)
+    whole = saved(noise) if form == "PNG16" else saved((noise >> 8).astype(np.uint8), form)
+    with pytest.raises(BadImage, match="broken image|neither"):
+        decode(whole[: int(len(whole) * share)], "a.png")
+
+
+def test_a_flipped_byte_in_a_png_is_named() -> None:
+    whole = bytearray(saved(RAMP))
+    whole[len(whole) // 2] ^= 0x40
+    with pytest.raises(BadImage, match="broken image"):
+        decode(bytes(whole))
+
+
+def test_a_decompression_bomb_is_refused_by_its_header() -> None:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    for side in (11_000, 60_000):
+        size = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+        bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(bytes(100)))
+        with pytest.raises(BadImage, match="image too large"):
+            decode(bomb)
+
+
+def test_small_and_foreign_and_missing_files(tmp_path: Path) -> None:
+    with pytest.raises(BadImage, match=r"image too small \(15 x 40 pixels\)"):
+        decode(saved(np.zeros((40, 15), np.uint8)))
+    with pytest.raises(BadImage, match="empty file"):
+        decode(b"")
+    with pytest.raises(BadImage, match="neither JPEG, PNG nor DICOM"):
+        decode(b"GIF89a and more")
+    with pytest.raises(BadImage, match="missing image file"):
+        load(tmp_path / "no.png")
+    with pytest.raises(BadImage, match="unreadable image file"):
+        load(tmp_path)
+
+
+def test_the_content_counts_not_the_suffix(tmp_path: Path) -> None:
+    path = tmp_path / "image.dcm"
+    path.write_bytes(saved(RAMP))
+    assert np.array_equal(load(path).pixels, RAMP)
+
+
+def test_constant_images_do_not_divide_by_zero() -> None:
+    for value in (0, 700, 65535):
+        jpeg, view = encode(Raw(np.full((20, 20), value, np.uint16), 16))
+        assert seen(jpeg).max() == 0
+        assert view.window == (value, value)
+    nearly = np.full((100, 100), 700, np.uint16)
+    nearly[50, 50] = 900  # less than half a percent: the percentiles coincide
+    assert apply_window(nearly)[1] == (700, 900)
+
+
+def test_shrinks_to_the_longest_side_and_never_enlarges() -> None:
+    jpeg, view = encode(Raw(np.zeros((300, 200), np.uint8)), longest_side=100)
+    assert (view.width, view.height) == (67, 100)
+    assert seen(jpeg).shape == (100, 67)
+    assert encode(Raw(np.zeros((300, 200), np.uint8)), longest_side=1000)[1].height == 300
+    checks = (np.indices((64, 64)).sum(axis=0) % 2 * 200).astype(np.uint8)
+    assert np.abs(seen(encode(Raw(checks), longest_side=16)[0]) - 100).max() <= 2  # averages, not single pixels
+
+
+def test_the_same_pixels_give_the_same_bytes() -> None:
+    raw = decode(saved(RAMP))
+    assert encode(raw, 40) == encode(raw, 40)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    arrays.arrays(
+        st.sampled_from([np.uint16, np.int16, np.int32]),
+        st.tuples(st.integers(1, 12), st.integers(1, 12)),
+        elements=st.integers(-3000, 30000).map(abs),
+    )
+)
+def test_the_table_gives_what_arithmetic_gives(pixels: np.ndarray) -> None:
+    shown, window = apply_window(pixels)
+    slow, same = apply_window(pixels.astype(np.float64))
+    assert window == same
+    assert np.array_equal(shown, slow)
+    order = np.argsort(pixels, axis=None)
+    assert (np.diff(shown.ravel()[order].astype(int)) >= 0).all()
+    wanted = np.percentile(pixels, (0.5, 99.5), method="inverted_cdf")
+    assert window == (tuple(wanted) if wanted[0] != wanted[1] else (pixels.min(), pixels.max()))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    arrays.arrays(np.int16, (5, 7), elements=st.integers(-32768, 32767)),
+    st.floats(-1e5, 1e5),
+    st.floats(-1e5, 1e5),
+)
+def test_a_window_upside_down_inverts(pixels: np.ndarray, black: float, white: float) -> None:
+    shown, window = apply_window(pixels, (black, white))
+    assert window == (black, white)
+    inverted, _ = apply_window(pixels, (white, black))
+    if black != white:
+        assert np.abs(shown.astype(int) + inverted - 255).max() <= 1

@@ -1,0 +1,50 @@
+"""One box for all tests that need a real SLURM: started once, brought down by pid at the end."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A running box of two nodes; gives the path for SLURM_CONF."""
+    from slurm import box as slurm_box
+
+    if shutil.which("slurmctld") is None and not Path("/usr/sbin/slurmctld").exists():
+        assert os.environ.get("CI") != "true", "SLURM is missing under CI"
+        pytest.skip("SLURM IS NOT INSTALLED: nothing of preemption and requeue is tested here; see `make slurm`")
+    folder = tmp_path_factory.mktemp("box") / "box"
+    try:
+        yield slurm_box.up(folder, nodes=2, grace=20)["conf"]
+    finally:
+        slurm_box.down(folder)
+
+
+@pytest.fixture
+def box_profile(box: str, tmp_path: Path) -> Path:
+    """slurm/profiles/box.yaml, for this box."""
+    from slurm.profile import FOLDER
+
+    text = (FOLDER / "box.yaml").read_text()
+    assert "SLURM_CONF: /tmp/radhpc-box/slurm.conf" in text
+    path = tmp_path / "box.yaml"
+    path.write_text(text.replace("/tmp/radhpc-box/slurm.conf", box))
+    return path
+
+
+@pytest.fixture
+def slurm(box: str) -> Iterator[Callable[..., str]]:
+    """Call one of SLURM's commands; whatever is left in the queue is cancelled at the end."""
+
+    def call(*command: str) -> str:
+        environment = {**os.environ, "SLURM_CONF": box}
+        return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+
+    yield call
+    for job in call("squeue", "--noheader", "--format=%i").split():
+        call("scancel", "--signal=KILL", "--full", job)
+        call("scancel", job)

@@ -1,0 +1,236 @@
+"""A training on a real SLURM outlives whatever happens to it: preempted, killed, cancelled, stopped.
+
+Promise 5. Each run on two nodes is compared with one that nobody disturbed: the same samples in the same steps, and
+the same adapter, bit for bit.
+"""
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from radhpc.files import read_lines
+from radhpc.ledger import consumed
+from tests.radhpc.test_training import losses, wait_for
+
+pytestmark = [pytest.mark.box, pytest.mark.timeout(400)]
+
+Launch = Callable[..., Any]
+Slurm = Callable[..., str]
+
+# Long enough that a signal comes in the middle: a step takes some hundredths of a second.
+LONGER = ["stages.scratch.steps=30", "stages.adapt.epochs=5", "stages.refine.steps=60"]
+EVERY = 10
+
+
+def start(launch: Launch, recipe: Path, profile: Path, run: Path) -> str:
+    launch("train", recipe, *LONGER, f"checkpoint.every={EVERY}", "--on", profile, "--run", run)
+    return events(run, "submitted")[-1]["job"]  # type: ignore[no-any-return]
+
+
+def events(run: Path, *names: str) -> list[dict[str, Any]]:
+    return [event for event in read_lines(run / "events.jsonl") if not names or event["event"] in names]
+
+
+def step(run: Path) -> int:
+    return max(consumed(run / "ledger").steps, default=0)
+
+
+def job_state(slurm: Slurm, job: str) -> str:
+    found = re.search(r"JobState=(\S+)", slurm("scontrol", "show", "job", job))
+    assert found
+    return found[1]
+
+
+def finish(slurm: Slurm, run: Path, job: str) -> None:
+    """Wait for the end; a job that SLURM holds back after a requeue is let go at once."""
+
+    def done() -> bool:
+        if job_state(slurm, job) == "PENDING":
+            slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
+        return bool(events(run, "finished", "failed", "crashed"))
+
+    wait_for(done, 240)
+    assert events(run, "finished"), events(run)[-3:]
+    wait_for(lambda: job_state(slurm, job) == "COMPLETED")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, phantom_shards: Path, box: str) -> Path:
+    """The same recipe on the same two nodes, left in peace."""
+    import subprocess
+    import sys
+
+    from slurm.profile import FOLDER
+    from tests.conftest import ROOT, TINY_RECIPE
+
+    folder = tmp_path_factory.mktemp("undisturbed")
+    (folder / "tiny.yaml").write_text(TINY_RECIPE.format(shards=phantom_shards))
+    profile = folder / "box.yaml"
+    profile.write_text((FOLDER / "box.yaml").read_text().replace("/tmp/radhpc-box/slurm.conf", box))
+    command = [sys.executable, ROOT / "launch.py", "train", folder / "tiny.yaml", *LONGER, f"checkpoint.every={EVERY}"]
+    subprocess.run([*command, "--on", profile, "--run", folder / "run", "--watch"], cwd=ROOT, check=True, timeout=300)
+    return folder / "run"
+
+
+def assert_equal(run: Path, undisturbed: Path) -> None:
+    """No step lost, none repeated in what the weights saw, and the same adapter."""
+    mine, wanted = consumed(run / "ledger"), consumed(undisturbed / "ledger")
+    assert mine.steps == wanted.steps
+    assert losses(run) == losses(undisturbed)
+    name = "adapter/adapter_model.safetensors"
+    assert (run / name).read_bytes() == (undisturbed / name).read_bytes()
+
+
+def test_an_urgent_job_preempts_and_the_run_comes_back(
+    launch: Launch, slurm: Slurm, box_profile: Path, recipe_file: Path, tmp_path: Path, undisturbed: Path
+) -> None:
+    run = tmp_path / "run"
+    job = start(launch, recipe_file, box_profile, run)
+    wait_for(lambda: step(run) >= 14)
+    slurm("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 2")
+    wait_for(lambda: bool(events(run, "requeued")), 60)
+    finish(slurm, run, job)
+    names = [event["event"] for event in events(run)]
+    at = events(run, "interrupted")[0]
+    assert at["cause"] == "SIGTERM"
+    saved = [event for event in events(run, "saved") if event["step"] == at["step"]]
+    assert saved, "the step of the interruption was not saved"
+    order = [names.index(name) for name in ("interrupted", "preempted", "requeued")]
+    assert order == sorted(order), "requeued before the ranks had committed"
+    resumed = events(run, "resumed")
+    assert [event["step"] for event in resumed] == [at["step"]], "it did not go on at the step it was stopped at"
+    assert not consumed(run / "ledger").replayed, "a step was trained twice"
+    assert events(run, "started")[0]["job"] == events(run, "started")[1]["job"] == job
+    assert_equal(run, undisturbed)
+
+
+def test_a_killed_rank_costs_at_most_one_checkpoint_interval(
+    launch: Launch, slurm: Slurm, box_profile: Path, recipe_file: Path, tmp_path: Path, undisturbed: Path
+) -> None:
+    run = tmp_path / "run"
+    job = start(launch, recipe_file, box_profile, run)
+    wait_for(lambda: step(run) >= 2 * EVERY + 4)
+    os.kill(rank_pid(job, 1), signal.SIGKILL)
+    wait_for(lambda: bool(events(run, "requeued")), 60)
+    finish(slurm, run, job)
+    assert [event["event"] for event in events(run, "rank_lost", "crashed")] == ["rank_lost"]
+    replayed = consumed(run / "ledger").replayed
+    assert len(replayed) <= EVERY
+    assert_equal(run, undisturbed)
+
+
+def rank_pid(job: str, rank: int) -> int:
+    """The process of a rank: the one whose environment says so."""
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            variables = (path / "environ").read_bytes().split(b"\0")
+            command = (path / "cmdline").read_bytes()
+        except OSError:
+            continue
+        mine = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode()} <= set(variables)
+        if mine and b"submitit.core._submit" in command:
+            return int(path.name)
+    raise AssertionError(f"rank {rank} of job {job} is not running")
+
+
+def test_a_cancelled_job_never_comes_back_even_after_a_preemption(
+    launch: Launch, slurm: Slurm, box_profile: Path, recipe_file: Path, tmp_path: Path
+) -> None:
+    """In its second life SLURM still remembers the preemption of the first: that must not bring it back."""
+    run = tmp_path / "run"
+    job = start(launch, recipe_file, box_profile, run)
+    wait_for(lambda: step(run) >= 3)
+    slurm("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")
+    wait_for(lambda: bool(events(run, "requeued")), 60)
+
+    def second_life() -> bool:
+        if job_state(slurm, job) == "PENDING":
+            slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
+        return len(events(run, "started")) == 2 and step(run) > events(run, "interrupted")[0]["step"] + 2
+
+    wait_for(second_life, 120)
+    slurm("scancel", job)
+    wait_for(lambda: job_state(slurm, job) == "CANCELLED", 60)
+    time.sleep(3)
+    assert job_state(slurm, job) == "CANCELLED"
+    assert len(events(run, "started")) == 2
+    assert len(events(run, "requeued")) == 1
+    last = events(run, "saved")[-1]["step"]
+    assert last == step(run), "what was trained before the cancellation was not saved"
+
+
+def test_a_stopped_run_saves_and_ends_and_resumes_when_told(
+    launch: Launch, launch_json: Launch, slurm: Slurm, box_profile: Path, recipe_file: Path, tmp_path: Path,
+    undisturbed: Path,
+) -> None:  # fmt: skip
+    run = tmp_path / "run"
+    job = start(launch, recipe_file, box_profile, run)
+    assert "in use by slurm job" in launch("resume", run, status=2).stderr
+    wait_for(lambda: step(run) >= 5)
+    launch("stop", run)
+    wait_for(lambda: job_state(slurm, job) == "COMPLETED", 60)
+    assert launch_json("status", run)["state"] == "stopped"
+    assert not events(run, "requeued")
+    job = launch_json("resume", run)["job"]
+    finish(slurm, run, job)
+    assert_equal(run, undisturbed)
+
+
+def test_the_time_limit_requeues(
+    launch: Launch, slurm: Slurm, box_profile: Path, recipe_file: Path, tmp_path: Path, undisturbed: Path
+) -> None:
+    """SIGUSR2, as SLURM sends it before the limit, here by hand: the real one comes after a minute at the earliest."""
+    run = tmp_path / "run"
+    job = start(launch, recipe_file, box_profile, run)
+    wait_for(lambda: step(run) >= 9)
+    slurm("scancel", "--signal=USR2", job)
+    wait_for(lambda: bool(events(run, "requeued")), 60)
+    assert events(run, "requeued")[0]["cause"] == "time_limit"
+    finish(slurm, run, job)
+    assert_equal(run, undisturbed)
+
+
+def test_a_mistake_stays_down(
+    launch: Launch, launch_json: Launch, slurm: Slurm, box_profile: Path, recipe_file: Path, tmp_path: Path
+) -> None:
+    """A regular expression that matches nothing is known only in the job: one line, and no requeue."""
+    run = tmp_path / "run"
+    launch("train", recipe_file, "stages.scratch.train=[nowhere]", "--on", box_profile, "--run", run)
+    wait_for(lambda: bool(events(run, "failed")), 90)
+    state = launch_json("status", run)
+    assert state["state"] == "failed"
+    assert "'nowhere' matches no parameter" in state["cause"]
+    assert not events(run, "requeued")
+
+
+def test_sbatch_says_no_in_one_line(launch: Launch, box_profile: Path, recipe_file: Path, tmp_path: Path) -> None:
+    box_profile.write_text(box_profile.read_text().replace("partition: preemptible", "partition: imaginary"))
+    message = launch("train", recipe_file, "--on", box_profile, "--run", tmp_path / "run", status=2).stderr
+    assert "invalid partition" in message.lower()
+    assert "Traceback" not in message
+
+
+def test_real_radiographs_on_two_nodes(
+    launch: Launch, launch_json: Launch, real_notes: Path, box_profile: Path, tmp_path: Path
+) -> None:
+    """The third point of the whole: real images and notes -> shards -> LoRA on two nodes -> a text for a held-out one."""
+    from tests.conftest import ROOT
+
+    shards, run = tmp_path / "shards", tmp_path / "run"
+    built = launch_json("build", "image_text", "--raw", real_notes, "--out", shards)
+    assert built["samples"] == 22
+    assert not built["skipped"]
+    recipe = ROOT / "recipes" / "image_text.yaml"
+    launch("train", recipe, f"shards=[{shards}]", "--on", box_profile, "--run", run, "--watch", timeout=390)
+    curve = losses(run)
+    first, last = list(curve.values())[:3], list(curve.values())[-3:]
+    assert sum(last) < 0.8 * sum(first), (first, last)
+    audit = launch_json("status", run, "--audit")
+    assert all(epoch["exactly_once"] for epoch in audit["epochs"])
+    assert launch_json("generate", run, "--image", real_notes / "images" / "0039.jpg")["text"]
