@@ -50,8 +50,8 @@ def draw(
 
 def _place(size: int, rng: np.random.Generator) -> tuple[Plane, Plane]:
     """Coordinates of each pixel in the thorax: the patient stands a little off, turned, near or far."""
-    scale, turn = 1 / rng.uniform(0.90, 1.04), rng.uniform(-0.05, 0.05)
-    right, down = rng.uniform(-0.06, 0.06, size=2)
+    scale, turn = 1 / rng.uniform(1.10, 1.18), rng.uniform(-0.03, 0.03)
+    right, down = rng.uniform(-0.03, 0.03, size=2)
     line = np.linspace(-1, 1, size, dtype=np.float32)
     u, v = line[None, :] - np.float32(right), line[:, None] - np.float32(down)
     cosine, sine = np.float32(np.cos(turn) * scale), np.float32(np.sin(turn) * scale)

@@ -1,7 +1,7 @@
 """A real SLURM cluster on this machine: several nodes, two partitions, preemption, without a cluster at hand.
 
     python -m slurm.box up                            # a second; needs Debian's packages slurm-wlm and munge
-    export SLURM_CONF=/tmp/radhpc-box/slurm.conf      # as an ordinary user /tmp/radhpc-box-UID/slurm.conf
+    export SLURM_CONF=/tmp/radhpc-box/slurm.conf
     sbatch --partition=preemptible --nodes=2 --wrap "srun sleep 60"
     sbatch --partition=urgent --nodes=2 --exclusive --wrap "sleep 5"      # preempts the one above
     python -m slurm.box down
@@ -118,7 +118,7 @@ def status(folder: str | Path | None = None) -> dict[str, Any]:
 def _place(folder: str | Path | None) -> Path:
     """Check a box's folder without touching it."""
     user = os.getuid()
-    given = Path(folder or ("/tmp/radhpc-box" if user == 0 else f"/tmp/radhpc-box-{user}")).absolute()
+    given = Path(folder or "/tmp/radhpc-box").absolute()
     place = given.parent.resolve() / given.name
     # slurm.conf knows no quotes and expands %; the path of a socket in the folder may have 107 characters.
     if not re.fullmatch(r"[\w./+-]{2,70}", str(place), re.ASCII):
@@ -135,10 +135,11 @@ def _loopback_address() -> str:
         address = str(socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)[0][4][0])
     except socket.gaierror:
         address = "nothing"
-    if not address.startswith("127."):
-        # The daemons and srun can listen on this one address or on all of them; there is no third choice.
+    if address != "127.0.0.1":
+        # The daemons and srun can listen on this one address or on all of them; there is no third choice. Nor
+        # does Debian's 127.0.1.1 work: srun would listen there, and tasks look for it where it calls from.
         fix = f"as root: echo 127.0.0.1 {host} >> /etc/hosts"
-        raise UserError(f"this machine's name {host} stands for {address}, not for a loopback address; {fix}")
+        raise UserError(f"this machine's name {host} must stand for 127.0.0.1, not for {address}; {fix}")
     return address
 
 

@@ -27,12 +27,18 @@ class Verdict:
 
 
 def decide(
-    job: dict[str, str], ends: list[dict[str, Any]], world: int, exit_status: int, profile: Profile, losses: int
+    job: dict[str, str],
+    ends: list[dict[str, Any]],
+    world: int,
+    exit_status: int,
+    profile: Profile,
+    losses: int,
+    restarts: int = 0,
 ) -> Verdict:
     """The policy, as a pure function.
 
     `job`: fields of scontrol; `ends`: what the ranks wrote on their way out; `losses`: lives lost to dead ranks since
-    the last new checkpoint, this one included.
+    the last new checkpoint, this one included; `restarts`: how often SLURM had started the job again before this life.
     """
     states = {end["state"] for end in ends}
     causes = {end["cause"] for end in ends if end["state"] == "interrupted"}
@@ -40,7 +46,9 @@ def decide(
     if "finished" in states and len(ends) == world and states == {"finished"}:
         return Verdict("finished", False)
     if job.get("JobState") in ("COMPLETING", "CANCELLED"):
-        # scancel. A requeue would succeed at this moment, and bring a cancelled job back.
+        if int(job.get("Restarts", "0")) > restarts:
+            return Verdict("preempted", False, "SLURM has put the job back into the queue by itself")
+        # scancel. A requeue would succeed at this moment, and bring a cancelled job back; PreemptTime may be set.
         return Verdict("cancelled", False)
     if "stop" in causes:
         return Verdict("stopped", False)
@@ -71,7 +79,10 @@ def main(run_path: str, exit_status: int) -> None:
     profile = load(str(run.path / "profile.yaml"))
     job_id = os.environ["SLURM_JOB_ID"]
     found = [read_json(path) for path in sorted((run.path / "logs").glob("end.rank-*.json"))]
-    verdict = decide(scheduler.show_job(job_id), found, profile.world, exit_status, profile, losses(run) + 1)
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    verdict = decide(
+        scheduler.show_job(job_id), found, profile.world, exit_status, profile, losses(run) + 1, restarts
+    )
     step = max((end["step"] for end in found), default=0)
     if verdict.cause != "finished":
         run.record(verdict.cause, job=job_id, step=step, why=verdict.why)

@@ -260,7 +260,10 @@ def test_without_slurm_the_packages_are_named(monkeypatch: pytest.MonkeyPatch) -
         box.up()
 
 
-def test_a_machine_whose_name_is_not_loopback_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("socket.getaddrinfo", lambda *_: [(2, 1, 6, "", ("192.0.2.7", 0))])
-    with pytest.raises(UserError, match=r"192\.0\.2\.7, not for a loopback address; .* >> /etc/hosts"):
+@pytest.mark.parametrize("address", ["192.0.2.7", "127.0.1.1"])
+def test_a_machine_whose_name_is_not_loopback_is_refused(
+    monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_: [(2, 1, 6, "", (address, 0))])
+    with pytest.raises(UserError, match=f"must stand for 127.0.0.1, not for {address}; .* >> /etc/hosts"):
         box._loopback_address()
