@@ -62,6 +62,12 @@ class Model(Section):
         description="with config: initial value of Mllama's cross-attention and vision gates; the class starts "
         "them at zero, so that a random model would never see the image",
     )
+    positions: float | None = Field(
+        None,
+        gt=0,
+        description="with config: standard deviation of the initial vision position embeddings; the class starts them "
+        "at 0.02 beside patches of about 0.5, so that a random model hardly knows where in the image it looks",
+    )
     tokenizer: Tokenizer = Tokenizer()  # type: ignore[call-arg]
     attention: Literal["sdpa", "eager"] = Field("sdpa", description="transformers' attention implementation")
     checkpoint_activations: bool = Field(False, description="recompute each layer's activations in the backward pass")
@@ -74,8 +80,8 @@ class Model(Section):
             raise ValueError("'tokenizer.train_vocabulary' goes with 'config': trained weights have their tokenizer")
         if self.config is not None and (self.tokenizer.folder is None) == (self.tokenizer.train_vocabulary is None):
             raise ValueError("with 'config' give either 'tokenizer.folder' or 'tokenizer.train_vocabulary'")
-        if self.weights is not None and self.gates is not None:
-            raise ValueError("'gates' goes with 'config': trained weights have their gates")
+        if self.weights is not None and (self.gates is not None or self.positions is not None):
+            raise ValueError("'gates' and 'positions' go with 'config': trained weights have theirs")
         return self
 
 

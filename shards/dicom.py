@@ -63,6 +63,8 @@ def _decode(header: pydicom.Dataset, path: Path | str) -> Raw:
         return Raw(merge_channels(stored), bits)
 
     values = np.asarray(apply_modality_lut(stored, header))
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise BadImage(path, "broken image", "values that are no numbers")
     inverted = header.PhotometricInterpretation == "MONOCHROME1"
     if "VOILUTSequence" in header:
         return _through_table(values, header.VOILUTSequence[0], bits, inverted)

@@ -19,7 +19,7 @@ Projection = Literal["PA", "L"]
 PROJECTIONS: tuple[Projection, ...] = ("PA", "L")
 Plane = npt.NDArray[np.floating[Any]]  # (size, size), float32 throughout
 
-AIR, LUNG, TISSUE = 0.02, 0.20, 0.56  # brightness
+AIR, LUNG, TISSUE, HEART, FLUID, FILLED, NODULE, LEAD = 0.02, 0.20, 0.44, 0.50, 0.66, 0.72, 0.85, 0.95  # brightness
 COARSE = 256  # pixels: pictures from here on are drawn at half the size and enlarged, soft as real ones are
 TEXTURES = 8  # vessel patterns kept in memory; each patient gets a shifted, mirrored one
 
@@ -39,34 +39,43 @@ def draw(
     """Draw one view. `anatomy` belongs to the patient, `exposure` to this picture."""
     x, y = _place(size // 2 if size >= COARSE else size, exposure)
     picture = (_frontal if view == "PA" else _lateral)(x, y, findings, anatomy)
+    _mark(picture)
     if size >= COARSE:
         picture = np.array(Image.fromarray(picture).resize((size, size), Image.Resampling.BICUBIC))
     picture *= exposure.uniform(0.85, 1.15)
     picture += exposure.uniform(0.0, 0.06)
-    picture += exposure.standard_normal((size, size), dtype=np.float32) * exposure.uniform(0.008, 0.02)
+    picture += exposure.standard_normal((size, size), dtype=np.float32) * exposure.uniform(0.005, 0.012)
     picture *= 3000
     return np.clip(picture, 0, (1 << BITS) - 1).astype(np.uint16)
 
 
 def _place(size: int, rng: np.random.Generator) -> tuple[Plane, Plane]:
     """Coordinates of each pixel in the thorax: the patient stands a little off, turned, near or far."""
-    scale, turn = 1 / rng.uniform(1.10, 1.18), rng.uniform(-0.03, 0.03)
-    right, down = rng.uniform(-0.03, 0.03, size=2)
+    scale, turn = 1 / rng.uniform(1.11, 1.17), rng.uniform(-0.02, 0.02)
+    right, down = rng.uniform(-0.02, 0.02, size=2)
     line = np.linspace(-1, 1, size, dtype=np.float32)
     u, v = line[None, :] - np.float32(right), line[:, None] - np.float32(down)
     cosine, sine = np.float32(np.cos(turn) * scale), np.float32(np.sin(turn) * scale)
     return u * cosine - v * sine, u * sine + v * cosine
 
 
+def _mark(picture: Plane) -> None:
+    """Lay the lead letter L in the corner on the patient's left; brighter than any body, it pins the window."""
+    side = len(picture)
+    top, bottom, left, right, width = (round(share * side) for share in (0.03, 0.16, 0.90, 0.985, 0.04))
+    picture[top:bottom, left : left + width] = LEAD
+    picture[bottom - width : bottom, left:right] = LEAD
+
+
 def _frontal(x: Plane, y: Plane, findings: list[Finding], rng: np.random.Generator) -> Plane:
     by_label = {finding.label: finding for finding in findings}
-    x, y = x / rng.uniform(0.95, 1.05), y / rng.uniform(0.96, 1.04)
+    x, y = x / rng.uniform(0.97, 1.03), y / rng.uniform(0.97, 1.03)
     away = np.abs(x)
 
     shoulders = 0.28 + 0.64 * np.clip((y + 0.88) * 4.5, 0, 1) - 0.05 * np.clip((y + 0.66) * 4, 0, 1)
     body = soft(away - shoulders, 0.05)
-    picture = body * (TISSUE + 0.06 - 0.06 * away) + AIR
-    picture += soft(away - 0.07, 0.05) * body * (0.04 + 0.02 * np.sin(y * 34))  # spine
+    picture = body * (TISSUE + 0.05 - 0.05 * away) + AIR
+    picture += soft(away - 0.07, 0.05) * body * (0.03 + 0.02 * np.sin(y * 34))  # spine
 
     texture = _texture(x.shape[0], rng)
     bases = {"left": rng.uniform(0.43, 0.50), "right": rng.uniform(0.37, 0.44)}
@@ -93,7 +102,7 @@ def _lung(
     lung *= soft(0.40 - 0.27 * along - out, 0.03)
     lung *= soft(y - dome, 0.03)
     vessels = texture * np.clip(1 - np.square(out - 0.2) - np.square(y + 0.05), 0, 1)  # thin out toward the edge
-    inside = LUNG + 0.11 * vessels
+    inside = LUNG + 0.07 * vessels
 
     air = findings.get("pneumothorax")
     if air and air.side == side:
@@ -104,12 +113,12 @@ def _lung(
     for label, finding in findings.items():
         if finding.side == side:
             if label.startswith("consolidation"):
-                inside = blend(inside, TISSUE, _consolidation(label, out, y, finding.extent, texture))
+                inside = blend(inside, FILLED, _consolidation(label, out, y, finding.extent, texture))
             elif label.startswith("nodule"):
-                inside += 0.34 * _nodule(label, out, y, finding.extent, side)
+                inside = blend(inside, NODULE, _nodule(label, out, y, finding.extent, side))
             elif label.startswith("effusion"):
                 level = base - 0.10 - 0.16 * finding.extent - 0.9 * np.square(np.clip(out - 0.30, 0, None))
-                inside = blend(inside, TISSUE + 0.04, soft(level - y, 0.03))
+                inside = blend(inside, FLUID, soft(level - y, 0.03))
     return blend(picture, inside, lung)
 
 
@@ -147,7 +156,7 @@ def _bones(y: Plane, away: Plane, body: Plane) -> Plane:
     cage *= soft(np.abs(y + 0.05) - 0.66, 0.2)
     back = y * 6.5 + away * (2.4 * away - 1.6)
     front = y * 6.5 + away * 3.6
-    bones = 0.075 * _stripes(back, 0.20) + 0.030 * _stripes(front, 0.22)
+    bones = 0.06 * _stripes(back, 0.20) + 0.025 * _stripes(front, 0.22)
     bones *= cage
     clavicle = soft(np.abs(y + 0.62 + 0.3 * np.square(away - 0.75)) - 0.025, 0.02)
     clavicle *= soft(np.abs(away - 0.42) - 0.34, 0.04)
@@ -162,7 +171,7 @@ def _mediastinum(x: Plane, y: Plane, share: float) -> Plane:
     shadow = soft(np.square(main) + np.square(cross) - 1, 0.20)
     shadow = np.maximum(shadow, soft(np.abs(x - 0.02) - 0.03 * np.square(y) - 0.13, 0.05))  # great vessels
     shadow = np.maximum(shadow, soft(np.square(x - 0.13) + np.square(y + 0.34) - 0.010, 0.010))  # aortic knob
-    shadow *= TISSUE + 0.08
+    shadow *= HEART
     hila: Plane = np.square((np.abs(x) - 0.20) / 0.09) + np.square((y + 0.06) / 0.14)
     hila = 0.40 * soft(hila - 1, 1.2)
     return np.maximum(shadow, hila)
@@ -172,25 +181,25 @@ def _lateral(x: Plane, y: Plane, findings: list[Finding], rng: np.random.Generat
     """The side view, spine to the viewer's right; findings are fainter here."""
     outline = 0.36 + 0.36 * np.clip((y + 0.90) * 2.4, 0, 1)
     body = soft(np.abs(x) - outline, 0.05)
-    picture = body * (TISSUE + 0.08) + AIR
+    picture = body * HEART + AIR
     dome = 0.46 + 0.30 * np.square(np.clip(x + 0.30, 0, None)) + 0.20 * np.clip(-x - 0.30, 0, None)
     lung = soft(np.hypot((x + 0.02) / 0.60, (y - 0.10) / 0.92) - 1, 0.06)
     lung *= soft(y - dome, 0.03)
     inside = LUNG + 0.08 + 0.09 * _texture(x.shape[0], rng) * np.clip(1.1 - np.hypot(x, y), 0, 1)
     large = any(finding.label == "cardiomegaly" for finding in findings)
     tilted = (x + 0.25 * y + 0.16) / (0.34 if large else 0.25)
-    inside = blend(inside, 0.50, soft(np.square(tilted) + np.square((y - 0.24) / 0.26) - 1, 0.4))
+    inside = blend(inside, TISSUE, soft(np.square(tilted) + np.square((y - 0.24) / 0.26) - 1, 0.4))
     for finding in findings:
         kind, zone = finding.label.split()[0], finding.label.split()[-1]
         height = {"upper": -0.42, "middle": 0.06, "lower": 0.34}.get(zone, 0.0)
         depth = {"upper": 0.05, "middle": -0.22, "lower": 0.28}.get(zone, 0.0)
         if kind == "consolidation":
-            inside = blend(inside, 0.56, 0.7 * soft(np.hypot((x - depth) / 0.26, (y - height) / 0.20) - 0.8, 0.4))
+            inside = blend(inside, FILLED, 0.6 * soft(np.hypot((x - depth) / 0.26, (y - height) / 0.20) - 0.8, 0.4))
         elif kind == "nodule":
             distance = np.hypot(x - depth, y - height) - 0.03 * finding.extent
-            inside = blend(inside, 0.56, 0.8 * soft(distance - 0.10, 0.03))
+            inside = blend(inside, NODULE, 0.6 * soft(distance - 0.10, 0.03))
         elif kind == "effusion":
-            inside = blend(inside, 0.56, soft(0.50 - 0.4 * np.square(x) - y, 0.06) * soft(0.05 - x, 0.1))
+            inside = blend(inside, FLUID, soft(0.50 - 0.4 * np.square(x) - y, 0.06) * soft(0.05 - x, 0.1))
     picture = blend(picture, inside, lung)
     spine = soft(np.abs(x - 0.50 - 0.10 * np.square(y)) - 0.09, 0.06) * (0.10 + 0.03 * np.sin(y * 30))
     picture += body * spine + 0.05 * lung * _stripes((y - 0.55 * x) * 5.2, 0.18)

@@ -97,18 +97,21 @@ _NORMAL = (
 )
 _BESIDES = ("The bones are intact.", "The trachea is midline.", "Mediastinal contours are unremarkable.")
 _VIEWS = (("Frontal view of the chest.", "PA view."), ("PA and lateral views of the chest.", "Two views of the chest."))
+_TOPICS = (("cardiomegaly",), ("effusion", "pneumothorax"), ("nodule", "consolidation"))
 _SIZES = ("small", "moderate", "large")
 
 
 def write(findings: Sequence[Finding], views: int, rng: np.random.Generator) -> Report:
-    """Word a report; the same findings get other words, and another order, with every draw of `rng`."""
-    body = _say(findings, _PRESENT, rng) + _absences({_kind(finding) for finding in findings}, rng)
-    if rng.random() < 0.4:
-        body = [body[i] for i in rng.permutation(len(body))]
-    if rng.random() < 0.3:
+    """Word a report: heart, pleura, lungs, each with what is there and what is not; other words with every draw."""
+    body = [_pick(_VIEWS[views - 1], rng)] if rng.random() < 0.2 else []
+    for kinds in _TOPICS:
+        there = [finding for finding in findings if _kind(finding) in kinds]
+        body += _say(there, _PRESENT, rng)
+        absent = tuple(kind for kind in kinds if all(_kind(finding) != kind for finding in there))
+        if absent:
+            body.append(_pick(_ABSENT[absent], rng))
+    if rng.random() < 0.2:
         body.append(_pick(_BESIDES, rng))
-    if rng.random() < 0.3:
-        body.insert(0, _pick(_VIEWS[views - 1], rng))
     summary = _say(findings, _SUMMARY, rng) or [_pick(_NORMAL, rng)]
     return Report(findings=" ".join(body), impression=" ".join(summary))
 
@@ -127,17 +130,6 @@ def _say(findings: Sequence[Finding], words: dict[str, tuple[str, ...]], rng: np
         wording = _pick(words[_kind(finding)], rng)
         text = wording.format(side=finding.side, zone=place.split()[-1], lobe=place, size=size)
         said.append(text[0].upper() + text[1:])
-    return said
-
-
-def _absences(present: set[str], rng: np.random.Generator) -> list[str]:
-    """Sentences for what is absent: by pairs or one by one, now and then left out."""
-    said: list[str] = []
-    told: set[str] = set(present)
-    for kinds in _ABSENT:
-        if told.isdisjoint(kinds) and rng.random() < 0.85:
-            told.update(kinds)
-            said.append(_pick(_ABSENT[kinds], rng))
     return said
 
 

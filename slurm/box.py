@@ -346,7 +346,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
-Folder = Annotated[Path | None, typer.Option(help="Default: /tmp/radhpc-box, or /tmp/radhpc-box-UID.")]
+Folder = Annotated[Path | None, typer.Option(help="Default: /tmp/radhpc-box.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 

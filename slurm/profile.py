@@ -1,6 +1,6 @@
 """Where a job runs: a YAML file in slurm/profiles/, or anywhere else.
 
-profile = load("box")            # slurm/profiles/box.yaml
+profile = load("local")          # slurm/profiles/local.yaml
 profile = load("~/a100.yaml")    # a file of one's own
 """
 

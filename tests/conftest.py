@@ -26,11 +26,14 @@ TINY_MODEL = """
              intermediate_layers_indices: [0], vision_output_dim: 64}
 """
 
-TINY_RECIPE = """
+TINY_RECIPE = (
+    """
 name: tiny
 shards: ['{shards}']
 model:
-""" + TINY_MODEL.replace("{", "{{").replace("}", "}}") + """
+"""
+    + TINY_MODEL.replace("{", "{{").replace("}", "}}")
+    + """
 stages:
   - {{name: scratch, steps: 6, batch: 6, micro_batch: 2, train: ['.*'], optimizer: {{learning_rate: 1.0e-3}}}}
   - name: adapt
@@ -47,6 +50,7 @@ stages:
 checkpoint: {{every: 4, keep: 2}}
 evaluation: {{samples: 4, batch: 2, max_new_tokens: 8, images: 1}}
 """
+)
 
 
 @pytest.fixture(scope="session")
@@ -109,7 +113,8 @@ def local_profile(tmp_path: Path) -> Callable[[int], Path]:
     def write(ranks: int) -> Path:
         path = tmp_path / f"local{ranks}.yaml"
         path.write_text(
-            f"cluster: local\ntasks_per_node: {ranks}\nthreads: 1\nminutes: 30\nenvironment: {{GLOO_SOCKET_IFNAME: lo}}\n"
+            f"cluster: local\ntasks_per_node: {ranks}\nthreads: 1\nminutes: 30\n"
+            "environment: {GLOO_SOCKET_IFNAME: lo}\n"
         )
         return path
 

@@ -90,16 +90,19 @@ def test_slurm_knows_no_tensors(path: Path) -> None:
         assert {noun(module) for module in imports(path)} <= allowed
 
 
-@pytest.mark.parametrize("command", [["launch.py", "--help"], *(["-c", f"import slurm.{p.stem}"] for p in files("slurm"))])
+@pytest.mark.parametrize(
+    "command", [["launch.py", "--help"], *(["-c", f"import slurm.{p.stem}"] for p in files("slurm"))]
+)
 def test_the_login_node_needs_no_torch(command: list[str]) -> None:
     code = (
-        "import runpy, sys\n"
-        "try:\n    runpy.run_path('launch.py', run_name='__main__')\nexcept SystemExit: pass\n"
+        "import runpy, sys\ntry:\n    runpy.run_path('launch.py', run_name='__main__')\nexcept SystemExit: pass\n"
         if command[0] == "launch.py"
         else f"import sys\n{command[1]}\n"
     ) + "assert not {'torch', 'transformers'} & set(sys.modules), 'torch was imported'\n"
     arguments = [command[1]] if command[0] == "launch.py" else []
-    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 

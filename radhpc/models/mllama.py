@@ -98,14 +98,20 @@ class Family:
             self.config._attn_implementation = self._recipe.attention
             torch.manual_seed(seed)
             model = MllamaForConditionalGeneration(self.config)
-            if self._recipe.gates is not None:
-                with torch.no_grad():
-                    for name, parameter in model.named_parameters():
-                        if name.endswith(("attn_gate", "mlp_gate", ".gate", "gate_attn", "gate_ffn")):
-                            parameter.fill_(self._recipe.gates)
+            self._initialise(model)
         model.generation_config.eos_token_id = self.tokenizer.eos_token_id
         model.generation_config.pad_token_id = self.tokenizer.pad_token_id
         return model.eval()
+
+    def _initialise(self, model: torch.nn.Module) -> None:
+        """Start the gates and the position embeddings where the recipe says, not where upstream does."""
+        gates, positions = self._recipe.gates, self._recipe.positions
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if gates is not None and name.endswith(("attn_gate", "mlp_gate", ".gate", "gate_attn", "gate_ffn")):
+                    parameter.fill_(gates)
+                if positions is not None and name.endswith("gated_positional_embedding.embedding"):
+                    parameter.normal_(std=positions)
 
     def prompt(self, text: str, images: int) -> str:
         # Text before an image cannot see it, so the images come first.

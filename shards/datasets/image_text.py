@@ -221,7 +221,12 @@ def _text(value: Any) -> str:
     """A cell as text; whole numbers lose the point that some exporters give them, so that 7.0 and 7 are one patient."""
     if value is None:
         return ""
-    return str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
+    text = str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
+        raise Fault("text that is no Unicode") from None
+    return text
 
 
 def _strings(value: Any) -> list[str]:
@@ -250,12 +255,12 @@ def _labels(value: Any, record: dict[str, Any]) -> dict[str, dict[str, int | Non
         else:
             value = [name.strip() for name in value.split("|") if name.strip()]
     if isinstance(value, list):
-        value = {str(name): 1 for name in value}
+        value = {_text(name): 1 for name in value}
     if isinstance(value, dict) and value:
         nested = all(isinstance(inner, dict) for inner in value.values())
         plain = "chexpert" if set(value) <= set(CHEXPERT) else VOCABULARY
         for vocabulary, values in (value if nested else {plain: value}).items():
-            labels[str(vocabulary)] = {str(name): _label(given) for name, given in values.items()}
+            labels[_text(vocabulary)] = {_text(name): _label(given) for name, given in values.items()}
     elif value:
         raise Fault("labels that are no names")
     own = {name: _label(record[name]) for name in CHEXPERT if name in record}
@@ -267,7 +272,7 @@ def _label(value: Any) -> int | None:
         return None
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise Fault("a label other than 1, 0, -1 and empty") from None
     if number not in (1, 0, -1):
         raise Fault("a label other than 1, 0, -1 and empty")

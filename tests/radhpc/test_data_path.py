@@ -39,7 +39,9 @@ def kind(tmp_path_factory: pytest.TempPathFactory, recipe: Recipe, source: Sourc
     return family(recipe.model, str(folder))
 
 
-def steps(source: Source, encoder: Encoder, recipe: Recipe, stage: Stage, world: int, cursor: int = 0) -> list[list[str]]:
+def steps(
+    source: Source, encoder: Encoder, recipe: Recipe, stage: Stage, world: int, cursor: int = 0
+) -> list[list[str]]:
     """The keys of each step over all ranks, sorted; fails where ranks differ in steps or micro-batches."""
     streams = [Stream(source, encoder, stage, 0, recipe.stream, 0, r, world, cursor) for r in range(world)]
     rows = [list(stream) for stream in streams]
@@ -178,7 +180,11 @@ def test_a_manifest_that_is_none_is_named(phantom_shards: Path, tmp_path: Path) 
     folder = damaged(phantom_shards, tmp_path / "other")
     manifest = folder / MANIFEST
     text = manifest.read_text()
-    for wrong, words in ((text.replace('"format": 1', '"format": 2'), "format"), ("{", MANIFEST), ("{}", "Field required")):
+    for wrong, words in (
+        (text.replace('"format": 1', '"format": 2'), "format"),
+        ("{", MANIFEST),
+        ("{}", "Field required"),
+    ):
         manifest.write_text(wrong)
         with pytest.raises(UserError, match=words):
             Source((str(folder),), "train")

@@ -3,14 +3,16 @@
 import csv
 import io
 import json
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, strategies as st
 
 from radhpc.errors import UserError
-from radhpc.sample import Report
+from radhpc.sample import Report, Sample, View
 from shards import datasets, sections
 from shards.datasets import RawStudy, image_text
 
@@ -185,6 +187,25 @@ def test_unusable_rows_are_named(row: dict[str, Any], fault: str, tmp_path: Path
     studies = listed(write_json(tmp_path, [{"patient": 1, **row}, {"image": "b.png", "text": "y", "patient": 2}]))
     assert [study.fault for study in studies] == [fault, None]
     assert "a.png" in studies[0].name or "record 1" in studies[0].name
+
+
+VALUES = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text()),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(), inner, max_size=3)),
+    max_leaves=4,
+)
+
+
+@given(st.fixed_dictionaries(dict.fromkeys(("image", "text", "patient", "study", "view", "labels", "split"), VALUES)))
+def test_any_values_are_read_or_named(row: dict[str, Any]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [row, {**row, "image": "a.png", "text": "\ud800"}, {"image": "b.png", "text": "y", "patient": 2}]
+        studies = listed(write_json(Path(folder), rows))
+    for study in studies:
+        assert study.fault or Sample(
+            dataset="a", patient="0" * 16, study="0" * 16, split="train", images=[View(width=9, height=9)],
+            report=study.report, language=study.language, labels=study.labels,
+        ).model_dump_json()  # fmt: skip
 
 
 def test_short_rows_of_a_csv_are_named(tmp_path: Path) -> None:

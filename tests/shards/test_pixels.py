@@ -7,6 +7,7 @@ from pathlib import Path
 
 import imagecodecs
 import numpy as np
+import pydicom
 import pytest
 from hypothesis import given, settings, strategies as st
 from hypothesis.extra import numpy as arrays
@@ -195,3 +196,32 @@ def test_a_window_upside_down_inverts(pixels: np.ndarray, black: float, white: f
     inverted, _ = apply_window(pixels, (white, black))
     if black != white:
         assert np.abs(shown.astype(int) + inverted - 255).max() <= 1
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from(["PNG", "JPEG", "PNG16", "DICOM"]),
+    st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=4),
+)
+def test_damaged_files_are_read_or_named(form: str, damage: list[tuple[float, int]]) -> None:
+    whole = bytearray(WHOLE[form])
+    for place, byte in damage:
+        whole[int(place * (len(whole) - 1))] = byte
+    try:
+        encode(decode(bytes(whole)))
+        reason = None
+    except BadImage as error:
+        reason = error.reason
+    assert reason is None or reason in REASONS
+
+
+WHOLE = {
+    "PNG": saved((RAMP >> 8).astype(np.uint8)),
+    "JPEG": saved((RAMP >> 8).astype(np.uint8), "JPEG"),
+    "PNG16": saved(RAMP),
+    "DICOM": (Path(pydicom.__file__).parent / "data/test_files/MR_small_RLE.dcm").read_bytes(),
+}
+REASONS = {
+    "broken image", "image too small", "image too large", "neither JPEG, PNG nor DICOM", "DICOM of several frames",
+    "DICOM without pixel data", "DICOM of an unknown encoding",
+}  # fmt: skip

@@ -133,9 +133,7 @@ def test_a_step_has_one_task_on_each_node(running: dict[str, Any]) -> None:
 def test_nothing_listens_outside_loopback(running: dict[str, Any]) -> None:
     folder = Path(running["conf"]).parent
     number = submit(running["conf"], "srun sleep 60")
-    wait_until(
-        lambda: list(box._processes(folder).values()).count("job") >= 6
-    )  # srun, steps, tasks: all there
+    wait_until(lambda: list(box._processes(folder).values()).count("job") >= 6)  # srun, steps, tasks: all there
     listening = [
         connection.laddr.ip
         for pid in box._processes(folder)
@@ -261,9 +259,7 @@ def test_without_slurm_the_packages_are_named(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("address", ["192.0.2.7", "127.0.1.1"])
-def test_a_machine_whose_name_is_not_loopback_is_refused(
-    monkeypatch: pytest.MonkeyPatch, address: str
-) -> None:
+def test_a_machine_whose_name_is_not_loopback_is_refused(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
     monkeypatch.setattr("socket.getaddrinfo", lambda *_: [(2, 1, 6, "", (address, 0))])
     with pytest.raises(UserError, match=f"must stand for 127.0.0.1, not for {address}; .* >> /etc/hosts"):
         box._loopback_address()

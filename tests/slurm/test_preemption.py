@@ -219,7 +219,7 @@ def test_sbatch_says_no_in_one_line(launch: Launch, box_profile: Path, recipe_fi
 def test_real_radiographs_on_two_nodes(
     launch: Launch, launch_json: Launch, real_notes: Path, box_profile: Path, tmp_path: Path
 ) -> None:
-    """The third point of the whole: real images and notes -> shards -> LoRA on two nodes -> a text for a held-out one."""
+    """Real images and notes -> shards -> LoRA on two nodes -> a text for an image."""
     from tests.conftest import ROOT
 
     shards, run = tmp_path / "shards", tmp_path / "run"
