@@ -59,7 +59,8 @@ def quickstart(
     started = time.perf_counter()
     path = run or _new_run("quickstart")
     shards = path.with_name(path.name + "-shards")
-    _build("phantom", None, str(shards), {"studies": str(studies)}, Settings(longest_side=112))
+    options = {"studies": str(studies), "two_views": "0.15", "size": "128"}
+    _build("phantom", None, str(shards), options, Settings(longest_side=112))
     run_dir = _train(HERE / "recipes" / "quickstart.yaml", [f"shards=[{shards}]", *(overrides or [])], "inline", path)
     folder = max((run_dir.path / "evaluation").glob("step-*"))
     scores = read_json(folder / "scores.json")
@@ -170,6 +171,8 @@ def resume(
     from slurm import profile as profiles
 
     run_dir = RunDir.open(run)
+    if run_dir.events() and run_dir.events()[-1]["event"] == "finished":
+        raise UserError(f"{run}: the run is finished; evaluate or generate with it, or train a new one")
     frozen = run_dir.path / "profile.yaml"
     profile = profiles.load(on or (str(frozen) if frozen.exists() else "inline"))
     _submit(run_dir, profile, watch, lambda run, job: _announce(run, job, as_json))

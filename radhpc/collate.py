@@ -43,6 +43,7 @@ class Encoder:
 
     def __init__(self, family: ModelFamily, text: Text) -> None:
         self.family, self.text = family, text
+        self._usual: dict[int, list[int]] = {}  # by number of views: the ids of the recipe's own prompt
 
     def answer(self, sample: Sample) -> str:
         """What the model shall say: the answer to the question, or the wanted sections of the report."""
@@ -52,7 +53,7 @@ class Encoder:
 
     def encode(self, key: str, sample: Sample, views: Sequence[Image.Image]) -> Encoded:
         """Encode for training. A study without text has no supervised token: it is passed over, not taught."""
-        prompt = self._ids(self.family.prompt(sample.question or self.text.prompt, len(views)))
+        prompt = self._prompt(sample.question, len(views))
         answer = self.answer(sample)
         ids = [*self._ids(answer), self.family.tokenizer.eos_token_id] if answer else []
         room = max(1, self.text.max_tokens - len(prompt))
@@ -68,7 +69,7 @@ class Encoder:
 
     def encode_prompt(self, key: str, question: str | None, views: Sequence[Image.Image]) -> Encoded:
         """Encode for generation: the prompt alone."""
-        ids = np.asarray(self._ids(self.family.prompt(question or self.text.prompt, len(views))), np.int64)
+        ids = np.asarray(self._prompt(question, len(views)), np.int64)
         return Encoded(key, ids, np.full_like(ids, IGNORE), self.family.encode_images(views))
 
     def empty(self) -> Encoded:
@@ -91,6 +92,13 @@ class Encoder:
             "labels": torch.from_numpy(labels),
             **self.family.collate_images([row.images for row in rows], ids),
         }
+
+    def _prompt(self, question: str | None, views: int) -> list[int]:
+        if question:
+            return self._ids(self.family.prompt(question, views))
+        if views not in self._usual:
+            self._usual[views] = self._ids(self.family.prompt(self.text.prompt, views))
+        return self._usual[views]
 
     def _ids(self, text: str) -> list[int]:
         return list(self.family.tokenizer(text, add_special_tokens=False)["input_ids"])

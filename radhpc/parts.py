@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from radhpc import adapters, models, tokenizer
-from radhpc.checkpoint import Checkpoints, Cursor, read_cursor, read_tensors, sha256
+from radhpc.checkpoint import Checkpoints, Cursor, read_cursor, read_tensors, sha256, verify
 from radhpc.collate import Encoder
 from radhpc.dist import Ranks
 from radhpc.engine import Engine
@@ -52,7 +52,11 @@ class Parts:
         self.base_hash = self._base_hash(model)
 
         def saved(earlier: int) -> adapters.Tensors:
-            return read_tensors(self.checkpoints.folder / lineage[earlier], moments=False)
+            path = self.checkpoints.folder / lineage[earlier]
+            if fault := verify(path):
+                stage_name = self.recipe.stages[earlier].name
+                raise UserError(f"{path}: {fault}; without the end of stage '{stage_name}' the run cannot go on")
+            return read_tensors(path, moments=False)
 
         adapters.prepare(model, self.recipe.stages, stage, saved, self.recipe.seed)
         return Engine(model, self.recipe, self.recipe.stages[stage].optimizer, self.family.blocks, self.ranks)

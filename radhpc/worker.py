@@ -3,6 +3,8 @@
 outcome = run("runs/padchest-1")        # on each rank, with RANK, WORLD_SIZE, ... in the environment
 """
 
+import contextlib
+import errno
 import json
 import logging
 import os
@@ -55,9 +57,11 @@ def run(path: str) -> Outcome:
             ranks = Ranks()
             outcome = _run(run_dir, ranks, stop)
         except BaseException as error:
-            outcome = Outcome(_kind(error), first_line(error))
-            _record_end(run_dir, rank, outcome, traceback.format_exc())
-            raise
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                where = error.filename or run_dir.path
+                full = UserError(f"{where}: {error.strerror}; free some space, then 'launch.py resume {run_dir.path}'")
+                raise _recorded(run_dir, rank, full) from error
+            raise _recorded(run_dir, rank, error)  # noqa: B904
         finally:
             if ranks is not None:
                 ranks.close()
@@ -208,6 +212,13 @@ def _kind(error: BaseException) -> Literal["mistake", "lost_peer", "crashed"]:
     if isinstance(error, UserError):
         return "mistake"
     return "lost_peer" if lost_peer(error) else "crashed"
+
+
+def _recorded(run: RunDir, rank: int, error: BaseException) -> BaseException:
+    """Record how this rank ends by an error, as far as the disk allows, and give the error back."""
+    with contextlib.suppress(OSError):
+        _record_end(run, rank, Outcome(_kind(error), first_line(error)), traceback.format_exc())
+    return error
 
 
 def _record_end(run: RunDir, rank: int, outcome: Outcome, trace: str = "") -> None:

@@ -10,10 +10,11 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import signal
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
@@ -181,7 +182,8 @@ def _run_pool(tasks: list[Task], processes: int, progress: Callable[[int], None]
     counter, stop = context.Value("q", 0), context.Event()
     pool = ProcessPoolExecutor(min(processes, len(tasks)), context, start_process, (counter, stop))
     try:
-        running: dict[Future[Done | None], int] = {pool.submit(run_task, task): n for n, task in enumerate(tasks)}
+        with _ctrl_c_held_back():
+            running: dict[Future[Done | None], int] = {pool.submit(run_task, task): n for n, task in enumerate(tasks)}
         while running:
             for future in wait(running, timeout=0.2, return_when=FIRST_COMPLETED).done:
                 done = future.result()
@@ -196,6 +198,16 @@ def _run_pool(tasks: list[Task], processes: int, progress: Callable[[int], None]
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _ctrl_c_held_back() -> Iterator[None]:
+    """Processes started in here never see Ctrl-C, from their first instant: to end them is the build's business."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _check_records(listing: Listing, records: Mapping[int, Done], settings: Settings) -> None:

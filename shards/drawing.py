@@ -19,7 +19,7 @@ Projection = Literal["PA", "L"]
 PROJECTIONS: tuple[Projection, ...] = ("PA", "L")
 Plane = npt.NDArray[np.floating[Any]]  # (size, size), float32 throughout
 
-AIR, LUNG, TISSUE, HEART, FLUID, FILLED, NODULE, LEAD = 0.02, 0.20, 0.44, 0.50, 0.66, 0.72, 0.85, 0.95  # brightness
+AIR, LUNG, TISSUE, HEART, FLUID, FILLED, NODULE, LEAD = 0.02, 0.25, 0.46, 0.52, 0.67, 0.73, 0.85, 0.95  # brightness
 COARSE = 256  # pixels: pictures from here on are drawn at half the size and enlarged, soft as real ones are
 TEXTURES = 8  # vessel patterns kept in memory; each patient gets a shifted, mirrored one
 
@@ -106,10 +106,10 @@ def _lung(
 
     air = findings.get("pneumothorax")
     if air and air.side == side:
-        rim = edge + (0.13 + 0.08 * air.extent) * (1 + 0.9 * np.clip(-y, 0, 1))  # wider at the apex
-        inside += 0.06
+        rim = edge + (0.18 + 0.10 * air.extent) * (1 + 0.9 * np.clip(-y, 0, 1))  # wider at the apex
+        inside += 0.18  # the lung, collapsed and dense
         inside = blend(inside, 0.03, soft(-rim, 0.015))
-        inside += 0.26 * soft(np.abs(rim) - 0.012, 0.012)  # the pleural line
+        inside += 0.35 * soft(np.abs(rim) - 0.012, 0.012)  # the pleural line
     for label, finding in findings.items():
         if finding.side == side:
             if label.startswith("consolidation"):
@@ -185,7 +185,7 @@ def _lateral(x: Plane, y: Plane, findings: list[Finding], rng: np.random.Generat
     dome = 0.46 + 0.30 * np.square(np.clip(x + 0.30, 0, None)) + 0.20 * np.clip(-x - 0.30, 0, None)
     lung = soft(np.hypot((x + 0.02) / 0.60, (y - 0.10) / 0.92) - 1, 0.06)
     lung *= soft(y - dome, 0.03)
-    inside = LUNG + 0.08 + 0.09 * _texture(x.shape[0], rng) * np.clip(1.1 - np.hypot(x, y), 0, 1)
+    inside = LUNG + 0.04 + 0.09 * _texture(x.shape[0], rng) * np.clip(1.1 - np.hypot(x, y), 0, 1)
     large = any(finding.label == "cardiomegaly" for finding in findings)
     tilted = (x + 0.25 * y + 0.16) / (0.34 if large else 0.25)
     inside = blend(inside, TISSUE, soft(np.square(tilted) + np.square((y - 0.24) / 0.26) - 1, 0.4))

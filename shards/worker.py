@@ -6,7 +6,6 @@ shards with a record of its own hash as they are. It names studies by their plac
 
 import contextlib
 import os
-import signal
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -123,10 +122,9 @@ _stop: Event | None = None
 
 
 def start_process(counter: "Synchronized[int]", stop: Event) -> None:
-    """Run once in each worker process: take what is shared, leave Ctrl-C to the build, never outlive it."""
+    """Run once in each worker process: take what is shared, and never outlive the build."""
     global _counter, _stop
     _counter, _stop = counter, stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_follow_parent, daemon=True).start()
 
 
