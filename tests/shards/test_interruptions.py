@@ -1,0 +1,150 @@
+"""A build that is killed, stopped or out of room leaves no half file, and goes on to the same bytes."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from radhpc.errors import UserError
+from shards import writer
+from shards.build import Settings, build
+from shards.worker import RECORDS
+from tests.shards.helpers import PHANTOM, ROOT, SMALL, contents, records
+
+pytestmark = pytest.mark.timeout(120)
+
+
+def start(out: Path, *arguments: str) -> subprocess.Popen[str]:
+    """Build phantoms in a process of its own, with two workers."""
+    code = f"""
+import sys
+from radhpc.errors import UserError
+from shards.build import Settings, build
+if __name__ == "__main__":
+    try:
+        build("phantom", None, {str(out)!r}, {{"studies": "600", "size": "64"}}, Settings(workers=2, shard_samples=8))
+    except UserError as error:
+        sys.exit(f"UserError: {{error}}")
+"""
+    script = out.with_suffix(".py")
+    script.write_text(code)
+    return subprocess.Popen(
+        [sys.executable, script],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.01)
+
+
+def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    return [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+
+
+def test_a_build_killed_in_the_middle_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    options, out = {"studies": "600", "size": "64"}, tmp_path / "killed"
+    process = start(out)
+    wait_for(lambda: len(records(out)) >= 3)
+    orphans = workers(process)
+    process.kill()
+    process.wait()
+    assert orphans
+    psutil.wait_procs(orphans, timeout=10)
+    assert not any(orphan.is_running() and orphan.status() != psutil.STATUS_ZOMBIE for orphan in orphans)
+    assert not (out / "manifest.json").exists()
+    kept = {name.removesuffix(".json"): (out / name.removesuffix(".json")).stat().st_ino for name in records(out)}
+    (out / ".train-000000.tar.abc").write_bytes(b"what a killed writer leaves")
+    progress: list[int] = []
+    result = build("phantom", None, str(out), options, SMALL, lambda done, total: progress.append(done))
+    assert progress[0] >= 3 * 4  # what was finished is not built again
+    assert all((out / name).stat().st_ino == inode for name, inode in kept.items())
+    build("phantom", None, str(tmp_path / "whole"), options, SMALL)
+    assert contents(out) == contents(tmp_path / "whole")
+    assert result.samples == 600
+
+
+def test_a_killed_worker_is_one_line_and_no_hang(tmp_path: Path) -> None:
+    process = start(tmp_path / "out")
+    wait_for(lambda: len(records(tmp_path / "out")) >= 1 and workers(process))
+    workers(process)[0].kill()
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert stderr.startswith(f"UserError: {tmp_path}/out: a worker process was killed")
+    assert stderr.count("\n") == 1
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_ctrl_c_ends_all_at_once(tmp_path: Path) -> None:
+    process = start(tmp_path / "out")
+    wait_for(lambda: len(records(tmp_path / "out")) >= 1)
+    children = psutil.Process(process.pid).children()
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=20)
+    assert stderr.strip().endswith("KeyboardInterrupt")
+    assert stderr.count("Traceback") == 1  # the build's own, none of a worker
+    psutil.wait_procs(children, timeout=10)
+    left = [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+    assert left == [RECORDS]
+
+
+def test_two_builds_do_not_write_to_one_folder(tmp_path: Path) -> None:
+    def intrude(done: int, total: int) -> None:
+        if done == 20:
+            with pytest.raises(UserError, match="another build is writing there"):
+                build("phantom", None, str(tmp_path / "out"), PHANTOM, SMALL)
+
+    assert build("phantom", None, str(tmp_path / "out"), PHANTOM, SMALL, intrude).samples == 60
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = os.fsync
+
+    def full(descriptor: int) -> None:
+        if "train-000002" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        synced(descriptor)
+
+    monkeypatch.setattr(writer.os, "fsync", full)
+    with pytest.raises(UserError, match=f"{tmp_path}/out: no space left; finished shards are kept"):
+        build("phantom", None, str(tmp_path / "out"), PHANTOM, SMALL)
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == [RECORDS, "train-000000.tar", "train-000001.tar"]
+    monkeypatch.undo()
+    assert build("phantom", None, str(tmp_path / "out"), PHANTOM, SMALL).samples == 60
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small file system")
+def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", disk], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        for workers in (1, 2):
+            with pytest.raises(UserError, match="no space left"):
+                build("phantom", None, str(disk / "out"), PHANTOM, Settings(workers=workers, shard_samples=8))
+            assert not (disk / "out" / "manifest.json").exists()
+            for path in (disk / "out").glob("*.tar"):
+                with tarfile.open(path) as tar:
+                    assert tar.getnames()
+    finally:
+        subprocess.run(["umount", disk], check=True)
