@@ -52,9 +52,8 @@ def quickstart(
     as_json: Json = False,
 ) -> None:
     """Draw phantom radiographs, build shards, train all stages, evaluate and write reports: on a CPU, in minutes."""
-    from shards.build import Settings
-
     from radhpc.files import read_json
+    from shards.build import Settings
 
     started = time.perf_counter()
     path = run or _new_run("quickstart")
