@@ -12,11 +12,13 @@ with batch 6 and 4 ranks, rank 0 takes 2 samples, rank 3 takes 1 and one empty s
 """
 
 import logging
+import sys
 import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import google_crc32c
 import numpy as np
@@ -27,7 +29,7 @@ from radhpc import order
 from radhpc.collate import Batch, Encoded, Encoder
 from radhpc.errors import UserError, first_line
 from radhpc.manifest import Manifest
-from radhpc.recipe import Stage, Stream as StreamRecipe
+from radhpc.recipe import Stage, Stream as StreamRecipe, load
 from radhpc.sample import Sample
 from radhpc.store import Store
 from radhpc.transforms import decode
@@ -219,3 +221,23 @@ class Stream:
         size = self._micro_batch
         batches = [self._encoder.batch(rows[n : n + size]) for n in range(0, len(rows), size)]
         return Step(number, batches, keys, bad, supervised, tokens, time.perf_counter() - started)
+
+
+def main(arguments: list[str]) -> None:
+    """Print what the first three positions of a recipe's first stage hold."""
+    recipe = load(Path(arguments[0]), arguments[1:])
+    stage = recipe.stages[0]
+    source = Source(stage.shards or recipe.shards, "train")
+    for number in order.samples_at(0, min(3, len(source)), len(source), recipe.seed, 0):
+        key, sample, views = source.read(int(number))
+        print(f"{key}: {', '.join(f'{view.width}x{view.height} {view.mode}' for view in views)}")
+        print(f"  asked: {sample.question or recipe.text.prompt}")
+        print(f"  answer: {sample.answer or sample.report.text(recipe.text.sections)}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
