@@ -42,7 +42,7 @@ stages:
     lora: {{rank: 2, alpha: 4, dropout: 0.1, targets: '.*language_model.*(q|v)_proj'}}
     optimizer: {{learning_rate: 1.0e-3, schedule: linear, groups: [{{match: lora_B, scale: 2.0}}]}}
   - name: refine
-    steps: 6
+    steps: 14
     batch: 6
     lora: {{rank: 4, alpha: 8, targets: '.*language_model.*(q|v)_proj'}}
     adapters: grow
