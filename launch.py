@@ -389,7 +389,7 @@ def _submit(run: "RunDir", profile: "Profile", watch: bool, announce: Callable[[
 
 
 def _watch(run: "RunDir") -> None:
-    """Follow a job until it ends; Ctrl-C leaves the job alone."""
+    """Follow a job until it ends. Ctrl-C leaves a SLURM job alone; a local one saves and ends with it."""
     from slurm.status import status as run_status
 
     with Bar(run.path.name, 1, unit="steps") as bar:
@@ -414,7 +414,7 @@ def _load(path: Path) -> tuple[Any, Any, Any]:
 
     start_log()
     run = RunDir.open(path)
-    parts = Parts(run, run.recipe().model_copy(update={"engine": "single"}), Ranks())
+    parts = Parts(run, run.recipe(), Ranks())
     engine, cursor = parts.restored_engine()
     return parts, engine, cursor
 

@@ -5,6 +5,7 @@ convention what it is; low and high are a 95% bootstrap interval over patients.
 """
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,13 +20,16 @@ from radhpc.board import panel
 from radhpc.collate import Encoder
 from radhpc.dist import Ranks
 from radhpc.engine import Engine
+from radhpc.errors import UserError
 from radhpc.files import write_atomically
 from radhpc.generate import generate
 from radhpc.metrics import findings, text
 from radhpc.metrics.bootstrap import interval
 from radhpc.recipe import Evaluation
 from radhpc.sample import Sample
-from radhpc.stream import Source
+from radhpc.stream import BadSample, Source
+
+log = logging.getLogger("radhpc")
 
 Scores = dict[str, dict[str, Any]]
 
@@ -49,6 +53,7 @@ class Result:
     baselines: dict[str, Scores]  # "constant" and "random"
     rows: list[Row]
     pictures: list[np.ndarray[Any, Any]]
+    bad: list[str]  # keys of studies that could not be read and are left out
 
 
 def chosen(source: Source, samples: int | None) -> list[int]:
@@ -68,7 +73,7 @@ def evaluate(
 ) -> Result:
     """Generate for the chosen studies, on all ranks, and score on rank 0."""
     numbers = chosen(held_out, recipe.samples)
-    mine = [held_out.read(n) for n in numbers[ranks.rank :: ranks.world]]
+    mine, bad = _read(held_out, numbers[ranks.rank :: ranks.world])
     prompts = [encoder.encode_prompt(key, sample.question, views) for key, sample, views in mine]
     generated = generate(engine, encoder, prompts, recipe.batch, recipe.max_new_tokens, ranks, check)
     loss, tokens = _loss(engine, encoder, mine, recipe.batch, ranks)
@@ -80,16 +85,36 @@ def evaluate(
         panel(views, {"Reference": row.reference, "Generated": row.generated})
         for row, (_, _, views) in zip(rows[: recipe.images], mine, strict=False)
     ]
-    every_rank = ranks.gather(rows)
-    rows = sorted((row for rows in every_rank for row in rows), key=lambda row: row.key)
+    every_rank = ranks.gather((rows, bad))
+    rows = sorted((row for rows, _ in every_rank for row in rows), key=lambda row: row.key)
+    bad = sorted(key for _, keys in every_rank for key in keys)
+    if not rows:
+        raise UserError(
+            f"evaluation: none of {len(numbers)} studies could be read; 'launch.py verify' names every fault"
+        )
     if not ranks.first:
-        return Result({}, {}, [], [])
+        return Result({}, {}, [], [], [])
     scores = {"loss": _score(loss / max(1, tokens), None, "nats per supervised token"), **score(rows)}
     baselines = {
         name: score([Row(r.key, r.patient, r.reference, text, r.findings) for r, text in zip(rows, texts, strict=True)])
         for name, texts in trivial(encoder, training, len(rows)).items()
     }
-    return Result(scores, baselines, rows, pictures)
+    return Result(scores, baselines, rows, pictures, bad)
+
+
+Study = tuple[str, Sample, list[Image.Image]]
+
+
+def _read(source: Source, numbers: list[int]) -> tuple[list[Study], list[str]]:
+    """The studies, and the keys of those that are damaged."""
+    studies, bad = [], []
+    for number in numbers:
+        try:
+            studies.append(source.read(number))
+        except BadSample as error:
+            log.warning("left out of the evaluation: %s", error)
+            bad.append(error.key)
+    return studies, bad
 
 
 def known_findings(sample: Sample) -> frozenset[str] | None:
@@ -149,6 +174,7 @@ def write(folder: Path, result: Result, step: int, split: str) -> None:
         "step": step,
         "split": split,
         "samples": len(result.rows),
+        "left_out": result.bad,
         "scores": result.scores,
         "baselines": result.baselines,
     }
@@ -171,9 +197,7 @@ def _score(value: float, limits: tuple[float, float] | None, convention: str) ->
     return {"value": value, "low": low, "high": high, "convention": convention}
 
 
-def _loss(
-    engine: Engine, encoder: Encoder, studies: list[tuple[str, Sample, list[Image.Image]]], batch: int, ranks: Ranks
-) -> tuple[float, float]:
+def _loss(engine: Engine, encoder: Encoder, studies: list[Study], batch: int, ranks: Ranks) -> tuple[float, float]:
     """Summed loss and supervised tokens over all ranks, with as many forward passes on each."""
     (rounds,) = ranks.max([float(-(-len(studies) // batch))])
     loss, tokens = 0.0, 0

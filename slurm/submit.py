@@ -6,10 +6,11 @@ again, days later, reads the run as it is then.
 
 import os
 import shlex
+import signal
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def submit(run: RunDir, profile: Profile) -> submitit.Job[Any]:
     scheduler.refuse_if_alive(run)
     run.clear_stop()
     write_atomically(run.path / "profile.yaml", yaml.safe_dump(profile.model_dump(mode="json")).encode(), 0o600)
-    with environment(profile):
+    with environment(profile), apart(run) if profile.cluster == "local" else nullcontext():
         try:
             job = executor(run, profile).submit(slurm_job.main, str(run.path))
         except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError, RuntimeError) as error:
@@ -106,6 +107,26 @@ def slurm_parameters(run: RunDir, profile: Profile, python: str) -> dict[str, An
         # From here on a signal must not end the decision half way.
         "teardown": ["status=$?; trap '' TERM USR2", f"{python} -m slurm.requeue {shlex.quote(str(run.path))} $status"],
     }
+
+
+@contextmanager
+def apart(run: RunDir) -> Iterator[None]:
+    """What the processes started in here inherit: their output goes to the run's logs, so that nobody waits for the end
+    of a pipe that they hold; and Ctrl-C passes submitit's controller by, which would kill the ranks before they save.
+    """
+    log = os.open(run.folder("logs") / "controller.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ours = os.dup(1), os.dup(2)
+    try:
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        yield
+    finally:
+        for number, descriptor in zip((1, 2), ours, strict=True):
+            os.dup2(descriptor, number)
+            os.close(descriptor)
+        os.close(log)
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

@@ -196,7 +196,7 @@ def test_a_corrupt_sample_stops_the_run_or_is_left_out_by_name(
 ) -> None:
     bad = tmp_path / "bad"
     shutil.copytree(phantom_shards, bad)
-    shard = sorted(bad.glob("*.tar"))[0]
+    shard = sorted(bad.glob("train-*.tar"))[0]
     data = bytearray(shard.read_bytes())
     data[700] ^= 1  # inside the first member: the size stays, the checksum does not
     shard.write_bytes(data)
@@ -214,7 +214,7 @@ def shard_key(shards: Path) -> str:
     """The first training sample of the first shard whose first member is damaged, by webdataset's own naming."""
     import tarfile
 
-    with tarfile.open(sorted(shards.glob("*.tar"))[0]) as tar:
+    with tarfile.open(sorted(shards.glob("train-*.tar"))[0]) as tar:
         return tar.getnames()[0].split(".")[0]
 
 
