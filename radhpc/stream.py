@@ -11,6 +11,7 @@ with batch 6 and 4 ranks, rank 0 takes 2 samples, rank 3 takes 1 and one empty s
     python -m radhpc.stream recipes/quickstart.yaml shards='[runs/phantom]'    # shows three samples
 """
 
+import contextlib
 import logging
 import sys
 import time
@@ -28,7 +29,7 @@ from pydantic import ValidationError
 from radhpc import order
 from radhpc.collate import Batch, Encoded, Encoder
 from radhpc.errors import UserError, first_line
-from radhpc.manifest import Manifest
+from radhpc.manifest import Manifest, Member
 from radhpc.recipe import Stage, Stream as StreamRecipe, load
 from radhpc.sample import Sample
 from radhpc.store import Store
@@ -81,40 +82,48 @@ class Source:
         key = index.key[row].decode()
         sample, views = None, []
         for member in index.members(row):
-            shard = manifest.shards[member.shard].name
-            try:
-                data = store.read_range(shard, member.offset, member.length)
-            except FileNotFoundError as error:
-                raise UserError(f"{store.url}/{shard}: gone while it is being read") from error
-            if len(data) != member.length:
-                raise BadSample(key, f"{shard}: {member.name}: {len(data)} of {member.length} bytes")
-            if google_crc32c.value(data) != member.crc32c:
-                raise BadSample(key, f"{shard}: {member.name}: checksum differs from the manifest's")
+            data = _checked(store, manifest.shards[member.shard].name, key, member)
             try:
                 if member.name.endswith(".json"):
                     sample = Sample.model_validate_json(data)
                 else:
                     views.append(decode(data))
             except (OSError, ValidationError) as error:
-                raise BadSample(key, f"{shard}: {member.name}: {first_line(error)}") from error
+                raise BadSample(key, f"{member.name}: {first_line(error)}") from error
         if sample is None or not views:
             raise BadSample(key, "no description or no image in the shard")
         return key, sample, views
 
     def samples(self) -> Iterator[Sample]:
-        """The descriptions alone, in the order of the shards: for a tokenizer, and for baselines."""
+        """The descriptions alone, in the order of the shards: for a tokenizer, and for baselines. Damaged ones are
+        left out; the stream names them when their turn comes.
+        """
         for number in range(len(self)):
             store, manifest, index, row = self._at(number)
             for member in index.members(row):
                 if member.name.endswith(".json"):
-                    data = store.read_range(manifest.shards[member.shard].name, member.offset, member.length)
-                    yield Sample.model_validate_json(data)
+                    shard = manifest.shards[member.shard].name
+                    with contextlib.suppress(BadSample, ValidationError):
+                        yield Sample.model_validate_json(_checked(store, shard, self.key(number), member))
 
     def _at(self, number: int):  # type: ignore[no-untyped-def]
         part = int(np.searchsorted(self._ends, number, side="right"))
         store, manifest, index, rows = self._parts[part]
         before = int(self._ends[part - 1]) if part else 0
         return store, manifest, index, int(rows[number - before])
+
+
+def _checked(store: Store, shard: str, key: str, member: Member) -> bytes:
+    """The bytes of one member, if they are those of the manifest. Raises BadSample."""
+    try:
+        data = store.read_range(shard, member.offset, member.length)
+    except FileNotFoundError as error:
+        raise UserError(f"{store.url}/{shard}: gone while it is being read") from error
+    if len(data) != member.length:
+        raise BadSample(key, f"{shard}: {member.name}: {len(data)} of {member.length} bytes")
+    if google_crc32c.value(data) != member.crc32c:
+        raise BadSample(key, f"{shard}: {member.name}: checksum differs from the manifest's")
+    return data
 
 
 def _refuse_leak(url: str, index, patients: dict[str, tuple[str, str]]) -> None:  # type: ignore[no-untyped-def]
