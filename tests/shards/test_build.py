@@ -157,7 +157,8 @@ def test_too_many_unusable_studies_fail_and_may_be_mended(archive: Path, tmp_pat
     for path in lost:
         path.unlink()
     settings = Settings(workers=workers, shard_samples=3, max_skipped="10%")
-    with pytest.raises(UserError, match=r"3 of 20 studies cannot be used, and max_skipped allows 2: raw: images/1.2"):
+    # two workers may each report a shard before the build looks: 3 or 4 are known by then
+    with pytest.raises(UserError, match=r"[34] of 20 studies cannot be used, and max_skipped allows 2: raw: images/1.2"):
         build("image_text", archive, str(tmp_path / "out"), {}, settings)
     assert not (tmp_path / "out" / "manifest.json").exists()
     for path, data in lost.items():
