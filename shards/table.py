@@ -1,17 +1,24 @@
 """Reads a table of records: JSON, JSON lines, CSV or TSV, by the standard library, in UTF-8 with or without BOM.
 
-table = read(Path("data.json"))                     # Table: path, columns, records
-table.records[0].values["image"], table.records[0].where                     # "images/1.jpg", "record 1"
+    for record in stream(path, ("ImageID", "Report")):    # a large CSV: those columns alone, row by row
+        record.values["ImageID"], record.where, record.fault                 # "1.png", "line 7", None
+    table = read(Path("data.json"))                       # a table of any kind: path, columns, records
+
+A CSV may be compressed (.csv.gz), and is never held in memory.
 """
 
+import contextlib
 import csv
+import gzip
 import io
 import json
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from radhpc.errors import UserError
+from radhpc.errors import UserError, first_line
 from shards import splits
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
@@ -34,7 +41,52 @@ class Table:
 
     path: Path
     columns: tuple[str, ...]
-    records: tuple[Record, ...]
+    records: Iterable[Record]  # may be walked through more than once
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The records of a CSV, read anew on each walk."""
+
+    walk: Callable[[], Iterator[Record]]
+
+    def __iter__(self) -> Iterator[Record]:
+        return self.walk()
+
+
+def locate(raw: Path | None, names: Sequence[str], what: str) -> Path:
+    """The first of `names` in the folder `raw`, plain or gzipped; `raw` may be that file itself. Raises UserError."""
+    if raw is None:
+        raise UserError(f"--raw is missing: the folder of {what}")
+    if raw.is_file():
+        return raw
+    if not raw.is_dir():
+        raise UserError(f"--raw {raw}: no such file or folder")
+    if found := find_one(raw, names):
+        return found
+    raise UserError(f"--raw {raw}: no {what} there; looked for {', '.join(names)} (also .gz)")
+
+
+def find_one(folder: Path, names: Sequence[str]) -> Path | None:
+    """The first of `names` that the folder has, plain or gzipped."""
+    return next((path for name in names for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
+
+
+def stream(path: Path, columns: Sequence[str], delimiter: str | None = None) -> Iterator[Record]:
+    """Yield the rows of a CSV with these columns alone. Raises UserError where one is missing.
+
+    Names in the header are compared without the spaces around them. Columns that are not asked for, dates and names
+    among them, never leave the file.
+    """
+    with _reading(path) as file:
+        rows, header = _open_csv(path, file, delimiter)
+        if missing := [name for name in columns if name not in header]:
+            raise UserError(
+                f"{path}: no column {', '.join(missing)}; found are {', '.join(header) or 'none'}; "
+                f"wanted are {', '.join(columns)}"
+            )
+        places = [(name, header.index(name)) for name in columns]
+        yield from _records(path, rows, places, len(header))
 
 
 def find(raw: Path, named: str | None = None) -> Path:
@@ -49,55 +101,81 @@ def find(raw: Path, named: str | None = None) -> Path:
         return raw / named
     if (raw / "data.json").is_file():
         return raw / "data.json"
-    found = sorted(path for path in raw.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
+    found = sorted(path for path in raw.iterdir() if kind(path) in SUFFIXES and path.is_file())
     if not found:
-        raise UserError(f"--raw {raw}: no table there; allowed is a file that ends in {', '.join(SUFFIXES)}")
+        raise UserError(f"--raw {raw}: no table there; allowed is a file that ends in {', '.join(SUFFIXES)} (also .gz)")
     if len(found) > 1:
         raise UserError(f"--raw {raw}: several tables: {', '.join(p.name for p in found)}; choose with table=NAME")
     return found[0]
 
 
 def read(path: Path, delimiter: str | None = None) -> Table:
-    """Read a table. Raises UserError that names the file and the place of what is wrong."""
+    """Read a table of any kind. Raises UserError that names the file and the place of what is wrong."""
+    records: Iterable[Record]
+    if kind(path) in (".csv", ".tsv"):
+        with _reading(path) as file:
+            _, header = _open_csv(path, file, delimiter)
+        columns, records = header, Rows(lambda: stream(path, header, delimiter))
+    else:
+        with _reading(path) as file:
+            text = file.read()
+        parse = _json_lines if kind(path) == ".jsonl" else _json
+        records = parse(path, text)
+        columns = list(dict.fromkeys(name for record in records for name in record.values))
+    if next(iter(records), None) is None:
+        raise UserError(f"{path}: the table is empty")
+    return Table(path, tuple(columns), records)
+
+
+def kind(path: Path) -> str:
+    """The suffix, without that of a compression."""
+    return (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[io.TextIOWrapper]:
+    """Open for text, and turn what is wrong with the bytes into one line."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        with path.open("rb") as plain:
+            binary = gzip.GzipFile(fileobj=plain) if path.suffix.lower() == ".gz" else plain
+            yield io.TextIOWrapper(binary, encoding="utf-8-sig", newline="")  # type: ignore[type-var]
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path}: byte {error.object[error.start]:#04x} at offset {error.start} is not UTF-8; save it as UTF-8"
+            f"{path}: byte {error.object[error.start]:#04x} is not UTF-8; save the file as UTF-8"
         ) from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: cut or damaged ({first_line(error)})") from error
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    if path.suffix.lower() in (".csv", ".tsv"):
-        records = _csv(path, text, delimiter or ("\t" if path.suffix.lower() == ".tsv" else ","))
-    elif path.suffix.lower() == ".jsonl":
-        records = _json_lines(path, text)
-    else:
-        records = _json(path, text)
-    if not records:
-        raise UserError(f"{path}: the table is empty")
-    columns = dict.fromkeys(name for record in records for name in record.values)
-    return Table(path, tuple(columns), tuple(records))
+        raise UserError(f"{path}: cannot be read ({error.strerror or first_line(error)})") from error
 
 
-def _csv(path: Path, text: str, delimiter: str) -> list[Record]:
+def _open_csv(path: Path, file: Iterable[str], delimiter: str | None) -> tuple[Any, list[str]]:
+    """The rows behind the header, and the header."""
+    delimiter = delimiter or ("\t" if kind(path) == ".tsv" else ",")
     if delimiter == "\\t":
         delimiter = "\t"
     if len(delimiter) != 1:
         raise UserError(f"delimiter={delimiter}: one character is allowed")
     csv.field_size_limit(MAX_FIELD)
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    records = []
+    rows = csv.reader(file, delimiter=delimiter, strict=True)
     try:
         header = [name.strip() for name in next(rows, [])]
-        if len(header) == 1:
-            _suggest_delimiter(path, header[0], delimiter)
-        for row in rows:
-            if row:
-                fault = None if len(row) == len(header) else "row of another length than the header"
-                records.append(Record(f"line {rows.line_num}", dict(zip(header, row, strict=False)), fault))
     except csv.Error as error:
         raise UserError(f"{path}: line {rows.line_num}: {error}") from error
-    return records
+    if len(header) == 1:
+        _suggest_delimiter(path, header[0], delimiter)
+    return rows, header
+
+
+def _records(path: Path, rows: Any, places: Sequence[tuple[str, int]], length: int) -> Iterator[Record]:
+    try:
+        for row in rows:
+            if row:
+                fault = None if len(row) == length else "row of another length than the header"
+                values = {name: row[place] for name, place in places if place < len(row)}
+                yield Record(f"line {rows.line_num}", values, fault)
+    except csv.Error as error:
+        raise UserError(f"{path}: line {rows.line_num}: {error}") from error
 
 
 def _suggest_delimiter(path: Path, header: str, delimiter: str) -> None:

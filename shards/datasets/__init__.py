@@ -7,10 +7,12 @@ A reader is a module of this folder with
     def read(raw: Path | None, options: Options) -> Iterator[RawStudy]
 
 `read` looks at metadata alone, so that a listing takes seconds; images are opened in the build's workers, one
-study at a time. That is why a RawStudy must be picklable.
+study at a time. That is why a RawStudy must be picklable. It holds no more than a few studies in memory: what must be
+sorted or joined lies on the disk (shards/spool.py). Modules whose name starts with _ are no readers.
 """
 
 import importlib
+import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +24,7 @@ from radhpc.errors import UserError, nearest
 from radhpc.sample import Report, Split
 from shards.pixels import Raw
 
-NAMES = ("image_text", "phantom")
+NAMES = tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")))
 
 Source = Path | Callable[[], Raw]  # where a view's pixels come from: a file, or a drawing
 
@@ -58,6 +60,14 @@ class Options(BaseModel):
         pattern=r"^[a-z0-9][a-z0-9_-]{0,39}$",
         description="what to call the dataset in keys and tables, instead of the reader's name",
     )
+
+    @property
+    def shares_images(self) -> bool:
+        """Whether the official split puts the same image into several splits, as some VQA sets' do.
+
+        Then near-duplicates across splits are reported; elsewhere those outside the test set are left out.
+        """
+        return False
 
 
 class Reader(Protocol):

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from radhpc.errors import UserError, nearest
 from radhpc.sample import CHEXPERT, Report, Split
-from shards import sections, splits, table
+from shards import sections, splits, spool, table
 from shards.datasets import DatasetWarning, Options, RawStudy
 
 SYNTHETIC = False
@@ -99,19 +99,22 @@ def read(raw: Path | None, options: Options) -> Iterator[RawStudy]:
             DatasetWarning,
             stacklevel=2,
         )
-    studies: dict[tuple[str, str, str | None], list[Item]] = {}
-    for record in rows.records:
+    for _, items in spool.grouped(_items(rows, columns, options)):
+        yield items[0] if isinstance(items[0], RawStudy) else _study(items)
+
+
+def _items(rows: table.Table, columns: dict[str, str], options: OPTIONS) -> Iterator[tuple[str, Item | RawStudy]]:
+    """(what makes a study, the row as one of its items), row by row; a row that cannot be used is a study alone."""
+    for number, record in enumerate(rows.records):
+        alone = str(number)
         try:
             item = _item(record, columns, options, rows.path.parent)
         except Fault as fault:
-            yield RawStudy(study="", patient="", views=(), name=f"{rows.path.name} {record.where}", fault=str(fault))
+            name = f"{rows.path.name} {record.where}"
+            yield alone, RawStudy(study="", patient="", views=(), name=name, fault=str(fault))
             continue
-        if "study" in columns:
-            studies.setdefault((item.patient, item.study, item.question), []).append(item)
-        else:
-            yield _study([item])
-    for items in studies.values():
-        yield _study(items)
+        together = "\x1f".join((item.patient, item.study, item.question or ""))
+        yield together if "study" in columns else alone, item
 
 
 def find_columns(rows: table.Table, options: OPTIONS) -> dict[str, str]:

@@ -1,0 +1,76 @@
+"""Rows on the disk instead of in memory, so that an archive of any size is listed in the same memory.
+
+    for study, rows in grouped((row["StudyID"], row) for row in ...):     # in the order in which keys first appear
+    reports = Lookup((path.stem, path.read_text()) for path in ...)       # reports.get("s50414267")
+
+Both lie in a private temporary file of SQLite's, without a name, which is gone when it is closed.
+"""
+
+import pickle
+import sqlite3
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from operator import itemgetter
+from typing import Any
+
+BATCH = 1000  # rows fetched at a time
+
+
+def grouped(rows: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, list[Any]]]:
+    """Yield (key, [values]) from (key, value): groups by first appearance, values in the order they came."""
+    connection = _temporary()
+    try:
+        connection.execute("CREATE TABLE rows (place INTEGER PRIMARY KEY, key TEXT, value BLOB)")
+        connection.executemany("INSERT INTO rows (key, value) VALUES (?, ?)", ((key, _pack(v)) for key, v in rows))
+        connection.execute("CREATE TABLE firsts AS SELECT key, MIN(place) AS first FROM rows GROUP BY key")
+        ordered = connection.execute(
+            "SELECT firsts.first, rows.key, rows.value FROM rows JOIN firsts USING (key) ORDER BY first, place"
+        )
+        ordered.arraysize = BATCH
+        for _, group in groupby(ordered, itemgetter(0)):
+            found = list(group)
+            yield found[0][1], [pickle.loads(value) for *_, value in found]
+    finally:
+        connection.close()
+
+
+class Lookup:
+    """A dictionary on the disk, filled once. A key that comes again replaces the value, and counts in `repeated`."""
+
+    def __init__(self, rows: Iterable[tuple[str, Any]]) -> None:
+        self._connection = _temporary()
+        self._connection.execute("CREATE TABLE rows (key TEXT PRIMARY KEY, value BLOB) WITHOUT ROWID")
+        count = 0
+        for key, value in rows:
+            self._connection.execute("INSERT OR REPLACE INTO rows VALUES (?, ?)", (key, _pack(value)))
+            count += 1
+        self.repeated = count - len(self)
+
+    def __len__(self) -> int:
+        return int(self._connection.execute("SELECT COUNT(*) FROM rows").fetchone()[0])
+
+    def __contains__(self, key: str) -> bool:
+        return self._connection.execute("SELECT 1 FROM rows WHERE key = ?", (key,)).fetchone() is not None
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a key, or the default."""
+        found = self._connection.execute("SELECT value FROM rows WHERE key = ?", (key,)).fetchone()
+        return default if found is None else pickle.loads(found[0])
+
+    def items(self) -> Iterator[tuple[str, Any]]:
+        """All pairs, in the order of the keys."""
+        for key, value in self._connection.execute("SELECT key, value FROM rows ORDER BY key"):
+            yield key, pickle.loads(value)
+
+
+def _temporary() -> sqlite3.Connection:
+    connection = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+    connection.execute("PRAGMA journal_mode = OFF")
+    connection.execute("PRAGMA synchronous = OFF")
+    connection.execute("PRAGMA temp_store = FILE")
+    connection.execute("PRAGMA cache_size = -16000")  # kibibytes
+    return connection
+
+
+def _pack(value: Any) -> bytes:
+    return pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
