@@ -4,6 +4,9 @@
     store = Store("s3://bucket/padchest")           # obstore: s3, gs, az, http and file URLs
     store.read_range("train-000000.tar", 512, 100)
 
+A fragment names a subset of the samples that lie there: Store("/data/padchest#balanced").subset is "balanced", and
+its manifest is balanced.json (manifest.py). A path that is no string is taken as it stands.
+
 Safe to use from many threads. obstore's own threads do not survive a fork: open stores after forking. Credentials,
 the endpoint and the region come from the environment, as for other S3 tools: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
 AWS_ENDPOINT_URL, AWS_REGION, and AWS_ALLOW_HTTP=true for an endpoint without TLS.
@@ -24,6 +27,8 @@ from radhpc.files import write_atomically
 
 __all__ = ["Store", "write_atomically"]
 
+_SUBSET = re.compile(r"(?P<url>.*)#(?P<subset>[a-z][a-z0-9_-]*)", re.DOTALL)
+
 
 MODE = 0o640  # of files in a folder: owner and group may read patients' data, others not
 RETRIES = {"max_retries": 10, "retry_timeout": timedelta(minutes=2)}  # of one request to an object store
@@ -34,7 +39,9 @@ class Store:
     """A flat folder of files behind a path or a URL."""
 
     def __init__(self, url: str | os.PathLike[str]) -> None:
-        self.url = os.fspath(url).rstrip("/")
+        found = _SUBSET.fullmatch(url) if isinstance(url, str) else None
+        self.subset = found["subset"] if found else None
+        self.url = (found["url"] if found else os.fspath(url)).rstrip("/")
         self.folder = None if "://" in self.url else Path(self.url)
         self._descriptors: dict[str, int] = {}
         self._lock = threading.Lock()
