@@ -7,6 +7,9 @@ last, so a folder with a manifest is a whole dataset. Example:
     manifest = Manifest.load(store)                   # a few kilobytes
     index = manifest.load_index(store)                # the columns, checked against the manifest
     for member in index.members(7): ...               # the eighth sample: shard, offset, length, crc32c
+
+A subset, such as <url>#balanced, is a second pair beside them: `balanced.json` and `balanced.npz` hold some of the
+samples of the same shards, and `subset_of` names the manifest that they were taken from. See shards/balance.py.
 """
 
 import hashlib
@@ -31,6 +34,7 @@ class Reader(Protocol):
     """What the manifest needs of a store."""
 
     url: str
+    subset: str | None
 
     def read(self, name: str) -> bytes: ...
 
@@ -97,6 +101,17 @@ class Index:
         """The positions of a split's samples, ascending."""
         return np.flatnonzero(self.split == SPLITS.index(split))  # type: ignore[arg-type]
 
+    def take(self, rows: npt.NDArray[np.int64]) -> "Index":
+        """The index of some of the samples, in the order of `rows`."""
+        counts = np.diff(self.first)[rows]
+        ends = np.cumsum(counts)
+        members = np.repeat(self.first[rows] - (ends - counts), counts) + np.arange(counts.sum())
+        return Index(
+            *(column[rows] for column in (self.key, self.patient, self.split, self.shard)),
+            np.concatenate([[0], ends]).astype(np.int64),
+            *(column[members] for column in (self.suffix, self.offset, self.length, self.crc32c)),
+        )
+
     def to_bytes(self) -> bytes:
         buffer = io.BytesIO()
         np.savez(buffer, allow_pickle=False, **self.__dict__)
@@ -109,7 +124,7 @@ class Index:
 
 
 class Manifest(BaseModel):
-    """What `manifest.json` holds."""
+    """What `manifest.json` holds, or the file of a subset."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -123,9 +138,11 @@ class Manifest(BaseModel):
     build: dict[str, Any] = Field(description="how it was built: reader, image and split settings, versions")
     build_hash: str = Field(description="sha256 of `build`, to tell one build from another")
     skipped: dict[str, int] = Field(default_factory=dict, description="samples left out, by reason")
+    subset_of: str | None = Field(None, description="of a subset: the hash of the manifest it was taken from")
 
     def to_bytes(self) -> bytes:
-        return (json.dumps(self.model_dump(), indent=1, sort_keys=True) + "\n").encode()
+        whole = {"subset_of"} if self.subset_of is None else set()
+        return (json.dumps(self.model_dump(exclude=whole), indent=1, sort_keys=True) + "\n").encode()
 
     @property
     def hash(self) -> str:
@@ -134,28 +151,45 @@ class Manifest(BaseModel):
 
     @classmethod
     def load(cls, store: Reader) -> "Manifest":
-        """Read and validate the manifest. Raises UserError where there is none or it is not one of ours."""
-        try:
-            data = store.read(MANIFEST)
-        except FileNotFoundError as error:
+        """Read and validate the manifest of all samples, or of the store's subset.
+
+        Raises UserError where there is none, where it is not one of ours, and where the shards that a subset was
+        taken from were built anew since.
+        """
+        whole = cls._read(
+            store, MANIFEST, f"no {MANIFEST} there; shards are made by 'launch.py build', which writes it last"
+        )
+        if store.subset is None:
+            if whole.subset_of is not None:
+                raise UserError(f"{store.url}/{MANIFEST}: subset_of: the manifest of all samples is a subset of none")
+            return whole
+        name = _file(store)
+        subset = cls._read(store, name, f"no subset '{store.subset}' there ({name}); allowed is the URL without it")
+        if subset.subset_of != whole.hash:
             raise UserError(
-                f"{store.url}: no {MANIFEST} there; shards are made by 'launch.py build', which writes it last"
-            ) from error
+                f"{store.url}/{name}: subset_of: the shards were built anew since; make '{store.subset}' again"
+            )
+        return subset
+
+    @classmethod
+    def _read(cls, store: Reader, name: str, missing: str) -> "Manifest":
         try:
-            return cls.model_validate_json(data)
+            return cls.model_validate_json(store.read(name))
+        except FileNotFoundError as error:
+            raise UserError(f"{store.url}: {missing}") from error
         except ValidationError as error:
             what = error.errors()[0]
             where = ".".join(map(str, what["loc"])) or "the file"
-            raise UserError(f"{store.url}/{MANIFEST}: {where}: {what['msg']}") from error
+            raise UserError(f"{store.url}/{name}: {where}: {what['msg']}") from error
 
     def load_index(self, store: Reader) -> Index:
         """Read the columns and check them against the manifest."""
         try:
             data = store.read(self.index.name)
         except FileNotFoundError as error:
-            raise UserError(f"{store.url}/{self.index.name}: missing, but {MANIFEST} names it") from error
+            raise UserError(f"{store.url}/{self.index.name}: missing, but {_file(store)} names it") from error
         if sha256(data) != self.index.sha256:
-            raise UserError(f"{store.url}/{self.index.name}: does not match {MANIFEST} (sha256 differs)")
+            raise UserError(f"{store.url}/{self.index.name}: does not match {_file(store)} (sha256 differs)")
         try:
             return Index.from_bytes(data)
         except (ValueError, KeyError) as error:
@@ -173,6 +207,10 @@ class Manifest(BaseModel):
                     f"{store.url}/{shard.name}: {size} bytes, but {MANIFEST} says {shard.size}; "
                     "the shard was cut or replaced: build it again"
                 )
+
+
+def _file(store: Reader) -> str:
+    return MANIFEST if store.subset is None else f"{store.subset}.json"
 
 
 def sha256(data: bytes) -> str:

@@ -216,7 +216,10 @@ class Recipe(Section):
     engine: Literal["fsdp", "single"] = Field("fsdp", description="fsdp: FSDP2 over all ranks; single: one process")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of the computation; trained parameters stay fp32")
     model: Model
-    shards: tuple[str, ...] = Field(min_length=1, description="folders or URLs with a manifest.json")
+    shards: tuple[str, ...] = Field(
+        min_length=1,
+        description="folders or URLs with a manifest.json; DIR#balanced: the subset of them that balanced.json names",
+    )
     stream: Stream = Stream()  # type: ignore[call-arg]
     text: Text = Text()  # type: ignore[call-arg]
     stages: tuple[Stage, ...] = Field(min_length=1)

@@ -1,6 +1,6 @@
 """Shards to steps: which samples a step trains on, read, checked, decoded and batched ahead of time.
 
-    Source    the samples of one split over several shard folders, any of them by number
+    Source    the samples of one split over several shard folders or subsets of them, any of them by number
     Stream    the steps of one stage from a cursor on, this rank's share of each
 
 Enters: manifests, and the cursor (samples of this stage that were trained on). Leaves: Step after Step, each with the
@@ -53,9 +53,13 @@ class Source:
         self.urls, self.split = urls, split
         self._parts = []
         hashes = []
+        folders: dict[str, str] = {}
         patients: dict[str, tuple[str, str]] = {}
         for url in urls:
             store = Store(url)
+            if store.url in folders:
+                raise UserError(f"shards: {folders[store.url]} and {url} hold the same samples; allowed is one of them")
+            folders[store.url] = url
             manifest = Manifest.load(store)
             index = manifest.load_index(store)
             hashes.append(manifest.hash)
