@@ -1,0 +1,226 @@
+"""ROCO v2: figures of open-access articles with their captions and UMLS concepts (Rueckert et al., 2024).
+
+    train_captions.csv           ID,Caption              ROCOv2_2023_train_000001,"Head CT demonstrating ..."
+    train_concepts.csv           ID,CUIs                 ROCOv2_2023_train_000001,C0040405;C0018670
+    train_concepts_manual.csv    ID,CUIs                 ... and the same for valid and test
+    cui_mapping.csv              CUI,Canonical name      C0040405,"X-Ray Computed Tomography"
+    license_information.csv      ID,PMCID,Attribution,Link   ROCOv2_2023_train_000001,PMC1,CC BY-NC A et al. (2022),...
+    train_images/ROCOv2_2023_train_000001.jpg            also train_images/train/..., as the zip file unpacks
+
+The caption is the report (section `other`); concepts are labels in the vocabularies `umls` (automatic) and
+`umls-manual` (modality, and for X-rays region and projection), by canonical name. 59,958 images train, 9,904
+validate, 9,927 test.
+
+No patients are known, so an article (PMCID) stands for its patient. Where an article has figures in several official
+splits:
+
+    split=disjoint   (the default) test keeps its figures, else validate; the other splits go without, and a warning
+                     counts them. The official test set stays whole, so results on it compare with published ones
+    split=official   as published; the article counts as another patient in each split, and a warning counts those
+    split=article    no official split: each article in one split, by its hash and the build's ratios
+
+An attribution begins with its licence, CC BY or CC BY-NC; `licenses=commercial` leaves the latter out.
+"""
+
+import functools
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from radhpc.errors import UserError
+from radhpc.sample import Report, Split
+from shards import spool, table
+from shards.datasets import DatasetWarning, Options, RawStudy, _layout, _vqa
+from shards.datasets._overlap import Overlap
+
+SYNTHETIC = False
+WORDS: dict[Split, str] = {"train": "train", "validate": "valid", "test": "test"}
+CAPTIONS: dict[Split, tuple[str, ...]] = {split: (f"{word}_captions.csv",) for split, word in WORDS.items()}
+VOCABULARIES = {"umls": "concepts.csv", "umls-manual": "concepts_manual.csv"}
+CACHED = 1 << 13  # names of concepts: the set has about two thousand
+LICENSES, MAPPING = "license_information.csv", "cui_mapping.csv"
+
+
+class OPTIONS(Options):
+    """roco_v2: ROCO v2 as published on Zenodo."""
+
+    split: Literal["disjoint", "official", "article"] = Field(
+        "disjoint",
+        description="disjoint: official, without figures of articles that the test set has; official: as published; "
+        "article: by the hash of the article",
+    )
+    licenses: Literal["all", "commercial"] = Field(
+        "all", description="all, or commercial: images whose licence allows commercial use"
+    )
+
+    @property
+    def shares_images(self) -> bool:
+        """As published, figures of one article may stand in several splits, and articles repeat figures."""
+        return self.split == "official"
+
+
+class Concepts:
+    """The labels of an image, by vocabulary; they lie on the disk."""
+
+    def __init__(self, folder: Path, splits: Sequence[Split]) -> None:
+        mapping = table.find_one(folder, [MAPPING])
+        self._mapped = mapping is not None
+        names = spool.Lookup(_pairs(mapping, "CUI", "Canonical name") if mapping else ())
+        self._name = functools.lru_cache(CACHED)(names.get)
+        self._of = {
+            vocabulary: spool.Lookup(_concept_rows(folder, splits, ending))
+            for vocabulary, ending in VOCABULARIES.items()
+        }
+        self.unknown = 0  # concepts without a canonical name
+
+    def labels(self, image: str) -> dict[str, dict[str, int | None]]:
+        """{"umls": {"X-Ray Computed Tomography": 1}, ...}; a concept without a name is called by its CUI."""
+        found = {vocabulary: lookup.get(image, "") for vocabulary, lookup in self._of.items()}
+        return {vocabulary: self._named(cuis) for vocabulary, cuis in found.items() if cuis}
+
+    def _named(self, cuis: str) -> dict[str, int | None]:
+        named: dict[str, int | None] = {}
+        for cui in filter(None, map(str.strip, cuis.split(";"))):
+            name = self._name(cui)
+            self.unknown += name is None
+            named[name or cui] = 1
+        return named
+
+    def tell(self) -> None:
+        """Warn of concepts without a name."""
+        if not self._mapped:
+            _warn(f"ROCO v2: no {MAPPING}, so concepts are called by their CUIs")
+        elif self.unknown:
+            _warn(f"{MAPPING}: {self.unknown} concepts of images are not in it; they are called by their CUIs")
+
+
+def read(raw: Path | None, options: Options) -> Iterator[RawStudy]:
+    """Yield the images with captions. Raises UserError for files that are missing or no ROCO v2."""
+    assert isinstance(options, OPTIONS)
+    folder, files = _layout.split_files(raw, CAPTIONS, "ROCO v2")
+    images = {split: _images(folder, WORDS[split]) for split in files}
+    licences = _read_licences(folder, options)
+    concepts = Concepts(folder, list(files))
+    overlap = Overlap((_article(licences, image), split) for split, path in files.items() for image in _ids(path))
+    counts: Counter[str] = Counter()
+    for split, path in files.items():
+        for record, (image, caption) in _rows(path, "ID", "Caption"):
+            name = f"{path.name} {record.where}"
+            try:
+                if record.fault:
+                    raise _vqa.Fault(record.fault)
+                image = _vqa.image_name(image)
+                article, attribution = licences.get(image, (None, ""))
+                counts["images"] += 1
+                counts["unknown"] += article is None
+                counts["non-commercial"] += not _commercial(attribution)
+                if options.licenses == "commercial" and not _commercial(attribution):
+                    continue
+                patient = article or image
+                if options.split == "disjoint" and overlap.keeper(patient, split) != split:
+                    counts["shared"] += 1
+                    continue
+                yield RawStudy(
+                    study=image,
+                    patient=f"{patient}\x1f{split}" if options.split == "official" else patient,
+                    views=((images[split] / f"{image}.jpg", None),),
+                    name=f"{name}: {image}",
+                    split=None if options.split == "article" else split,
+                    report=Report(other=_vqa.filled(caption, "text")),
+                    labels=concepts.labels(image),
+                )
+            except _vqa.Fault as fault:
+                yield _vqa.faulty(name, fault)
+    concepts.tell()
+    _tell(options, len(licences) > 0, len(overlap), counts)
+
+
+def _tell(options: OPTIONS, licensed: bool, shared: int, counts: Counter[str]) -> None:
+    """Warn of articles in several splits, and of licences."""
+    if not licensed:
+        _warn(
+            f"ROCO v2: no {LICENSES}, so articles and licences are unknown: each image counts as a patient of its "
+            "own, and figures of one article may stand in several splits"
+        )
+        return
+    if shared and options.split == "official":
+        _warn(f"ROCO v2: {shared} articles have figures in several official splits; split=disjoint parts them")
+    if shared and options.split == "disjoint":
+        _warn(
+            f"ROCO v2: {shared} articles have figures in several official splits: {counts['shared']} images were left "
+            "out so that test, then validate, keep theirs; split=official takes all"
+        )
+    if counts["unknown"]:
+        _warn(f"{LICENSES}: {counts['unknown']} images are not in it; each counts as a patient of its own")
+    left_out = options.licenses == "commercial"
+    done = "were left out" if left_out else "are in: licenses=commercial leaves them out"
+    _warn(
+        f"ROCO v2: {counts['non-commercial']} of {counts['images']} images, not licensed for commercial use, {done}; "
+        f"CC BY and CC BY-NC both ask for attribution, so keep {LICENSES}"
+    )
+
+
+def _commercial(attribution: str) -> bool:
+    """Whether the licence at the start of an attribution allows commercial use: CC BY does, CC BY-NC does not."""
+    return bool(re.match(r"CC[ -]?(0|BY)\b", attribution)) and not re.search(r"\bNC\b", attribution)
+
+
+def _article(licences: spool.Lookup, image: str) -> str:
+    """The article of an image; an image without one stands alone."""
+    article: str | None
+    article, _ = licences.get(image, (None, ""))
+    return article or image
+
+
+def _read_licences(folder: Path, options: OPTIONS) -> spool.Lookup:
+    """Image -> (article or None, attribution); empty where there is no such file."""
+    path = table.find_one(folder, [LICENSES])
+    if path is None and (options.licenses == "commercial" or options.split == "article"):
+        wanted = "licenses=commercial" if options.licenses == "commercial" else "split=article"
+        raise UserError(f"{folder}: no {LICENSES}; {wanted} needs it")
+    if path is None:
+        return spool.Lookup(())
+    rows = _rows(path, "ID", "PMCID", "Attribution")
+    return spool.Lookup((image, (article or None, attribution)) for _, (image, article, attribution) in rows)
+
+
+def _concept_rows(folder: Path, splits: Sequence[Split], ending: str) -> Iterator[tuple[str, str]]:
+    """(image, its CUIs joined by semicolons) of all splits."""
+    for split in splits:
+        name = f"{WORDS[split]}_{ending}"
+        if path := table.find_one(folder, [name]):
+            yield from _pairs(path, "ID", "CUIs")
+        else:
+            _warn(f"ROCO v2: no {name}, so images of '{split}' go without these labels")
+
+
+def _pairs(path: Path, key: str, value: str) -> Iterator[tuple[str, str]]:
+    for _, (found, told) in _rows(path, key, value):
+        yield found, told
+
+
+def _ids(path: Path) -> Iterator[str]:
+    for _, (image,) in _rows(path, "ID"):
+        yield image
+
+
+def _rows(path: Path, *wanted: str) -> Iterator[tuple[table.Record, list[str]]]:
+    """The cells of these columns, row by row. Some releases spell their headers otherwise: " id" for ID."""
+    spelled = {name.lower(): name for name in table.read(path).columns}
+    columns = [spelled.get(name.lower(), name) for name in wanted]
+    for record in table.stream(path, columns):
+        yield record, [record.values.get(name, "").strip() for name in columns]
+
+
+def _images(folder: Path, word: str) -> Path:
+    """The folder of a split's images: the zip files hold a folder of their own, which some tools drop."""
+    return _layout.image_folder(folder, (f"{word}_images/{word}", f"{word}_images", word, "images"), f"{word} images")
+
+
+def _warn(told: str) -> None:
+    warnings.warn(told, DatasetWarning, stacklevel=3)
