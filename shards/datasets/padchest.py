@@ -1,0 +1,390 @@
+"""PadChest: 160,861 chest radiographs of 67,625 patients, with stemmed Spanish reports (Bustos et al., 2020).
+
+    PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv      one row for each image, plain or .gz
+    0/120000000000000000000000000000000000001_ab12cd.png      <ImageDir>/<ImageID>: the zip files 0 to 50 and 54
+    images/..., or the images beside the table                with or without the folders; a mixture will do
+
+A study is a StudyID of one patient (one StudyID spans two). Its views stand in the order PA, AP, AP_horizontal, L,
+COSTAL, then by name. Views whose projection is EXCLUDE or UNK, and the 21 images that nobody can read, are no views; a
+study without views, labelled `exclude` by the dataset itself, or without a report is left out with its reason.
+
+Reports have been stemmed, stripped of accents and lowered by the authors: language `es-stemmed`. They become the
+findings: spaces are made single, and each sentence still ends with a full stop between spaces, as in
+"cardiomegali moder . sin derram pleural ."
+
+Labels stand in three vocabularies. `padchest`: the archive's own English names, 1 for each that is listed, `unchanged`
+and `suboptimal study` among them; what is not listed is unsaid. `padchest-localizations`: the places, "loc right", the
+same way. `chexpert`: the fourteen (_padchest_facts.py). There is no official split.
+
+PadChest-GR (Castro et al., 2024, arXiv:2411.05085) wrote the reports of 4,555 of these studies anew, as sentences in
+English and Spanish. Its files lie beside the table:
+
+    grounded_reports_20240819.json     [{"StudyID": "1200...", "ImageID": "1200..._ab12cd.png",
+                                         "findings": [{"sentence_en": "...", "sentence_es": "...", "boxes": ...}]}]
+    master_table.csv                   a row for each finding: StudyID, ..., split (train, validation or test)
+
+With grounded=en or grounded=es these sentences, positive and negative in their order, are the findings of their
+studies, in that language and in the official split; the other studies stay as they are. studies=grounded leaves them
+out, and takes of each study the one frontal image that PadChest-GR is about and brings along. Boxes are not read.
+
+The figures and traps were measured on the real table of 2019-02-01. The files of PadChest-GR are known from others'
+descriptions of the release alone, never opened: hence keys that are absent are taken as empty.
+
+Births, dates, accession numbers, machines and the sex are never read.
+"""
+
+import ast
+import contextlib
+import functools
+import os
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BeforeValidator, Field
+
+from radhpc.errors import UserError, nearest
+from radhpc.sample import Report, Split
+from shards import splits, spool, table
+from shards.datasets import DatasetWarning, Options, RawStudy
+from shards.datasets._padchest_facts import EXCLUDE, KNOWN, UNUSABLE, chexpert
+
+SYNTHETIC = False
+
+TABLE = "PADCHEST_chest_x_ray_images_labels_160K_01.02.19.csv"
+COLUMNS = (
+    "ImageID", "ImageDir", "StudyID", "PatientID", "Projection", "Pediatric", "Report", "MethodLabel", "Labels",
+    "Localizations",
+)  # fmt: skip
+GROUNDED = "grounded_reports_20240819.json"
+GROUNDED_SPLITS = "master_table.csv"
+FOLDERS = ("images", ".", "Padchest_GR_files/PadChest_GR", "Padchest_GR_files")  # where images may lie
+MISSING = ("", "nan")  # how the table writes what it does not know
+PROJECTIONS = ("PA", "AP", "AP_horizontal", "L", "COSTAL")  # in the order of a study's views
+PLAIN_LIST = re.compile(r"\[(?:'[^',\"\\]*'(?:, (?=')|(?=\])))*\]")  # of names without commas and quotes
+NO_FILE_NAME = re.compile("[/\\\\\0]")
+SHOWN = 5  # names in a warning
+NAMED = 100  # unknown labels that are told apart
+
+
+def _projections(value: Any) -> Any:
+    chosen = tuple(word.strip() for word in value.split(",")) if isinstance(value, str) else tuple(value)
+    for word in chosen:
+        if word not in PROJECTIONS:
+            raise ValueError(f"'{word}' is unknown{nearest(word, PROJECTIONS)}; allowed are {', '.join(PROJECTIONS)}")
+    return chosen
+
+
+class OPTIONS(Options):
+    """padchest: PadChest, with or without PadChest-GR."""
+
+    projections: Annotated[tuple[str, ...], BeforeValidator(_projections)] = Field(
+        ("PA", "AP", "AP_horizontal", "L"),
+        description="views to keep, by commas; COSTAL, made to see ribs, is the one left out unless named",
+    )
+    labels: Literal["all", "physician"] = Field(
+        "all", description="all; or physician: studies that a network labelled stay, but without labels"
+    )
+    reports: Literal["require", "keep"] = Field(
+        "require", description="require; or keep: studies without a report stay where they have labels"
+    )
+    pediatric: Literal["keep", "drop"] = Field("keep", description="keep or drop the studies of children")
+    grounded: Literal["no", "en", "es"] = Field(
+        "no", description="no; or en, es: PadChest-GR's sentences in that language instead of the stemmed reports"
+    )
+    studies: Literal["all", "grounded"] = Field(
+        "all", description="all; or grounded: those of PadChest-GR alone, each with its one frontal image"
+    )
+
+
+class Image(NamedTuple):
+    """What one row says of its image."""
+
+    where: str
+    folder: str
+    name: str
+    projection: str
+    pediatric: bool
+
+
+class Text(NamedTuple):
+    """What one row says of its study, the same in all rows of it."""
+
+    report: str
+    method: str
+    labels: str
+    localizations: str
+
+
+class Told:
+    """What the listing counts, for the warnings at its end."""
+
+    def __init__(self) -> None:
+        self.pediatric = self.other_projections = self.not_grounded = self.unnamed = self.grounded = 0
+        self.unknown: Counter[str] = Counter()
+
+    def unknown_label(self, name: str) -> None:
+        known = name in self.unknown or len(self.unknown) < NAMED
+        self.unknown[name if known else "others"] += 1
+
+
+class Fault(ValueError):
+    """Why a study cannot be used."""
+
+
+def read(raw: Path | None, options: Options) -> Iterator[RawStudy]:
+    """Yield the studies of the table. Raises UserError for one that cannot be read, and for images still in zips."""
+    assert isinstance(options, OPTIONS)
+    if options.studies == "grounded" and options.grounded == "no":
+        raise UserError("padchest: studies=grounded needs a language of PadChest-GR: grounded=en or grounded=es")
+    path = table.locate(raw, [TABLE], "PadChest's table")
+    grounded = _read_grounded(path.parent, options.grounded)
+    images = Images(path.parent)
+    told = Told()
+    for _, rows in spool.grouped(_rows(path)):
+        if isinstance(rows[0], RawStudy):
+            yield rows[0]
+        elif study := _study(rows, images, grounded, options, told, path):
+            yield study
+    _tell(told, options, path, len(grounded) if grounded else 0)
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """(what makes a study, a row of it), row by row; a row that cannot be used is a study alone."""
+    for number, record in enumerate(table.stream(path, COLUMNS)):
+        values = record.values
+        fault = record.fault
+        if not fault:
+            name, patient, study = values["ImageID"], values["PatientID"].strip(), values["StudyID"].strip()
+            if patient in MISSING or study in MISSING:
+                fault = "no patient or no study named"
+            elif name in MISSING or NO_FILE_NAME.search(name + values["ImageDir"]):
+                fault = "no image named"
+        if fault:
+            called = f"{path.name} {record.where}"
+            yield str(number), RawStudy(study="", patient="", views=(), name=called, fault=fault)
+            continue
+        image = record.where, values["ImageDir"].strip(), name, values["Projection"], values["Pediatric"] == "PED"
+        text = values["Report"], values["MethodLabel"], values["Labels"], values["Localizations"]
+        yield f"{patient}\x1f{study}", (patient, study, image, text)
+
+
+class Images:
+    """Where the images lie: found out once for each ImageDir, by a look into the folders that may hold its images.
+
+    One folder with images settles it. Where several have some, each image is looked for.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.shared = [folder for name in FOLDERS if _holds_images(folder := root / name)]
+        self.by_directory: dict[str, list[Path]] = {}
+
+    def find(self, directory: str, name: str) -> Path:
+        """The path of an image, whether or not it is there. Raises UserError where its zip file is not unpacked."""
+        folders = self.by_directory.get(directory)
+        if folders is None:
+            folders = self.by_directory[directory] = self._folders(directory, name)
+        if len(folders) == 1:
+            return folders[0] / name
+        paths = [folder / name for folder in folders]
+        return next((path for path in paths if path.is_file()), paths[0])
+
+    def _folders(self, directory: str, name: str) -> list[Path]:
+        own = [self.root / "images" / directory, self.root / directory] if directory else []
+        folders = [folder for folder in own if _holds_images(folder)]
+        zips = [folder.with_name(f"{directory}.zip") for folder in own]
+        packed = next((path for path in zips if path.is_file()), None)
+        if packed and not folders and not any((folder / name).is_file() for folder in self.shared):
+            raise UserError(
+                f"{packed}: the images are still packed; unpack each zip file in its folder, "
+                f"as in `unzip {packed.name} -d {directory}`, and build again"
+            )
+        return [*folders, *self.shared] or [self.root / directory]
+
+
+def _holds_images(folder: Path) -> bool:
+    try:
+        with os.scandir(folder) as entries:
+            return any(entry.name.lower().endswith(".png") for entry in entries)
+    except OSError:
+        return False
+
+
+def _study(
+    rows: list[Any], images: Images, grounded: spool.Lookup | None, options: OPTIONS, told: Told, path: Path
+) -> RawStudy | None:
+    """The study of these rows; None where the options leave it out."""
+    patient, study = rows[0][:2]
+    items = [Image(*row[2]) for row in rows]
+    text = Text(*rows[0][3])
+    language, sentences, split, image = _sentences(study, items, grounded, options.grounded)
+    told.grounded += sentences is not None
+    if options.studies == "grounded" and image:
+        items = [item for item in items if item.name == image]
+    if options.pediatric == "drop" and any(item.pediatric for item in items):
+        told.pediatric += 1
+        return None
+    if options.studies == "grounded" and not sentences:
+        told.not_grounded += 1
+        return None
+    views = [item for item in items if item.projection in PROJECTIONS and item.name not in UNUSABLE]
+    chosen = [item for item in views if item.projection in options.projections]
+    chosen.sort(key=lambda item: (PROJECTIONS.index(item.projection), item.name))
+    report = Report(findings=sentences or _report(text.report))
+    labels: dict[str, dict[str, int | None]] = {}
+    fault = None
+    try:
+        names = _names(text.labels)
+        if any(row[3] != rows[0][3] for row in rows):
+            raise Fault("rows of one study with different texts or labels")
+        if not views:
+            raise Fault("no usable view")
+        if EXCLUDE in names:
+            raise Fault("marked exclude by the dataset")
+        if not chosen:
+            told.other_projections += 1
+            return None
+        labels = _labels(names, _names(text.localizations), text, options, told)
+        if not report.findings and options.reports == "require":
+            raise Fault("no report")
+        if not report.findings and not labels:
+            raise Fault("neither report nor labels")
+    except Fault as error:
+        fault = str(error)
+    return RawStudy(
+        study=f"{patient}\x1f{study}",
+        patient=patient,
+        views=tuple((images.find(item.folder, item.name), item.projection) for item in chosen),
+        name=f"{path.name} {items[0].where}",
+        split=split,
+        report=report,
+        language=language,
+        labels=labels,
+        fault=fault,
+    )
+
+
+def _report(text: str) -> str | None:
+    """A report with single spaces; None where it is missing, or holds no word at all."""
+    return " ".join(text.split()) if text not in MISSING and re.search(r"[^\W\d_]", text) else None
+
+
+@functools.lru_cache(maxsize=4096)
+def _names(text: str) -> tuple[str, ...]:
+    """The names in a list as Python writes it, without the stray spaces, each once. Raises Fault."""
+    if text in MISSING:
+        return ()
+    names: Any = None
+    if PLAIN_LIST.fullmatch(text):  # all of the real ones, and four times as fast
+        names = text[1:-1].replace("'", "").split(", ") if len(text) > 2 else []
+    else:
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            names = ast.literal_eval(text)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise Fault("labels or localizations that are no list of names")
+    return tuple(dict.fromkeys(name.strip() for name in names))
+
+
+def _labels(
+    names: tuple[str, ...], places: tuple[str, ...], text: Text, options: OPTIONS, told: Told
+) -> dict[str, dict[str, int | None]]:
+    """Labels by vocabulary; a vocabulary of which nothing is said is absent."""
+    if options.labels == "physician" and text.method.strip() != "Physician":
+        return {}
+    told.unnamed += "" in names
+    for name in names:
+        if name and name not in KNOWN:
+            told.unknown_label(name)
+    found = {name: 1 for name in names if name}
+    labels: dict[str, dict[str, int | None]] = {}
+    if found:
+        labels["chexpert"] = chexpert(found)
+        labels["padchest"] = dict(found)
+    if located := {place: 1 for place in places if place}:
+        labels["padchest-localizations"] = dict(located)
+    return labels
+
+
+def _read_grounded(folder: Path, language: str) -> spool.Lookup | None:
+    """PadChest-GR's studies by StudyID: (ImageID, sentences, split); None where it is not asked for."""
+    path = table.find_one(folder, [GROUNDED])
+    if language == "no":
+        if path:
+            _warn(f"padchest: {path.name} is there but not used; grounded=en or grounded=es takes its sentences")
+        return None
+    if path is None:
+        raise UserError(f"padchest: grounded={language} needs {folder / GROUNDED}, which is not there")
+    official = spool.Lookup(_read_splits(folder))
+
+    def studies() -> Iterator[tuple[str, tuple[str, str, Split | None]]]:
+        for record in table.read(path).records:
+            values = record.values
+            study = str(values.get("StudyID") or "").strip()
+            findings = values.get("findings")
+            spoken = [
+                " ".join(sentence.split())
+                for finding in (findings if isinstance(findings, list) else [])
+                if isinstance(finding, dict) and isinstance(sentence := finding.get(f"sentence_{language}"), str)
+            ]
+            yield study, (str(values.get("ImageID") or ""), " ".join(filter(None, spoken)), official.get(study))
+
+    return spool.Lookup((study, value) for study, value in studies() if study)
+
+
+def _read_splits(folder: Path) -> Iterator[tuple[str, Split]]:
+    """(StudyID, official split). Raises UserError where one study has two."""
+    path = table.find_one(folder, [GROUNDED_SPLITS])
+    if path is None:
+        packed = f"; unpack {GROUNDED_SPLITS}.zip" if (folder / f"{GROUNDED_SPLITS}.zip").is_file() else ""
+        _warn(f"padchest: no {GROUNDED_SPLITS} in {folder}{packed}: PadChest-GR's studies are split by patient hash")
+        return
+    rows = table.stream(path, ("StudyID", "split"))
+    for study, words in spool.grouped((r.values["StudyID"].strip(), r.values["split"]) for r in rows if not r.fault):
+        try:
+            found = {splits.parse(word) for word in words if word.strip() and word not in MISSING}
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        if len(found) > 1:
+            raise UserError(f"{path}: a study stands in {' and '.join(sorted(found))}; allowed is one split each")
+        if found:
+            yield study, found.pop()
+
+
+def _sentences(
+    study: str, items: list[Image], grounded: spool.Lookup | None, language: str
+) -> tuple[str, str | None, Split | None, str]:
+    """(language, PadChest-GR's sentences, official split, its image) of a study; that image must be the study's."""
+    image, sentences, split = (grounded and grounded.get(study)) or ("", "", None)
+    if image and image not in {item.name for item in items}:
+        sentences, split = "", None
+    return (language, sentences, split, image) if sentences else ("es-stemmed", None, split, "")
+
+
+def _tell(told: Told, options: OPTIONS, path: Path, grounded: int) -> None:
+    """Warn of what was left out by an option, and of what is not understood."""
+    kept = ",".join(options.projections)
+    if told.other_projections:
+        _warn(f"padchest: {told.other_projections} studies have views of other projections than {kept}: left out")
+    if told.pediatric:
+        _warn(f"padchest: {told.pediatric} studies of children are left out, as pediatric=drop asks")
+    if told.not_grounded:
+        _warn(f"padchest: {told.not_grounded} studies are not in PadChest-GR: left out, as studies=grounded asks")
+    if options.grounded != "no" and told.grounded < grounded:
+        _warn(
+            f"padchest: {grounded - told.grounded} of {grounded} studies of {GROUNDED} are not in {path.name}, or have "
+            f"no sentences in {options.grounded}"
+        )
+    if told.unnamed:
+        _warn(f"padchest: {told.unnamed} studies have an empty label, which says nothing: left out of their labels")
+    if told.unknown:
+        shown = ", ".join(f"'{name}' ({count})" for name, count in told.unknown.most_common(SHOWN))
+        more = ", ..." if len(told.unknown) > SHOWN else ""
+        _warn(f"padchest: labels without a known meaning, kept in `padchest` alone (studies): {shown}{more}")
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, DatasetWarning, stacklevel=3)
