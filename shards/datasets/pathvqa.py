@@ -5,7 +5,7 @@
 
 Three splits, train, val and test, by image; no patients are known, so an image stands for its patient. The pickles
 are read as plain data (shards/safe_pickle.py): nothing in them is ever run. JSON of the same records is read as well,
-under the same name or as pathvqa_train.json beside the images. About 170 of the 32,799 records stand twice: the
+under the same name or as pathvqa_train.json beside the images. Some 160 of about 32,800 records stand twice: the
 second is left out as a duplicate. The same question with another answer stays.
 
 One question is one sample, and its image is stored with each. Label: answer type, which the set does not tell: closed
