@@ -22,6 +22,7 @@ from radhpc.log import Bar, console, start as start_log
 if TYPE_CHECKING:
     from radhpc.recipe import Recipe
     from radhpc.run_dir import RunDir
+    from shards.pixels import Target
     from slurm.profile import Profile
 
 app = typer.Typer(
@@ -268,16 +269,14 @@ def generate(
     from radhpc.transforms import decode
     from shards.pixels import BadImage, encode, load
 
-    run_dir, side, quality = _image_settings(run)
+    run_dir, target = _image_settings(run)
     views = []
     for path in image:
         try:
-            data, _ = encode(
-                load(path), side, quality
-            )  # what `build` does to an image, so that no view looks different
+            encoded = encode(load(path), target)  # what `build` does to an image, so that no view looks different
         except (BadImage, FileNotFoundError) as error:
             raise UserError(str(error)) from error
-        views.append(decode(data))
+        views.append(decode(encoded.data, encoded.view))
     parts, engine, _ = _load(run_dir.path)
     from radhpc.generate import generate as generate_texts
 
@@ -419,15 +418,16 @@ def _load(path: Path) -> tuple[Any, Any, Any]:
     return parts, engine, cursor
 
 
-def _image_settings(path: Path) -> tuple["RunDir", int, int]:
-    """Longest side and quality of the images that a run was trained on."""
+def _image_settings(path: Path) -> tuple["RunDir", "Target"]:
+    """What the images were made into that a run was trained on."""
     from radhpc.manifest import Manifest
     from radhpc.run_dir import RunDir
     from radhpc.store import Store
+    from shards.pixels import Target
 
     run = RunDir.open(path)
     settings = Manifest.load(Store(run.recipe().shards[0])).build
-    return run, int(settings["longest_side"]), int(settings["quality"])
+    return run, Target(settings["longest_side"], settings["quality"], settings.get("image_format", "jpeg"))
 
 
 def _pairs(options: Iterable[str] | None) -> dict[str, str]:

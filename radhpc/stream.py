@@ -91,7 +91,8 @@ class Source:
                 if member.name.endswith(".json"):
                     sample = Sample.model_validate_json(data)
                 else:
-                    views.append(decode(data))
+                    described = sample.images if sample else ()
+                    views.append(decode(data, described[len(views)] if len(views) < len(described) else None))
             except (OSError, ValidationError) as error:
                 raise BadSample(key, f"{member.name}: {first_line(error)}") from error
         if sample is None or not views:

@@ -1,19 +1,21 @@
-"""Raw images -> 8-bit JPEGs: JPEG, PNG (8 and 16 bit, gray or colour) and DICOM.
+"""Raw images -> what lies in a shard: JPEG, PNG (8 and 16 bit, gray or colour) and DICOM in; JPEG, PNG or JPEG XL out.
 
     raw = load(Path("a.png"))                               # Raw: pixels with their full depth
-    jpeg, view = encode(raw, longest_side=1120, quality=95, view="PA")
+    encoded = encode(raw, Target(longest_side=1120), "PA")  # Encoded: bytes, View, suffix, fingerprint
 
-More than eight bits become eight through a window: the one that a DICOM brings, else from the 0.5th to the
-99.5th percentile of the pixels. The window is recorded in the View, so the mapping can be repeated:
-value -> round(255 * clip((value - black) / (white - black), 0, 1)). Eight bits stay as they are.
+An image is shrunk first, by area averages and in its full depth, and what has more than eight bits then gets a
+window: the one that a DICOM brings, else from the 0.5th to the 99.5th percentile of the shrunk pixels. (In this order
+the window costs a seventh, and noise, which the averages remove, does not widen it.) The View records the window, so
+the mapping can be repeated: value -> round(255 * clip((value - black) / (white - black), 0, 1)). "jpeg" holds the
+pixels so mapped; "png16" and "jxl16" hold, without loss, the shrunk values themselves, to be mapped by the reader.
+Eight bits stay eight bits, and are only shrunk.
 """
 
 import io
-import struct
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,12 +23,17 @@ from PIL import Image, ImageOps
 
 from radhpc.errors import first_line
 from radhpc.sample import View
+from shards import png
+from shards.fingerprint import fingerprint
 
 MIN_SIDE = 16  # pixels: anything smaller is an icon or a broken file
 MAX_PIXELS = 100_000_000  # width x height: far above any radiograph, far below what exhausts the memory
 MAX_BYTES = 1 << 30  # of a raw file
 PERCENTILES = (0.5, 99.5)
 WINDOW = tuple[float, float]  # raw values that become black and white; black above white inverts
+Format = Literal["jpeg", "png16", "jxl16"]
+LEVELS = 1 << 16  # of a 16-bit value
+PNG_LEVEL = 1  # zlib's: higher ones take many times as long for a few percent
 
 
 class BadImage(ValueError):
@@ -67,7 +74,7 @@ def decode(data: bytes, path: Path | str = "image") -> Raw:
     try:
         if data.startswith(b"\xff\xd8\xff"):
             raw = _decode_jpeg(data, path)
-        elif data.startswith(b"\x89PNG\r\n\x1a\n"):
+        elif data.startswith(png.SIGNATURE):
             raw = _decode_png(data, path)
         elif data[128:132] == b"DICM" or data[:2] in (b"\x02\x00", b"\x08\x00"):
             from shards import dicom  # costs a third of a second to import, and most archives have none
@@ -87,18 +94,85 @@ def decode(data: bytes, path: Path | str = "image") -> Raw:
     return raw
 
 
-def encode(raw: Raw, longest_side: int = 1120, quality: int = 95, view: str | None = None) -> tuple[bytes, View]:
-    """Window to eight bits, shrink to `longest_side` pixels by area averages (never enlarge), write as JPEG."""
-    pixels, window = (raw.pixels, raw.window) if raw.pixels.dtype == np.uint8 else apply_window(raw.pixels, raw.window)
-    image = Image.fromarray(np.ascontiguousarray(pixels))
-    if max(image.size) > longest_side:
-        factor = longest_side / max(image.size)
-        width, height = (max(1, round(side * factor)) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.BOX)
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality, subsampling=0)
-    described = View(view=view, width=image.width, height=image.height, source_bits=raw.bits, window=window)
-    return buffer.getvalue(), described
+@dataclass(frozen=True)
+class Target:
+    """What images become."""
+
+    longest_side: int = 1120  # pixels: larger images are shrunk to it, none is enlarged
+    quality: int = 95  # of a JPEG, 1 to 100
+    format: Format = "jpeg"  # or 16 bits without loss: "png16", and "jxl16", which is smaller and faster
+
+
+class Encoded(NamedTuple):
+    """An image as it goes into a shard."""
+
+    data: bytes
+    view: View
+    suffix: str  # of its name in the tar: "jpg", "png" or "jxl"
+    fingerprint: bytes  # 32 bytes, see shards.fingerprint
+
+
+def encode(raw: Raw, target: Target = Target(), view: str | None = None) -> Encoded:
+    """Shrink, window to eight bits, compress as `target` says; `view` is the projection, for the record."""
+    if raw.pixels.dtype == np.uint8:
+        stored = shown = shrink(raw.pixels, target.longest_side)
+        window = raw.window
+    else:
+        words, offset, step = _words(raw.pixels)
+        stored = shrink(words, target.longest_side)
+        if raw.window is None:
+            window = percentile_window(stored)
+        else:
+            window = (raw.window[0] - offset) / step, (raw.window[1] - offset) / step
+        shown, _ = apply_window(stored, window)
+        if target.format == "jpeg":
+            window = raw.window or (window[0] * step + offset, window[1] * step + offset)
+    data, suffix = _compress(shown if target.format == "jpeg" else stored, target)
+    height, width = shown.shape[:2]
+    described = View(view=view, width=width, height=height, source_bits=raw.bits, window=window)
+    return Encoded(data, described, suffix, fingerprint(shown))
+
+
+def shrink(pixels: npt.NDArray[Any], longest_side: int) -> npt.NDArray[Any]:
+    """Area averages of uint8 or uint16 pixels, (h, w) or (h, w, 3); unchanged where small enough already."""
+    height, width = pixels.shape[:2]
+    if max(height, width) <= longest_side:
+        return pixels
+    factor = longest_side / max(height, width)
+    size = max(1, round(width * factor)), max(1, round(height * factor))
+    if pixels.ndim == 3 and pixels.dtype != np.uint8:  # Pillow has 16 bits for gray alone
+        return np.stack([shrink(pixels[..., channel], longest_side) for channel in range(pixels.shape[2])], axis=2)
+    return np.asarray(Image.fromarray(np.ascontiguousarray(pixels)).resize(size, Image.Resampling.BOX))
+
+
+def _words(pixels: npt.NDArray[Any]) -> tuple[npt.NDArray[np.uint16], float, float]:
+    """Pixels of any kind as 16-bit words: (words, offset, step), where value = offset + step * word.
+
+    Exact for all integers that span less than 65,536. What spans more, and fractions (a DICOM whose values were
+    rescaled by one), is rounded to the 65,536 levels between its extremes.
+    """
+    if pixels.dtype == np.uint16:
+        return pixels, 0.0, 1.0
+    lowest, highest = float(pixels.min()), float(pixels.max())
+    if pixels.dtype.kind in "iu" and highest - lowest < LEVELS:
+        offset = 0.0 if lowest >= 0 and highest < LEVELS else lowest
+        return (pixels.astype(np.int64) - int(offset)).astype(np.uint16), offset, 1.0
+    step = (highest - lowest) / (LEVELS - 1) or 1.0
+    return np.rint((pixels.astype(np.float64) - lowest) / step).astype(np.uint16), lowest, step
+
+
+def _compress(pixels: npt.NDArray[Any], target: Target) -> tuple[bytes, str]:
+    """Pixels -> (the bytes of an image file, its suffix)."""
+    pixels = np.ascontiguousarray(pixels)
+    if target.format == "jpeg":
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "JPEG", quality=target.quality, subsampling=0)
+        return buffer.getvalue(), "jpg"
+    import imagecodecs
+
+    if target.format == "png16":
+        return bytes(imagecodecs.png_encode(pixels, level=PNG_LEVEL)), "png"
+    return bytes(imagecodecs.jpegxl_encode(pixels, lossless=True, effort=1, numthreads=1)), "jxl"
 
 
 def apply_window(pixels: npt.NDArray[Any], window: WINDOW | None = None) -> tuple[npt.NDArray[np.uint8], WINDOW]:
@@ -111,7 +185,7 @@ def apply_window(pixels: npt.NDArray[Any], window: WINDOW | None = None) -> tupl
     if span := _table(pixels):
         lowest, length = span
         table = _ramp(np.arange(lowest, lowest + length), window)
-        return table[pixels if lowest == 0 else pixels.astype(np.int64) - lowest], window
+        return table.take(pixels if lowest == 0 else pixels.astype(np.int64) - lowest), window
     return _ramp(pixels, window), window
 
 
@@ -156,16 +230,20 @@ def _decode_jpeg(data: bytes, path: Path | str) -> Raw:
 
 
 def _decode_png(data: bytes, path: Path | str) -> Raw:
-    depth, colour = struct.unpack_from(">BB", data, 24)
-    image = _open(data, path)
-    if depth < 16:
-        return Raw(_eight_bits(image))
-    if colour == 0:  # gray: Pillow keeps all 16 bits here, and saturates in convert("L"), so never convert
-        return Raw(np.asarray(image).astype(np.uint16), bits=16)
+    check_size(path, *png.size(data))
+    bits, colour = png.depth(data)
+    data = png.unpack(data)
+    if bits < 16 or (colour == 0 and png.has(data, b"eXIf")):
+        image = _open(data, path)
+        if bits < 16:
+            return Raw(_eight_bits(image))
+        return Raw(np.asarray(image).astype(np.uint16), bits=16)  # never convert("L"): that saturates
     import imagecodecs  # Pillow would drop the lower eight bits of colour without a word
 
     pixels = np.asarray(imagecodecs.png_decode(data))
-    return Raw(merge_channels(pixels[..., : 1 if pixels.shape[2] < 3 else 3]), bits=16)
+    if pixels.ndim == 3:
+        pixels = merge_channels(pixels[..., : 1 if pixels.shape[2] < 3 else 3])
+    return Raw(pixels, bits=16)
 
 
 def _open(data: bytes, path: Path | str) -> Image.Image:

@@ -11,7 +11,7 @@ from PIL import Image
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
-from shards.pixels import BadImage, apply_window, encode, load
+from shards.pixels import BadImage, Target, apply_window, encode, load
 
 pytestmark = pytest.mark.timeout(60)
 MORE = Path(data_store.__file__).parent / "data"
@@ -51,7 +51,7 @@ def test_a_real_chest_radiograph_is_hung_bright_on_dark_in_every_encoding() -> N
     assert spine > lung + 40
     assert np.array_equal(load(MORE / "RG1_J2KR.dcm").pixels, raw.pixels)  # lossless JPEG 2000
     assert np.array_equal(load(MORE / "RG1_J2KI.dcm").pixels, load(MORE / "RG1_UNCI.dcm").pixels)
-    jpeg, view = encode(raw, longest_side=512)
+    jpeg, view, *_ = encode(raw, Target(512))
     assert Image.open(io.BytesIO(jpeg)).mode == "L"
     assert (view.window, view.source_bits, max(view.width, view.height)) == ((29999, 0), 15, 512)
 
@@ -160,7 +160,7 @@ def test_eight_bits_stay_as_they_are(tmp_path: Path) -> None:
     assert np.array_equal(inverted.pixels, 255 - gray)
     windowed = load(written(tmp_path / "c.dcm", gray, WindowCenter=100.5, WindowWidth=101))
     assert windowed.window == (50, 150)
-    assert encode(windowed)[1].window == (50, 150)
+    assert encode(windowed).view.window == (50, 150)
 
 
 def test_messages_do_not_quote_the_header(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
