@@ -1,0 +1,165 @@
+"""CheXpert Plus (Chambon et al., 2024, arXiv:2405.19538): CheXpert's radiographs with their reports.
+
+    df_chexpert_plus_240401.csv      one row for each image; the report's sections have columns of their own
+    PNG/train/patient00001/study1/view1_frontal.png           or .jpg, or .dcm; in a folder of any name in --raw
+    chexbert_labels/impression_fixed.json                     one object a line: path_to_image and the 14 labels
+
+Read are the paths, the view, the patient, the split, the report and its findings and impression: dates, age, sex, race
+and all the rest stay in the table. Where findings and impression are both empty the whole report is taken, without
+what stands behind its impression (a code, an accession number). Patients, images and splits are those of CheXpert.
+"""
+
+import json
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from radhpc.errors import UserError, first_line
+from radhpc.sample import CHEXPERT, Report, Split
+from shards import sections, splits, spool, table
+from shards.datasets import DatasetWarning, Options, RawStudy, _chexpert
+
+SYNTHETIC = False
+
+TABLE = "df_chexpert_plus_240401.csv"
+REQUIRED = ("path_to_image", "deid_patient_id", "report", "section_findings", "section_impression", "split")
+OPTIONAL = ("path_to_dcm", "frontal_lateral", "ap_pa")
+LABEL_FOLDERS = ("chexbert_labels", "labels", "label", ".")
+USUAL_LABELS = "impression"
+# Behind the impression a report ends with a summary code, the accession number and a note on its dates.
+TAIL = re.compile(r"^[^\S\n]*(?:end of impression|summary|accession number)[^\S\n]*:", re.IGNORECASE | re.MULTILINE)
+
+
+class OPTIONS(_chexpert.ImageOptions):
+    """chexpert_plus: CheXpert's radiographs with their reports."""
+
+    labels: Literal["report", "findings", "impression", "none"] | None = Field(
+        None,
+        description="the part of the report whose labels are taken, from chexbert_labels/PART_fixed.json: report, "
+        "findings, impression or none; impression where nothing is said",
+    )
+
+
+@dataclass(frozen=True)
+class Item:
+    """What one row says: one view of a study."""
+
+    place: _chexpert.Place
+    patient: str
+    split: Split
+    path: Path
+    projection: str | None
+    report: Report
+
+
+def read(raw: Path | None, options: Options) -> Iterator[RawStudy]:
+    """Yield the studies. Raises UserError for a table or a folder that cannot be read."""
+    assert isinstance(options, OPTIONS)
+    path = table.locate(raw, (TABLE,), "CheXpert Plus's table")
+    folder = path.parent
+    images = _chexpert.Images(folder, options.images, None)
+    labels = find_labels(folder, options)
+    for _, items in spool.grouped(_items(path, images)):
+        yield items[0] if isinstance(items[0], RawStudy) else _study(items, labels)
+
+
+def find_labels(folder: Path, options: OPTIONS) -> spool.Lookup | None:
+    """Study -> its labels, or None where there are none to be had. Raises UserError for what was asked for."""
+    if options.labels == "none":
+        return None
+    name = f"{options.labels or USUAL_LABELS}_fixed.json"
+    for below in LABEL_FOLDERS:
+        if (folder / below / name).is_file():
+            return spool.Lookup(_labels(folder / below / name))
+    if options.labels:
+        raise UserError(f"labels={options.labels}: no {name} in {folder} or its folder {LABEL_FOLDERS[0]}")
+    warnings.warn(
+        f"{folder.name}: no {LABEL_FOLDERS[0]}/{name}, so the samples have no labels", DatasetWarning, stacklevel=3
+    )
+    return None
+
+
+def _labels(path: Path) -> Iterator[tuple[str, _chexpert.Labels]]:
+    number = 0
+    try:
+        with path.open(encoding="utf-8-sig") as lines:
+            for line in lines:
+                number += 1
+                if line.strip():
+                    values = json.loads(line, parse_constant=lambda name: None)  # NaN
+                    yield _chexpert.place(values["path_to_image"]).key, _chexpert.labels(values)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path}: line {number}: no object with path_to_image and the 14 labels ({first_line(error)})"
+        ) from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or first_line(error)})") from error
+
+
+def _items(path: Path, images: _chexpert.Images) -> Iterator[tuple[str, Item | RawStudy]]:
+    """(the study, the row as one of its items); a row that cannot be used is a study alone."""
+    there = table.read(path).columns
+    for record in table.stream(path, (*REQUIRED, *(name for name in OPTIONAL if name in there))):
+        where = f"{path.name} {record.where}"
+        try:
+            item = _item(record, images)
+            yield f"{item.split}/{item.place.key}", item
+        except _chexpert.Fault as fault:
+            yield where, RawStudy(study="", patient="", views=(), name=where, fault=str(fault))
+
+
+def _item(record: table.Record, images: _chexpert.Images) -> Item:
+    """Read one row. Raises Fault."""
+    if record.fault:
+        raise _chexpert.Fault(record.fault)
+    values = {name: value.strip() for name, value in record.values.items()}
+    place = _chexpert.place(values["path_to_image"])
+    if not values["deid_patient_id"]:
+        raise _chexpert.Fault("empty patient")
+    try:
+        split = splits.parse(values["split"]) if values["split"] else _chexpert.official(place)
+    except UserError:
+        raise _chexpert.Fault("unknown split") from None
+    source = _chexpert.place(values["path_to_dcm"]) if images.dicom and values.get("path_to_dcm") else place
+    return Item(
+        place=place,
+        patient=values["deid_patient_id"],
+        split=split,
+        path=images.path(source),
+        projection=_chexpert.projection(values.get("frontal_lateral", ""), values.get("ap_pa", ""), place.image),
+        report=_report(values["report"], values["section_findings"], values["section_impression"]),
+    )
+
+
+def _report(text: str, findings: str, impression: str) -> Report:
+    if findings or impression:
+        return Report(findings=findings or None, impression=impression or None)
+    tail = TAIL.search(text)
+    return sections.split(text[: tail.start()] if tail else text)
+
+
+def _study(items: list[Item], labels: spool.Lookup | None) -> RawStudy:
+    first = items[0]
+    fault = None
+    if any(item.patient != first.patient for item in items):
+        fault = "rows of one study with different patients"
+    elif any(item.report != first.report for item in items):
+        fault = "rows of one study with different texts"
+    elif not first.report.text():
+        fault = "empty text"
+    known = labels.get(first.place.key) if labels is not None else None
+    return RawStudy(
+        study=first.place.key,
+        patient=first.patient,
+        views=tuple((item.path, item.projection) for item in items),
+        name=f"{first.place.split}/{first.place.key}",
+        split=first.split,
+        report=first.report,
+        labels={"chexpert": dict(zip(CHEXPERT, known, strict=True))} if known else {},
+        fault=fault,
+    )

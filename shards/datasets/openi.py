@@ -1,0 +1,220 @@
+"""Open-i, the chest radiographs of Indiana University (Demner-Fushman et al., JAMIA 2016, doi:10.1093/jamia/ocv080).
+
+    ecgen-radiology/1.xml ... 3999.xml                   3,955 reports: NLMCXR_reports.tgz, unpacked
+    CXR1_1_IM-0001-3001.png                              7,470 images: NLMCXR_png.tgz (or NLMCXR_dcm.tgz), unpacked
+
+or the same as tables, as a well-known copy has it:
+
+    indiana_reports.csv  indiana_projections.csv  images/images_normalized/1_IM-0001-4001.dcm.png
+
+All of it may lie anywhere below --raw. A report names its images, its sections (INDICATION and COMPARISON become
+`other`; XXXX marks what was taken out, and stays) and its terms: those that a person chose are the labels `openi`,
+those that a program found are `openi-automatic`. Which projection an image shows is in no report: it comes from
+indiana_projections.csv or nlmcxr_dicom_metadata.csv where these lie in --raw too.
+
+Of the 3,955 reports 104 have no image and 25 more neither findings nor impression: the build needs max_skipped=4%.
+"""
+
+import re
+import warnings
+import xml.etree.ElementTree as plain
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from defusedxml import DefusedXmlException, ElementTree  # type: ignore[import-untyped]
+
+from radhpc.errors import UserError
+from radhpc.sample import Report
+from shards import spool, table
+from shards.datasets import DatasetWarning, Options, RawStudy
+from shards.datasets._images import files
+
+SYNTHETIC = False
+
+REPORTS, PROJECTIONS = "indiana_reports.csv", "indiana_projections.csv"
+METADATA = "nlmcxr_dicom_metadata.csv"
+SUFFIXES = (".png", ".jpg", ".jpeg", ".dcm")  # in the order of preference, where an image has several files
+MAX_BYTES = 1 << 20  # of an XML: the largest of Open-i's has 8,967
+OTHERS = ("INDICATION", "COMPARISON")
+VIEWS = {"LATERAL": "L", "LARGE LATERAL": "L", "FRONTAL": "Frontal"}
+Views = tuple[tuple[Path, str | None], ...]
+Found = Callable[[str], tuple[Path | None, str | None]]  # an image's name -> its file and its projection
+_FIRST = TypeVar("_FIRST")
+
+
+class OPTIONS(Options):
+    """openi: the chest radiographs of Indiana University, with reports."""
+
+
+class Fault(ValueError):
+    """Why a report cannot be used."""
+
+
+def read(raw: Path | None, options: Options) -> Iterator[RawStudy]:
+    """Yield the studies, one for each report. Raises UserError where there are no reports or no images."""
+    if raw is None:
+        raise UserError("openi: --raw is missing: the folder of the reports and the images")
+    if not raw.is_dir():
+        raise UserError(f"--raw {raw}: no such folder; unpack NLMCXR_reports.tgz and NLMCXR_png.tgz into one")
+    reports = sorted(files(raw, (".xml",)))
+    spread = {path.name.removesuffix(".gz"): path for path in files(raw, (".csv", ".csv.gz"))}
+    if not reports and REPORTS not in spread:
+        raise UserError(f"--raw {raw}: no reports there; looked for ecgen-radiology/1.xml and {REPORTS}")
+    warnings.warn(
+        "Open-i does not say which reports are of the same patient: each counts as a patient of its own",
+        DatasetWarning,
+        stacklevel=2,
+    )
+    found = find_images(raw, _views(spread))
+    yield from _from_xml(reports, found) if reports else _from_tables(spread, found)
+
+
+def key(name: str) -> str:
+    """What all names of one image share: CXR1_1_IM-0001-3001, 1_IM-0001-3001.dcm.png -> 1_IM-0001-3001."""
+    name = re.sub(r"(?:\.(?:dcm|png|jpe?g))+$", "", Path(name.strip()).name, flags=re.IGNORECASE)
+    return re.sub(r"^(?:CXR)?(\d+)(?:_\d+)?_", r"\1_", name)
+
+
+def find_images(raw: Path, views: spool.Lookup) -> Found:
+    """A function from an image's name to its file and its projection. Raises UserError where there is no image."""
+    index = spool.Lookup((_tagged(path), path) for path in files(raw, SUFFIXES))
+    if not len(index):
+        raise UserError(f"--raw {raw}: no images there; looked for files such as CXR1_1_IM-0001-3001.png")
+
+    def find(name: str) -> tuple[Path | None, str | None]:
+        path = _first(index.get(f"{key(name)}{suffix}") for suffix in SUFFIXES)
+        return path, views.get(key(name))
+
+    return find
+
+
+def _tagged(path: Path) -> str:
+    return key(path.name) + path.suffix.lower()
+
+
+def _first(values: Iterable[_FIRST | None]) -> _FIRST | None:
+    return next((value for value in values if value is not None), None)
+
+
+def _views(spread: dict[str, Path]) -> spool.Lookup:
+    """Image -> projection, from the tables that know any; the DICOM headers' word counts more than the copy's."""
+
+    def rows() -> Iterator[tuple[str, str]]:
+        for name, image, view in ((PROJECTIONS, "filename", "projection"), (METADATA, "imageid", "View Position")):
+            if name in spread:
+                for record in table.stream(spread[name], (image, view)):
+                    said = record.values.get(view, "").strip().upper()
+                    if said and not record.fault:
+                        yield key(record.values[image]), VIEWS.get(said, said)
+
+    return spool.Lookup(rows())
+
+
+def _from_xml(reports: list[Path], found: Found) -> Iterator[RawStudy]:
+    for path in reports:
+        name = f"{path.parent.name}/{path.name}"
+        try:
+            yield _study(parse(path), name, found)
+        except Fault as fault:
+            yield RawStudy(study="", patient="", views=(), name=name, fault=str(fault))
+
+
+def parse(path: Path) -> "plain.Element":
+    """The root of a report's XML, which is nobody's to trust: no entities, no size. Raises Fault."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise Fault("XML too large")
+        root: plain.Element = ElementTree.fromstring(path.read_bytes(), forbid_dtd=True)
+    except DefusedXmlException:
+        raise Fault("XML with a document type of its own") from None
+    except (plain.ParseError, LookupError, ValueError) as error:
+        raise error if isinstance(error, Fault) else Fault("broken XML") from None
+    except OSError:
+        raise Fault("unreadable XML file") from None
+    return root
+
+
+def _study(root: "plain.Element", name: str, found: Found) -> RawStudy:
+    """Read one report's XML. Raises Fault."""
+    identifier = root.find("uId")
+    patient = (identifier.get("id") or "").strip() if identifier is not None else ""
+    if not patient:
+        raise Fault("report without a number")
+    texts: dict[str, str] = {}
+    for element in root.iter("AbstractText"):
+        label = (element.get("Label") or "").strip().upper()
+        texts[label] = f"{texts.get(label, '')} {_text(element)}".strip()
+    return _assemble(
+        patient,
+        name,
+        [image for element in root.iter("parentImage") if (image := (element.get("id") or "").strip())],
+        found,
+        texts,
+        {
+            "openi": [_text(element) for element in root.iter("major")],
+            "openi-automatic": [_text(element) for element in root.iter("automatic")],
+        },
+    )
+
+
+def _from_tables(spread: dict[str, Path], found: Found) -> Iterator[RawStudy]:
+    if PROJECTIONS not in spread:
+        raise UserError(f"{spread[REPORTS]}: {PROJECTIONS} is missing: it names the images")
+    images = spool.Lookup(
+        spool.grouped(
+            (record.values["uid"].strip(), record.values["filename"].strip())
+            for record in table.stream(spread[PROJECTIONS], ("uid", "filename"))
+            if not record.fault
+        )
+    )
+    columns = ("uid", "MeSH", "indication", "comparison", "findings", "impression")
+    for record in table.stream(spread[REPORTS], columns):
+        name = f"{REPORTS} {record.where}"
+        fault = record.fault or (None if record.values["uid"].strip() else "report without a number")
+        if fault:
+            yield RawStudy(study="", patient="", views=(), name=name, fault=fault)
+            continue
+        texts = {column.upper(): record.values[column].strip() for column in columns[2:]}
+        uid = record.values["uid"].strip()
+        terms = {"openi": record.values["MeSH"].split(";")}
+        yield _assemble(f"CXR{uid}", name, images.get(uid, []), found, texts, terms)
+
+
+def _assemble(
+    patient: str,
+    name: str,
+    images: list[str],
+    found: Found,
+    texts: dict[str, str],
+    terms: dict[str, list[str]],
+) -> RawStudy:
+    """The study of a report, whichever form it came in; `patient` is the report's own number, CXR1."""
+    places = [found(image) for image in images]
+    findings, impression = texts.get("FINDINGS") or None, texts.get("IMPRESSION") or None
+    fault = None
+    if not images:
+        fault = "no image named"
+    elif not (findings or impression):
+        fault = "neither findings nor impression"
+    elif any(path is None for path, _ in places):
+        fault = "missing image file"
+    labels = {vocabulary: {word.strip(): 1 for word in words if word.strip()} for vocabulary, words in terms.items()}
+    return RawStudy(
+        study=patient,
+        patient=patient,
+        views=tuple((path, view) for path, view in places if path is not None),
+        name=name,
+        report=Report(
+            findings=findings,
+            impression=impression,
+            other=" ".join(f"{label}: {texts[label]}" for label in OTHERS if texts.get(label)) or None,
+        ),
+        labels={vocabulary: dict(values) for vocabulary, values in labels.items() if values},
+        fault=fault,
+    )
+
+
+def _text(element: "plain.Element") -> str:
+    """All text of an element, its spaces and line breaks made single spaces."""
+    return " ".join("".join(element.itertext()).split())
