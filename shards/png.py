@@ -9,7 +9,7 @@ is, byte for byte, and files with anything unusual or broken are left for the de
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
@@ -40,6 +40,7 @@ def unpack(data: bytes) -> bytes:
     """
     import imagecodecs
 
+    crc32: Callable[..., int] = imagecodecs.deflate_crc32
     chunks = list(_chunks(data))
     places = [n for n, (kind, *_) in enumerate(chunks) if kind == b"IDAT"]
     if not places or chunks[-1][0] != b"IEND" or places[-1] - places[0] != len(places) - 1:
@@ -47,7 +48,7 @@ def unpack(data: bytes) -> bytes:
     view = memoryview(data)
     for n in places:
         _, start, end = chunks[n]
-        if imagecodecs.deflate_crc32(view[start - 4 : end]) != int.from_bytes(data[end : end + 4]):
+        if crc32(view[start - 4 : end]) != int.from_bytes(data[end : end + 4]):
             return data
     width, height = size(data)
     (bits, colour), interlaced = depth(data), data[28]
@@ -68,7 +69,7 @@ def unpack(data: bytes) -> bytes:
     parts.append(imagecodecs.deflate_adler32(inflated).to_bytes(4))
     checksum = 0
     for part in parts:
-        checksum = imagecodecs.deflate_crc32(part, checksum)
+        checksum = crc32(part, checksum)
     before, behind = chunks[places[0]][1] - 8, chunks[places[-1]][2] + 4
     packed = sum(map(len, parts)) - 4
     return b"".join((view[:before], packed.to_bytes(4), *parts, checksum.to_bytes(4), view[behind:]))

@@ -228,3 +228,128 @@ REASONS = {
     "broken image", "image too small", "image too large", "neither JPEG, PNG nor DICOM", "DICOM of several frames",
     "DICOM without pixel data", "DICOM of an unknown encoding",
 }  # fmt: skip
+
+
+# Every kind of PNG that unpack() meets: (mode or dtype, options)
+KINDS = {
+    "gray 8": saved((RAMP >> 8).astype(np.uint8)),
+    "gray 16": saved(RAMP),
+    "gray 1": saved((RAMP > 9000).astype(np.uint8) * 255, mode="1"),
+    "palette": saved((RAMP >> 8).astype(np.uint8), mode="P"),
+    "colour 8": saved(np.dstack([RAMP >> 8, RAMP & 255, RAMP >> 4 & 255]).astype(np.uint8)),
+    "colour 16": imagecodecs.png_encode(np.dstack([RAMP, RAMP // 2, RAMP // 3])),
+    "alpha 16": imagecodecs.png_encode(np.dstack([RAMP, RAMP, RAMP, RAMP])),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_unpacked_png_holds_the_same_pixels(kind: str) -> None:
+    unpacked = png.unpack(KINDS[kind])
+    assert unpacked is not KINDS[kind]
+    assert len(unpacked) > RAMP.size // 8  # inflated
+    assert np.array_equal(imagecodecs.png_decode(unpacked), imagecodecs.png_decode(KINDS[kind]))
+    assert png.unpack(unpacked) == unpacked
+
+
+def test_a_large_png_is_unpacked_in_many_blocks_with_every_filter() -> None:
+    smooth = np.cumsum(np.random.default_rng(0).integers(0, 50, (700, 900)), axis=1).astype(np.uint16)
+    for level in (1, 9):
+        packed = imagecodecs.png_encode(smooth, level=level)
+        assert np.array_equal(imagecodecs.png_decode(png.unpack(packed)), smooth)
+        assert np.array_equal(decode(packed).pixels, smooth)
+
+
+def test_what_is_wrong_with_a_png_is_left_to_the_decoder() -> None:
+    whole = KINDS["gray 16"]
+    place = whole.index(b"IDAT") + 20
+    flipped = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
+    for broken in (flipped, whole[:-12], whole[: len(whole) // 2], b"", png.SIGNATURE):
+        assert png.unpack(broken) is broken
+
+
+def test_a_16_bit_png_is_turned_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    raw = decode(saved(RAMP, exif=exif))
+    assert raw.bits == 16
+    assert np.array_equal(raw.pixels, np.rot90(RAMP, -1))
+
+
+def before_compression(raw: Raw, side: int) -> np.ndarray:
+    """The pixels of which the JPEG path makes a JPEG, found without its code: shrink, percentiles, formula."""
+    image = Image.fromarray(raw.pixels)
+    height, width = raw.pixels.shape
+    factor = min(1, side / max(height, width))
+    small = np.asarray(image.resize((round(width * factor), round(height * factor)), Image.Resampling.BOX)).astype(
+        float
+    )
+    black, white = raw.window or np.percentile(small, (0.5, 99.5), method="inverted_cdf")
+    return np.rint(255 * np.clip((small - black) / (white - black), 0, 1)).astype(np.uint8)
+
+
+@pytest.mark.parametrize("form", ["png16", "jxl16"])
+@pytest.mark.parametrize("window", [None, (900.0, 30000.5), (40000.0, 2000.0)])
+def test_16_bits_are_shown_as_the_jpeg_was_before_its_compression(form: Format, window: tuple[float, float]) -> None:
+    noisy = RAMP + np.random.default_rng(1).integers(0, 3000, RAMP.shape).astype(np.uint16)
+    raw = Raw(noisy, 16, window)
+    data, view, suffix, printed = encode(raw, Target(40, 95, form))
+    assert suffix == form.removesuffix("16")
+    stored = imagecodecs.png_decode(data) if form == "png16" else imagecodecs.jpegxl_decode(data)
+    assert stored.dtype == np.uint16
+    assert len(np.unique(stored)) > 256
+    shown = np.asarray(transforms.decode(data, view))
+    assert np.array_equal(shown, before_compression(raw, 40))
+    jpeg, described, *_ = encode(raw, Target(40, 100))
+    assert np.abs(seen(jpeg) - shown).max() <= 2
+    assert (described, fingerprint(shown)) == (view, printed)
+
+
+@pytest.mark.parametrize("form", ["png16", "jxl16"])
+@pytest.mark.parametrize(
+    "pixels",
+    [RAMP.astype(np.int32) - 30000, RAMP.astype(np.int32) * 7, RAMP * 0.37 - 1000],
+    ids=["negative", "wide", "fractions"],
+)
+def test_values_beyond_16_bits_are_shown_as_by_the_jpeg_path(form: Format, pixels: np.ndarray) -> None:
+    window = (float(np.quantile(pixels, 0.1)), float(np.quantile(pixels, 0.8)))
+    for own in (None, window):
+        raw = Raw(pixels, 16, own)
+        data, view, *_ = encode(raw, Target(1120, 95, form))
+        shown = np.asarray(transforms.decode(data, view)).astype(int)
+        exact, used = apply_window(pixels, own)
+        assert np.abs(shown - exact).max() <= (0 if pixels.dtype.kind == "i" and np.ptp(pixels) < 65536 else 1)
+        described = encode(raw).view.window
+        assert described is not None
+        assert np.allclose(described, used, atol=np.ptp(pixels) / 65535)  # of a JPEG: in raw values
+
+
+@pytest.mark.parametrize("form", ["png16", "jxl16"])
+def test_eight_bits_and_colour_are_kept_without_loss(form: Format) -> None:
+    gray, colour = (RAMP >> 8).astype(np.uint8), np.dstack([RAMP, RAMP // 2, RAMP // 3])
+    for pixels in (gray, (colour >> 8).astype(np.uint8)):
+        data, view, *_ = encode(Raw(pixels), Target(1120, 95, form))
+        assert view.window is None
+        assert np.array_equal(np.asarray(transforms.decode(data, view)), pixels)
+    data, view, *_ = encode(Raw(colour, 16), Target(1120, 95, form))
+    assert np.array_equal(np.asarray(transforms.decode(data, view)), apply_window(colour)[0])
+    curve = Raw(gray, 12, (100.0, 200.0))  # a DICOM's curve has been applied: the window is for the record
+    data, view, *_ = encode(curve, Target(1120, 95, form))
+    assert view.window == (100, 200)
+    assert np.array_equal(np.asarray(transforms.decode(data, view)), gray)
+
+
+@pytest.mark.parametrize("form", ["png16", "jxl16"])
+def test_a_damaged_16_bit_member_is_an_oserror(form: Format) -> None:
+    data, view, *_ = encode(Raw(RAMP, 16), Target(1120, 95, form))
+    for broken in (data[: len(data) // 2], data[:60] + b"?" * 40 + data[100:]):
+        with pytest.raises(OSError, match="broken image"):
+            transforms.decode(broken, view)
+
+
+def test_area_averages_keep_16_bits() -> None:
+    checks = (np.indices((64, 64)).sum(axis=0) % 2 * 30001 + 10).astype(np.uint16)
+    assert set(shrink(checks, 16).ravel()) <= {15010, 15011}  # the mean is 15,010.5
+    coloured = shrink(np.dstack([checks, checks // 2, checks // 3]), 16)
+    assert coloured.shape == (16, 16, 3)
+    assert coloured.dtype == np.uint16
+    assert abs(int(coloured[3, 3, 1]) - 7505) <= 1
