@@ -28,6 +28,7 @@ from radhpc.sample import SPLITS
 
 MANIFEST = "manifest.json"
 INDEX = "index.npz"
+FINGERPRINTS = "fingerprints.npy"
 
 
 class Reader(Protocol):
@@ -107,9 +108,15 @@ class Index:
         ends = np.cumsum(counts)
         members = np.repeat(self.first[rows] - (ends - counts), counts) + np.arange(counts.sum())
         return Index(
-            *(column[rows] for column in (self.key, self.patient, self.split, self.shard)),
-            np.concatenate([[0], ends]).astype(np.int64),
-            *(column[members] for column in (self.suffix, self.offset, self.length, self.crc32c)),
+            key=self.key[rows],
+            patient=self.patient[rows],
+            split=self.split[rows],
+            shard=self.shard[rows],
+            first=np.concatenate([np.zeros(1, np.int64), ends]),
+            suffix=self.suffix[members],
+            offset=self.offset[members],
+            length=self.length[members],
+            crc32c=self.crc32c[members],
         )
 
     def to_bytes(self) -> bytes:
@@ -138,7 +145,8 @@ class Manifest(BaseModel):
     build: dict[str, Any] = Field(description="how it was built: reader, image and split settings, versions")
     build_hash: str = Field(description="sha256 of `build`, to tell one build from another")
     skipped: dict[str, int] = Field(default_factory=dict, description="samples left out, by reason")
-    subset_of: str | None = Field(None, description="of a subset: the hash of the manifest it was taken from")
+    fingerprints: File | None = Field(default=None, description="perceptual hashes, a row of 32 bytes for each image")
+    subset_of: str | None = Field(default=None, description="of a subset: the hash of the manifest it was taken from")
 
     def to_bytes(self) -> bytes:
         whole = {"subset_of"} if self.subset_of is None else set()
@@ -184,16 +192,25 @@ class Manifest(BaseModel):
 
     def load_index(self, store: Reader) -> Index:
         """Read the columns and check them against the manifest."""
-        try:
-            data = store.read(self.index.name)
-        except FileNotFoundError as error:
-            raise UserError(f"{store.url}/{self.index.name}: missing, but {_file(store)} names it") from error
-        if sha256(data) != self.index.sha256:
-            raise UserError(f"{store.url}/{self.index.name}: does not match {_file(store)} (sha256 differs)")
+        data = self._read_file(store, self.index)
         try:
             return Index.from_bytes(data)
         except (ValueError, KeyError) as error:
             raise UserError(f"{store.url}/{self.index.name}: {first_line(error)}") from error
+
+    def load_fingerprints(self, store: Reader) -> npt.NDArray[np.uint8]:
+        """The perceptual hashes of all images, (images, 32), in the order of the index; checked against the manifest."""
+        assert self.fingerprints is not None, "shards without fingerprints"
+        return np.asarray(np.load(io.BytesIO(self._read_file(store, self.fingerprints)), allow_pickle=False))
+
+    def _read_file(self, store: Reader, file: File) -> bytes:
+        try:
+            data = store.read(file.name)
+        except FileNotFoundError as error:
+            raise UserError(f"{store.url}/{file.name}: missing, but {_file(store)} names it") from error
+        if sha256(data) != file.sha256:
+            raise UserError(f"{store.url}/{file.name}: does not match {_file(store)} (sha256 differs)")
+        return data
 
     def check_sizes(self, store: Reader) -> None:
         """Compare each shard's size with the manifest: seconds for thousands of shards, before any is read."""

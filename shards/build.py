@@ -10,27 +10,28 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
-import signal
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from radhpc.errors import UserError
-from radhpc.manifest import INDEX, MANIFEST
-from radhpc.store import write_atomically
-from shards import datasets, output, salt
-from shards.indexing import assemble
-from shards.listing import Listing, Plan, Skip, list_studies
-from shards.pixels import PERCENTILES
+from radhpc.manifest import MANIFEST, Manifest
+from radhpc.sample import SPLITS, Split
+from radhpc.store import Store
+from shards import datasets, duplicates, salt
+from shards.indexing import assemble, fingerprints_of
+from shards.listing import Listing, Skip, write_listing
+from shards.output import Output
+from shards.pixels import PERCENTILES, Target
+from shards.pool import run_here, run_pool
 from shards.settings import Result, Settings
-from shards.worker import Done, Task, build_shard, finished, record_path, run_task, start_process
-from shards.writer import MODE
+from shards.worker import LISTING, Job, Task, finished, others_path, read_record, record_path
 
 __all__ = ["Result", "Settings", "build"]
 
@@ -40,7 +41,8 @@ SHOWN = 3  # names in a message
 DEFAULTS = Settings()
 
 Progress = Callable[[int, int], None]  # (studies done, studies in all)
-Shards = Generator[tuple[int, Done], None, None]  # (place in the list of tasks, record)
+# How tasks are worked off: (tasks, what to call with the studies done) -> the tasks, as they are finished.
+Run = Callable[[Sequence[Task], Callable[[int], None]], Generator[Task]]
 
 
 def build(
@@ -50,35 +52,45 @@ def build(
     options: Mapping[str, str] | None = None,
     settings: Settings = DEFAULTS,
     progress: Progress = lambda done, total: None,
+    run: Run | None = None,
 ) -> Result:
     """Build the shards of a raw archive. Raises UserError, and nothing half-written has a final name.
 
-    `dataset` names the reader, `raw` the archive, `options` the reader's key=value options, `out` the folder.
+    `dataset` names the reader, `raw` the archive, `options` the reader's key=value options, `out` a folder or a URL;
+    `run` works the shards off somewhere else than in processes on this machine.
     """
     started = time.monotonic()
     reader = datasets.reader(dataset)
     chosen = datasets.parse_options(dataset, reader.OPTIONS, options or {})
-    folder = output.folder_of(out)
-    name = chosen.name or dataset
     secret = salt.load(reader.SYNTHETIC)
-    listing, told = _list(reader, raw, chosen, name, secret, settings)
-    recipe = _recipe(dataset, chosen, settings, secret, listing)
-    build_hash = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
-    with output.explain_refusals(folder), output.hold(folder):
-        manifest = output.earlier(folder, recipe, build_hash, settings.force)
-        reused, skipped = manifest is not None, list[Skip]()
-        if manifest is None:
-            sizes = settings.longest_side, settings.quality
-            tasks = [Task(plan, name, folder, build_hash, *sizes) for plan in listing.plans]
-            done = _build_shards(tasks, listing, settings, progress)
-            skipped = [*listing.skipped, *_skipped(listing.plans, done)]
-            reasons = Counter(skip.reason for skip in skipped)
-            manifest, index = assemble(name, listing.plans, done, recipe, build_hash, reasons)
-            write_atomically(folder / INDEX, index, MODE)
-            write_atomically(folder / MANIFEST, manifest.to_bytes(), MODE)
-            output.clean(folder, manifest)
-        else:
-            told += [f"{n} studies were left out when it was built: {why}" for why, n in manifest.skipped.items()]
+    output = Output(out, settings.work)
+    drop = settings.duplicates == "drop" and not chosen.shares_images
+    with output.hold():
+        fresh = output.work / f"{LISTING}.new"
+        told = _list(fresh, reader, raw, chosen, chosen.name or dataset, secret, settings)
+        with Listing(fresh) as listing:
+            recipe = _recipe(dataset, chosen, settings, secret, listing)
+            build_hash = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+            manifest = output.earlier(recipe, build_hash, settings.force)
+            reused, skipped = manifest is not None, list[Skip]()
+            if manifest is None:
+                _place_listing(output.work, listing.digest)
+                target = Target(settings.longest_side, settings.quality, settings.image_format)
+                job = Job(output.url, output.work, build_hash, target)
+                tasks = [Task(plan, job) for plan in listing.plans]
+                apart = [duplicates.load(url) for url in settings.apart_from] if drop else None
+                skipped = _build_shards(tasks, listing, settings, progress, run, apart)
+                records = ((task.plan.split, done) for task in tasks if (done := read_record(task)))
+                reasons = Counter(skip.reason for skip in skipped)
+                manifest, files = assemble(listing.dataset, records, recipe, build_hash, reasons)
+                for name, data in files.items():
+                    output.store.write(name, data)
+                output.store.write(MANIFEST, manifest.to_bytes())
+                output.clean(manifest)
+            else:
+                told += [f"{n} studies were left out when it was built: {why}" for why, n in manifest.skipped.items()]
+    if not drop:
+        told += _overlaps(out, settings)
     return Result(
         url=out,
         samples=manifest.samples,
@@ -94,30 +106,43 @@ def build(
 
 
 def _list(
+    path: Path,
     reader: datasets.Reader,
     raw: Path | None,
     options: datasets.Options,
     name: str,
     secret: bytes,
     settings: Settings,
-) -> tuple[Listing, list[str]]:
-    """Read the metadata. Returns the listing and what its user should know."""
+) -> list[str]:
+    """Read the metadata into a listing. Returns what its user should know."""
     base = raw.resolve() if raw else None
     folder = base.parent if base and base.is_file() else base
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", datasets.DatasetWarning)
         studies = reader.read(base, options)
-        listing = list_studies(studies, name, secret, settings.ratios, settings.shard_samples, folder)
-    if not listing.studies:
-        raise UserError(f"{name}: no study found")
-    _check_budget(listing.skipped, listing.studies, settings)
+        write_listing(path, studies, name, secret, settings.ratios, settings.shard_samples, folder)
     told = [str(warning.message) for warning in caught if issubclass(warning.category, datasets.DatasetWarning)]
-    told += [
-        f"split '{split}' would have been empty: it took the patient whose hash lies nearest; "
-        "the splits of so small a set may change when it grows"
-        for split in listing.filled
-    ]
-    return listing, told
+    with Listing(path) as listing:
+        if not listing.studies:
+            raise UserError(f"{name}: no study found")
+        _check_budget(list(listing.skipped()), listing.studies, settings)
+        told += [
+            f"split '{split}' would have been empty: it took the patient whose hash lies nearest; "
+            "the splits of so small a set may change when it grows"
+            for split in listing.filled
+        ]
+    return told
+
+
+def _place_listing(work: Path, digest: str) -> None:
+    """Give the new listing its name; one of the same studies stays, as jobs of an earlier command may be reading it."""
+    fresh, path = work / f"{LISTING}.new", work / LISTING
+    if path.exists():
+        with Listing(path) as earlier:
+            if earlier.digest == digest:
+                return
+    path.unlink(missing_ok=True)
+    path.hardlink_to(fresh)  # `fresh` stays open here
 
 
 def _recipe(
@@ -129,6 +154,9 @@ def _recipe(
         "options": options.model_dump(mode="json", exclude_none=True),
         "longest_side": settings.longest_side,
         "quality": settings.quality,
+        "image_format": settings.image_format,
+        "duplicates": "report" if options.shares_images else settings.duplicates,
+        "apart_from": sorted(Manifest.load(Store(url)).hash for url in settings.apart_from),
         "percentiles": list(PERCENTILES),
         "ratios": list(settings.ratios),
         "shard_samples": settings.shard_samples,
@@ -139,85 +167,92 @@ def _recipe(
     }
 
 
-def _build_shards(tasks: list[Task], listing: Listing, settings: Settings, progress: Progress) -> list[Done]:
-    """Build what no earlier run has finished, and return all records in the order of the plans."""
-    records = {n: done for n, task in enumerate(tasks) if (done := finished(task.out, task.plan, task.build_hash))}
-    todo = [n for n in range(len(tasks)) if n not in records]
-    total = sum(len(task.plan.rows) for task in tasks)
-    ready = sum(len(tasks[n].plan.rows) for n in records)
+def _build_shards(
+    tasks: list[Task],
+    listing: Listing,
+    settings: Settings,
+    progress: Progress,
+    run: Run | None,
+    apart: list[duplicates.Images] | None,
+) -> list[Skip]:
+    """Build what no earlier run has finished, and return what was left out, in the order of the rows.
+
+    One split after the other, each apart from those before and from `apart`; all at once where that is None.
+    """
+    done = [task for task in tasks if finished(task)]
+    skipped = {task.plan.name: _skipped(task, listing) for task in done}
+    total, ready = (sum(task.plan.samples for task in some) for some in (tasks, done))
+    known = list(listing.skipped())
     progress(ready, total)
-    run = _run_here if min(settings.processes, len(todo)) <= 1 else _run_pool
+    phases: list[tuple[Split, ...]] = [SPLITS] if apart is None else [(split,) for split in duplicates.ORDER]
     try:
-        _check_records(listing, records, settings)
-        with contextlib.closing(
-            run([tasks[n] for n in todo], settings.processes, lambda n: progress(ready + n, total))
-        ) as shards:
-            for place, done in shards:
-                records[todo[place]] = done
-                _check_records(listing, records, settings)
+        _check_budget([*known, *_flat(skipped.values())], listing.studies, settings)
+        for splits in phases:
+            todo = [task for task in tasks if task.plan.split in splits and task not in done]
+            if todo and apart is not None:
+                _save_others(tasks, splits[0], apart)
+            before = ready
+            with contextlib.closing(_running(run, settings, todo, lambda n: progress(before + n, total))) as running:  # noqa: B023
+                for task in running:
+                    skipped[task.plan.name] = _skipped(task, listing)
+                    _check_budget([*known, *_flat(skipped.values())], listing.studies, settings)
+            ready += sum(task.plan.samples for task in todo)
     except UserError:
-        for n, record in records.items():
-            if record.skipped:  # to be tried again: the user may mend the files
-                record_path(tasks[n].out, tasks[n].plan).unlink(missing_ok=True)
+        for task in tasks:
+            if skipped.get(task.plan.name):  # to be tried again: the user may mend the files
+                record_path(task).unlink(missing_ok=True)
         raise
-    return [records[n] for n in range(len(tasks))]
+    return [*known, *_flat(skipped[task.plan.name] for task in tasks)]
 
 
-def _run_here(tasks: list[Task], processes: int, progress: Callable[[int], None]) -> Shards:
-    """Yield (place, record), shard by shard, in this process."""
-    count = 0
-
-    def tick() -> None:
-        nonlocal count
-        count += 1
-        progress(count)
-
-    for place, task in enumerate(tasks):
-        yield place, build_shard(task, tick)
+def _running(
+    run: Run | None, settings: Settings, tasks: list[Task], progress: Callable[[int], None]
+) -> Generator[Task]:
+    """Work the tasks off where they shall be."""
+    if run is None:
+        processes = min(settings.processes, len(tasks))
+        run = partial(run_pool, processes) if processes > 1 else run_here
+    return run(tasks, progress)
 
 
-def _run_pool(tasks: list[Task], processes: int, progress: Callable[[int], None]) -> Shards:
-    """Yield (place, record) as worker processes finish shards; on any way out they drop what is at hand."""
-    context = get_context("spawn")  # a fork would copy the threads and locks of whoever calls
-    counter, stop = context.Value("q", 0), context.Event()
-    pool = ProcessPoolExecutor(min(processes, len(tasks)), context, start_process, (counter, stop))
-    try:
-        with _ctrl_c_held_back():
-            running: dict[Future[Done | None], int] = {pool.submit(run_task, task): n for n, task in enumerate(tasks)}
-        while running:
-            for future in wait(running, timeout=0.2, return_when=FIRST_COMPLETED).done:
-                done = future.result()
-                assert done is not None, "stopped, though nobody asked for it"
-                yield running.pop(future), done
-            progress(counter.value)
-    except BrokenProcessPool as error:
-        raise UserError(
-            f"{tasks[0].out}: a worker process was killed, perhaps for want of memory; "
-            "finished shards are kept: run the same command again, with fewer --workers"
-        ) from error
-    finally:
-        stop.set()
-        pool.shutdown(cancel_futures=True)
+def _save_others(tasks: list[Task], split: Split, apart: list[duplicates.Images]) -> None:
+    """Write what `split` must not repeat: the splits built before it, and the other splits of other datasets."""
+    parts = [images.of(set(SPLITS) - {split}) for images in apart]
+    for task in tasks:
+        if duplicates.ORDER.index(task.plan.split) < duplicates.ORDER.index(split):
+            record = read_record(task)
+            assert record is not None, "a split is built before the one that it must be apart from"
+            images = [row.key for row in record.rows for _ in row.members[1:]]
+            place = np.full(len(images), SPLITS.index(task.plan.split), np.uint8)
+            parts.append(duplicates.Images(fingerprints_of(record), place, np.array(images, "S")))
+    duplicates.save(others_path(tasks[0].job.work, split), duplicates.join(parts))
 
 
-@contextlib.contextmanager
-def _ctrl_c_held_back() -> Iterator[None]:
-    """Processes started in here never see Ctrl-C, from their first instant: to end them is the build's business."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+def _overlaps(url: str, settings: Settings) -> list[str]:
+    """What to tell of images that stand in several splits, here and in the datasets to be apart from."""
+    told, ours = [], duplicates.load(url)
+    for theirs in (url, *settings.apart_from):
+        for split, other, images, of in duplicates.overlaps(ours, duplicates.load(theirs)):
+            if theirs != url or duplicates.ORDER.index(split) > duplicates.ORDER.index(other):
+                where = "" if theirs == url else f" of {theirs}"
+                told.append(f"{images} of {of} images in {split} are near-duplicates of images in {other}{where}")
+    return told
 
 
-def _check_records(listing: Listing, records: Mapping[int, Done], settings: Settings) -> None:
-    skipped = _skipped([listing.plans[n] for n in records], list(records.values()))
-    _check_budget([*listing.skipped, *skipped], listing.studies, settings)
+def _skipped(task: Task, listing: Listing) -> list[Skip]:
+    record = read_record(task)
+    assert record is not None
+    return [Skip(listing.name(study), study, reason, detail) for study, reason, detail in record.skipped]
+
+
+def _flat(parts: Iterable[list[Skip]]) -> list[Skip]:
+    return [skip for part in parts for skip in part]
 
 
 def _check_budget(skipped: Sequence[Skip], studies: int, settings: Settings) -> None:
     """Raise UserError where too many studies were left out, or all of them."""
     budget = settings.skip_budget(studies)
+    skipped = [skip for skip in skipped if skip.reason != duplicates.REASON]  # nothing is wrong with them
     if len(skipped) <= budget and len(skipped) < studies:
         return
     shown = [skip.shown() for skip in skipped[:SHOWN]]
@@ -226,11 +261,3 @@ def _check_budget(skipped: Sequence[Skip], studies: int, settings: Settings) -> 
     raise UserError(
         f"{len(skipped)} of {studies} studies cannot be used, and max_skipped allows {budget}: {first}{more}"
     )
-
-
-def _skipped(plans: Sequence[Plan], records: Sequence[Done]) -> list[Skip]:
-    return [
-        Skip(plan.rows[place].raw.name, reason, detail)
-        for plan, record in zip(plans, records, strict=True)
-        for place, reason, detail in record.skipped
-    ]

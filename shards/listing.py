@@ -1,22 +1,45 @@
 """A reader's studies -> the rows of the build: hashed identifiers, a split each, in the order of the shards.
 
-Rows are ordered by split, then by key; keys are salted hashes, so patients and classes spread over the
-shards. A shard is the next `shard_samples` rows of one split. All of it is a pure function of the studies, the
-salt and the settings.
+Rows are ordered by split, then by key; keys are salted hashes, so patients and classes spread over the shards. A
+shard is the next `shard_samples` rows of one split. All of it is a pure function of the studies, the salt and the
+settings.
+
+The listing is an SQLite file, so that its memory does not grow with the archive, and so that the processes of a build,
+on whatever node, read the rows of their shards from it. It holds raw identifiers: it lies in the build's private work
+folder, and goes with it.
 """
 
+import errno
 import hashlib
 import hmac
 import json
+import os
+import pickle
 import re
-from collections.abc import Iterable
+import sqlite3
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from radhpc.errors import UserError
 from radhpc.sample import SPLITS, Split, salted_hash
 from shards import splits
 from shards.datasets import RawStudy
+
+_TABLES = """
+CREATE TABLE studies (place INTEGER PRIMARY KEY, study TEXT UNIQUE, patient TEXT, official TEXT, name TEXT, raw BLOB);
+CREATE TABLE skips (place INTEGER PRIMARY KEY, name TEXT, id TEXT, reason TEXT);
+CREATE TABLE patients (patient TEXT PRIMARY KEY, split INTEGER) WITHOUT ROWID;
+CREATE TABLE rows (split INTEGER, study TEXT, place INTEGER, PRIMARY KEY (split, study)) WITHOUT ROWID;
+CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT);
+"""
+_ORDER = """
+CREATE INDEX by_patient ON studies (patient);
+INSERT INTO patients SELECT patient, split_of(patient, MAX(official)) FROM studies GROUP BY patient;
+"""
+_ROWS = "INSERT INTO rows SELECT split, study, place FROM studies JOIN patients USING (patient)"
+_COUNTS = "SELECT split, COUNT(*) FROM patients GROUP BY split"
 
 
 @dataclass(frozen=True)
@@ -32,10 +55,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """One shard to be: its file name and its rows."""
+    """One shard to be: its file name, its split, and which stretch of the split's rows."""
 
     name: str
-    rows: tuple[Row, ...]
+    split: Split
+    first: str  # study
+    last: str  # study
+    samples: int
 
 
 @dataclass(frozen=True)
@@ -43,6 +69,7 @@ class Skip:
     """A study that is left out: what the user calls it, a general reason, and particulars for the user alone."""
 
     name: str
+    id: str  # salted hash: what others may be told
     reason: str
     detail: str = ""
 
@@ -50,49 +77,169 @@ class Skip:
         return {"name": self.name, "reason": f"{self.reason}: {self.detail}" if self.detail else self.reason}
 
 
-@dataclass(frozen=True)
 class Listing:
     """All studies of a dataset, sorted into shards."""
 
-    plans: tuple[Plan, ...]
-    skipped: tuple[Skip, ...]
-    filled: tuple[Split, ...]  # splits that would have been empty
-    studies: int  # read, those left out included
-    digest: str  # of everything the reader yielded, keyed by the salt
+    def __init__(self, path: Path) -> None:
+        assert path.stat().st_uid == os.geteuid(), f"{path} holds pickles of somebody else"
+        # Nobody writes to it any more, so no locks are needed, which not every parallel file system has.
+        self._connection = sqlite3.connect(f"file:{path}?mode=ro&immutable=1", uri=True)
+        facts = dict(self._connection.execute("SELECT name, value FROM facts"))
+        self.dataset: str = facts["dataset"]
+        self.digest: str = facts["digest"]  # of everything the reader yielded, keyed by the salt
+        self.studies = int(facts["studies"])  # read, those left out included
+        self.filled: tuple[Split, ...] = tuple(json.loads(facts["filled"]))  # splits that would have been empty
+        self.plans = tuple(Plan(*row) for row in json.loads(facts["plans"]))
+
+    def rows(self, plan: Plan) -> Iterator[Row]:
+        """The rows of a shard, in its order."""
+        found = self._connection.execute(
+            "SELECT rows.study, patient, raw FROM rows JOIN studies USING (place) "
+            "WHERE split = ? AND rows.study BETWEEN ? AND ? ORDER BY rows.study",
+            (SPLITS.index(plan.split), plan.first, plan.last),
+        )
+        for study, patient, raw in found:
+            yield Row(pickle.loads(raw), study, patient, plan.split, self.key(study))
+
+    def key(self, study: str) -> str:
+        return f"{self.dataset}-{study}"
+
+    def name(self, study: str) -> str:
+        """What the user calls a study."""
+        return str(self._connection.execute("SELECT name FROM studies WHERE study = ?", (study,)).fetchone()[0])
+
+    def skipped(self) -> Iterator[Skip]:
+        """The studies that the metadata alone rule out."""
+        for row in self._connection.execute("SELECT name, id, reason FROM skips ORDER BY place"):
+            yield Skip(*row)
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
-def list_studies(
-    studies: Iterable[RawStudy], name: str, salt: bytes, ratios: splits.Ratios, shard_samples: int, folder: Path | None
-) -> Listing:
+def write_listing(
+    path: Path,
+    studies: Iterable[RawStudy],
+    name: str,
+    salt: bytes,
+    ratios: splits.Ratios,
+    shard_samples: int,
+    folder: Path | None,
+) -> None:
     """Hash, split and sort the studies of the dataset `name`. Raises UserError where a patient has two splits.
 
     `folder` is the raw archive's: the digest holds paths relative to it, so that an archive may be moved.
     """
-    digest = hmac.new(salt, digestmod=hashlib.sha256)
-    kept: list[tuple[RawStudy, str, str]] = []
-    seen: set[str] = set()
-    skipped: list[Skip] = []
-    count = 0
-    for raw in studies:
-        count += 1
+    path.unlink(missing_ok=True)
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    connection = sqlite3.connect(path, isolation_level=None)
+    try:
+        connection.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;" + _TABLES)
+        connection.execute("BEGIN")
+        digest, count = _add(connection, studies, name, salt, folder)
+        _refuse_two_splits(connection)
+        connection.create_function("split_of", 2, lambda patient, split: _place(patient, split, ratios))
+        for statement in filter(None, map(str.strip, _ORDER.split(";"))):
+            connection.execute(statement)
+        filled = _fill(connection, ratios)
+        connection.execute(_ROWS)
+        facts = {
+            "dataset": name,
+            "digest": digest,
+            "studies": count,
+            "filled": json.dumps(filled),
+            "plans": json.dumps(list(_plans(connection, shard_samples))),
+        }
+        connection.executemany("INSERT INTO facts VALUES (?, ?)", facts.items())
+        connection.execute("COMMIT")
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        raise
+    finally:
+        connection.close()
+
+
+def _add(
+    connection: sqlite3.Connection, studies: Iterable[RawStudy], name: str, salt: bytes, folder: Path | None
+) -> tuple[str, int]:
+    """Write the studies as they come. Returns the digest of all, and how many there were."""
+    digest, count = hmac.new(salt, digestmod=hashlib.sha256), 0
+    for count, raw in enumerate(studies, 1):
         digest.update(_canonical(raw, folder))
-        study = salted_hash(salt, name, "study", raw.study)
-        if raw.fault:
-            skipped.append(Skip(raw.name, raw.fault))
-        elif study in seen:
-            skipped.append(Skip(raw.name, "duplicate key"))
-        else:
-            seen.add(study)
-            kept.append((raw, study, salted_hash(salt, name, "patient", raw.patient)))
-    assignment = splits.assign(((patient, raw.split, raw.name) for raw, _, patient in kept), ratios)
-    rows = [Row(raw, study, patient, assignment.of[patient], f"{name}-{study}") for raw, study, patient in kept]
-    rows.sort(key=lambda row: (SPLITS.index(row.split), row.key))
-    plans = []
-    for split in SPLITS:
-        own = [row for row in rows if row.split == split]
-        for number, start in enumerate(range(0, len(own), shard_samples)):
-            plans.append(Plan(f"{split}-{number:06d}.tar", tuple(own[start : start + shard_samples])))
-    return Listing(tuple(plans), tuple(skipped), assignment.filled, count, digest.hexdigest())
+        study, reason = salted_hash(salt, name, "study", raw.study), raw.fault
+        if not reason:
+            packed = pickle.dumps(raw, pickle.HIGHEST_PROTOCOL)
+            patient = salted_hash(salt, name, "patient", raw.patient)
+            added = connection.execute(
+                "INSERT OR IGNORE INTO studies VALUES (?, ?, ?, ?, ?, ?)",
+                (count, study, patient, raw.split, raw.name, packed),
+            )
+            reason = None if added.rowcount else "duplicate key"
+        if reason:
+            skip = count, raw.name, salted_hash(salt, name, "skipped", raw.name), reason
+            connection.execute("INSERT INTO skips VALUES (?, ?, ?, ?)", skip)
+    return digest.hexdigest(), count
+
+
+def _refuse_two_splits(connection: sqlite3.Connection) -> None:
+    """Raise UserError where a patient stands in two official splits."""
+    found = connection.execute(
+        "SELECT patient FROM studies WHERE official IS NOT NULL GROUP BY patient "
+        "HAVING COUNT(DISTINCT official) > 1 ORDER BY MIN(place) LIMIT 1"
+    ).fetchone()
+    if not found:
+        return
+    (here, this), (there, that) = connection.execute(
+        "SELECT name, official FROM studies WHERE patient = ? AND official IS NOT NULL "
+        "GROUP BY official ORDER BY MIN(place) LIMIT 2",
+        found,
+    )
+    raise UserError(
+        f"split: '{here}' is in {this} and '{there}' in {that}, "
+        "but they are of the same patient; a patient may stand in one split only"
+    )
+
+
+def _place(patient: str, official: Split | None, ratios: splits.Ratios) -> int:
+    return SPLITS.index(official or splits.by_hash(patient, ratios))
+
+
+def _fill(connection: sqlite3.Connection, ratios: splits.Ratios) -> list[Split]:
+    """Move the nearest patient into each wanted split that is empty, where another can spare one. Official splits stay.
+
+    Returns the splits that were filled.
+    """
+    filled: list[Split] = []
+    if connection.execute("SELECT 1 FROM studies WHERE official IS NOT NULL LIMIT 1").fetchone():
+        return filled
+    for place, (split, ratio) in enumerate(zip(SPLITS, ratios, strict=True)):
+        counts = dict(connection.execute(_COUNTS))
+        spare = [other for other, patients in counts.items() if patients > 1]
+        if ratio == 0 or counts.get(place) or not spare:
+            continue
+        patients = connection.execute(
+            f"SELECT patient FROM patients WHERE split IN ({','.join(map(str, spare))}) ORDER BY patient"
+        )
+        nearest = min((splits.distance(patient, split, ratios), patient) for (patient,) in patients)[1]
+        connection.execute("UPDATE patients SET split = ? WHERE patient = ?", (place, nearest))
+        filled.append(split)
+    return filled
+
+
+def _plans(connection: sqlite3.Connection, shard_samples: int) -> Iterator[tuple[str, Split, str, str, int]]:
+    for place, split in enumerate(SPLITS):
+        studies = connection.execute("SELECT study FROM rows WHERE split = ? ORDER BY study", (place,))
+        number = 0
+        while part := studies.fetchmany(shard_samples):
+            yield f"{split}-{number:06d}.tar", split, part[0][0], part[-1][0], len(part)
+            number += 1
 
 
 def _canonical(raw: RawStudy, folder: Path | None) -> bytes:

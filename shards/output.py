@@ -1,11 +1,15 @@
-"""The output folder of a build: whose it is, who may write to it, and what is left there.
+"""Where a build goes: whose it is, who may write to it, and what is left there.
 
-While a build is under way, `.build/` holds its recipe, a lock, and a record of each finished shard.
+The shards go to a folder or an object store; beside them, while a build is under way, there is a private work folder
+with its lock, its recipe, the listing of its studies, and a record of each finished shard. For a folder that is
+`<out>/.build`, for a URL one in ~/.cache/radhpc/builds (XDG_CACHE_HOME), or the one that --work names, which all nodes
+of a SLURM job must see.
 """
 
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -18,100 +22,123 @@ from radhpc.errors import UserError, first_line
 from radhpc.manifest import MANIFEST, Manifest
 from radhpc.sample import SPLITS
 from radhpc.store import Store, write_atomically
-from shards.worker import RECORDS
 
-RECIPE = f"{RECORDS}/recipe.json"
+WORK = ".build"
+RECIPE = "recipe.json"
+LOCK = "lock"
 _SHARD = re.compile(rf"(?:{'|'.join(SPLITS)})-\d{{6,}}\.tar")
 _TEMPORARY = re.compile(rf"\.(?:{_SHARD.pattern}|manifest\.json|index\.npz)\..+")
 
 
-def folder_of(out: str) -> Path:
-    """The folder that `--out` names. Raises UserError for what is none."""
-    if "://" in out:
-        raise UserError(f"--out {out}: URLs are not supported yet; allowed is a folder")
-    folder = Path(out).resolve()
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out {out}: a file is in the way; allowed is a folder")
-    return folder
+class Output:
+    """The place of one build."""
 
+    def __init__(self, out: str, work: Path | None = None) -> None:
+        """Raises UserError for what is neither a folder nor a URL."""
+        if "://" not in out:
+            if Path(out).exists() and not Path(out).is_dir():
+                raise UserError(f"--out {out}: a file is in the way; allowed are a folder and a URL such as s3://...")
+            out = str(Path(out).resolve())
+        self.store = Store(out)
+        self.url, self.folder = self.store.url, self.store.folder
+        self.work = (work or _work(self.store)).resolve()
 
-@contextlib.contextmanager
-def hold(folder: Path) -> Iterator[None]:
-    """Make the folder and hold its lock, so that two builds do not mix. Raises UserError where one is under way."""
-    foreign = folder.is_dir() and not (folder / MANIFEST).exists() and not (folder / RECORDS).exists()
-    if foreign and (tars := sorted(path.name for path in folder.glob("*.tar"))):
-        raise UserError(f"{folder}: holds {tars[0]} of something else; use another folder")
-    folder.mkdir(parents=True, exist_ok=True, mode=0o750)
-    (folder / RECORDS).mkdir(exist_ok=True, mode=0o700)
-    lock = os.open(folder / RECORDS / "lock", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Hold the build's lock, so that two do not mix. Raises UserError where one is under way, or the place is not
+        ours. What was made for a build that did not begin is removed again.
+        """
+        names = self.store.names()
+        tars = [name for name in names if name.endswith(".tar")]
+        if tars and MANIFEST not in names and not (self.work / RECIPE).exists():
+            raise UserError(f"{self.url}: holds {tars[0]} of something else; use another folder")
+        made = self.folder is not None and not self.folder.exists()
+        with self._explain_refusals():
+            if self.folder is not None:
+                self.folder.mkdir(parents=True, exist_ok=True, mode=0o750)
+            self.work.mkdir(parents=True, exist_ok=True, mode=0o700)
+            lock = os.open(self.work / LOCK, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                self._lock(lock)
+                try:
+                    yield
+                finally:
+                    if not (self.work / RECIPE).exists():
+                        shutil.rmtree(self.work, ignore_errors=True)
+                        with contextlib.suppress(OSError):
+                            if made and self.folder is not None:
+                                self.folder.rmdir()
+            finally:
+                os.close(lock)
+
+    def earlier(self, recipe: dict[str, Any], build_hash: str, force: bool) -> Manifest | None:
+        """The finished build that is there, where it is this very one; else None, and the place is ready.
+
+        Raises UserError where another build is there, finished or not, and `force` does not replace it.
+        """
+        if force:
+            self.store.delete(MANIFEST)  # first of all: what follows is no whole dataset
+            self._clear_work()
+        if MANIFEST in self.store.names():
+            manifest = Manifest.load(self.store)
+            if manifest.build_hash != build_hash:
+                raise self._another("another build", manifest.build, recipe)
+            manifest.check_sizes(self.store)
+            self.clean(manifest)
+            return manifest
+        with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+            begun = json.loads((self.work / RECIPE).read_bytes())
+            if begun != recipe:
+                raise self._another("another, unfinished build", begun, recipe)
+        write_atomically(self.work / RECIPE, json.dumps(recipe).encode(), 0o600)
+        return None
+
+    def clean(self, manifest: Manifest) -> None:
+        """Remove the work folder, what killed writers left, and the shards of a build that was replaced."""
+        own = {shard.name for shard in manifest.shards}
+        for name in self.store.names():
+            if _TEMPORARY.fullmatch(name) or (_SHARD.fullmatch(name) and name not in own):
+                self.store.delete(name)
+        shutil.rmtree(self.work, ignore_errors=True)
+
+    def _clear_work(self) -> None:
+        """Forget which shards are finished; the lock and the new listing stay."""
+        for path in self.work.iterdir():
+            if path.name == RECIPE or path.suffix == ".json":
+                path.unlink(missing_ok=True)
+
+    def _lock(self, lock: int) -> None:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{folder}: another build is writing there; wait for it, or use another folder") from None
+            raise UserError(f"{self.url}: another build is writing there; wait for it, or use another folder") from None
         except OSError:
             pass  # a file system without locks
-        yield
-    finally:
-        os.close(lock)
+
+    def _another(self, what: str, theirs: dict[str, Any], ours: dict[str, Any]) -> UserError:
+        differing = [key for key in ours if theirs.get(key) != ours[key]]
+        return UserError(
+            f"{self.url}: holds {what} (other {', '.join(differing) or 'format'}); "
+            "use another folder, or --force to replace it"
+        )
+
+    @contextlib.contextmanager
+    def _explain_refusals(self) -> Iterator[None]:
+        """Turn the file system's refusals into one line."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise UserError(
+                    f"{self.url}: no space left; finished shards are kept: make room and run it again"
+                ) from error
+            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise UserError(f"{self.url}: cannot be written ({first_line(error)})") from error
+            raise
 
 
-def earlier(folder: Path, recipe: dict[str, Any], build_hash: str, force: bool) -> Manifest | None:
-    """The finished build that the folder holds, where it is this very one; else None, and the folder is ready.
-
-    Raises UserError where the folder holds another build, finished or not, and `force` does not replace it.
-    """
-    if force:
-        (folder / MANIFEST).unlink(missing_ok=True)  # first of all: what follows is no whole dataset
-        clear_records(folder)
-    if (folder / MANIFEST).exists():
-        manifest = Manifest.load(Store(folder))
-        if manifest.build_hash != build_hash:
-            clear_records(folder)
-            raise _another(folder, "another build", manifest.build, recipe)
-        manifest.check_sizes(Store(folder))
-        clean(folder, manifest)
-        return manifest
-    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
-        begun = json.loads((folder / RECIPE).read_bytes())
-        if begun != recipe:
-            raise _another(folder, "another, unfinished build", begun, recipe)
-    write_atomically(folder / RECIPE, json.dumps(recipe).encode(), 0o600)
-    return None
-
-
-def clear_records(folder: Path) -> None:
-    """Forget which shards are finished; the lock stays."""
-    for path in (folder / RECORDS).iterdir():
-        if path.name != "lock":
-            path.unlink(missing_ok=True)
-
-
-def clean(folder: Path, manifest: Manifest) -> None:
-    """Remove the records, what killed writers left, and the shards of a build that was replaced."""
-    own = {shard.name for shard in manifest.shards}
-    for path in folder.iterdir():
-        if _TEMPORARY.fullmatch(path.name) or (_SHARD.fullmatch(path.name) and path.name not in own):
-            path.unlink(missing_ok=True)
-    shutil.rmtree(folder / RECORDS, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def explain_refusals(folder: Path) -> Iterator[None]:
-    """Turn the file system's refusals into one line that names the folder."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"{folder}: no space left; finished shards are kept: make room and run it again") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise UserError(f"{folder}: cannot be written ({first_line(error)})") from error
-        raise
-
-
-def _another(folder: Path, what: str, theirs: dict[str, Any], ours: dict[str, Any]) -> UserError:
-    differing = [key for key in ours if theirs.get(key) != ours[key]]
-    return UserError(
-        f"{folder}: holds {what} (other {', '.join(differing) or 'format'}); "
-        "use another folder, or --force to replace it"
-    )
+def _work(store: Store) -> Path:
+    if store.folder is not None:
+        return store.folder / WORK
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "radhpc" / "builds" / hashlib.sha256(store.url.encode()).hexdigest()[:16]

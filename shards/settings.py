@@ -4,8 +4,11 @@ import math
 import os
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
 
 from radhpc.errors import UserError
+from shards.pixels import Format
 from shards.splits import RATIOS, Ratios
 
 
@@ -16,10 +19,14 @@ class Settings:
     workers: int | None = None  # processes; None: one for each CPU that this process may use
     longest_side: int = 1120  # pixels: larger images are shrunk to it
     quality: int = 95  # of the JPEGs, 1 to 100
+    image_format: Format = "jpeg"  # or without loss and with 16 bits: png16, jxl16
     ratios: Ratios = RATIOS  # train, validate, test: for patients without an official split
     shard_samples: int = 1000  # samples in a shard at most
     max_skipped: int | str = "1%"  # a count, or a share of all studies, rounded up
+    duplicates: Literal["drop", "report"] = "drop"  # studies with a near-duplicate in another split
+    apart_from: tuple[str, ...] = ()  # shards of other datasets whose other splits must not be repeated
     force: bool = False  # replace what another build left in the output folder
+    work: Path | None = None  # private folder of a build under way; None: see shards/output.py
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 1:

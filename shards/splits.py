@@ -1,11 +1,11 @@
 """Which split a patient belongs to: the official one, else by the salted hash against the ratios.
 
 A patient's place depends on nothing but its hash, so that adding studies later moves nobody. One exception:
-in a set so small that a wanted split stays empty, the patient whose hash lies nearest to it goes there.
+in a set so small that a wanted split stays empty, the patient whose hash lies nearest to it goes there
+(shards/listing.py, which also refuses a patient in two official splits).
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from radhpc.errors import UserError
 from radhpc.sample import SPLITS, Split
@@ -18,14 +18,6 @@ WORDS: dict[str, Split] = {
     "validate": "validate", "validation": "validate", "valid": "validate", "val": "validate", "dev": "validate",
     "test": "test", "testing": "test",
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """The split of each patient by its hash, and which splits had to be filled because they were empty."""
-
-    of: dict[str, Split]
-    filled: tuple[Split, ...] = ()
 
 
 def parse(word: str) -> Split:
@@ -50,48 +42,11 @@ def by_hash(patient: str, ratios: Ratios = RATIOS) -> Split:
     return next(split for split, ratio in zip(reversed(SPLITS), reversed(ratios), strict=True) if ratio > 0)
 
 
-def assign(studies: Iterable[tuple[str, Split | None, str]], ratios: Ratios = RATIOS) -> Assignment:
-    """Give each patient one split.
-
-    `studies` yields (patient hash, official split or None, what to call the study). A patient with any
-    official split keeps it for all studies. Raises UserError where one has two different ones.
-    """
-    official: dict[str, Split] = {}
-    called: dict[str, str] = {}
-    patients: dict[str, None] = {}  # a set that keeps the order
-    for patient, split, name in studies:
-        patients.setdefault(patient)
-        if split is None:
-            continue
-        if official.setdefault(patient, split) != split:
-            raise UserError(
-                f"split: '{called[patient]}' is in {official[patient]} and '{name}' in {split}, "
-                "but they are of the same patient; a patient may stand in one split only"
-            )
-        called.setdefault(patient, name)
-    of = {patient: official.get(patient) or by_hash(patient, ratios) for patient in patients}
-    return Assignment(of) if official else _fill(of, ratios)
-
-
-def _fill(of: dict[str, Split], ratios: Ratios) -> Assignment:
-    """Move the nearest patient into each wanted split that is empty, where another split can spare one."""
-    of, filled = dict(of), []
-    members = {split: [patient for patient in of if of[patient] == split] for split in SPLITS}
-    for split, ratio, stretch in zip(SPLITS, ratios, _stretches(ratios), strict=True):
-        spare = [patient for other in SPLITS if len(members[other]) > 1 for patient in members[other]]
-        if ratio == 0 or members[split] or not spare:
-            continue
-        nearest = min(spare, key=lambda patient: (_distance(patient, stretch), patient))
-        members[of[nearest]].remove(nearest)
-        members[split].append(nearest)
-        of[nearest] = split
-        filled.append(split)
-    return Assignment(of, tuple(filled))
-
-
-def _distance(patient: str, stretch: tuple[float, float]) -> float:
+def distance(patient: str, split: Split, ratios: Ratios) -> float:
+    """How far a patient stands from the stretch of a split, 0 inside it."""
+    start, end = _stretches(ratios)[SPLITS.index(split)]
     place = position(patient)
-    return max(stretch[0] - place, place - stretch[1], 0.0)
+    return max(start - place, place - end, 0.0)
 
 
 def _stretches(ratios: Sequence[float]) -> list[tuple[float, float]]:

@@ -1,7 +1,8 @@
 """What one process of a build does: a plan -> a shard, and a record that it is done.
 
-The record lies in `<out>/.build/` until the build ends; a build that goes on after an interruption takes the
-shards with a record of its own hash as they are. It names studies by their place in the plan, never by raw names.
+The rows come from the listing in the work folder. The record goes there too, and stays until the build ends; a build
+that goes on after an interruption takes the shards with a record of its own hash as they are. Records name studies by
+their salted hashes, never by raw names.
 """
 
 import contextlib
@@ -13,17 +14,19 @@ from multiprocessing import parent_process
 from multiprocessing.sharedctypes import Synchronized
 from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from radhpc.manifest import Shard
-from radhpc.sample import Sample, View
-from radhpc.store import write_atomically
-from shards.listing import Plan, Row
-from shards.pixels import BadImage, encode, load
+from radhpc.sample import Sample, Split
+from radhpc.store import Store, write_atomically
+from shards.duplicates import REASON, Others
+from shards.listing import Listing, Plan, Row
+from shards.pixels import BadImage, Target, encode, load
 from shards.writer import SampleRow, write
 
-RECORDS = ".build"  # folder of the records, inside the output folder
+LISTING = "listing.sqlite"  # in the work folder
 
 
 class Done(BaseModel):
@@ -34,7 +37,19 @@ class Done(BaseModel):
     build_hash: str
     shard: Shard | None  # None where every study was left out
     rows: tuple[SampleRow, ...]
-    skipped: tuple[tuple[int, str, str], ...]  # place in the plan, reason, detail
+    patients: tuple[str, ...]  # of the rows
+    fingerprints: tuple[str, ...]  # of all images, in the order of the rows, hexadecimal
+    skipped: tuple[tuple[str, str, str], ...]  # study, reason, detail
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the shards of a build have in common."""
+
+    url: str  # where the shards go
+    work: Path  # the build's private folder: listing, records
+    build_hash: str
+    target: Target
 
 
 @dataclass(frozen=True)
@@ -42,70 +57,106 @@ class Task:
     """One shard to build."""
 
     plan: Plan
-    dataset: str
-    out: Path
-    build_hash: str
-    longest_side: int
-    quality: int
+    job: Job
 
 
 class Stopped(Exception):
     """The build is ending; the shard at hand was dropped."""
 
 
-def record_path(out: Path, plan: Plan) -> Path:
-    return out / RECORDS / f"{plan.name}.json"
+def others_path(work: Path, split: Split) -> Path:
+    """What a split must not repeat: see shards/duplicates.py."""
+    return work / f"others-{split}.npz"
 
 
-def finished(out: Path, plan: Plan, build_hash: str) -> Done | None:
-    """The record of a shard that an earlier run of the same build has finished, or None."""
+def record_path(task: Task) -> Path:
+    return task.job.work / f"{task.plan.name}.json"
+
+
+def read_record(task: Task) -> Done | None:
+    """The record of a shard that this build or an earlier run of it has finished, or None."""
     try:
-        done = Done.model_validate_json(record_path(out, plan).read_bytes())
-        if done.build_hash != build_hash:
-            return None
-        if done.shard and (out / done.shard.name).stat().st_size != done.shard.size:
-            return None
-        return done
+        done = Done.model_validate_json(record_path(task).read_bytes())
     except (FileNotFoundError, ValidationError):
         return None
+    return done if done.build_hash == task.job.build_hash else None
+
+
+def finished(task: Task) -> bool:
+    """Whether a shard needs no more work: it has a record, and lies where it belongs in full size."""
+    done = read_record(task)
+    if done is None or done.shard is None:
+        return done is not None
+    try:
+        return Store(task.job.url).size(done.shard.name) == done.shard.size
+    except FileNotFoundError:
+        return False
 
 
 def build_shard(task: Task, tick: Callable[[], None]) -> Done:
     """Build one shard whole. `tick` is called after each study, and may raise to end it. Raises OSError."""
-    skipped: list[tuple[int, str, str]] = []
+    patients: list[str] = []
+    fingerprints: list[str] = []
+    others = Others(others_path(task.job.work, task.plan.split))
+    skipped: list[tuple[str, str, str]] = []
 
-    def samples() -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
-        for place, row in enumerate(task.plan.rows):
+    def samples(listing: Listing) -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
+        for row in listing.rows(task.plan):
             try:
-                yield row.key, members(row, task)
+                found = describe(row, listing.dataset, task.job.target)
             except BadImage as error:
-                skipped.append((place, error.reason, error.detail))
+                skipped.append((row.study, error.reason, error.detail))
             except ValidationError as error:
                 what = error.errors()[0]
-                skipped.append((place, "description refused", f"{'.'.join(map(str, what['loc']))}: {what['msg']}"))
+                where = ".".join(map(str, what["loc"]))
+                skipped.append((row.study, "description refused", f"{where}: {what['msg']}"))
+            else:
+                if twin := others.find(found.fingerprints):
+                    skipped.append((row.study, REASON, twin))
+                else:
+                    patients.append(row.patient)
+                    fingerprints.extend(one.hex() for one in found.fingerprints)
+                    yield row.key, found.members
             tick()
 
-    shard, rows = write(task.out / task.plan.name, samples())
-    done = Done(build_hash=task.build_hash, shard=shard, rows=tuple(rows), skipped=tuple(skipped))
-    write_atomically(record_path(task.out, task.plan), done.model_dump_json().encode(), mode=0o600)
+    store = Store(task.job.url)
+    folder = store.folder or task.job.work  # a shard for an object store is written here first
+    with Listing(task.job.work / LISTING) as listing:
+        shard, rows = write(folder / task.plan.name, samples(listing))
+    if store.folder is None and shard:
+        store.upload(folder / shard.name, shard.name)
+        (folder / shard.name).unlink()
+    done = Done(
+        build_hash=task.job.build_hash,
+        shard=shard,
+        rows=tuple(rows),
+        patients=tuple(patients),
+        fingerprints=tuple(fingerprints),
+        skipped=tuple(skipped),
+    )
+    write_atomically(record_path(task), done.model_dump_json().encode(), mode=0o600)
     return done
 
 
-def members(row: Row, task: Task) -> list[tuple[str, bytes]]:
-    """The members of one sample: its description, then its images. Raises BadImage."""
-    images: list[bytes] = []
-    views: list[View] = []
+class Described(NamedTuple):
+    """A study as it goes into a shard."""
+
+    members: list[tuple[str, bytes]]  # its description, then its images: (suffix, data)
+    fingerprints: list[bytes]
+
+
+def describe(row: Row, dataset: str, target: Target) -> Described:
+    """Read the images of a study and write its description. Raises BadImage and ValidationError."""
+    images = []
     for source, projection in row.raw.views:
         raw = load(source) if isinstance(source, Path) else source()
-        data, view = encode(raw, task.longest_side, task.quality, projection)
-        images.append(data)
-        views.append(view)
+        images.append(encode(raw, target, projection))
     sample = Sample(
-        dataset=task.dataset,
+        dataset=dataset,
         patient=row.patient,
         study=row.study,
         split=row.split,
-        images=tuple(views),
+        images=tuple(image.view for image in images),
         report=row.raw.report,
         language=row.raw.language,
         labels=row.raw.labels,
@@ -113,7 +164,9 @@ def members(row: Row, task: Task) -> list[tuple[str, bytes]]:
         answer=row.raw.answer,
     )
     assert sample.key == row.key
-    return [("json", sample.model_dump_json().encode()), *((f"{n}.jpg", data) for n, data in enumerate(images))]
+    members = [("json", sample.model_dump_json().encode())]
+    members += [(f"{n}.{image.suffix}", image.data) for n, image in enumerate(images)]
+    return Described(members, [image.fingerprint for image in images])
 
 
 # The two things that a worker process shares with the build: how many studies are done, and whether to stop.
@@ -136,8 +189,8 @@ def _follow_parent() -> None:
         os._exit(1)
 
 
-def run_task(task: Task) -> Done | None:
-    """Build one shard in a worker process; None where the build is ending."""
+def run_task(task: Task) -> bool:
+    """Build one shard in a worker process; False where the build is ending."""
     assert _counter is not None
     assert _stop is not None
     counter, stop = _counter, _stop
@@ -149,5 +202,6 @@ def run_task(task: Task) -> Done | None:
             raise Stopped
 
     with contextlib.suppress(Stopped):
-        return build_shard(task, tick)
-    return None
+        build_shard(task, tick)
+        return True
+    return False

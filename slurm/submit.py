@@ -31,11 +31,8 @@ def submit(run: RunDir, profile: Profile) -> submitit.Job[Any]:
     scheduler.refuse_if_alive(run)
     run.clear_stop()
     write_atomically(run.path / "profile.yaml", yaml.safe_dump(profile.model_dump(mode="json")).encode(), 0o600)
-    with environment(profile), apart(run) if profile.cluster == "local" else nullcontext():
-        try:
-            job = executor(run, profile).submit(slurm_job.main, str(run.path))
-        except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError, RuntimeError) as error:
-            raise UserError(f"submission failed: {_reason(error)}") from error
+    with environment(profile), apart(run) if profile.cluster == "local" else nullcontext(), explain():
+        job = executor(run, profile).submit(slurm_job.main, str(run.path))
     pid = os.getpid() if profile.cluster == "inline" else int(job.job_id) if profile.cluster == "local" else None
     owner: dict[str, Any] = {"cluster": profile.cluster, "id": str(job.job_id), "host": socket.gethostname()}
     if pid is not None:
@@ -78,24 +75,13 @@ def slurm_parameters(run: RunDir, profile: Profile, python: str) -> dict[str, An
     if profile.gpus_per_node:
         by_gres = profile.gpu_request == "gres"
         gpus = {"gres": f"gpu:{profile.gpus_per_node}"} if by_gres else {"gpus_per_node": profile.gpus_per_node}
-    wanted = {
+    return {
+        **site_parameters(profile),
+        **gpus,
+        **({"exclusive": True} if profile.exclusive else {}),
         "job_name": run.path.name,
         "nodes": profile.nodes,
         "ntasks_per_node": profile.tasks_per_node,
-        "cpus_per_task": profile.cpus_per_task,
-        "mem": f"{profile.memory_gb}GB" if profile.memory_gb else None,
-        "time": profile.minutes,
-        "signal_delay_s": profile.signal_seconds,
-        "partition": profile.partition,
-        "account": profile.account,
-        "qos": profile.qos,
-        "constraint": profile.constraint,
-        "exclude": profile.exclude,
-        "exclusive": profile.exclusive or None,
-        **gpus,
-    }
-    return {
-        **{name: value for name, value in wanted.items() if value is not None},
         "additional_parameters": {"requeue" if profile.requeue else "no-requeue": True, **profile.sbatch},
         "srun_args": ["--kill-on-bad-exit=1", *profile.srun],  # no GPU waits for a dead peer
         "setup": [
@@ -107,6 +93,31 @@ def slurm_parameters(run: RunDir, profile: Profile, python: str) -> dict[str, An
         # From here on a signal must not end the decision half way.
         "teardown": ["status=$?; trap '' TERM USR2", f"{python} -m slurm.requeue {shlex.quote(str(run.path))} $status"],
     }
+
+
+def site_parameters(profile: Profile) -> dict[str, Any]:
+    """What any job of this profile asks for, whatever it does."""
+    wanted = {
+        "cpus_per_task": profile.cpus_per_task,
+        "mem": f"{profile.memory_gb}GB" if profile.memory_gb else None,
+        "time": profile.minutes,
+        "signal_delay_s": profile.signal_seconds,
+        "partition": profile.partition,
+        "account": profile.account,
+        "qos": profile.qos,
+        "constraint": profile.constraint,
+        "exclude": profile.exclude,
+    }
+    return {name: value for name, value in wanted.items() if value is not None}
+
+
+@contextmanager
+def explain() -> Iterator[None]:
+    """Turn a scheduler's refusal into one line."""
+    try:
+        yield
+    except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError, RuntimeError) as error:
+        raise UserError(f"submission failed: {_reason(error)}") from error
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from shards.build import Settings
-from shards.worker import RECORDS
+from shards.output import WORK
 
 ROOT = Path(__file__).resolve().parents[2]
 PHANTOM = {"studies": "60", "size": "64"}
@@ -16,4 +16,4 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def records(out: Path) -> list[str]:
-    return [path.name for path in (out / RECORDS).glob("*.tar.json")] if (out / RECORDS).exists() else []
+    return [path.name for path in (out / WORK).glob("*.tar.json")] if (out / WORK).exists() else []

@@ -96,6 +96,6 @@ def test_unknown_options_and_datasets_are_refused_with_the_nearest() -> None:
     with pytest.raises(UserError, match=r"option name=A\.B"):
         datasets.parse_options("phantom", phantom.OPTIONS, {"name": "A.B"})
     with pytest.raises(
-        UserError, match=r"dataset: 'phantm' is unknown \(did you mean 'phantom'\?\); allowed are image"
+        UserError, match=r"dataset: 'phantm' is unknown \(did you mean 'phantom'\?\); allowed are .*image_text, "
     ):
         datasets.reader("phantm")

@@ -1,5 +1,7 @@
 """Patients do not stand in two splits, and do not move when others come."""
 
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -8,45 +10,69 @@ from hypothesis import given, strategies as st
 from radhpc.errors import UserError
 from radhpc.sample import SPLITS, salted_hash
 from shards import salt, splits
+from shards.datasets import RawStudy
+from shards.listing import Listing, write_listing
 
 pytestmark = pytest.mark.timeout(60)
+Official = splits.Split | None
+
+
+def assign(
+    studies: Iterable[tuple[str, Official]], ratios: splits.Ratios = splits.RATIOS
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """The split of each patient, and which splits were filled, by a listing of (patient, official split)."""
+    raw = [
+        RawStudy(study=str(n), patient=patient, views=(), name=f"study {n}", split=split)
+        for n, (patient, split) in enumerate(studies)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "listing"
+        write_listing(path, raw, "set", b"salt", ratios, 7, None)
+        with Listing(path) as listing:
+            rows = [row for plan in listing.plans for row in listing.rows(plan)]
+            assert len(rows) == len(raw) == sum(plan.samples for plan in listing.plans)
+            found = {row.raw.patient: row.split for row in rows}
+            assert all(found[row.raw.patient] == row.split for row in rows)
+            return found, listing.filled
+
+
 RATIOS = st.sampled_from([(0.8, 0.1, 0.1), (0.5, 0.25, 0.25), (1.0, 0.0, 0.0), (0.0, 0.0, 1.0), (0.7, 0.0, 0.3)])
-PATIENTS = st.lists(st.integers(0, 400).map(lambda n: salted_hash(b"salt", str(n))), min_size=1, max_size=60)
+PATIENTS = st.lists(st.integers(0, 400).map(str), min_size=1, max_size=60)
 
 
 @given(PATIENTS, RATIOS)
 def test_every_patient_has_one_split_that_is_wanted(patients: list[str], ratios: splits.Ratios) -> None:
-    assignment = splits.assign(((patient, None, "") for patient in patients), ratios)
-    assert assignment.of.keys() == set(patients)
+    found, _ = assign(((patient, None) for patient in patients), ratios)
+    assert found.keys() == set(patients)
     wanted = {split for split, ratio in zip(SPLITS, ratios, strict=True) if ratio}
-    assert set(assignment.of.values()) <= wanted
+    assert set(found.values()) <= wanted
     if len(set(patients)) >= len(wanted):
-        assert set(assignment.of.values()) == wanted
+        assert set(found.values()) == wanted
 
 
 @given(PATIENTS, PATIENTS, RATIOS)
 def test_nobody_moves_when_studies_are_added(few: list[str], more: list[str], ratios: splits.Ratios) -> None:
-    before = splits.assign(((patient, None, "") for patient in few), ratios)
-    after = splits.assign(((patient, None, "") for patient in few + more), ratios)
-    if not before.filled and not after.filled:
-        assert all(after.of[patient] == split for patient, split in before.of.items())
-    if not before.filled and len(set(before.of.values())) == sum(ratio > 0 for ratio in ratios):
-        assert not after.filled
+    before, filled = assign(((patient, None) for patient in few), ratios)
+    after, filled_later = assign(((patient, None) for patient in few + more), ratios)
+    if not filled and not filled_later:
+        assert all(after[patient] == split for patient, split in before.items())
+    if not filled and len(set(before.values())) == sum(ratio > 0 for ratio in ratios):
+        assert not filled_later
 
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.sampled_from([None, *SPLITS]))))
 def test_official_splits_hold_or_are_refused(studies: list[tuple[int, splits.Split | None]]) -> None:
-    rows = [(salted_hash(b"salt", str(n)), split, f"study {k}") for k, (n, split) in enumerate(studies)]
+    rows = [(str(patient), split) for patient, split in studies]
     official: dict[str, set[str]] = {}
-    for patient, split, _ in rows:
+    for patient, split in rows:
         if split:
             official.setdefault(patient, set()).add(split)
     if any(len(named) > 1 for named in official.values()):
         with pytest.raises(UserError, match="of the same patient"):
-            splits.assign(rows)
+            assign(rows)
     else:
-        assignment = splits.assign(rows)
-        assert all(assignment.of[patient] == split for patient, split, _ in rows if split)
+        found, _ = assign(rows)
+        assert all(found[patient] == split for patient, split in rows if split)
 
 
 def test_shares_are_near_the_ratios() -> None:

@@ -1,0 +1,94 @@
+"""No picture in two splits: near-duplicates by perceptual hash, within a dataset and across datasets.
+
+A build makes the test split first, then validate, then train, and leaves out each study with an image that is nearly
+one of another split: of those made before, or of the datasets that --apart-from names. Sets whose official splits share
+images (Options.shares_images), and --duplicates=report, keep such studies, and the build tells how many there are.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from radhpc.errors import UserError
+from radhpc.manifest import FINGERPRINTS, Manifest
+from radhpc.sample import SPLITS, Split
+from radhpc.store import Store
+from shards.fingerprint import LIMIT, near
+
+ORDER: tuple[Split, ...] = ("test", "validate", "train")  # in which a build makes the splits
+REASON = "near-duplicate of an image in another split"
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of a dataset, or some of them."""
+
+    fingerprint: npt.NDArray[np.uint8]  # (n, 32)
+    split: npt.NDArray[np.uint8]  # (n,) position in radhpc.sample.SPLITS
+    key: npt.NDArray[np.bytes_]  # (n,) of their samples
+
+    def of(self, splits: Iterable[Split]) -> "Images":
+        """Those of the given splits."""
+        kept = np.isin(self.split, [SPLITS.index(split) for split in splits])
+        return Images(self.fingerprint[kept], self.split[kept], self.key[kept])
+
+
+def load(url: str) -> Images:
+    """The images of finished shards. Raises UserError."""
+    store = Store(url)
+    manifest = Manifest.load(store)
+    if manifest.fingerprints is None:
+        raise UserError(f"{url}: has no {FINGERPRINTS}; build it again")
+    index = manifest.load_index(store)
+    fingerprints = manifest.load_fingerprints(store)
+    images = np.repeat(np.arange(len(index)), np.diff(index.first) - 1)  # one member of each sample is its description
+    if len(images) != len(fingerprints):
+        raise UserError(f"{url}/{FINGERPRINTS}: {len(fingerprints)} images, but the index has {len(images)}")
+    return Images(fingerprints, index.split[images], index.key[images])
+
+
+def join(parts: Iterable[Images]) -> Images:
+    """All images together."""
+    parts = list(parts)
+    empty = Images(np.zeros((0, 32), np.uint8), np.zeros(0, np.uint8), np.zeros(0, "S1"))
+    return Images(*(np.concatenate([getattr(part, name) for part in (empty, *parts)]) for name in vars(empty)))
+
+
+def save(path: Path, images: Images) -> None:
+    """Write what one split must not repeat, for the build's workers."""
+    with path.open("wb") as file:
+        np.savez(file, allow_pickle=False, **vars(images))
+
+
+class Others:
+    """What the split at hand must not repeat."""
+
+    def __init__(self, path: Path) -> None:
+        self._images = join([])
+        if path.exists():
+            with np.load(path, allow_pickle=False) as columns:
+                self._images = Images(**{name: columns[name] for name in columns.files})
+
+    def find(self, fingerprints: Sequence[bytes]) -> str | None:
+        """The sample of another split, and that split, which one of these images nearly repeats."""
+        mine = np.frombuffer(b"".join(fingerprints), np.uint8).reshape(-1, 32)
+        pairs = near(mine, self._images.fingerprint, LIMIT)
+        if not len(pairs):
+            return None
+        place = min(int(other) for _, other in pairs)
+        return f"{self._images.key[place].decode()} in {SPLITS[self._images.split[place]]}"
+
+
+def overlaps(ours: Images, theirs: Images) -> Iterator[tuple[Split, Split, int, int]]:
+    """Yield (our split, their split, how many of our images nearly repeat one of theirs, of how many)."""
+    for place, split in enumerate(SPLITS):
+        mine, counts = np.unique(ours.fingerprint[ours.split == place], axis=0, return_counts=True)
+        for other, their_split in enumerate(SPLITS):
+            their = np.unique(theirs.fingerprint[theirs.split == other], axis=0)
+            if len(mine) and len(their):
+                repeated = np.unique(np.asarray(near(mine, their, LIMIT), np.int64).reshape(-1, 2)[:, 0])
+                if len(repeated):
+                    yield split, their_split, int(counts[repeated].sum()), int(counts.sum())
