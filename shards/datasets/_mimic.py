@@ -11,6 +11,7 @@ The rows of all tables lie on the disk, grouped by study; only the columns named
 none of them. Reports are read by several threads: a parallel file system answers each open late, but many at a time.
 """
 
+import functools
 import os
 import re
 import warnings
@@ -146,6 +147,7 @@ def _value(kind: str, values: dict[str, str]) -> Any:
     return values["subject_id"], values["dicom_id"], values.get("ViewPosition") or None
 
 
+@functools.cache  # of the few ways to write these few numbers
 def _label(word: str) -> int | None:
     try:
         return {1.0: 1, 0.0: 0, -1.0: -1}[float(word)] if word else None
