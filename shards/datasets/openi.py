@@ -40,6 +40,8 @@ OTHERS = ("INDICATION", "COMPARISON")
 VIEWS = {"LATERAL": "L", "LARGE LATERAL": "L", "FRONTAL": "Frontal"}
 Views = tuple[tuple[Path, str | None], ...]
 Found = Callable[[str], tuple[Path | None, str | None]]  # an image's name -> its file and its projection
+_SUFFIX = re.compile(r"(?:\.(?:dcm|png|jpe?g))+$", re.IGNORECASE)
+_HEAD = re.compile(r"^(?:CXR)?(\d+)(?:_\d+)?_")
 _FIRST = TypeVar("_FIRST")
 
 
@@ -72,8 +74,7 @@ def read(raw: Path | None, options: Options) -> Iterator[RawStudy]:
 
 def key(name: str) -> str:
     """What all names of one image share: CXR1_1_IM-0001-3001, 1_IM-0001-3001.dcm.png -> 1_IM-0001-3001."""
-    name = re.sub(r"(?:\.(?:dcm|png|jpe?g))+$", "", Path(name.strip()).name, flags=re.IGNORECASE)
-    return re.sub(r"^(?:CXR)?(\d+)(?:_\d+)?_", r"\1_", name)
+    return _HEAD.sub(r"\1_", _SUFFIX.sub("", name.strip().rpartition("/")[2]))
 
 
 def find_images(raw: Path, views: spool.Lookup) -> Found:
@@ -83,8 +84,8 @@ def find_images(raw: Path, views: spool.Lookup) -> Found:
         raise UserError(f"--raw {raw}: no images there; looked for files such as CXR1_1_IM-0001-3001.png")
 
     def find(name: str) -> tuple[Path | None, str | None]:
-        path = _first(index.get(f"{key(name)}{suffix}") for suffix in SUFFIXES)
-        return path, views.get(key(name))
+        image = key(name)
+        return _first(index.get(f"{image}{suffix}") for suffix in SUFFIXES), views.get(image)
 
     return find
 

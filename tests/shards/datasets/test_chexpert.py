@@ -76,7 +76,7 @@ def by_study(studies: list[RawStudy]) -> dict[str, RawStudy]:
 def test_a_build_keeps_labels_splits_and_views_and_writes_no_report(tmp_path: Path) -> None:
     raw = archive(tmp_path / SMALL)
     write_table(raw / "test.csv", TEST)
-    write_images(raw, TEST)
+    write_images(raw, TRAIN + VALID + TEST)  # another picture each: near-duplicates of the test set are left out
     result, samples = built("chexpert", raw, tmp_path / "out")
     assert result.splits == {"train": 3, "validate": 1, "test": 1}
     assert result.patients == {"train": 2, "validate": 1, "test": 1}
