@@ -21,16 +21,18 @@ from typing import Any
 import numpy as np
 
 from radhpc.errors import UserError
-from radhpc.manifest import MANIFEST, Manifest
+from radhpc.manifest import INDEX, MANIFEST, Index, Manifest
 from radhpc.sample import SPLITS, Split
 from radhpc.store import Store
 from shards import datasets, duplicates, salt
+from shards.card import CARD, SHEET, card, contact_sheet, pictures
 from shards.indexing import assemble, fingerprints_of
 from shards.listing import Listing, Skip, write_listing
 from shards.output import Output
 from shards.pixels import PERCENTILES, Target
 from shards.pool import run_here, run_pool
 from shards.settings import Result, Settings
+from shards.summary import Summary
 from shards.worker import LISTING, Job, Task, finished, others_path, read_record, record_path
 
 __all__ = ["Result", "Settings", "build"]
@@ -83,6 +85,9 @@ def build(
                 records = ((task.plan.split, done) for task in tasks if (done := read_record(task)))
                 reasons = Counter(skip.reason for skip in skipped)
                 manifest, files = assemble(listing.dataset, records, recipe, build_hash, reasons)
+                summary = sum((done.summary for task in tasks if (done := read_record(task))), Summary())
+                files[CARD] = card(manifest, summary, [skip.told() for skip in skipped], told).encode()
+                files[SHEET] = contact_sheet(pictures(output.store, manifest, Index.from_bytes(files[INDEX])))
                 for name, data in files.items():
                     output.store.write(name, data)
                 output.store.write(MANIFEST, manifest.to_bytes())

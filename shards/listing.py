@@ -73,7 +73,12 @@ class Skip:
     reason: str
     detail: str = ""
 
+    def told(self) -> dict[str, str]:
+        """What others may read: in the card, beside the shards."""
+        return {"study": self.id, "reason": self.reason}
+
     def shown(self) -> dict[str, str]:
+        """What the user may read."""
         return {"name": self.name, "reason": f"{self.reason}: {self.detail}" if self.detail else self.reason}
 
 

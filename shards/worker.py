@@ -8,7 +8,8 @@ their salted hashes, never by raw names.
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing import parent_process
 from multiprocessing.sharedctypes import Synchronized
@@ -21,9 +22,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from radhpc.manifest import Shard
 from radhpc.sample import Sample, Split
 from radhpc.store import Store, write_atomically
+from shards import privacy
 from shards.duplicates import REASON, Others
 from shards.listing import Listing, Plan, Row
 from shards.pixels import BadImage, Target, encode, load
+from shards.summary import Summary
 from shards.writer import SampleRow, write
 
 LISTING = "listing.sqlite"  # in the work folder
@@ -40,6 +43,7 @@ class Done(BaseModel):
     patients: tuple[str, ...]  # of the rows
     fingerprints: tuple[str, ...]  # of all images, in the order of the rows, hexadecimal
     skipped: tuple[tuple[str, str, str], ...]  # study, reason, detail
+    summary: Summary
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,10 @@ class Task:
 
     plan: Plan
     job: Job
+
+
+class Offence(Exception):
+    """What identifies a person stands where it cannot be scrubbed, in the name of a label for instance."""
 
 
 class Stopped(Exception):
@@ -96,6 +104,7 @@ def finished(task: Task) -> bool:
 def build_shard(task: Task, tick: Callable[[], None]) -> Done:
     """Build one shard whole. `tick` is called after each study, and may raise to end it. Raises OSError."""
     patients: list[str] = []
+    summary = Summary()
     fingerprints: list[str] = []
     others = Others(others_path(task.job.work, task.plan.split))
     skipped: list[tuple[str, str, str]] = []
@@ -110,11 +119,14 @@ def build_shard(task: Task, tick: Callable[[], None]) -> Done:
                 what = error.errors()[0]
                 where = ".".join(map(str, what["loc"]))
                 skipped.append((row.study, "description refused", f"{where}: {what['msg']}"))
+            except Offence as error:
+                skipped.append((row.study, "identifier refused", str(error)))
             else:
                 if twin := others.find(found.fingerprints):
                     skipped.append((row.study, REASON, twin))
                 else:
                     patients.append(row.patient)
+                    summary.count(found.sample, found.scrubbed)
                     fingerprints.extend(one.hex() for one in found.fingerprints)
                     yield row.key, found.members
             tick()
@@ -133,6 +145,7 @@ def build_shard(task: Task, tick: Callable[[], None]) -> Done:
         patients=tuple(patients),
         fingerprints=tuple(fingerprints),
         skipped=tuple(skipped),
+        summary=summary,
     )
     write_atomically(record_path(task), done.model_dump_json().encode(), mode=0o600)
     return done
@@ -141,32 +154,46 @@ def build_shard(task: Task, tick: Callable[[], None]) -> Done:
 class Described(NamedTuple):
     """A study as it goes into a shard."""
 
+    sample: Sample
     members: list[tuple[str, bytes]]  # its description, then its images: (suffix, data)
     fingerprints: list[bytes]
+    scrubbed: Mapping[str, int]  # how often each rule of the privacy gate was applied
 
 
 def describe(row: Row, dataset: str, target: Target) -> Described:
-    """Read the images of a study and write its description. Raises BadImage and ValidationError."""
+    """Read the images of a study and write its description. Raises BadImage, ValidationError and Offence."""
     images = []
     for source, projection in row.raw.views:
         raw = load(source) if isinstance(source, Path) else source()
         images.append(encode(raw, target, projection))
+    report, scrubbed = privacy.scrub_report(row.raw.report)
+    question, answer = (_scrub(text, scrubbed) for text in (row.raw.question, row.raw.answer))
     sample = Sample(
         dataset=dataset,
         patient=row.patient,
         study=row.study,
         split=row.split,
         images=tuple(image.view for image in images),
-        report=row.raw.report,
+        report=report,
         language=row.raw.language,
         labels=row.raw.labels,
-        question=row.raw.question,
-        answer=row.raw.answer,
+        question=question,
+        answer=answer,
     )
     assert sample.key == row.key
+    if found := privacy.offences(sample):
+        raise Offence(found[0])
     members = [("json", sample.model_dump_json().encode())]
     members += [(f"{n}.{image.suffix}", image.data) for n, image in enumerate(images)]
-    return Described(members, [image.fingerprint for image in images])
+    return Described(sample, members, [image.fingerprint for image in images], scrubbed)
+
+
+def _scrub(text: str | None, counts: Counter[str]) -> str | None:
+    if text is None:
+        return None
+    clean, found = privacy.scrub(text)
+    counts.update(found)
+    return clean
 
 
 # The two things that a worker process shares with the build: how many studies are done, and whether to stop.

@@ -65,7 +65,7 @@ def test_shards_index_and_samples_agree_and_webdataset_reads_them(tmp_path: Path
     index = manifest.load_index(store)
     assert manifest.hash == result.manifest_hash
     assert (manifest.samples, sum(manifest.splits.values()), len(index)) == (60, 60, 60)
-    beside = ["manifest.json", "index.npz", "fingerprints.npy"]
+    beside = ["manifest.json", "index.npz", "fingerprints.npy", "card.md", "contact_sheet.png"]
     assert sorted(contents(out)) == sorted([*beside, *(shard.name for shard in manifest.shards)])
     assert all(shard.samples <= 8 for shard in manifest.shards)
     read = {
