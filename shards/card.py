@@ -221,9 +221,10 @@ def _images(summary: Summary) -> str:
 
 def _scrubbed(summary: Summary) -> str:
     about = (
-        "Rules replace by `___` what identifies a person in a text: dates with a day or a month, times of day, ages above 89, "
-        "numbers of records and telephones, addresses, and names beside a title or a header. A name that stands alone "
-        "is not found by a rule, and what is written into the pixels stays: look for it on the contact sheet."
+        "Rules replace by `___` what identifies a person in a text: dates with a day or a month, times of day, "
+        "ages above 89, numbers of records and telephones, addresses, and names beside a title or a header. "
+        "A name that stands alone is not found by a rule, and what is written into the pixels stays: "
+        "look for it on the contact sheet."
     )
     if not summary.scrubbed:
         return f"{about}\n\nNothing was found."
@@ -280,7 +281,7 @@ def _listing(counts: Mapping[str, int], total: int, noun: str, ranked: bool = Tr
     """ "en 90 samples (90.0%), es 10 (10.0%)"; the most frequent first, or in the order given."""
     names = sorted(counts, key=lambda name: (-counts[name], name)) if ranked else list(counts)
     texts = [
-        f"{_plain(name)}: {_count(counts[name], noun) if n == 0 else f'{counts[name]:,}'} ({_share(counts[name], total)})"
+        f"{_plain(name)}: {f'{counts[name]:,}' if n else _count(counts[name], noun)} ({_share(counts[name], total)})"
         for n, name in enumerate(names[:SHOWN])
     ]
     more = f", and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
