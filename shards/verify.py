@@ -4,7 +4,8 @@
     report.ok, report.faults        # False, [Fault(shard="train-000003.tar", member="...", offset=..., fault=...)]
 
 The index is checked against the manifest, each tar against the index, each description against both, and the
-patients of all splits against each other.
+patients of all splits against each other. Of a subset, such as <url>#balanced, its rows are held against those of
+the whole index, after the whole was verified.
 """
 
 import hashlib
@@ -54,6 +55,11 @@ class Report:
 def verify(url: str, progress: Progress = lambda done, total: None) -> Report:
     """Reread every shard. Raises UserError where there is no manifest, or it cannot be read at all."""
     store = Store(url)
+    if store.subset is not None:
+        subset = Manifest.load(store)
+        report = verify(store.url, progress)
+        faults = [*report.faults, *_check_subset(store, subset)]
+        return Report(url, report.shards, subset.samples, faults)
     manifest = Manifest.load(store)
     try:
         index = manifest.load_index(store)
@@ -97,8 +103,42 @@ def _check_counts(manifest: Manifest, index: Index) -> Iterator[Fault]:
         yield fault(f"splits of {manifest.patients} patients, but the index has {patients}")
     for number, shard in enumerate(manifest.shards):
         held = int((index.shard == number).sum())
-        if held != shard.samples:
+        if held != shard.samples and manifest.subset_of is None:
             yield fault(f"{shard.name}: {shard.samples} samples, but the index has {held}")
+
+
+def _check_subset(store: Store, manifest: Manifest) -> Iterator[Fault]:
+    """A subset's counts, and its rows against the whole index: the same samples at the same places, in its order."""
+    name = f"{store.subset}.json"
+    all_samples = Store(store.url)
+    try:
+        index = manifest.load_index(store)
+        whole = Manifest.load(all_samples)
+        every = whole.load_index(all_samples)
+    except UserError as error:
+        yield Fault(manifest.index.name, None, None, first_line(error))
+        return
+    if manifest.shards != whole.shards:
+        yield Fault(name, None, None, f"names other shards than {MANIFEST}")
+    for fault in _check_counts(manifest, index):
+        yield Fault(name, fault.member, fault.offset, fault.fault)
+    place = {key: row for row, key in enumerate(every.key.tolist())}
+    before = -1
+    for row, key in enumerate(index.key.tolist()):
+        there = place.get(key)
+        if there is None:
+            yield Fault(manifest.index.name, None, None, f"{key.decode()}: not in {whole.index.name}")
+            continue
+        same = all(getattr(index, column)[row] == getattr(every, column)[there] for column in ("patient", "split"))
+        if not same or list(index.members(row)) != list(every.members(there)):
+            yield Fault(manifest.index.name, None, None, f"{key.decode()}: another row than in {whole.index.name}")
+        if there < before:
+            yield Fault(manifest.index.name, None, None, f"{key.decode()}: not in the order of {whole.index.name}")
+        before = there
+    for split in SPLITS:
+        missing = len(every.of_split(split)) - len(index.of_split(split))
+        if split != "train" and missing:
+            yield Fault(manifest.index.name, None, None, f"{missing} samples of split '{split}' are missing")
 
 
 def _check_shard(store: Store, manifest: Manifest, index: Index, number: int, samples: list[int]) -> Iterator[Fault]:
