@@ -1,8 +1,8 @@
-# Four verbs, the same for people and for CI; each sets up what it needs.
+# Five verbs, the same for people and for CI; each sets up what it needs.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart test lint slurm clean
+.PHONY: install quickstart test lint bench slurm clean
 
 install: .venv/ready
 
@@ -34,6 +34,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: install
+	$(BIN)/python -m bench.build
 
 clean:
 	rm -rf .venv *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Measurements against peers and against the machine's own limits: `python -m bench.NAME [--json] [--quick]`."""
