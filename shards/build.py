@@ -247,7 +247,10 @@ def _overlaps(url: str, settings: Settings) -> list[str]:
 def _skipped(task: Task, listing: Listing) -> list[Skip]:
     record = read_record(task)
     assert record is not None
-    return [Skip(listing.name(study), study, reason, detail) for study, reason, detail in record.skipped]
+    return [
+        Skip(listing.name(study), study, reason, detail, fault=reason != duplicates.REASON)
+        for study, reason, detail in record.skipped
+    ]
 
 
 def _flat(parts: Iterable[list[Skip]]) -> list[Skip]:
@@ -257,8 +260,11 @@ def _flat(parts: Iterable[list[Skip]]) -> list[Skip]:
 def _check_budget(skipped: Sequence[Skip], studies: int, settings: Settings) -> None:
     """Raise UserError where too many studies were left out, or all of them."""
     budget = settings.skip_budget(studies)
-    skipped = [skip for skip in skipped if skip.reason != duplicates.REASON]  # nothing is wrong with them
-    if len(skipped) <= budget and len(skipped) < studies:
+    if len(skipped) == studies:
+        budget = 0
+    else:
+        skipped = [skip for skip in skipped if skip.fault]
+    if len(skipped) <= budget:
         return
     shown = [skip.shown() for skip in skipped[:SHOWN]]
     first = "; ".join(f"{skip['name']}: {skip['reason']}" for skip in shown)

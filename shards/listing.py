@@ -29,7 +29,7 @@ from shards.datasets import RawStudy
 
 _TABLES = """
 CREATE TABLE studies (place INTEGER PRIMARY KEY, study TEXT UNIQUE, patient TEXT, official TEXT, name TEXT, raw BLOB);
-CREATE TABLE skips (place INTEGER PRIMARY KEY, name TEXT, id TEXT, reason TEXT);
+CREATE TABLE skips (place INTEGER PRIMARY KEY, name TEXT, id TEXT, reason TEXT, detail TEXT, fault INTEGER);
 CREATE TABLE patients (patient TEXT PRIMARY KEY, split INTEGER) WITHOUT ROWID;
 CREATE TABLE rows (split INTEGER, study TEXT, place INTEGER, PRIMARY KEY (split, study)) WITHOUT ROWID;
 CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT);
@@ -72,6 +72,7 @@ class Skip:
     id: str  # salted hash: what others may be told
     reason: str
     detail: str = ""
+    fault: bool = True  # something is broken: it counts against the budget
 
     def told(self) -> dict[str, str]:
         """What others may read: in the card, beside the shards."""
@@ -115,8 +116,8 @@ class Listing:
 
     def skipped(self) -> Iterator[Skip]:
         """The studies that the metadata alone rule out."""
-        for row in self._connection.execute("SELECT name, id, reason FROM skips ORDER BY place"):
-            yield Skip(*row)
+        for row in self._connection.execute("SELECT name, id, reason, detail, fault FROM skips ORDER BY place"):
+            yield Skip(*row[:4], fault=bool(row[4]))
 
     def close(self) -> None:
         self._connection.close()
@@ -178,7 +179,7 @@ def _add(
     digest, count = hmac.new(salt, digestmod=hashlib.sha256), 0
     for count, raw in enumerate(studies, 1):
         digest.update(_canonical(raw, folder))
-        study, reason = salted_hash(salt, name, "study", raw.study), raw.fault
+        study, reason = salted_hash(salt, name, "study", raw.study), raw.fault or raw.gap
         if not reason:
             packed = pickle.dumps(raw, pickle.HIGHEST_PROTOCOL)
             patient = salted_hash(salt, name, "patient", raw.patient)
@@ -188,8 +189,8 @@ def _add(
             )
             reason = None if added.rowcount else "duplicate key"
         if reason:
-            skip = count, raw.name, salted_hash(salt, name, "skipped", raw.name), reason
-            connection.execute("INSERT INTO skips VALUES (?, ?, ?, ?)", skip)
+            skip = count, raw.name, salted_hash(salt, name, "skipped", raw.name), reason, "", reason != raw.gap
+            connection.execute("INSERT INTO skips VALUES (?, ?, ?, ?, ?, ?)", skip)
     return digest.hexdigest(), count
 
 

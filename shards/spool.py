@@ -50,6 +50,9 @@ class Lookup:
         self._connection.execute("COMMIT")
         self.repeated = count - len(self)
 
+    def __bool__(self) -> bool:
+        return self._connection.execute("SELECT 1 FROM rows LIMIT 1").fetchone() is not None
+
     def __len__(self) -> int:
         return int(self._connection.execute("SELECT COUNT(*) FROM rows").fetchone()[0])
 

@@ -43,7 +43,8 @@ class RawStudy:
     labels: dict[str, dict[str, int | None]] = field(default_factory=dict)
     question: str | None = None
     answer: str | None = None
-    fault: str | None = None  # why it cannot be used, where the metadata alone say so
+    fault: str | None = None  # what is broken, where the metadata alone say so: counts against the budget
+    gap: str | None = None  # what the archive itself has not, or disowns: left out by name, no fault of this copy
 
 
 class DatasetWarning(UserWarning):

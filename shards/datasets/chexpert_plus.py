@@ -145,13 +145,13 @@ def _report(text: str, findings: str, impression: str) -> Report:
 
 def _study(items: list[Item], labels: spool.Lookup | None) -> RawStudy:
     first = items[0]
-    fault = None
+    fault = gap = None
     if any(item.patient != first.patient for item in items):
         fault = "rows of one study with different patients"
     elif any(item.report != first.report for item in items):
         fault = "rows of one study with different texts"
     elif not first.report.text():
-        fault = "empty text"
+        gap = "empty text"
     known = labels.get(first.place.key) if labels is not None else None
     return RawStudy(
         study=first.place.key,
@@ -162,4 +162,5 @@ def _study(items: list[Item], labels: spool.Lookup | None) -> RawStudy:
         report=first.report,
         labels={"chexpert": dict(zip(CHEXPERT, known, strict=True))} if known else {},
         fault=fault,
+        gap=gap,
     )

@@ -12,7 +12,7 @@ All of it may lie anywhere below --raw. A report names its images, its sections 
 those that a program found are `openi-automatic`. Which projection an image shows is in no report: it comes from
 indiana_projections.csv or nlmcxr_dicom_metadata.csv where these lie in --raw too.
 
-Of the 3,955 reports 104 have no image and 25 more neither findings nor impression: the build needs max_skipped=4%.
+Of the 3,955 reports 104 have no image and 25 more neither findings nor impression: they are left out by name.
 """
 
 import re
@@ -193,11 +193,11 @@ def _assemble(
     """The study of a report, whichever form it came in; `patient` is the report's own number, CXR1."""
     places = [found(image) for image in images]
     findings, impression = texts.get("FINDINGS") or None, texts.get("IMPRESSION") or None
-    fault = None
+    fault = gap = None
     if not images:
-        fault = "no image named"
+        gap = "no image named"
     elif not (findings or impression):
-        fault = "neither findings nor impression"
+        gap = "neither findings nor impression"
     elif any(path is None for path, _ in places):
         fault = "missing image file"
     labels = {vocabulary: {word.strip(): 1 for word in words if word.strip()} for vocabulary, words in terms.items()}
@@ -213,6 +213,7 @@ def _assemble(
         ),
         labels={vocabulary: dict(values) for vocabulary, values in labels.items() if values},
         fault=fault,
+        gap=gap,
     )
 
 

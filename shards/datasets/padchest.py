@@ -132,7 +132,11 @@ class Told:
 
 
 class Fault(ValueError):
-    """Why a study cannot be used."""
+    """What is broken in a study."""
+
+
+class Gap(ValueError):
+    """Why PadChest itself has no use for a study."""
 
 
 def read(raw: Path | None, options: Options) -> Iterator[RawStudy]:
@@ -236,25 +240,27 @@ def _study(
     chosen.sort(key=lambda item: (PROJECTIONS.index(item.projection), item.name))
     report = Report(findings=sentences or _report(text.report))
     labels: dict[str, dict[str, int | None]] = {}
-    fault = None
+    fault = gap = None
     try:
         names = _names(text.labels)
         if any(row[3] != rows[0][3] for row in rows):
             raise Fault("rows of one study with different texts or labels")
         if not views:
-            raise Fault("no usable view")
+            raise Gap("no usable view")
         if EXCLUDE in names:
-            raise Fault("marked exclude by the dataset")
+            raise Gap("marked exclude by the dataset")
         if not chosen:
             told.other_projections += 1
             return None
         labels = _labels(names, _names(text.localizations), text, options, told)
         if not report.findings and options.reports == "require":
-            raise Fault("no report")
+            raise Gap("no report")
         if not report.findings and not labels:
-            raise Fault("neither report nor labels")
+            raise Gap("neither report nor labels")
     except Fault as error:
         fault = str(error)
+    except Gap as error:
+        gap = str(error)
     return RawStudy(
         study=f"{patient}\x1f{study}",
         patient=patient,
@@ -265,6 +271,7 @@ def _study(
         language=language,
         labels=labels,
         fault=fault,
+        gap=gap,
     )
 
 

@@ -395,7 +395,9 @@ def test_plus_faults_are_named(tmp_path: Path) -> None:
         plus_row("train/patient00007/study1/view1_frontal.jpg"),
         plus_row("train/patient00007/study1/view2_frontal.jpg", deid_patient_id="patient00008"),
     ]
-    faults = {s.name: s.fault for s in listed("chexpert_plus", plus_archive(tmp_path, rows=rows)) if s.fault}
+    faults = {
+        s.name: s.fault or s.gap for s in listed("chexpert_plus", plus_archive(tmp_path, rows=rows)) if s.fault or s.gap
+    }
     lines = [name for name in faults if name.startswith("df_chexpert_plus_240401.csv line ")]
     assert [faults.pop(name) for name in lines] == ["empty patient", "unknown split"]
     assert faults == {

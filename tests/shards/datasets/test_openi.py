@@ -100,7 +100,7 @@ def told(raw: Path) -> list[str]:
 
 
 def faults(raw: Path) -> dict[str, str | None]:
-    return {study.name: study.fault for study in listed("openi", raw) if study.fault}
+    return {study.name: study.fault or study.gap for study in listed("openi", raw) if study.fault or study.gap}
 
 
 def test_a_build_from_xml(tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ def test_the_real_reports(tmp_path: Path) -> None:
         (tmp_path / "NLMCXR_png" / f"{name}.png").touch()
     studies = listed("openi", tmp_path)
     assert len(studies) == len({study.patient for study in studies}) == 3_955
-    assert Counter(study.fault for study in studies) == {
+    assert Counter(study.gap for study in studies) == {
         None: 3_826, "no image named": 104, "neither findings nor impression": 25,
     }  # fmt: skip
     assert sum(bool(study.report.findings) for study in studies) == 3_425

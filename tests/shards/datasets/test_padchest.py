@@ -137,7 +137,7 @@ def test_studies_views_and_faults(packed: bool, tmp_path: Path) -> None:
     assert found["1", "01"].name == f"{padchest.TABLE}{'.gz' * packed} line 2"
     assert views(found["2", "02"]) == [("2_a.png", "PA")]
     assert views(found["2", "03"]) == [("2_b.png", "PA")]
-    assert {key[0]: study.fault for key, study in found.items() if study.fault} == {
+    assert {key[0]: study.fault or study.gap for key, study in found.items() if study.fault or study.gap} == {
         "3": "no usable view",
         "4": "marked exclude by the dataset",
         "5": "no report",
@@ -217,8 +217,8 @@ def test_options(tmp_path: Path) -> None:
     assert found["1", "01"].labels == {}
     assert found["2", "02"].labels["padchest"] == {"normal": 1, "unchanged": 1}
     found = by_study(listed(tmp_path, reports="keep")[0])
-    assert (found["5", "04"].fault, found["5", "04"].report) == (None, Report())
-    assert found["6", "04"].fault == "neither report nor labels"
+    assert (found["5", "04"].gap, found["5", "04"].report) == (None, Report())
+    assert found["6", "04"].gap == "neither report nor labels"
     studies, told = listed(tmp_path, pediatric="drop")
     assert ("2", "03") not in by_study(studies)
     assert "padchest: 1 studies of children are left out, as pediatric=drop asks" in told
@@ -313,7 +313,7 @@ def test_grounded_sentences_and_splits(tmp_path: Path) -> None:
         ("2", "03"): ("Large heart.", "en", "test"),
         ("5", "04"): ("Clear lungs.", "en", "validate"),  # whose stemmed report is missing
     }
-    assert found["5", "04"].fault is None
+    assert found["5", "04"].gap is None
     assert (found["2", "02"].language, found["2", "02"].split) == ("es-stemmed", None)  # the other patient of study 2
     assert any("2 of 5 studies of" in line for line in told)
     studies, told = listed(tmp_path, grounded="es", studies="grounded")
@@ -406,8 +406,9 @@ def test_the_real_table(real_table: Path) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for study in padchest.read(real_table, padchest.OPTIONS()):
-            faults[study.fault] += 1
-            if study.fault:
+            assert study.fault is None
+            faults[study.gap] += 1
+            if study.gap:
                 continue
             order = [padchest.PROJECTIONS.index(str(view)) for _, view in study.views]
             frontal_later += order != sorted(order)
