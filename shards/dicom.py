@@ -99,13 +99,26 @@ def _pixels(header: pydicom.Dataset, path: Path | str) -> npt.NDArray[Any]:
         raise BadImage(path, "DICOM of an unknown encoding", f"transfer syntax {syntax.name}")
     import imagecodecs
 
-    read: Callable[[bytes], npt.NDArray[Any]] = getattr(imagecodecs, _IMAGECODECS[syntax])
-    values = np.asarray(read(encaps.get_frame(header.PixelData, 0, number_of_frames=1)))
+    read: Callable[..., npt.NDArray[Any]] = getattr(imagecodecs, _IMAGECODECS[syntax])
+    frame = encaps.get_frame(header.PixelData, 0, number_of_frames=1)
+    colours = {"colorspace": "RGB", "outcolorspace": "RGB"} if _is_plain_rgb(frame, header) else {}
+    values = np.asarray(read(frame, **colours))
     if values.shape[:2] != (header.Rows, header.Columns):
         raise BadImage(path, "broken image", f"{values.shape[1]} x {values.shape[0]} pixels, not as its header says")
     if values.ndim == 3:
         return values[..., :3]
     return _signed(values, int(header.BitsStored), int(header.get("PixelRepresentation", 0)))
+
+
+def _is_plain_rgb(frame: bytes, header: pydicom.Dataset) -> bool:
+    """Whether a lossy JPEG holds RGB and only the DICOM header says so: decoders take it for YCbCr then.
+
+    What the JPEG itself says counts first, in a whole Adobe segment (14 bytes) or by being JFIF, which is YCbCr.
+    """
+    if header.file_meta.TransferSyntaxUID not in (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit):
+        return False
+    told = frame[: frame.find(b"\xff\xda")]  # the segments before the scan
+    return header.PhotometricInterpretation == "RGB" and b"\xff\xee\0\x0eAdobe" not in told and b"JFIF\0" not in told
 
 
 def _signed(values: npt.NDArray[Any], bits: int, signed: int) -> npt.NDArray[Any]:

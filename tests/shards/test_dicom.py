@@ -6,6 +6,7 @@ from pathlib import Path
 import data_store
 import numpy as np
 import pydicom
+import pydicom.pixels
 import pytest
 from PIL import Image
 from pydicom.dataset import FileMetaDataset
@@ -61,6 +62,26 @@ def test_lossless_encodings_agree(name: str) -> None:
     wanted, found = load(BUNDLED / "MR_small.dcm"), load(BUNDLED / f"MR_small_{name}.dcm")
     assert np.array_equal(found.pixels, wanted.pixels)
     assert found.window == wanted.window == (-200, 1399)  # centre 600, width 1600
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "SC_jpeg_no_color_transform.dcm",  # RGB says the header alone
+        "SC_jpeg_no_color_transform_2.dcm",  # and an Adobe segment
+        "SC_rgb_jpeg.dcm",  # and a short one, which decoders pass over
+        "SC_rgb_dcmtk_+eb+cr.dcm",
+        "SC_rgb_dcmtk_+eb+cy+n1.dcm",
+        "SC_rgb_dcmtk_+eb+cy+s2.dcm",
+        "SC_rgb_jpeg_lossy_gdcm.dcm",
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_colours_of_lossy_jpegs_are_those_of_pydicom(name: str) -> None:
+    path = next(folder / name for folder in (BUNDLED, MORE) if (folder / name).exists())
+    ours, theirs = load(path).pixels, pydicom.pixels.pixel_array(pydicom.dcmread(path))
+    assert ours.shape == theirs.shape
+    assert np.abs(ours.astype(int) - theirs).max() <= 2
 
 
 @pytest.mark.parametrize(
