@@ -1,4 +1,4 @@
-"""One study as it lies in a shard: `<key>.<n>.jpg` for each view and `<key>.json`, described here.
+"""One study as it lies in a shard: `<key>.<n>.jpg` (or png, jxl) for each view and `<key>.json`, described here.
 
 The JSON is the whole of what training may know about a study. Unknown fields are refused, so that a date, a
 name or an accession number cannot slip into a shard with a new reader. Patient and study are salted hashes.
@@ -31,7 +31,9 @@ class View(BaseModel):
     height: int = Field(gt=0, description="pixels, as stored in the shard")
     source_bits: int = Field(8, gt=0, le=32, description="bits per pixel of the raw image")
     window: tuple[float, float] | None = Field(
-        None, description="raw values that became black and white; null where the raw image was 8-bit already"
+        None,
+        description="values that become black and white: raw ones behind a JPEG, those stored in a 16-bit member; null "
+        "where the raw image was 8-bit already",
     )
 
 

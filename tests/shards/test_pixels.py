@@ -353,3 +353,20 @@ def test_area_averages_keep_16_bits() -> None:
     assert coloured.shape == (16, 16, 3)
     assert coloured.dtype == np.uint16
     assert abs(int(coloured[3, 3, 1]) - 7505) <= 1
+
+
+def test_a_stream_shows_16_bit_shards_as_their_jpegs_were_before_compression(tmp_path: Path) -> None:
+    from radhpc.stream import Source
+    from shards.build import Settings, build
+
+    shown = {}
+    for form in ("jpeg", "png16", "jxl16"):
+        out = str(tmp_path / form)
+        build("phantom", None, out, {"studies": "8", "size": "80"}, Settings(workers=1, image_format=form))
+        source = Source((out,), "train")
+        shown[form] = [np.asarray(view).astype(int) for n in range(len(source)) for view in source.read(n)[2]]
+    assert len(shown["jpeg"]) >= 4
+    for jpeg, png16, jxl16 in zip(*shown.values(), strict=True):
+        assert np.array_equal(png16, jxl16)
+        assert 0 < np.abs(jpeg - png16).max() < 16
+        assert np.abs(jpeg - png16).mean() < 2
