@@ -174,7 +174,7 @@ def balance(
 
         progress(0, 1, "drawing")
         labels = {name: (int(has[name].sum()), int((has[name] & kept).sum())) for name in names}
-        shown = _spread(np.arange(len(first)), cluster_picture.POINTS, settings.seed)
+        shown = _shown(before, cluster_picture.POINTS, settings.seed)
         picture = cluster_picture.draw(
             features[shown], clusters[shown], before[shown], after[shown],
             [(described.terms, described.samples, described.kept) for described in largest], labels, len(rows),
@@ -439,6 +439,13 @@ def _spread(places: Ints, count: int, seed: int) -> Ints:
         return places
     draw = np.array([_hash(seed, b"%d" % place) for place in places.tolist()])
     return np.sort(places[np.argsort(draw, kind="stable")[:count]])
+
+
+def _shown(weight: Ints, count: int, seed: int) -> Ints:
+    """So many points for a picture: a third are those of most studies, as few points may stand for half of them."""
+    heaviest = np.argsort(-weight, kind="stable")
+    others = _spread(np.sort(heaviest[count // 3 :]), count - count // 3, seed)
+    return np.sort(np.concatenate([heaviest[: count // 3], others]))
 
 
 def _described(terms: _Terms | None, clusters: Ints, before: Ints, after: Ints, count: int = 12) -> tuple[Cluster, ...]:

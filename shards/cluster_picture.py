@@ -48,8 +48,8 @@ def draw(
     figure.text(0.03, 0.955, title, fontsize=17, weight="bold", color=INK)
     figure.text(
         0.03, 0.92,
-        "Each dot is a distinct report, its area the studies that have it; near dots say alike. "
-        "Grey: smaller clusters; pale: like no other, all kept.",
+        "Each dot is a distinct report, its area the number of studies that have it; near dots say alike. "
+        "Grey: smaller clusters. Pale: like no other, all kept.",
         fontsize=10.5, color=MUTED,
     )  # fmt: skip
     places = _project(features)
@@ -90,8 +90,9 @@ def _map(axes: Any, places: Floats, clusters: Ints, count: Floats, most: float, 
         own = clusters == number
         if own.any():
             middle = places[own][np.argmin(np.abs(places[own] - np.median(places[own], axis=0)).sum(1))]
-            axes.text(
-                *middle, str(number + 1), fontsize=8, weight="bold", color="white", ha="center", va="center",
+            axes.annotate(
+                str(number + 1), middle, (9, 9), textcoords="offset points", fontsize=8, weight="bold", color="white",
+                ha="center", va="center",
                 bbox={"boxstyle": "circle,pad=0.22", "fc": COLOURS[number], "ec": "white", "lw": 1.2},
             )  # fmt: skip
 
@@ -125,7 +126,7 @@ def _bars(axes: Any, labels: Mapping[str, tuple[int, int]], samples: int) -> Non
     for side in ("top", "right", "bottom", "left"):
         axes.spines[side].set_visible(False)
     shown = sorted(labels.items(), key=lambda item: (-item[1][0], item[0]))[:LABELS]
-    more = f" (the {LABELS} most frequent of {len(labels)})" if len(labels) > LABELS else ""
+    more = f" ({LABELS} of {len(labels)})" if len(labels) > LABELS else ""
     axes.set_title(f"labels: studies before and after{more}", loc="left", fontsize=12, color=INK, pad=6)
     axes.set(xticks=[], yticks=[])
     if not shown:
