@@ -22,7 +22,7 @@ from pathlib import Path
 
 import imagecodecs
 import numpy as np
-import psutil
+import psutil  # type: ignore[import-untyped]
 from PIL import Image
 
 from bench import report
@@ -151,7 +151,7 @@ def _peer(path: Path, paths: list[Path], at_full_size: bool) -> None:
 
     with webdataset.ShardWriter(str(path.with_suffix("")) + "-%06d.tar", verbose=0) as writer:
         for n, source in enumerate(paths):
-            image = Image.open(source)
+            image: Image.Image = Image.open(source)
             image.load()
             factor = 1120 / max(image.size)
             small = round(image.width * factor), round(image.height * factor)

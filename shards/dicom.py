@@ -38,6 +38,7 @@ _NATIVE = (
     uid.ExplicitVRBigEndian,
     uid.RLELossless,
 )
+RESCALE = ("RescaleSlope", "RescaleIntercept")
 
 
 def decode(data: bytes, path: Path | str) -> Raw:
@@ -65,6 +66,8 @@ def _decode(header: pydicom.Dataset, path: Path | str) -> Raw:
     values = np.asarray(apply_modality_lut(stored, header))
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         raise BadImage(path, "broken image", "values that are no numbers")
+    if values.dtype.kind == "f" and all(_is_whole(header.get(name)) for name in RESCALE):
+        values = values.astype(np.int64)  # pydicom gives fractions even where it adds nothing
     inverted = header.PhotometricInterpretation == "MONOCHROME1"
     if "VOILUTSequence" in header:
         return _through_table(values, header.VOILUTSequence[0], bits, inverted)
@@ -108,6 +111,11 @@ def _pixels(header: pydicom.Dataset, path: Path | str) -> npt.NDArray[Any]:
     if values.ndim == 3:
         return values[..., :3]
     return _signed(values, int(header.BitsStored), int(header.get("PixelRepresentation", 0)))
+
+
+def _is_whole(number: Any) -> bool:
+    """Whether 32-bit values times this number, or plus it, are still whole numbers of 64 bits."""
+    return number is None or (float(number).is_integer() and abs(number) < 1 << 30)
 
 
 def _is_plain_rgb(frame: bytes, header: pydicom.Dataset) -> bool:

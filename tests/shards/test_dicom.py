@@ -4,6 +4,7 @@ import io
 from pathlib import Path
 
 import data_store
+import imagecodecs
 import numpy as np
 import pydicom
 import pydicom.pixels
@@ -189,3 +190,13 @@ def test_messages_do_not_quote_the_header(tmp_path: Path, capfd: pytest.CaptureF
         path = written(tmp_path / "a.dcm", PatientBirthDate="19th of May 1951")
     load(path)
     assert "1951" not in "".join(capfd.readouterr())
+
+
+def test_a_rescaling_by_whole_numbers_keeps_whole_numbers(tmp_path: Path) -> None:
+    raw = load(written(tmp_path / "a.dcm", RescaleSlope=2, RescaleIntercept=-100))
+    assert raw.pixels.dtype.kind == "i"
+    assert np.array_equal(raw.pixels, RAMP.astype(int) * 2 - 100)
+    stored = imagecodecs.png_decode(encode(raw, Target(format="png16")).data).astype(int)
+    assert np.array_equal(stored - stored.min(), raw.pixels - raw.pixels.min())
+    fractions = load(written(tmp_path / "b.dcm", RescaleSlope=0.5, RescaleIntercept=0))
+    assert np.array_equal(fractions.pixels, RAMP * 0.5)
