@@ -2,7 +2,7 @@
 
 import io
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from radhpc.errors import UserError
 from radhpc.manifest import FINGERPRINTS, INDEX, File, Index, Manifest, Shard, sha256
 from radhpc.sample import SPLITS, Split
 from shards.worker import Done
+from shards.writer import SampleRow
 
 
 def assemble(
@@ -27,14 +28,14 @@ def assemble(
     fingerprints: list[npt.NDArray[np.uint8]] = []
     for split, record in records:
         if record.shard:
-            parts.append(_part(record, split, len(shards)))
+            parts.append(part(record.rows, record.patients, split, len(shards)))
             shards.append(record.shard)
             fingerprints.append(fingerprints_of(record))
     if not parts:
         raise UserError(f"{name}: no study could be used")
-    index = _join(parts)
+    index = join(parts)
     _check(index)
-    files = {INDEX: index.to_bytes(), FINGERPRINTS: _npy(np.concatenate(fingerprints))}
+    files = {INDEX: index.to_bytes(), FINGERPRINTS: npy(np.concatenate(fingerprints))}
     of_split = {split: index.patient[index.split == n] for n, split in enumerate(SPLITS)}
     manifest = Manifest(
         dataset=name,
@@ -56,7 +57,7 @@ def fingerprints_of(record: Done) -> npt.NDArray[np.uint8]:
     return np.frombuffer(bytes.fromhex("".join(record.fingerprints)), np.uint8).reshape(-1, 32)
 
 
-def _npy(array: npt.NDArray[Any]) -> bytes:
+def npy(array: npt.NDArray[Any]) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()
@@ -66,15 +67,15 @@ def _file(name: str, data: bytes) -> File:
     return File(name=name, size=len(data), sha256=sha256(data))
 
 
-def _part(record: Done, split: Split, shard: int) -> Index:
+def part(rows: Sequence[SampleRow], patients: Sequence[str], split: Split, shard: int) -> Index:
     """The columns of one shard."""
-    members = [member for row in record.rows for member in row.members]
+    members = [member for row in rows for member in row.members]
     return Index(
-        key=np.array([row.key for row in record.rows], "S"),
-        patient=np.array(record.patients, "S"),
-        split=np.full(len(record.rows), SPLITS.index(split), np.uint8),
-        shard=np.full(len(record.rows), shard, np.int32),
-        first=np.cumsum([0, *(len(row.members) for row in record.rows)], dtype=np.int64),
+        key=np.array([row.key for row in rows], "S"),
+        patient=np.array(patients, "S"),
+        split=np.full(len(rows), SPLITS.index(split), np.uint8),
+        shard=np.full(len(rows), shard, np.int32),
+        first=np.cumsum([0, *(len(row.members) for row in rows)], dtype=np.int64),
         suffix=np.array([member.suffix for member in members], "S"),
         offset=np.array([member.offset for member in members], np.int64),
         length=np.array([member.length for member in members], np.int64),
@@ -82,7 +83,7 @@ def _part(record: Done, split: Split, shard: int) -> Index:
     )
 
 
-def _join(parts: list[Index]) -> Index:
+def join(parts: list[Index]) -> Index:
     """The columns of all shards, one behind the other."""
     ends = np.cumsum([0, *(part.first[-1] for part in parts)])
     first = [part.first[:-1] + end for part, end in zip(parts, ends[:-1], strict=True)]

@@ -117,7 +117,7 @@ class Listing:
     def skipped(self) -> Iterator[Skip]:
         """The studies that the metadata alone rule out."""
         for row in self._connection.execute("SELECT name, id, reason, detail, fault FROM skips ORDER BY place"):
-            yield Skip(*row[:4], fault=bool(row[4]))
+            yield Skip(row[0], row[1], row[2], row[3], bool(row[4]))
 
     def close(self) -> None:
         self._connection.close()

@@ -3,9 +3,9 @@
     report = verify("/data/padchest", lambda done, total: None)
     report.ok, report.faults        # False, [Fault(shard="train-000003.tar", member="...", offset=..., fault=...)]
 
-The index is checked against the manifest, each tar against the index, each description against both, and the
-patients of all splits against each other. Of a subset, such as <url>#balanced, its rows are held against those of
-the whole index, after the whole was verified.
+The index is checked against the manifest, each tar against the index, each description against both and the privacy
+gate, and the patients and images of all splits against each other. Of a subset, such as <url>#balanced, its rows are
+held against those of the whole index, after the whole was verified.
 """
 
 import hashlib
@@ -19,12 +19,14 @@ import numpy as np
 from pydantic import ValidationError
 
 from radhpc.errors import UserError, first_line
-from radhpc.manifest import MANIFEST, Index, Manifest, Member
+from radhpc.manifest import FINGERPRINTS, MANIFEST, Index, Manifest, Member
 from radhpc.sample import SPLITS, Sample
 from radhpc.store import Store
+from shards import duplicates, privacy
 from shards.writer import BLOCK
 
 Progress = Callable[[int, int], None]  # (samples done, samples in all)
+BEGINNINGS = {"jpg": (b"\xff\xd8\xff",), "png": (b"\x89PNG\r\n\x1a\n",), "jxl": (b"\xff\x0a", b"\x00\x00\x00\x0cJXL ")}
 CHUNK = 16 << 20  # bytes read at a time for the checksum of a shard
 
 
@@ -66,7 +68,7 @@ def verify(url: str, progress: Progress = lambda done, total: None) -> Report:
     except UserError as error:
         fault = Fault(manifest.index.name, None, None, first_line(error))
         return Report(url, len(manifest.shards), manifest.samples, [fault])
-    faults = list(_check_counts(manifest, index))
+    faults = [*_check_counts(manifest, index), *_check_fingerprints(store, manifest, index)]
     of_shard = [np.flatnonzero(index.shard == number) for number in range(len(manifest.shards))]
     done = 0
     for number, samples in enumerate(of_shard):
@@ -75,6 +77,35 @@ def verify(url: str, progress: Progress = lambda done, total: None) -> Report:
         progress(done, len(index))
     store.close()
     return Report(url, len(manifest.shards), len(index), faults)
+
+
+def verify_apart(url: str, other: str) -> list[Fault]:
+    """Near-duplicate images of two datasets that stand in different splits, where training on both would leak."""
+    found = duplicates.overlaps(duplicates.load(url), duplicates.load(other))
+    return [
+        Fault(
+            FINGERPRINTS, None, None, f"{images} of {of} images in {split} nearly repeat images in {theirs} of {other}"
+        )
+        for split, theirs, images, of in found
+        if split != theirs
+    ]
+
+
+def _check_fingerprints(store: Store, manifest: Manifest, index: Index) -> Iterator[Fault]:
+    """No image stands in two splits, unless the build was told to leave such images in."""
+    if manifest.fingerprints is None:
+        return
+    try:
+        images = duplicates.load(store.url)
+    except UserError as error:
+        yield Fault(FINGERPRINTS, None, None, first_line(error))
+        return
+    if manifest.build.get("duplicates") != "drop":
+        return
+    for split, other, count, of in duplicates.overlaps(images, images):
+        if duplicates.ORDER.index(split) > duplicates.ORDER.index(other):
+            text = f"{count} of {of} images in {split} are near-duplicates of images in {other}"
+            yield Fault(FINGERPRINTS, None, None, text)
 
 
 def _check_counts(manifest: Manifest, index: Index) -> Iterator[Fault]:
@@ -189,8 +220,8 @@ def _check_member(
         yield fault("crc32c differs from the index's")
     if member.name.endswith(".json"):
         yield from (fault(text) for text in _check_description(data, index, sample))
-    elif not data.startswith(b"\xff\xd8\xff"):
-        yield fault("no JPEG")
+    elif not data.startswith(BEGINNINGS[suffix := member.name.rsplit(".", 1)[1]]):
+        yield fault(f"no {suffix.upper()}")
 
 
 def _check_description(data: bytes, index: Index, sample: int) -> Iterator[str]:
@@ -201,6 +232,7 @@ def _check_description(data: bytes, index: Index, sample: int) -> Iterator[str]:
         first = error.errors()[0]
         yield f"description: {'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"
         return
+    yield from (f"description: {offence}" for offence in privacy.offences(described))
     images = int(index.first[sample + 1] - index.first[sample]) - 1
     pairs = {
         "key": (described.key, index.key[sample].decode()),

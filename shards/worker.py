@@ -62,6 +62,7 @@ class Task:
 
     plan: Plan
     job: Job
+    keep: frozenset[str] | None = None  # studies: of a shard that is built again, those that are in it
 
 
 class Offence(Exception):
@@ -111,6 +112,8 @@ def build_shard(task: Task, tick: Callable[[], None]) -> Done:
 
     def samples(listing: Listing) -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
         for row in listing.rows(task.plan):
+            if task.keep is not None and row.study not in task.keep:
+                continue
             try:
                 found = describe(row, listing.dataset, task.job.target)
             except BadImage as error:

@@ -1,0 +1,166 @@
+"""Mends shards whose faults `verify` has found: what is broken is built again from raw, to the very same bytes.
+
+    report = verify(url)
+    mended = repair(url, Path("/data/padchest"), report, workers=4)        # ["train-000003.tar"]
+
+What the manifest says is the aim: a rebuilt shard counts only if its sha256 is the one that the manifest names. The
+index is read again from whole shards; the fingerprints come from raw images, so losing them costs a whole build.
+"""
+
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+
+from radhpc.errors import UserError
+from radhpc.manifest import FINGERPRINTS, INDEX, MANIFEST, Index, Manifest, Shard, sha256
+from radhpc.sample import Sample, Split
+from radhpc.store import Store
+from shards.indexing import fingerprints_of, join, npy, part
+from shards.listing import Listing
+from shards.output import Output
+from shards.pixels import Target
+from shards.pool import run_here, run_pool
+from shards.settings import Settings
+from shards.source import Source, open_source
+from shards.verify import Report
+from shards.worker import LISTING, Job, Task, read_record
+from shards.writer import MemberRow, SampleRow
+
+FREE = ("duplicates", "apart_from")  # the index says which studies they have left out
+
+
+def repair(
+    url: str,
+    raw: Path | None,
+    report: Report,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[str]:
+    """Return the names of the files that were mended. Raises UserError for what cannot be."""
+    store = Store(url)
+    manifest = Manifest.load(store)
+    bad = {fault.shard for fault in report.faults}
+    if MANIFEST in bad:
+        raise UserError(f"{url}/{MANIFEST}: does not fit what lies beside it; build it again with --force")
+    broken = [shard for shard in manifest.shards if shard.name in bad]
+    mended = []
+    if INDEX in bad:
+        if broken:
+            raise UserError(f"{url}: {INDEX} and {broken[0].name} are both damaged; build it again with --force")
+        store.write(INDEX, _index(store, manifest))
+        mended.append(INDEX)
+    if FINGERPRINTS in bad:
+        broken = list(manifest.shards)
+    if broken:
+        mended += _rebuild(store, manifest, raw, broken, FINGERPRINTS in bad, workers, progress)
+    return mended
+
+
+def _rebuild(
+    store: Store,
+    manifest: Manifest,
+    raw: Path | None,
+    broken: list[Shard],
+    fingerprints: bool,
+    workers: int | None,
+    progress: Callable[[int, int], None],
+) -> list[str]:
+    """Build shards again beside their places, and put those there that are as the manifest says."""
+    made = manifest.build
+    source = open_source(made["reader"], {name: str(value) for name, value in made["options"].items()})
+    settings = _settings(made, workers)
+    index = manifest.load_index(store)
+    output = Output(store.url)
+    names = {shard.name: number for number, shard in enumerate(manifest.shards)}
+    with output.hold():
+        source.list(raw, output.work / LISTING, settings)
+        with Listing(output.work / LISTING) as listing:
+            _refuse_another(store.url, source, settings, listing, made)
+            rebuilt = output.work / "rebuilt"
+            rebuilt.mkdir(exist_ok=True)
+            target = Target(settings.longest_side, settings.quality, settings.image_format)
+            job = Job(str(rebuilt), output.work, manifest.build_hash, target)
+            tasks = []
+            for plan in listing.plans:
+                if any(shard.name == plan.name for shard in broken):
+                    keys = index.key[index.shard == names[plan.name]].tolist()
+                    tasks.append(Task(plan, job, frozenset(key.decode().rsplit("-", 1)[1] for key in keys)))
+            assert len(tasks) == len(broken), "shards that the listing does not plan"
+            total = sum(task.plan.samples for task in tasks)
+            processes = min(settings.processes, len(tasks))
+            run = partial(run_pool, processes) if processes > 1 else run_here
+            for _ in run(tasks, lambda done: progress(done, total)):
+                pass
+        hashes = []
+        for task, shard in zip(tasks, broken, strict=True):
+            record = read_record(task)
+            assert record is not None
+            if record.shard != shard:
+                raise UserError(
+                    f"{store.url}/{shard.name}: built again, it has other bytes than {MANIFEST} says; "
+                    "the raw images have changed since: build all with --force"
+                )
+            hashes.append(fingerprints_of(record))
+        if fingerprints:
+            store.write(FINGERPRINTS, npy(np.concatenate(hashes)))
+            return [FINGERPRINTS]
+        for shard in broken:
+            store.upload(rebuilt / shard.name, shard.name)
+    return [shard.name for shard in broken]
+
+
+def _settings(made: dict[str, Any], workers: int | None) -> Settings:
+    """The settings of a build, from its manifest."""
+    return Settings(
+        workers=workers,
+        longest_side=made["longest_side"],
+        quality=made["quality"],
+        image_format=made["image_format"],
+        ratios=tuple(made["ratios"]),
+        shard_samples=made["shard_samples"],
+        max_skipped="100%",  # which studies are in is known
+    )
+
+
+def _refuse_another(url: str, source: Source, settings: Settings, listing: Listing, made: dict[str, Any]) -> None:
+    """Raise UserError where the raw archive, or what decides the bytes, is not what the shards were made of."""
+    recipe = source.recipe(settings, listing.digest)
+    differing = [key for key in made if key not in FREE and json.dumps(recipe.get(key)) != json.dumps(made[key])]
+    if differing:
+        raise UserError(
+            f"{url}: cannot be built again as it was (other {', '.join(differing)}); "
+            "give the archive, the salt and the versions that it was built with, or build it again with --force"
+        )
+
+
+def _index(store: Store, manifest: Manifest) -> bytes:
+    """The index, from the shards themselves."""
+    parts: list[Index] = []
+    for number, shard in enumerate(manifest.shards):
+        data = store.read(shard.name)
+        assert sha256(data) == shard.sha256, "verify found this shard whole"
+        rows: dict[str, list[MemberRow]] = {}
+        patients: list[str] = []
+        split: Split = "train"
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            for member in tar:
+                key, suffix = member.name.split(".", 1)
+                content = data[member.offset_data : member.offset_data + member.size]
+                if suffix == "json":
+                    sample = Sample.model_validate_json(content)
+                    patients.append(sample.patient)
+                    split = sample.split
+                checksum = google_crc32c.value(content)
+                rows.setdefault(key, []).append(MemberRow(suffix, member.offset_data, member.size, checksum))
+        found = [SampleRow(key, tuple(members)) for key, members in rows.items()]
+        parts.append(part(found, patients, split, number))
+    data = join(parts).to_bytes()
+    assert sha256(data) == manifest.index.sha256, "an index of whole shards is the one that was written"
+    return data

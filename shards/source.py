@@ -1,0 +1,120 @@
+"""What is built from: a reader and its options, and the listing of what it finds.
+
+source = open_source("padchest", {"grounded": "en"})
+told = source.list(Path("/data/padchest"), work / "listing", settings)      # what the user should know
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from radhpc.errors import UserError
+from radhpc.manifest import Manifest
+from radhpc.store import Store
+from shards import datasets, salt
+from shards.listing import Listing, Skip, write_listing
+from shards.pixels import PERCENTILES
+from shards.settings import Settings
+
+FORMAT = 2  # of the shards' contents: raise it when the same input gives other bytes
+VERSIONED = ("numpy", "pillow", "pydicom", "imagecodecs")  # their versions may change the bytes
+SHOWN = 3  # names in a message
+
+
+@dataclass(frozen=True)
+class Source:
+    """A reader with its options, and the salt of its identifiers."""
+
+    dataset: str  # the reader's name
+    reader: datasets.Reader
+    options: datasets.Options
+    salt: bytes
+
+    @property
+    def name(self) -> str:
+        """What the dataset is called in keys and tables."""
+        return self.options.name or self.dataset
+
+    def duplicates(self, settings: Settings) -> str:
+        """What happens to studies with a near-duplicate in another split: "drop" or "report"."""
+        return "report" if self.options.shares_images else settings.duplicates
+
+    def list(self, raw: Path | None, path: Path, settings: Settings) -> list[str]:
+        """Read the metadata of the archive into a listing. Returns what its user should know. Raises UserError."""
+        base = raw.resolve() if raw else None
+        folder = base.parent if base and base.is_file() else base
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", datasets.DatasetWarning)
+            studies = self.reader.read(base, self.options)
+            write_listing(path, studies, self.name, self.salt, settings.ratios, settings.shard_samples, folder)
+        told = [str(warning.message) for warning in caught if issubclass(warning.category, datasets.DatasetWarning)]
+        with Listing(path) as listing:
+            if not listing.studies:
+                raise UserError(f"{self.name}: no study found")
+            check_budget(list(listing.skipped()), listing.studies, settings)
+            told += [
+                f"split '{split}' would have been empty: it took the patient whose hash lies nearest; "
+                "the splits of so small a set may change when it grows"
+                for split in listing.filled
+            ]
+        return told
+
+    def recipe(self, settings: Settings, digest: str) -> dict[str, Any]:
+        """Everything that decides the bytes: equal recipes give equal shards. `digest` is that of the listing.
+
+        Where things lie decides nothing; what was found there is in the digest.
+        """
+        given = self.options.model_dump(mode="json", exclude_none=True)
+        return {
+            "reader": self.dataset,
+            "options": {
+                name: value for name, value in given.items() if not isinstance(getattr(self.options, name), Path)
+            },
+            "longest_side": settings.longest_side,
+            "quality": settings.quality,
+            "image_format": settings.image_format,
+            "duplicates": self.duplicates(settings),
+            "apart_from": sorted(Manifest.load(Store(url)).hash for url in settings.apart_from),
+            "percentiles": list(PERCENTILES),
+            "ratios": list(settings.ratios),
+            "shard_samples": settings.shard_samples,
+            "source": digest,
+            "salt": hashlib.sha256(b"radhpc fingerprint" + self.salt).hexdigest()[:16],
+            "versions": {package: importlib.metadata.version(package) for package in VERSIONED},
+            "format": FORMAT,
+        }
+
+
+def open_source(dataset: str, options: Mapping[str, str]) -> Source:
+    """Find the reader and understand its options. Raises UserError."""
+    reader = datasets.reader(dataset)
+    return Source(
+        dataset, reader, datasets.parse_options(dataset, reader.OPTIONS, options), salt.load(reader.SYNTHETIC)
+    )
+
+
+def hash_of(recipe: Mapping[str, Any]) -> str:
+    """The identity of a build."""
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+
+
+def check_budget(skipped: Sequence[Skip], studies: int, settings: Settings) -> None:
+    """Raise UserError where too many studies were left out, or all of them."""
+    budget = settings.skip_budget(studies)
+    if len(skipped) == studies:
+        budget = 0
+    else:
+        skipped = [skip for skip in skipped if skip.fault]
+    if len(skipped) <= budget:
+        return
+    shown = [skip.shown() for skip in skipped[:SHOWN]]
+    first = "; ".join(f"{skip['name']}: {skip['reason']}" for skip in shown)
+    more = f"; and {len(skipped) - SHOWN} more" if len(skipped) > SHOWN else ""
+    raise UserError(
+        f"{len(skipped)} of {studies} studies cannot be used, and max_skipped allows {budget}: {first}{more}"
+    )
