@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from radhpc.recipe import Recipe
     from radhpc.run_dir import RunDir
     from shards.pixels import Target
+    from shards.settings import Result, Settings
+    from shards.work import Run
     from slurm.profile import Profile
 
 app = typer.Typer(
@@ -41,6 +43,8 @@ On = Annotated[
     str, typer.Option("--on", metavar="PROFILE", help="inline, local, box, a name in slurm/profiles/, or a file.")
 ]
 HERE = Path(__file__).resolve().parent
+SHOWN = 20  # studies that were left out
+DATASETS = sorted(path.stem for path in (HERE / "shards" / "datasets").glob("[a-z]*.py"))
 
 
 @app.command(epilog="Example: python launch.py quickstart")
@@ -81,63 +85,129 @@ def quickstart(
     _emit(result, as_json)
 
 
-@app.command(epilog="Example: python launch.py build image_text --raw /data/cxr_notes --out runs/cxr-shards")
+@app.command(
+    epilog="Examples: python launch.py build image_text --raw /data/cxr_notes --out runs/cxr-shards   "
+    "python launch.py build padchest --raw /data/padchest --out s3://bucket/padchest --on a100_preemptible --balance"
+)
 def build(
-    dataset: Annotated[str, typer.Argument(help="image_text, phantom: see shards/datasets/.")],
-    out: Annotated[str, typer.Option(help="Folder for shards and manifest.")],
+    dataset: Annotated[
+        str, typer.Argument(help=f"One of {', '.join(DATASETS)}. Without --out: what it reads, and its options.")
+    ],
+    out: Annotated[str | None, typer.Option(help="Folder or URL (s3://...) for shards, manifest and card.")] = None,
     raw: Annotated[Path | None, typer.Option(help="The archive as it was distributed: a folder or its table.")] = None,
     options: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Options of the dataset.")
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Processes; default: one per core.", min=1)] = None,
+    on: Annotated[
+        str, typer.Option("--on", metavar="PROFILE", help="Where: this machine, or a SLURM array by a profile.")
+    ] = "local",
+    jobs: Annotated[int, typer.Option(help="Elements of the SLURM array.", min=1)] = 8,
     longest_side: Annotated[int, typer.Option(help="Larger images are shrunk to this many pixels.", min=16)] = 1120,
     quality: Annotated[int, typer.Option(help="JPEG quality.", min=50, max=100)] = 95,
+    image_format: Annotated[
+        str, typer.Option("--format", help="jpeg (8 bits), or 16 bits without loss: png16, jxl16.")
+    ] = "jpeg",
     split: Annotated[
         str, typer.Option(help="Ratios of train, validate, test where the archive has no split.")
     ] = "0.8,0.1,0.1",
+    duplicates: Annotated[
+        str, typer.Option(help="Images that another split has, too: drop their studies, or only report them.")
+    ] = "drop",
+    apart_from: Annotated[
+        list[str] | None, typer.Option(help="Shards whose other splits must not be repeated here, either.")
+    ] = None,
     shard_samples: Annotated[int, typer.Option(help="Studies per shard.", min=1)] = 1000,
-    max_skipped: Annotated[str, typer.Option(help="Unusable studies above which the build fails: 12, or 1%.")] = "1%",
+    max_skipped: Annotated[str, typer.Option(help="Broken studies above which the build fails: 12, or 1%.")] = "1%",
+    work: Annotated[
+        Path | None, typer.Option(help="Private folder for the time of the build; all nodes see it.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace shards that were built otherwise.")] = False,
+    balance: Annotated[bool, typer.Option("--balance", help="Also make the subset URL#balanced: see above.")] = False,
+    cap: Annotated[str, typer.Option(help="Balance: studies of a cluster that stay; a count or a quantile.")] = "50%",
+    rare: Annotated[float, typer.Option(help="Balance: labels rarer than this share are all kept.")] = 0.01,
     as_json: Json = False,
 ) -> None:
-    """Turn a raw archive into tar shards with a manifest. A build that was interrupted goes on where it was."""
+    """Turn a raw archive into tar shards with a manifest and a card. A build that was interrupted goes on where it was.
+
+    Whatever is left out is named. Identifiers become salted hashes, texts are scrubbed of dates, names and numbers.
+    --balance clusters the reports and keeps a few of each cluster, all that are like no other, and all rare labels.
+    """
     from shards.build import Settings
 
+    if out is None:
+        _describe_dataset(dataset)
+        raise typer.Exit(2)
     given: dict[str, Any] = {"workers": workers} if workers else {}
     settings = Settings(
         longest_side=longest_side,
         quality=quality,
+        image_format=_one_of("--format", image_format, ("jpeg", "png16", "jxl16")),
         ratios=_ratios(split),
+        duplicates=_one_of("--duplicates", duplicates, ("drop", "report")),
+        apart_from=tuple(apart_from or ()),
         shard_samples=shard_samples,
         max_skipped=max_skipped,
         force=force,
+        work=work,
         **given,
     )
-    result = _build(dataset, raw, out, _pairs(options), settings)
-    for skipped in result.skipped:
-        _say(f"skipped {skipped['name']}: {skipped['reason']}", as_json)
-    for warning in result.warnings:
-        _say(f"[yellow]warning[/] {warning}", as_json)
-    what = "were there already" if result.reused else f"built in {result.seconds:.0f} s"
-    _say(
-        f"{result.samples} samples in {result.shards} shards {what}, {len(result.skipped)} skipped: {result.url}",
-        as_json,
-    )
-    _emit({key: getattr(result, key) for key in ("url", "samples", "shards", "skipped", "seconds")}, as_json)
+    result = _build(dataset, raw, out, _pairs(options), settings, _array(on, jobs, out, settings))
+    _print_build(result, as_json)
+    made = {key: getattr(result, key) for key in ("url", "samples", "shards", "skipped", "seconds")}
+    if balance:
+        made["balanced"] = _balance(result.url, cap, rare, as_json)
+    _emit(made, as_json)
 
 
-@app.command(epilog="Example: python launch.py verify runs/cxr-shards")
-def verify(url: Annotated[str, typer.Argument(help="Folder with a manifest.json.")], as_json: Json = False) -> None:
-    """Reread every shard against the manifest: sizes, checksums, members, keys, patients in one split alone."""
-    from shards.verify import verify as verify_shards
+@app.command(
+    epilog="Examples: python launch.py verify runs/cxr-shards   "
+    "python launch.py verify runs/cxr-shards --repair --raw /data/cxr_notes"
+)
+def verify(
+    urls: Annotated[
+        list[str], typer.Argument(metavar="URL...", help="Shards; several are also held against each other.")
+    ],
+    repair: Annotated[bool, typer.Option("--repair", help="Build broken shards again, to the same bytes.")] = False,
+    raw: Annotated[Path | None, typer.Option(help="The raw archive, for --repair.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes of --repair; default: one per core.", min=1)] = None,
+    as_json: Json = False,
+) -> None:
+    """Reread every shard against the manifest: sizes, checksums, members, keys, identifiers; no patient and no picture
+    in two splits.
+    """
+    from shards.verify import verify as verify_shards, verify_apart
 
-    with Bar("verify", 1, unit="samples") as bar:
-        report = verify_shards(url, lambda done, total: bar.update(done, total=total))
-    faults = [fault if isinstance(fault, dict) else vars(fault) for fault in report.faults]
+    if repair and len(urls) > 1:
+        raise UserError("--repair: one URL at a time")
+
+    def check(url: str) -> Any:
+        with Bar("verify", 1, unit="samples") as bar:
+            return verify_shards(url, lambda done, total: bar.update(done, total=total))
+
+    reports = [check(url) for url in urls]
+    if repair and not reports[0].ok:
+        from shards.repair import repair as repair_shards
+
+        with Bar("repair", 1, unit="studies") as bar:
+            mended = repair_shards(urls[0], raw, reports[0], workers, lambda done, total: bar.update(done, total=total))
+        _say(f"built again: {', '.join(mended)}", as_json)
+        reports = [check(urls[0])]
+    several = len(urls) > 1
+    faults = [
+        {**vars(fault), "shard": f"{report.url}/{fault.shard}" if several else fault.shard}
+        for report in reports
+        for fault in report.faults
+    ]
+    for place, url in enumerate(urls):
+        for other in urls[place + 1 :]:
+            faults += [{**vars(fault), "shard": f"{url}/{fault.shard}"} for fault in verify_apart(url, other)]
     for fault in faults:
-        _say(f"{fault['shard']} {fault['member'] or ''} at {fault['offset']}: {fault['fault']}", as_json)
-    _say(f"{report.samples} samples in {report.shards} shards, {len(faults)} fault(s)", as_json)
-    _emit({"ok": not faults, "shards": report.shards, "samples": report.samples, "faults": faults}, as_json)
+        where = "" if fault["offset"] is None else f" at {fault['offset']}"
+        _say(f"{fault['shard']} {fault['member'] or ''}{where}: {fault['fault']}", as_json)
+    samples, shards = sum(report.samples for report in reports), sum(report.shards for report in reports)
+    _say(f"{samples} samples in {shards} shards, {len(faults)} fault(s)", as_json)
+    _emit({"ok": not faults, "shards": shards, "samples": samples, "faults": faults}, as_json)
     raise typer.Exit(1 if faults else 0)
 
 
@@ -324,11 +394,80 @@ def _new_run(name: str) -> Path:
     return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
-def _build(dataset: str, raw: Path | None, out: str, options: dict[str, str], settings: Any) -> Any:
+def _build(
+    dataset: str, raw: Path | None, out: str, options: dict[str, str], settings: "Settings", run: "Run | None" = None
+) -> "Result":
     from shards.build import build as build_shards
 
     with Bar("build", 1, unit="studies") as bar:
-        return build_shards(dataset, raw, out, options, settings, lambda done, total: bar.update(done, total=total))
+        progress = lambda done, total: bar.update(done, total=total)  # noqa: E731
+        return build_shards(dataset, raw, out, options, settings, progress, run)
+
+
+def _array(on: str, jobs: int, out: str, settings: "Settings") -> "Run | None":
+    """How a SLURM array works off the shards; None where this machine does."""
+    from slurm import profile as profiles
+
+    profile = profiles.load(on)
+    if profile.cluster != "slurm":
+        return None
+    from functools import partial
+
+    from shards.output import Output
+    from shards.pool import run_jobs
+    from slurm import array
+
+    start = partial(array.submit, profile, Output(out, settings.work).work, "build")
+    return partial(run_jobs, start, jobs)
+
+
+def _print_build(result: "Result", as_json: bool) -> None:
+    for skipped in result.skipped[:SHOWN]:
+        _say(f"skipped {skipped['name']}: {skipped['reason']}", as_json)
+    if len(result.skipped) > SHOWN:
+        _say(f"... and {len(result.skipped) - SHOWN} more: {result.skipped_file}", as_json)
+    for warning in result.warnings:
+        _say(f"[yellow]warning[/] {warning}", as_json)
+    if result.scrubbed:
+        counts = ", ".join(f"{count} {rule}" for rule, count in sorted(result.scrubbed.items()))
+        _say(f"scrubbed from texts: {counts}", as_json)
+    what = "were there already" if result.reused else f"built in {result.seconds:.0f} s"
+    _say(
+        f"{result.samples} samples in {result.shards} shards {what}, {len(result.skipped)} skipped: {result.url}",
+        as_json,
+    )
+
+
+def _balance(url: str, cap: str, rare: float, as_json: bool) -> dict[str, Any]:
+    from shards.balance import Settings, balance
+
+    with Bar("balance", 1, unit="samples") as bar:
+        result = balance(url, Settings(cap=cap, rare=rare), lambda done, total, what: bar.update(done, what, total))
+    _say(
+        f"balanced: {result.kept} of {result.kept + result.dropped} training samples from {result.clusters} clusters "
+        f"and {result.noise} that are like no other: {result.url}",
+        as_json,
+    )
+    return {"url": result.url, "kept": result.kept, "dropped": result.dropped, "clusters": result.clusters}
+
+
+def _describe_dataset(name: str) -> None:
+    """What a reader reads, and its options."""
+    from shards import datasets
+
+    reader = datasets.reader(name)
+    console.print(f"{(reader.__doc__ or '').strip()}\n", highlight=False, markup=False)
+    table = Table("option", "default", "what it is", title=f"Options of {name}, as KEY=VALUE")
+    for key, field in reader.OPTIONS.model_fields.items():
+        table.add_row(key, "" if field.default is None else str(field.default), field.description or "")
+    console.print(table)
+    console.print(f"--out is missing: python launch.py build {name} --raw DIR --out URL [KEY=VALUE]...")
+
+
+def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> Any:
+    if value not in allowed:
+        raise UserError(f"{option} {value}: allowed are {', '.join(allowed)}")
+    return value
 
 
 def _train(

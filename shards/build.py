@@ -6,12 +6,15 @@ The same input gives the same bytes, whatever the number of workers and whatever
 is written last: a folder without one is an unfinished build, and the same command goes on with it.
 """
 
+import json
+import os
 import time
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from radhpc.files import write_atomically
 from radhpc.manifest import INDEX, MANIFEST, Index, Manifest
 from shards import duplicates
 from shards.card import CARD, SHEET, card, contact_sheet, pictures
@@ -45,6 +48,7 @@ def build(
     `run` works the shards off somewhere else than in processes on this machine.
     """
     started = time.monotonic()
+    scrubbed: dict[str, int] = {}
     source = open_source(dataset, options or {})
     drop = source.duplicates(settings) == "drop"
     output = Output(out, settings.work)
@@ -63,7 +67,9 @@ def build(
                 tasks = [Task(plan, job) for plan in listing.plans]
                 apart = [duplicates.load(url) for url in settings.apart_from] if drop else None
                 skipped = build_shards(tasks, listing, settings, progress, run, apart)
-                manifest = _finish(output, tasks, listing.dataset, recipe, skipped, told)
+                summary = _summary(tasks)
+                scrubbed = summary.scrubbed
+                manifest = _finish(output, tasks, listing.dataset, recipe, summary, skipped, told)
             else:
                 told += [f"{n} studies were left out when it was built: {why}" for why, n in manifest.skipped.items()]
     if not drop:
@@ -77,22 +83,44 @@ def build(
         splits=manifest.splits,
         patients=manifest.patients,
         skipped=[skip.shown() for skip in skipped],
+        skipped_file=_write_skipped(manifest, skipped) if skipped else None,
+        scrubbed=scrubbed,
         warnings=told,
         reused=reused,
     )
 
 
+def _summary(tasks: list[Task]) -> Summary:
+    summary = Summary()
+    for task in tasks:
+        if done := read_record(task):
+            summary.add(done.summary)
+    return summary
+
+
+def _write_skipped(manifest: Manifest, skipped: list[Skip]) -> Path:
+    """Keep what was left out under its raw names where only the user reads it: the shards shall not hold them."""
+    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "radhpc" / "skipped"
+    state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path = state / f"{manifest.dataset}-{manifest.build_hash[:12]}.jsonl"
+    lines = [json.dumps({"id": skip.id, **skip.shown()}) + "\n" for skip in skipped]
+    write_atomically(path, "".join(lines).encode(), 0o600)
+    return path
+
+
 def _finish(
-    output: Output, tasks: list[Task], name: str, recipe: dict[str, Any], skipped: list[Skip], told: list[str]
+    output: Output,
+    tasks: list[Task],
+    name: str,
+    recipe: dict[str, Any],
+    summary: Summary,
+    skipped: list[Skip],
+    told: list[str],
 ) -> Manifest:
     """Write what lies beside the shards, the manifest last."""
     records = ((task.plan.split, done) for task in tasks if (done := read_record(task)))
     reasons = Counter(skip.reason for skip in skipped)
     manifest, files = assemble(name, records, recipe, hash_of(recipe), reasons)
-    summary = Summary()
-    for task in tasks:
-        if done := read_record(task):
-            summary.add(done.summary)
     files[CARD] = card(manifest, summary, [skip.told() for skip in skipped], told).encode()
     files[SHEET] = contact_sheet(pictures(output.store, manifest, Index.from_bytes(files[INDEX])))
     for file, data in files.items():

@@ -98,7 +98,7 @@ def contact_sheet(pictures: Sequence[tuple[str, Image.Image]], columns: int = 8,
         sheet.paste(fitted, (left + (cell - size[0]) // 2, top + (cell - size[1]) // 2))
         draw.text((left + 2, top + cell + 4), _fit(" ".join(caption.split()), draw, font, cell - 4), _CAPTION, font)
     buffer = io.BytesIO()
-    sheet.save(buffer, "PNG", optimize=True)
+    sheet.save(buffer, "PNG", compress_level=1)  # the sheet of a small build shall not cost more than the build
     return buffer.getvalue()
 
 

@@ -68,5 +68,7 @@ class Result:
     splits: dict[str, int] = field(default_factory=dict)  # samples
     patients: dict[str, int] = field(default_factory=dict)
     skipped: list[dict[str, str]] = field(default_factory=list)  # {name, reason}; names stay out of the output
+    skipped_file: Path | None = None  # all of them, in the user's own folder
+    scrubbed: dict[str, int] = field(default_factory=dict)  # what was taken out of texts, by rule
     warnings: list[str] = field(default_factory=list)
     reused: bool = False  # the folder held this very build already, nothing was done
