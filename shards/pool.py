@@ -19,6 +19,10 @@ from shards.worker import Task, build_shard, finished, read_record, record_path,
 POLL = 1.0  # seconds between looks at what jobs elsewhere have done
 
 
+class WorkerKilled(UserError):
+    """A worker process ended without a word."""
+
+
 def run_here(tasks: Sequence[Task], progress: Callable[[int], None]) -> Generator[Task]:
     """Yield the tasks, each when its shard is done, in this process."""
     count = 0
@@ -47,7 +51,7 @@ def run_pool(processes: int, tasks: Sequence[Task], progress: Callable[[int], No
                 yield running.pop(future)
             progress(counter.value)
     except BrokenProcessPool as error:
-        raise UserError(
+        raise WorkerKilled(
             f"{tasks[0].job.url}: a worker process was killed, perhaps for want of memory; "
             "finished shards are kept: run the same command again, with fewer --workers"
         ) from error
@@ -110,6 +114,8 @@ def work_off(tasks: list[Task]) -> None:
     try:
         for _ in run_pool(processes, todo, lambda done: None) if processes > 1 else run_here(todo, lambda done: None):
             pass
+    except WorkerKilled:
+        raise  # by the scheduler, most often: the job comes back, or its absence is noticed
     except (UserError, OSError) as error:
         write_atomically(_error_path(todo[0]), f"{socket.gethostname()}: {error}".encode(), 0o600)
         raise

@@ -56,9 +56,7 @@ def repair(
             raise UserError(f"{url}: {INDEX} and {broken[0].name} are both damaged; build it again with --force")
         store.write(INDEX, _index(store, manifest))
         mended.append(INDEX)
-    if FINGERPRINTS in bad:
-        broken = list(manifest.shards)
-    if broken:
+    if broken or FINGERPRINTS in bad:
         mended += _rebuild(store, manifest, raw, broken, FINGERPRINTS in bad, workers, progress)
     return mended
 
@@ -77,6 +75,7 @@ def _rebuild(
     source = open_source(made["reader"], {name: str(value) for name, value in made["options"].items()})
     settings = _settings(made, workers)
     index = manifest.load_index(store)
+    anew = list(manifest.shards) if fingerprints else broken
     output = Output(store.url)
     names = {shard.name: number for number, shard in enumerate(manifest.shards)}
     with output.hold():
@@ -89,17 +88,17 @@ def _rebuild(
             job = Job(str(rebuilt), output.work, manifest.build_hash, target)
             tasks = []
             for plan in listing.plans:
-                if any(shard.name == plan.name for shard in broken):
+                if any(shard.name == plan.name for shard in anew):
                     keys = index.key[index.shard == names[plan.name]].tolist()
                     tasks.append(Task(plan, job, frozenset(key.decode().rsplit("-", 1)[1] for key in keys)))
-            assert len(tasks) == len(broken), "shards that the listing does not plan"
+            assert len(tasks) == len(anew), "shards that the listing does not plan"
             total = sum(task.plan.samples for task in tasks)
             processes = min(settings.processes, len(tasks))
             run = partial(run_pool, processes) if processes > 1 else run_here
             for _ in run(tasks, lambda done: progress(done, total)):
                 pass
         hashes = []
-        for task, shard in zip(tasks, broken, strict=True):
+        for task, shard in zip(tasks, anew, strict=True):
             record = read_record(task)
             assert record is not None
             if record.shard != shard:
@@ -110,10 +109,9 @@ def _rebuild(
             hashes.append(fingerprints_of(record))
         if fingerprints:
             store.write(FINGERPRINTS, npy(np.concatenate(hashes)))
-            return [FINGERPRINTS]
         for shard in broken:
             store.upload(rebuilt / shard.name, shard.name)
-    return [shard.name for shard in broken]
+    return [*([FINGERPRINTS] if fingerprints else []), *(shard.name for shard in broken)]
 
 
 def _settings(made: dict[str, Any], workers: int | None) -> Settings:
@@ -131,8 +129,8 @@ def _settings(made: dict[str, Any], workers: int | None) -> Settings:
 
 def _refuse_another(url: str, source: Source, settings: Settings, listing: Listing, made: dict[str, Any]) -> None:
     """Raise UserError where the raw archive, or what decides the bytes, is not what the shards were made of."""
-    recipe = source.recipe(settings, listing.digest)
-    differing = [key for key in made if key not in FREE and json.dumps(recipe.get(key)) != json.dumps(made[key])]
+    recipe = json.loads(json.dumps(source.recipe(settings, listing.digest)))
+    differing = [key for key in made if key not in FREE and recipe.get(key) != made[key]]
     if differing:
         raise UserError(
             f"{url}: cannot be built again as it was (other {', '.join(differing)}); "

@@ -19,7 +19,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from radhpc.errors import UserError, first_line
-from radhpc.manifest import FINGERPRINTS, MANIFEST, Index, Manifest, Member
+from radhpc.manifest import FINGERPRINTS, MANIFEST, Index, Manifest, Member, Shard
 from radhpc.sample import SPLITS, Sample
 from radhpc.store import Store
 from shards import duplicates, privacy
@@ -66,8 +66,10 @@ def verify(url: str, progress: Progress = lambda done, total: None) -> Report:
     try:
         index = manifest.load_index(store)
     except UserError as error:
-        fault = Fault(manifest.index.name, None, None, first_line(error))
-        return Report(url, len(manifest.shards), manifest.samples, [fault])
+        faults = [Fault(manifest.index.name, None, None, first_line(error))]
+        for shard in manifest.shards:
+            faults += _check_file(store, shard)
+        return Report(url, len(manifest.shards), manifest.samples, faults)
     faults = [*_check_counts(manifest, index), *_check_fingerprints(store, manifest, index)]
     of_shard = [np.flatnonzero(index.shard == number) for number in range(len(manifest.shards))]
     done = 0
@@ -175,6 +177,23 @@ def _check_subset(store: Store, manifest: Manifest) -> Iterator[Fault]:
 def _check_shard(store: Store, manifest: Manifest, index: Index, number: int, samples: list[int]) -> Iterator[Fault]:
     """One tar: its size and checksum, then each member, then what lies between and behind them."""
     shard = manifest.shards[number]
+    yield from _check_file(store, shard)
+    try:
+        size = store.size(shard.name)
+    except FileNotFoundError:
+        return
+    end = 0
+    for sample in samples:
+        for member in index.members(sample):
+            yield from _check_member(store, manifest, index, sample, member, end)
+            end = member.offset + member.length + -member.length % BLOCK
+    rest = store.read_range(shard.name, end, max(0, size - end))
+    if len(rest) < 2 * BLOCK or rest.strip(b"\0"):
+        yield Fault(shard.name, None, end, "the tar does not end where the index says")
+
+
+def _check_file(store: Store, shard: Shard) -> Iterator[Fault]:
+    """One tar as a whole."""
     try:
         size = store.size(shard.name)
     except FileNotFoundError:
@@ -184,14 +203,6 @@ def _check_shard(store: Store, manifest: Manifest, index: Index, number: int, sa
         yield Fault(shard.name, None, min(size, shard.size), f"{size} bytes, but the manifest says {shard.size}")
     if _digest(store, shard.name, size) != shard.sha256:
         yield Fault(shard.name, None, None, "sha256 differs from the manifest's")
-    end = 0
-    for sample in samples:
-        for member in index.members(sample):
-            yield from _check_member(store, manifest, index, sample, member, end)
-            end = member.offset + member.length + -member.length % BLOCK
-    rest = store.read_range(shard.name, end, max(0, size - end))
-    if len(rest) < 2 * BLOCK or rest.strip(b"\0"):
-        yield Fault(shard.name, None, end, "the tar does not end where the index says")
 
 
 def _check_member(

@@ -7,6 +7,7 @@ their salted hashes, never by raw names.
 
 import contextlib
 import os
+import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -208,6 +209,8 @@ def start_process(counter: "Synchronized[int]", stop: Event) -> None:
     """Run once in each worker process: take what is shared, and never outlive the build."""
     global _counter, _stop
     _counter, _stop = counter, stop
+    for number in (signal.SIGTERM, signal.SIGUSR2):  # schedulers send them to all processes; the build decides
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_follow_parent, daemon=True).start()
 
 

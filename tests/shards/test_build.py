@@ -8,41 +8,22 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import webdataset
-from PIL import Image
 
 from radhpc.errors import UserError
 from radhpc.manifest import Manifest
 from radhpc.sample import SPLITS, Sample
 from radhpc.store import Store
-from shards import salt
 from shards.build import Settings, build
-from tests.shards.helpers import PHANTOM, ROOT, SMALL, contents, records
+from tests.shards.helpers import PHANTOM, ROOT, SMALL, contents, notes, records
 
 pytestmark = pytest.mark.timeout(120)
 
 
-@pytest.fixture(autouse=True)
-def own_salt(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path_factory.mktemp("salt") / "salt"
-    path.write_bytes(b"a salt for tests, of enough bytes")
-    monkeypatch.setenv(salt.VARIABLE, str(path))
-
-
 @pytest.fixture
 def archive(tmp_path: Path) -> Path:
-    """Twenty studies of ten patients as PNGs with dots in their names, beside a data.json."""
-    folder = tmp_path / "raw"
-    (folder / "images").mkdir(parents=True)
-    rows = []
-    for n in range(20):
-        pixels = np.random.default_rng(n).integers(0, 4096, (40, 30)).astype(np.uint16)
-        Image.fromarray(pixels).save(folder / f"images/1.2.840.{n}.png")
-        rows.append({"image": f"images/1.2.840.{n}.png", "text": f"Report {n}.", "patient": f"{n // 2}", "view": "PA"})
-    write_table(folder, rows)
-    return folder
+    return notes(tmp_path / "raw", 20)
 
 
 def write_table(folder: Path, rows: list[dict[str, Any]]) -> None:

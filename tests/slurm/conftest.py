@@ -1,5 +1,6 @@
 """One box for all tests that need a real SLURM: started once, brought down by pid at the end."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -46,5 +47,6 @@ def slurm(box: str) -> Iterator[Callable[..., str]]:
 
     yield call
     for job in call("squeue", "--noheader", "--format=%i").split():
-        call("scancel", "--signal=KILL", "--full", job)
-        call("scancel", job)
+        with contextlib.suppress(subprocess.CalledProcessError):  # it has ended meanwhile
+            call("scancel", "--signal=KILL", "--full", job)
+            call("scancel", job)
