@@ -1,9 +1,11 @@
 """DICOM -> Raw: one frame, stored values through the modality's transform, then the file's own window.
 
 Pixel data are decoded by imagecodecs or, where uncompressed or RLE, by pydicom itself, so that the result does
-not depend on which of pydicom's optional decoders happen to be installed. Nothing of the header is kept.
+not depend on which of pydicom's optional decoders happen to be installed. Of the header the modality alone is handed on,
+and nothing of it reaches a shard.
 """
 
+import dataclasses
 import io
 import logging
 import warnings
@@ -45,7 +47,8 @@ def decode(data: bytes, path: Path | str) -> Raw:
     """Decode a single-frame image. Raises BadImage, and whatever a decoder raises on broken data."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pydicom's complaints quote the header
-        return _decode(pydicom.dcmread(io.BytesIO(data), force=True), path)
+        header = pydicom.dcmread(io.BytesIO(data), force=True)
+        return dataclasses.replace(_decode(header, path), modality=str(header.get("Modality") or "") or None)
 
 
 def _decode(header: pydicom.Dataset, path: Path | str) -> Raw:

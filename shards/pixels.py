@@ -54,6 +54,7 @@ class Raw:
     pixels: npt.NDArray[Any]  # uint8, or any wider integer or float
     bits: int = 8  # per pixel and channel in the raw image
     window: WINDOW | None = None  # the image's own; where the pixels are uint8 it has been applied already
+    modality: str | None = None  # as a DICOM tells it: CR, DX, CT, ...
 
 
 def load(path: Path) -> Raw:

@@ -30,6 +30,9 @@ from shards.pixels import BadImage, Target, encode, load
 from shards.summary import Summary
 from shards.writer import SampleRow, write
 
+# Of the modalities that a DICOM may tell: computed, digital and dental radiography, mammography, fluoroscopy and
+# angiography, what was captured or drawn on a screen, and what says nothing.
+RADIOGRAPHS = (None, "CR", "DX", "DR", "RG", "MG", "IO", "PX", "RF", "XA", "SC", "OT")
 LISTING = "listing.sqlite"  # in the work folder
 
 
@@ -169,6 +172,8 @@ def describe(row: Row, dataset: str, target: Target) -> Described:
     images = []
     for source, projection in row.raw.views:
         raw = load(source) if isinstance(source, Path) else source()
+        if raw.modality not in RADIOGRAPHS:
+            raise BadImage(str(source), "DICOM that is no radiograph", f"modality {raw.modality}")
         images.append(encode(raw, target, projection))
     report, scrubbed = privacy.scrub_report(row.raw.report)
     question, answer = (_scrub(text, scrubbed) for text in (row.raw.question, row.raw.answer))

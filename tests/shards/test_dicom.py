@@ -1,6 +1,7 @@
 """DICOM in the encodings that archives use: real files that pydicom and pydicom-data carry, and made ones."""
 
 import io
+import json
 from pathlib import Path
 
 import data_store
@@ -13,6 +14,7 @@ from PIL import Image
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
+from shards.build import Settings, build
 from shards.pixels import BadImage, Target, apply_window, encode, load
 
 pytestmark = pytest.mark.timeout(60)
@@ -200,3 +202,19 @@ def test_a_rescaling_by_whole_numbers_keeps_whole_numbers(tmp_path: Path) -> Non
     assert np.array_equal(stored - stored.min(), raw.pixels - raw.pixels.min())
     fractions = load(written(tmp_path / "b.dcm", RescaleSlope=0.5, RescaleIntercept=0))
     assert np.array_equal(fractions.pixels, RAMP * 0.5)
+
+
+def test_modalities_that_are_no_radiograph_are_named_and_headers_stay_outside(tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    noise = np.random.default_rng(0).integers(0, 4000, (5, 32, 32)).astype(np.uint16)
+    person = {"PatientName": "Doe^Jane", "PatientID": "MRN-4711", "AccessionNumber": "ACC-08", "StudyDate": "20200229"}
+    for n, modality in enumerate(("CR", "DX", "", "RG", "CT")):
+        written(raw / f"{n}.dcm", noise[n], Modality=modality, PatientBirthDate="19510519", **person)
+    rows = [{"image": f"{n}.dcm", "text": f"Clear lungs {n}.", "patient": n} for n in range(5)]
+    (raw / "data.json").write_text(json.dumps(rows))
+    result = build("image_text", raw, str(tmp_path / "out"), {}, Settings(workers=1, max_skipped=1))
+    assert [skip["reason"] for skip in result.skipped] == ["DICOM that is no radiograph: modality CT"]
+    everything = b"".join(path.read_bytes() for path in (tmp_path / "out").iterdir())
+    for secret in (*person.values(), "Jane", "19510519", "4.dcm"):
+        assert secret.encode() not in everything

@@ -73,9 +73,7 @@ def test_what_cannot_be_mended_is_one_line(archive: Path, broken: Path, tmp_path
     for path in images:
         with Image.open(path) as image:
             Image.fromarray(255 - np.asarray(image)).save(path)
-    with pytest.raises(
-        UserError, match=r"train-000001.tar: built again, it has other bytes .* have changed since"
-    ):
+    with pytest.raises(UserError, match=r"train-000001.tar: built again, it has other bytes .* have changed since"):
         repair(str(broken), moved, report)
     (moved / "data.json").write_text((moved / "data.json").read_text().replace("Report", "Note"))
     with pytest.raises(UserError, match=r"cannot be built again as it was \(other source\)"):
