@@ -31,6 +31,7 @@ from shards.worker import LISTING, Job, Task, read_record
 __all__ = ["Result", "Settings", "build"]
 
 DEFAULTS = Settings()
+ATTRIBUTION = "attribution.jsonl"
 
 
 def build(
@@ -123,11 +124,22 @@ def _finish(
     manifest, files = assemble(name, records, recipe, hash_of(recipe), reasons)
     files[CARD] = card(manifest, summary, [skip.told() for skip in skipped], told).encode()
     files[SHEET] = contact_sheet(pictures(output.store, manifest, Index.from_bytes(files[INDEX])))
+    if named := _attributions(tasks):
+        files[ATTRIBUTION] = named
     for file, data in files.items():
         output.store.write(file, data)
     output.store.write(MANIFEST, manifest.to_bytes())
     output.clean(manifest)
     return manifest
+
+
+def _attributions(tasks: list[Task]) -> bytes:
+    """A line for each sample whose licence asks to name somebody."""
+    lines = []
+    for task in tasks:
+        if done := read_record(task):
+            lines += [json.dumps({"key": key, "attribution": text}) + "\n" for key, text in done.attributions]
+    return "".join(lines).encode()
 
 
 def _place_listing(work: Path, digest: str) -> None:

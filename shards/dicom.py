@@ -1,8 +1,8 @@
 """DICOM -> Raw: one frame, stored values through the modality's transform, then the file's own window.
 
 Pixel data are decoded by imagecodecs or, where uncompressed or RLE, by pydicom itself, so that the result does
-not depend on which of pydicom's optional decoders happen to be installed. Of the header the modality alone is handed on,
-and nothing of it reaches a shard.
+not depend on which of pydicom's optional decoders happen to be installed. Of the header nothing but the modality is
+handed on, and nothing reaches a shard.
 """
 
 import dataclasses

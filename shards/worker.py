@@ -46,6 +46,7 @@ class Done(BaseModel):
     rows: tuple[SampleRow, ...]
     patients: tuple[str, ...]  # of the rows
     fingerprints: tuple[str, ...]  # of all images, in the order of the rows, hexadecimal
+    attributions: tuple[tuple[str, str], ...]  # key, whom its licence asks to name
     skipped: tuple[tuple[str, str, str], ...]  # study, reason, detail
     summary: Summary
 
@@ -110,6 +111,7 @@ def build_shard(task: Task, tick: Callable[[], None]) -> Done:
     """Build one shard whole. `tick` is called after each study, and may raise to end it. Raises OSError."""
     patients: list[str] = []
     summary = Summary()
+    attributions: list[tuple[str, str]] = []
     fingerprints: list[str] = []
     others = Others(others_path(task.job.work, task.plan.split))
     skipped: list[tuple[str, str, str]] = []
@@ -134,6 +136,8 @@ def build_shard(task: Task, tick: Callable[[], None]) -> Done:
                 else:
                     patients.append(row.patient)
                     summary.count(found.sample, found.scrubbed)
+                    if row.raw.attribution:
+                        attributions.append((row.key, row.raw.attribution))
                     fingerprints.extend(one.hex() for one in found.fingerprints)
                     yield row.key, found.members
             tick()
@@ -151,6 +155,7 @@ def build_shard(task: Task, tick: Callable[[], None]) -> Done:
         rows=tuple(rows),
         patients=tuple(patients),
         fingerprints=tuple(fingerprints),
+        attributions=tuple(attributions),
         skipped=tuple(skipped),
         summary=summary,
     )

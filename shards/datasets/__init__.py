@@ -43,6 +43,7 @@ class RawStudy:
     labels: dict[str, dict[str, int | None]] = field(default_factory=dict)
     question: str | None = None
     answer: str | None = None
+    attribution: str | None = None  # whom its licence asks to name; goes to attribution.jsonl beside the shards
     fault: str | None = None  # what is broken, where the metadata alone say so: counts against the budget
     gap: str | None = None  # what the archive itself has not, or disowns: left out by name, no fault of this copy
 

@@ -16,7 +16,7 @@ from pydantic import Field
 from radhpc.sample import CHEXPERT
 from shards import drawing, wording
 from shards.datasets import Options, RawStudy
-from shards.pixels import Raw
+from shards.pixels import BadImage, Raw
 
 SYNTHETIC = True
 
@@ -49,6 +49,7 @@ class OPTIONS(Options):
     seed: int = Field(0, ge=0, description="another seed, other patients: a whole number from 0")
     size: int = Field(256, ge=32, le=4096, description="pixels on a side: 32 to 4096")
     two_views: float = Field(0.3, ge=0, le=1, description="share of studies with a lateral view: 0 to 1")
+    damaged: float = Field(0, ge=0, le=1, description="share of studies whose images cannot be read: 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,16 @@ class Picture:
         return Raw(drawing.draw(self.view, self.size, shown, anatomy, exposure), bits=drawing.BITS)
 
 
+@dataclass(frozen=True)
+class Damaged:
+    """A view that cannot be read."""
+
+    study: int
+
+    def __call__(self) -> Raw:
+        raise BadImage(f"study {self.study}", "broken image", "damaged on purpose")
+
+
 def read(raw: Path | None, options: Options) -> Iterator[RawStudy]:
     """Yield the studies; `raw` is not needed."""
     assert isinstance(options, OPTIONS)
@@ -82,10 +93,13 @@ def study(number: int, options: OPTIONS) -> RawStudy:
     views: tuple[drawing.Projection, ...] = ("PA", "L") if rng.random() < options.two_views else ("PA",)
     present = {finding.label for finding in shown}
     block, member = _patient(seed, number)
+    damaged = np.random.default_rng((seed, 5, number)).random() < options.damaged
     return RawStudy(
         study=f"{seed}/{number}",
         patient=f"{seed}/{block}/{member}",
-        views=tuple((Picture(seed, number, view, options.size), view) for view in views),
+        views=tuple(
+            (Damaged(number) if damaged else Picture(seed, number, view, options.size), view) for view in views
+        ),
         name=f"study {number}",
         report=wording.write(shown, len(views), rng),
         labels={"phantom": {label: int(label in present) for label in LABELS}, "chexpert": _chexpert(present)},

@@ -43,6 +43,7 @@ WORDS: dict[Split, str] = {"train": "train", "validate": "valid", "test": "test"
 CAPTIONS: dict[Split, tuple[str, ...]] = {split: (f"{word}_captions.csv",) for split, word in WORDS.items()}
 VOCABULARIES = {"umls": "concepts.csv", "umls-manual": "concepts_manual.csv"}
 CACHED = 1 << 13  # names of concepts: the set has about two thousand
+UNLICENSED = (None, "", "")  # article, attribution, link
 LICENSES, MAPPING = "license_information.csv", "cui_mapping.csv"
 
 
@@ -115,7 +116,7 @@ def read(raw: Path | None, options: Options) -> Iterator[RawStudy]:
                 if record.fault:
                     raise _vqa.Fault(record.fault)
                 image = _vqa.image_name(image)
-                article, attribution = licences.get(image, (None, ""))
+                article, attribution, link = licences.get(image, UNLICENSED)
                 counts["images"] += 1
                 counts["unknown"] += article is None
                 counts["non-commercial"] += not _commercial(attribution)
@@ -133,6 +134,7 @@ def read(raw: Path | None, options: Options) -> Iterator[RawStudy]:
                     split=None if options.split == "article" else split,
                     report=Report(other=_vqa.filled(caption, "text")),
                     labels=concepts.labels(image),
+                    attribution=f"{attribution} {link}".strip() or None,
                 )
             except _vqa.Fault as fault:
                 yield _vqa.faulty(name, fault)
@@ -161,7 +163,7 @@ def _tell(options: OPTIONS, licensed: bool, shared: int, counts: Counter[str]) -
     done = "were left out" if left_out else "are in: licenses=commercial leaves them out"
     _warn(
         f"ROCO v2: {counts['non-commercial']} of {counts['images']} images, not licensed for commercial use, {done}; "
-        f"CC BY and CC BY-NC both ask for attribution, so keep {LICENSES}"
+        "CC BY and CC BY-NC both ask for attribution, which goes to attribution.jsonl beside the shards"
     )
 
 
@@ -173,20 +175,20 @@ def _commercial(attribution: str) -> bool:
 def _article(licences: spool.Lookup, image: str) -> str:
     """The article of an image; an image without one stands alone."""
     article: str | None
-    article, _ = licences.get(image, (None, ""))
+    article, *_ = licences.get(image, UNLICENSED)
     return article or image
 
 
 def _read_licences(folder: Path, options: OPTIONS) -> spool.Lookup:
-    """Image -> (article or None, attribution); empty where there is no such file."""
+    """Image -> (article or None, attribution, link); empty where there is no such file."""
     path = table.find_one(folder, [LICENSES])
     if path is None and (options.licenses == "commercial" or options.split == "article"):
         wanted = "licenses=commercial" if options.licenses == "commercial" else "split=article"
         raise UserError(f"{folder}: no {LICENSES}; {wanted} needs it")
     if path is None:
         return spool.Lookup(())
-    rows = _rows(path, "ID", "PMCID", "Attribution")
-    return spool.Lookup((image, (article or None, attribution)) for _, (image, article, attribution) in rows)
+    rows = _rows(path, "ID", "PMCID", "Attribution", "Link")
+    return spool.Lookup((image, (article or None, *said)) for _, (image, article, *said) in rows)
 
 
 def _concept_rows(folder: Path, splits: Sequence[Split], ending: str) -> Iterator[tuple[str, str]]:

@@ -1,6 +1,7 @@
 """Drawn studies are a pure function of seed and number, balanced, and hung the right way round."""
 
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from radhpc.errors import UserError
 from radhpc.metrics.findings import NAMES
 from radhpc.sample import CHEXPERT
 from shards import datasets
+from shards.build import Settings, build
 from shards.datasets import phantom
 from shards.drawing import Finding, draw
 from shards.pixels import apply_window
@@ -99,3 +101,13 @@ def test_unknown_options_and_datasets_are_refused_with_the_nearest() -> None:
         UserError, match=r"dataset: 'phantm' is unknown \(did you mean 'phantom'\?\); allowed are .*image_text, "
     ):
         datasets.reader("phantm")
+
+
+def test_damaged_studies_are_those_that_are_left_out(tmp_path: Path) -> None:
+    options = {"studies": "120", "size": "32", "damaged": "0.1"}
+    result = build("phantom", None, str(tmp_path / "out"), options, Settings(workers=1, max_skipped="30%"))
+    assert 4 <= len(result.skipped) <= 24
+    assert result.samples == 120 - len(result.skipped)
+    assert {skip["reason"] for skip in result.skipped} == {"broken image: damaged on purpose"}
+    again = build("phantom", None, str(tmp_path / "again"), options, Settings(workers=1, max_skipped="30%"))
+    assert [skip["name"] for skip in again.skipped] == [skip["name"] for skip in result.skipped]

@@ -1,6 +1,7 @@
 """ROCO v2: captions, concepts, licences, and articles that stand in several official splits."""
 
 import csv
+import json
 import tracemalloc
 from collections import defaultdict
 from pathlib import Path
@@ -95,12 +96,17 @@ def test_the_test_set_stays_whole_and_nothing_of_its_articles_is_trained_on(tmp_
     assert by_text["Naïve CT."].split == "test"
     assert by_text["Angiography."].split == "validate"
     assert set(by_text) == {mass.report.other, "Chest X-ray.", "Angiography.", "Naïve CT."}
+    said = [json.loads(line) for line in (tmp_path / "out" / "attribution.jsonl").read_text().splitlines()]
+    assert {line["key"] for line in said} == {sample.key for sample in samples}
+    assert {line["attribution"] for line in said if line["key"] == mass.key} == {
+        "CC BY A et al. (2022) https://example.org/PMC1"
+    }
     assert [text for text in result.warnings if "ROCO" in text or ".csv" in text] == [
         "cui_mapping.csv: 1 concepts of images are not in it; they are called by their CUIs",
         "ROCO v2: 2 articles have figures in several official splits: 3 images were left out so that test, then "
         "validate, keep theirs; split=official takes all",
         "ROCO v2: 3 of 7 images, not licensed for commercial use, are in: licenses=commercial leaves them out; "
-        "CC BY and CC BY-NC both ask for attribution, so keep license_information.csv",
+        "CC BY and CC BY-NC both ask for attribution, which goes to attribution.jsonl beside the shards",
     ]
 
 
