@@ -199,7 +199,7 @@ class Manifest(BaseModel):
             raise UserError(f"{store.url}/{self.index.name}: {first_line(error)}") from error
 
     def load_fingerprints(self, store: Reader) -> npt.NDArray[np.uint8]:
-        """The perceptual hashes of all images, (images, 32), in the order of the index; checked against the manifest."""
+        """The perceptual hashes of all images, (images, 32), in the order of the index; checked by their sha256."""
         assert self.fingerprints is not None, "shards without fingerprints"
         return np.asarray(np.load(io.BytesIO(self._read_file(store, self.fingerprints)), allow_pickle=False))
 
