@@ -20,7 +20,7 @@ from shards import duplicates
 from shards.card import CARD, SHEET, card, contact_sheet, pictures
 from shards.indexing import assemble
 from shards.listing import Listing, Skip
-from shards.output import Output
+from shards.output import ATTRIBUTION, Output
 from shards.pixels import Target
 from shards.settings import Result, Settings
 from shards.source import hash_of, open_source
@@ -31,7 +31,6 @@ from shards.worker import LISTING, Job, Task, read_record
 __all__ = ["Result", "Settings", "build"]
 
 DEFAULTS = Settings()
-ATTRIBUTION = "attribution.jsonl"
 
 
 def build(

@@ -19,15 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from radhpc.errors import UserError, first_line
-from radhpc.manifest import MANIFEST, Manifest
+from radhpc.manifest import FINGERPRINTS, INDEX, MANIFEST, Manifest
 from radhpc.sample import SPLITS
 from radhpc.store import Store, write_atomically
+from shards.card import CARD, SHEET
 
 WORK = ".build"
 RECIPE = "recipe.json"
 LOCK = "lock"
 _SHARD = re.compile(rf"(?:{'|'.join(SPLITS)})-\d{{6,}}\.tar")
-_TEMPORARY = re.compile(rf"\.(?:{_SHARD.pattern}|manifest\.json|index\.npz)\..+")
+ATTRIBUTION = "attribution.jsonl"  # whom the samples' licences ask to name
+BESIDE = (INDEX, FINGERPRINTS, CARD, SHEET, ATTRIBUTION)  # the shards and the manifest
+_TEMPORARY = re.compile(rf"\.(?:{_SHARD.pattern}|{'|'.join(map(re.escape, (MANIFEST, *BESIDE)))})\..+")
 
 
 class Output:
@@ -40,6 +43,8 @@ class Output:
                 raise UserError(f"--out {out}: a file is in the way; allowed are a folder and a URL such as s3://...")
             out = str(Path(out).resolve())
         self.store = Store(out)
+        if self.store.subset is not None:
+            raise UserError(f"--out {out}: '#{self.store.subset}' would name a subset; allowed is a URL without it")
         self.url, self.folder = self.store.url, self.store.folder
         self.work = (work or _work(self.store)).resolve()
 
@@ -77,7 +82,8 @@ class Output:
         Raises UserError where another build is there, finished or not, and `force` does not replace it.
         """
         if force:
-            self.store.delete(MANIFEST)  # first of all: what follows is no whole dataset
+            for name in (MANIFEST, *BESIDE):  # the manifest first: what is left is no whole dataset
+                self.store.delete(name)
             self._clear_work()
         if MANIFEST in self.store.names():
             manifest = Manifest.load(self.store)

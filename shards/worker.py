@@ -182,6 +182,8 @@ def describe(row: Row, dataset: str, target: Target) -> Described:
         images.append(encode(raw, target, projection))
     report, scrubbed = privacy.scrub_report(row.raw.report)
     question, answer = (_scrub(text, scrubbed) for text in (row.raw.question, row.raw.answer))
+    if answer is not None and not answer.replace(privacy.MARK, "").strip(" .,;"):
+        raise Offence("answer: nothing else in it")
     sample = Sample(
         dataset=dataset,
         patient=row.patient,

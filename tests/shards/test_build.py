@@ -217,6 +217,8 @@ def test_foreign_tars_and_files_are_left_alone(tmp_path: Path) -> None:
         build("phantom", None, str(tmp_path), PHANTOM, SMALL)
     with pytest.raises(UserError, match="a file is in the way"):
         build("phantom", None, str(tmp_path / "train-000000.tar"), PHANTOM, SMALL)
+    with pytest.raises(UserError, match=r"--out .*x#balanced: '#balanced' would name a subset"):
+        build("phantom", None, str(tmp_path / "x#balanced"), PHANTOM, SMALL)
     with pytest.raises(UserError, match="ftp://host/x: .*; allowed are a folder and s3, gs, az, http, file URLs"):
         build("phantom", None, "ftp://host/x", PHANTOM, SMALL)
     assert os.listdir(tmp_path) == ["train-000000.tar"]
