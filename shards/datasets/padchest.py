@@ -144,7 +144,7 @@ def read(raw: Path | None, options: Options) -> Iterator[RawStudy]:
     assert isinstance(options, OPTIONS)
     if options.studies == "grounded" and options.grounded == "no":
         raise UserError("padchest: studies=grounded needs a language of PadChest-GR: grounded=en or grounded=es")
-    path = table.locate(raw, [TABLE], "PadChest's table")
+    path = table.locate(raw, [TABLE], "table of PadChest")
     grounded = _read_grounded(path.parent, options.grounded)
     images = Images(path.parent)
     told = Told()
