@@ -242,7 +242,7 @@ def test_wrong_options_are_one_line(options: dict[str, str], message: str, tmp_p
 def test_wrong_folders_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--raw is missing"):
         list(padchest.read(None, padchest.OPTIONS()))
-    with pytest.raises(UserError, match=f"no PadChest's table there; looked for {padchest.TABLE}"):
+    with pytest.raises(UserError, match=f"no table of PadChest there; looked for {padchest.TABLE}"):
         listed(tmp_path)
     write(tmp_path)
     (tmp_path / "54.zip").touch()
