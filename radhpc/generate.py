@@ -27,5 +27,6 @@ def generate(
         check(n * batch)
         rows = list(prompts[n * batch : (n + 1) * batch])
         ids = engine.generate(encoder.batch(rows or [encoder.empty()], left=True), max_new_tokens)
-        texts += encoder.family.tokenizer.batch_decode(ids[: len(rows)], skip_special_tokens=True)
+        if rows:  # of no rows at all a tokenizer makes one empty text
+            texts += encoder.family.tokenizer.batch_decode(ids[: len(rows)], skip_special_tokens=True)
     return [text.strip() for text in texts]
