@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from radhpc.recipe import Recipe
     from radhpc.run_dir import RunDir
     from shards.pixels import Target
+    from shards.pool import Run
     from shards.settings import Result, Settings
-    from shards.work import Run
     from slurm.profile import Profile
 
 app = typer.Typer(

@@ -52,8 +52,8 @@ class Size:
     image: tuple[int, int] = (3000, 2500)  # height, width
     images: int = 2
     rounds: int = 5
-    builds: int = 2  # rounds of them
-    studies: int = 240  # of the two builds that are compared
+    builds: int = 1  # rounds of them
+    studies: int = 1200  # of the two builds that are compared: enough that starting two processes does not count
     drawn: int = 768  # pixels on a side of their images
     rows: tuple[int, int] = (1_000, 160_861)
     samples: int = 1_000_000  # in the manifest
@@ -173,7 +173,7 @@ def workers(folder: Path, size: Size) -> Measured:
     options = {"studies": str(size.studies), "size": str(size.drawn)}
 
     def run(count: int) -> None:
-        settings = Settings(workers=count, shard_samples=max(1, size.studies // 16), force=True)
+        settings = Settings(workers=count, shard_samples=max(1, size.studies // 48), force=True)
         build("phantom", None, str(folder / f"by-{count}"), options | {"seed": str(next(seeds))}, settings)
 
     seeds = iter(range(1000))

@@ -22,10 +22,11 @@ from shards.indexing import assemble
 from shards.listing import Listing, Skip
 from shards.output import ATTRIBUTION, Output
 from shards.pixels import Target
+from shards.pool import Run
 from shards.settings import Result, Settings
 from shards.source import hash_of, open_source
 from shards.summary import Summary
-from shards.work import Progress, Run, build_shards
+from shards.work import Progress, build_shards
 from shards.worker import LISTING, Job, Task, read_record
 
 __all__ = ["Result", "Settings", "build"]

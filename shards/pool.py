@@ -16,6 +16,8 @@ from radhpc.errors import UserError
 from radhpc.files import write_atomically
 from shards.worker import Task, build_shard, finished, read_record, record_path, run_task, start_process
 
+# How tasks are worked off: (tasks, what to call with the studies done) -> the tasks, as they are finished.
+Run = Callable[[Sequence[Task], Callable[[int], None]], Generator[Task]]
 POLL = 1.0  # seconds between looks at what jobs elsewhere have done
 
 
@@ -37,25 +39,36 @@ def run_here(tasks: Sequence[Task], progress: Callable[[int], None]) -> Generato
         yield task
 
 
-def run_pool(processes: int, tasks: Sequence[Task], progress: Callable[[int], None]) -> Generator[Task]:
-    """Yield the tasks as worker processes finish their shards; on any way out they drop what is at hand."""
+@contextlib.contextmanager
+def here(processes: int) -> Iterator[Run]:
+    """How tasks are worked off on this machine: by worker processes that serve until the context ends, or by none."""
+    if processes <= 1:
+        yield run_here
+        return
     context = get_context("spawn")  # a fork would copy the threads and locks of whoever calls
     counter, stop = context.Value("q", 0), context.Event()
-    pool = ProcessPoolExecutor(min(processes, len(tasks)), context, start_process, (counter, stop))
+    pool = ProcessPoolExecutor(processes, context, start_process, (counter, stop))
+
+    def run(tasks: Sequence[Task], progress: Callable[[int], None]) -> Generator[Task]:
+        """Yield the tasks as the processes finish their shards."""
+        before = counter.value
+        try:
+            with _ctrl_c_held_back():
+                running: dict[Future[bool], Task] = {pool.submit(run_task, task): task for task in tasks}
+            while running:
+                for future in wait(running, timeout=0.2, return_when=FIRST_COMPLETED).done:
+                    assert future.result(), "stopped, though nobody asked for it"
+                    yield running.pop(future)
+                progress(counter.value - before)
+        except BrokenProcessPool as error:
+            raise WorkerKilled(
+                f"{tasks[0].job.url}: a worker process was killed, perhaps for want of memory; "
+                "finished shards are kept: run the same command again, with fewer --workers"
+            ) from error
+
     try:
-        with _ctrl_c_held_back():
-            running: dict[Future[bool], Task] = {pool.submit(run_task, task): task for task in tasks}
-        while running:
-            for future in wait(running, timeout=0.2, return_when=FIRST_COMPLETED).done:
-                assert future.result(), "stopped, though nobody asked for it"
-                yield running.pop(future)
-            progress(counter.value)
-    except BrokenProcessPool as error:
-        raise WorkerKilled(
-            f"{tasks[0].job.url}: a worker process was killed, perhaps for want of memory; "
-            "finished shards are kept: run the same command again, with fewer --workers"
-        ) from error
-    finally:
+        yield run
+    finally:  # on any way out they drop what is at hand
         stop.set()
         pool.shutdown(cancel_futures=True)
 
@@ -110,10 +123,10 @@ def run_jobs(
 def work_off(tasks: list[Task]) -> None:
     """What one such job does: its tasks, on all processors that it has. A job that comes back goes on where it was."""
     todo = [task for task in tasks if not finished(task)]
-    processes = min(len(os.sched_getaffinity(0)), len(todo))
     try:
-        for _ in run_pool(processes, todo, lambda done: None) if processes > 1 else run_here(todo, lambda done: None):
-            pass
+        with here(min(len(os.sched_getaffinity(0)), len(todo))) as run:
+            for _ in run(todo, lambda done: None):
+                pass
     except WorkerKilled:
         raise  # by the scheduler, most often: the job comes back, or its absence is noticed
     except (UserError, OSError) as error:

@@ -11,7 +11,6 @@ import io
 import json
 import tarfile
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from shards.indexing import fingerprints_of, join, npy, part
 from shards.listing import Listing
 from shards.output import Output
 from shards.pixels import Target
-from shards.pool import run_here, run_pool
+from shards.pool import here
 from shards.settings import Settings
 from shards.source import Source, open_source
 from shards.verify import Report
@@ -93,10 +92,9 @@ def _rebuild(
                     tasks.append(Task(plan, job, frozenset(key.decode().rsplit("-", 1)[1] for key in keys)))
             assert len(tasks) == len(anew), "shards that the listing does not plan"
             total = sum(task.plan.samples for task in tasks)
-            processes = min(settings.processes, len(tasks))
-            run = partial(run_pool, processes) if processes > 1 else run_here
-            for _ in run(tasks, lambda done: progress(done, total)):
-                pass
+            with here(min(settings.processes, len(tasks))) as run:
+                for _ in run(tasks, lambda done: progress(done, total)):
+                    pass
         hashes = []
         for task, shard in zip(tasks, anew, strict=True):
             record = read_record(task)

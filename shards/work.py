@@ -1,7 +1,7 @@
 """The shards of a build: split after split, none built twice, and what was left out of them."""
 
 import contextlib
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import numpy as np
@@ -11,14 +11,12 @@ from radhpc.sample import SPLITS, Split
 from shards import duplicates
 from shards.indexing import fingerprints_of
 from shards.listing import Listing, Skip
-from shards.pool import run_here, run_pool
+from shards.pool import Run, here
 from shards.settings import Settings
 from shards.source import check_budget
 from shards.worker import Task, finished, others_path, read_record, record_path
 
 Progress = Callable[[int, int], None]  # (studies done, studies in all)
-# How tasks are worked off: (tasks, what to call with the studies done) -> the tasks, as they are finished.
-Run = Callable[[Sequence[Task], Callable[[int], None]], Generator[Task]]
 
 
 def build_shards(
@@ -38,19 +36,20 @@ def build_shards(
     total, ready = (sum(task.plan.samples for task in some) for some in (tasks, done))
     known = list(listing.skipped())
     progress(ready, total)
+    todo = [task for task in tasks if task.plan.name not in skipped]
     phases: list[tuple[Split, ...]] = [SPLITS] if apart is None else [(split,) for split in duplicates.ORDER]
     try:
         check_budget([*known, *_flat(skipped.values())], listing.studies, settings)
-        for splits in phases:
-            todo = [task for task in tasks if task.plan.split in splits and task not in done]
-            if todo and apart is not None:
-                _save_others(tasks, splits[0], apart)
-            before = ready
-            with contextlib.closing(_running(run, settings, todo, lambda n: progress(before + n, total))) as running:  # noqa: B023
-                for task in running:
-                    skipped[task.plan.name] = _skipped(task, listing)
-                    check_budget([*known, *_flat(skipped.values())], listing.studies, settings)
-            ready += sum(task.plan.samples for task in todo)
+        with here(min(settings.processes, len(todo))) if run is None else contextlib.nullcontext(run) as work_off:
+            for splits in phases:
+                phase = [task for task in todo if task.plan.split in splits]
+                if phase and apart is not None:
+                    _save_others(tasks, splits[0], apart)
+                with contextlib.closing(work_off(phase, partial(_tell, progress, ready, total))) as running:
+                    for task in running:
+                        skipped[task.plan.name] = _skipped(task, listing)
+                        check_budget([*known, *_flat(skipped.values())], listing.studies, settings)
+                ready += sum(task.plan.samples for task in phase)
     except UserError:
         for task in tasks:
             if skipped.get(task.plan.name):  # to be tried again: the user may mend the files
@@ -59,14 +58,8 @@ def build_shards(
     return [*known, *_flat(skipped[task.plan.name] for task in tasks)]
 
 
-def _running(
-    run: Run | None, settings: Settings, tasks: list[Task], progress: Callable[[int], None]
-) -> Generator[Task]:
-    """Work the tasks off where they shall be."""
-    if run is None:
-        processes = min(settings.processes, len(tasks))
-        run = partial(run_pool, processes) if processes > 1 else run_here
-    return run(tasks, progress)
+def _tell(progress: Progress, before: int, total: int, done: int) -> None:
+    progress(before + done, total)
 
 
 def _save_others(tasks: list[Task], split: Split, apart: list[duplicates.Images]) -> None:
