@@ -456,7 +456,7 @@ def _describe_dataset(name: str) -> None:
     from shards import datasets
 
     reader = datasets.reader(name)
-    console.print(f"{(reader.__doc__ or '').strip()}\n", highlight=False, markup=False)
+    console.print(f"{(reader.__doc__ or '').strip()}\n", highlight=False, markup=False, soft_wrap=True)
     table = Table("option", "default", "what it is", title=f"Options of {name}, as KEY=VALUE")
     for key, field in reader.OPTIONS.model_fields.items():
         table.add_row(key, "" if field.default is None else str(field.default), field.description or "")
