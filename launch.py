@@ -126,6 +126,12 @@ def build(
     balance: Annotated[bool, typer.Option("--balance", help="Also make the subset URL#balanced: see above.")] = False,
     cap: Annotated[str, typer.Option(help="Balance: studies of a cluster that stay; a count or a quantile.")] = "50%",
     rare: Annotated[float, typer.Option(help="Balance: labels rarer than this share are all kept.")] = 0.01,
+    vocabulary: Annotated[
+        str | None, typer.Option(help="Balance: labels that count; default: chexpert, or the largest.")
+    ] = None,
+    embeddings: Annotated[
+        Path | None, typer.Option(help="Balance: .npz of your own vectors, key and vector, instead of TF-IDF.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Turn a raw archive into tar shards with a manifest and a card. A build that was interrupted goes on where it was.
@@ -156,7 +162,9 @@ def build(
     _print_build(result, as_json)
     made = {key: getattr(result, key) for key in ("url", "samples", "shards", "skipped", "seconds")}
     if balance:
-        made["balanced"] = _balance(result.url, cap, rare, as_json)
+        made["balanced"] = _balance(
+            result.url, as_json, cap=cap, rare=rare, vocabulary=vocabulary, embeddings=embeddings
+        )
     _emit(made, as_json)
 
 
@@ -438,11 +446,11 @@ def _print_build(result: "Result", as_json: bool) -> None:
     )
 
 
-def _balance(url: str, cap: str, rare: float, as_json: bool) -> dict[str, Any]:
+def _balance(url: str, as_json: bool, **settings: Any) -> dict[str, Any]:
     from shards.balance import Settings, balance
 
     with Bar("balance", 1, unit="samples") as bar:
-        result = balance(url, Settings(cap=cap, rare=rare), lambda done, total, what: bar.update(done, what, total))
+        result = balance(url, Settings(**settings), lambda done, total, what: bar.update(done, what, total))
     _say(
         f"balanced: {result.kept} of {result.kept + result.dropped} training samples from {result.clusters} clusters "
         f"and {result.noise} that are like no other: {result.url}",
