@@ -35,8 +35,13 @@ def decode(data: bytes, view: View | None = None) -> Image.Image:
 
 def show(values: npt.NDArray[Any], window: tuple[float, float]) -> npt.NDArray[np.uint8]:
     """16-bit values through a window, as the View says it: the pixels that a JPEG of the same image was made of."""
+    return ramp(np.arange(1 << 16), window).take(values)
+
+
+def ramp(values: npt.NDArray[Any], window: tuple[float, float]) -> npt.NDArray[np.uint8]:
+    """Values of any kind through a window of (black, white): 0 to 255, all black where the two are equal."""
     black, white = window
     if black == white:
         return np.zeros(values.shape, np.uint8)
-    shares = (np.arange(1 << 16, dtype=np.float64) - black) / (white - black)
-    return np.rint(255 * np.clip(shares, 0, 1)).astype(np.uint8).take(values)
+    shares = (values.astype(np.float64) - black) / (white - black)
+    return np.asarray(np.rint(255 * np.clip(shares, 0, 1)), np.uint8)

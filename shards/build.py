@@ -10,12 +10,13 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from radhpc.files import write_atomically
 from radhpc.manifest import INDEX, MANIFEST, Index, Manifest
+from radhpc.sample import Split
 from shards import duplicates
 from shards.card import CARD, SHEET, card, contact_sheet, pictures
 from shards.indexing import assemble
@@ -27,7 +28,7 @@ from shards.settings import Result, Settings
 from shards.source import hash_of, open_source
 from shards.summary import Summary
 from shards.work import Progress, build_shards
-from shards.worker import LISTING, Job, Task, read_record
+from shards.worker import LISTING, Done, Job, Task, read_record
 
 __all__ = ["Result", "Settings", "build"]
 
@@ -68,9 +69,7 @@ def build(
                 tasks = [Task(plan, job) for plan in listing.plans]
                 apart = [duplicates.load(url) for url in settings.apart_from] if drop else None
                 skipped = build_shards(tasks, listing, settings, progress, run, apart)
-                summary = _summary(tasks)
-                scrubbed = summary.scrubbed
-                manifest = _finish(output, tasks, listing.dataset, recipe, summary, skipped, told)
+                manifest, scrubbed = _finish(output, tasks, listing.dataset, recipe, skipped, told)
             else:
                 told += [f"{n} studies were left out when it was built: {why}" for why, n in manifest.skipped.items()]
     if not drop:
@@ -91,14 +90,6 @@ def build(
     )
 
 
-def _summary(tasks: list[Task]) -> Summary:
-    summary = Summary()
-    for task in tasks:
-        if done := read_record(task):
-            summary.add(done.summary)
-    return summary
-
-
 def _write_skipped(manifest: Manifest, skipped: list[Skip]) -> Path:
     """Keep what was left out under its raw names where only the user reads it: the shards shall not hold them."""
     state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "radhpc" / "skipped"
@@ -114,32 +105,32 @@ def _finish(
     tasks: list[Task],
     name: str,
     recipe: dict[str, Any],
-    summary: Summary,
     skipped: list[Skip],
     told: list[str],
-) -> Manifest:
-    """Write what lies beside the shards, the manifest last."""
-    records = ((task.plan.split, done) for task in tasks if (done := read_record(task)))
+) -> tuple[Manifest, dict[str, int]]:
+    """Write what lies beside the shards, the manifest last. Returns it, and what was scrubbed from texts, by rule."""
+    summary, named = Summary(), list[tuple[str, str]]()
+
+    def records() -> Iterator[tuple[Split, Done]]:
+        for task in tasks:
+            done = read_record(task)
+            assert done is not None, "a shard without a record"
+            summary.add(done.summary)
+            named.extend(done.attributions)
+            yield task.plan.split, done
+
     reasons = Counter(skip.reason for skip in skipped)
-    manifest, files = assemble(name, records, recipe, hash_of(recipe), reasons)
+    manifest, files = assemble(name, records(), recipe, hash_of(recipe), reasons)
     files[CARD] = card(manifest, summary, [skip.told() for skip in skipped], told).encode()
     files[SHEET] = contact_sheet(pictures(output.store, manifest, Index.from_bytes(files[INDEX])))
-    if named := _attributions(tasks):
-        files[ATTRIBUTION] = named
+    if named:
+        lines = [json.dumps({"key": key, "attribution": text}) + "\n" for key, text in named]
+        files[ATTRIBUTION] = "".join(lines).encode()
     for file, data in files.items():
         output.store.write(file, data)
     output.store.write(MANIFEST, manifest.to_bytes())
     output.clean(manifest)
-    return manifest
-
-
-def _attributions(tasks: list[Task]) -> bytes:
-    """A line for each sample whose licence asks to name somebody."""
-    lines = []
-    for task in tasks:
-        if done := read_record(task):
-            lines += [json.dumps({"key": key, "attribution": text}) + "\n" for key, text in done.attributions]
-    return "".join(lines).encode()
+    return manifest, summary.scrubbed
 
 
 def _place_listing(work: Path, digest: str) -> None:
@@ -154,10 +145,9 @@ def _place_listing(work: Path, digest: str) -> None:
 
 def _overlaps(url: str, settings: Settings) -> list[str]:
     """What to tell of images that stand in several splits, here and in the datasets to be apart from."""
-    told, ours = [], duplicates.load(url)
-    for theirs in (url, *settings.apart_from):
+    ours = duplicates.load(url)
+    told = list(duplicates.leaks(ours))
+    for theirs in settings.apart_from:
         for split, other, images, of in duplicates.overlaps(ours, duplicates.load(theirs)):
-            if theirs != url or duplicates.ORDER.index(split) > duplicates.ORDER.index(other):
-                where = "" if theirs == url else f" of {theirs}"
-                told.append(f"{images} of {of} images in {split} are near-duplicates of images in {other}{where}")
+            told.append(f"{images} of {of} images in {split} are near-duplicates of images in {other} of {theirs}")
     return told

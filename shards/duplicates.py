@@ -8,18 +8,30 @@ images (Options.shares_images), and --duplicates=report, keep such studies, and 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from radhpc.errors import UserError
-from radhpc.manifest import FINGERPRINTS, Manifest
+from radhpc.manifest import FINGERPRINTS, Index, Manifest
 from radhpc.sample import SPLITS, Split
 from radhpc.store import Store
 from shards.fingerprint import LIMIT, near
 
 ORDER: tuple[Split, ...] = ("test", "validate", "train")  # in which a build makes the splits
+ALL = tuple((split, other) for split in SPLITS for other in SPLITS)
+APART = tuple((split, other) for split, other in ALL if split != other)
 REASON = "near-duplicate of an image in another split"
+
+
+class Overlap(NamedTuple):
+    """How many images of one split nearly repeat an image of another."""
+
+    split: Split
+    other: Split  # of the other dataset, or of the same
+    images: int
+    of: int  # images in the split
 
 
 @dataclass(frozen=True)
@@ -40,13 +52,17 @@ def load(url: str) -> Images:
     """The images of finished shards. Raises UserError."""
     store = Store(url)
     manifest = Manifest.load(store)
+    return images_of(store, manifest, manifest.load_index(store))
+
+
+def images_of(store: Store, manifest: Manifest, index: Index) -> Images:
+    """The images of shards whose index is at hand. Raises UserError."""
     if manifest.fingerprints is None:
-        raise UserError(f"{url}: has no {FINGERPRINTS}; build it again")
-    index = manifest.load_index(store)
+        raise UserError(f"{store.url}: has no {FINGERPRINTS}; build it again")
     fingerprints = manifest.load_fingerprints(store)
     images = np.repeat(np.arange(len(index)), np.diff(index.first) - 1)  # one member of each sample is its description
     if len(images) != len(fingerprints):
-        raise UserError(f"{url}/{FINGERPRINTS}: {len(fingerprints)} images, but the index has {len(images)}")
+        raise UserError(f"{store.url}/{FINGERPRINTS}: {len(fingerprints)} images, but the index has {len(images)}")
     return Images(fingerprints, index.split[images], index.key[images])
 
 
@@ -82,13 +98,19 @@ class Others:
         return f"{self._images.key[place].decode()} in {SPLITS[self._images.split[place]]}"
 
 
-def overlaps(ours: Images, theirs: Images) -> Iterator[tuple[Split, Split, int, int]]:
-    """Yield (our split, their split, how many of our images nearly repeat one of theirs, of how many)."""
-    for place, split in enumerate(SPLITS):
-        mine, counts = np.unique(ours.fingerprint[ours.split == place], axis=0, return_counts=True)
-        for other, their_split in enumerate(SPLITS):
-            their = np.unique(theirs.fingerprint[theirs.split == other], axis=0)
-            if len(mine) and len(their):
-                repeated = np.unique(np.asarray(near(mine, their, LIMIT), np.int64).reshape(-1, 2)[:, 0])
-                if len(repeated):
-                    yield split, their_split, int(counts[repeated].sum()), int(counts.sum())
+def leaks(images: Images) -> Iterator[str]:
+    """Say of each split which images nearly repeat one of a split that goes before it."""
+    before = [(split, other) for place, split in enumerate(ORDER) for other in ORDER[:place]]
+    for split, other, count, of in overlaps(images, images, before):
+        yield f"{count} of {of} images in {split} are near-duplicates of images in {other}"
+
+
+def overlaps(ours: Images, theirs: Images, pairs: Iterable[tuple[Split, Split]] = ALL) -> Iterator[Overlap]:
+    """Compare splits of ours with splits of theirs, each image with each: leave out the pairs that nobody asks for."""
+    for split, other in pairs:
+        mine, counts = np.unique(ours.of([split]).fingerprint, axis=0, return_counts=True)
+        their = np.unique(theirs.of([other]).fingerprint, axis=0)
+        if len(mine) and len(their):
+            repeated = np.unique(near(mine, their, LIMIT)[:, 0])
+            if len(repeated):
+                yield Overlap(split, other, int(counts[repeated].sum()), int(counts.sum()))

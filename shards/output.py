@@ -2,8 +2,8 @@
 
 The shards go to a folder or an object store; beside them, while a build is under way, there is a private work folder
 with its lock, its recipe, the listing of its studies, and a record of each finished shard. For a folder that is
-`<out>/.build`, for a URL one in ~/.cache/radhpc/builds (XDG_CACHE_HOME), or the one that --work names, which all nodes
-of a SLURM job must see.
+`<out>/.build`, for a URL one in ~/.cache/radhpc/builds (XDG_CACHE_HOME), or one in the folder that --work names; all
+nodes of a SLURM job must see it. It is removed when the build ends.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ class Output:
         if self.store.subset is not None:
             raise UserError(f"--out {out}: '#{self.store.subset}' would name a subset; allowed is a URL without it")
         self.url, self.folder = self.store.url, self.store.folder
-        self.work = (work or _work(self.store)).resolve()
+        self.work = _work(self.store, work).resolve()
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
@@ -108,9 +108,9 @@ class Output:
         shutil.rmtree(self.work, ignore_errors=True)
 
     def _clear_work(self) -> None:
-        """Forget which shards are finished; the lock and the new listing stay."""
+        """Forget which shards are finished, and what they were kept apart from; lock, listings and job ids stay."""
         for path in self.work.iterdir():
-            if path.name == RECIPE or path.suffix == ".json":
+            if path.suffix in (".json", ".npz", ".error"):
                 path.unlink(missing_ok=True)
 
     def _lock(self, lock: int) -> None:
@@ -143,8 +143,9 @@ class Output:
             raise
 
 
-def _work(store: Store) -> Path:
-    if store.folder is not None:
+def _work(store: Store, named: Path | None) -> Path:
+    """The build's own folder: what else lies in the one that the user names is none of ours, and is not removed."""
+    if named is None and store.folder is not None:
         return store.folder / WORK
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "radhpc" / "builds" / hashlib.sha256(store.url.encode()).hexdigest()[:16]
+    return (named or cache / "radhpc" / "builds") / hashlib.sha256(store.url.encode()).hexdigest()[:16]

@@ -23,6 +23,7 @@ from PIL import Image, ImageOps
 
 from radhpc.errors import first_line
 from radhpc.sample import View
+from radhpc.transforms import ramp
 from shards import png
 from shards.fingerprint import fingerprint
 
@@ -185,9 +186,9 @@ def apply_window(pixels: npt.NDArray[Any], window: WINDOW | None = None) -> tupl
         window = percentile_window(pixels)
     if span := _table(pixels):
         lowest, length = span
-        table = _ramp(np.arange(lowest, lowest + length), window)
+        table = ramp(np.arange(lowest, lowest + length), window)
         return table.take(pixels if lowest == 0 else pixels.astype(np.int64) - lowest), window
-    return _ramp(pixels, window), window
+    return ramp(pixels, window), window
 
 
 def percentile_window(pixels: npt.NDArray[Any]) -> WINDOW:
@@ -216,14 +217,6 @@ def _table(pixels: npt.NDArray[Any]) -> tuple[int, int] | None:
         return None
     lowest, highest = min(int(pixels.min()), 0), int(pixels.max())
     return (lowest, highest - lowest + 1) if highest - lowest < 1 << 16 else None
-
-
-def _ramp(values: npt.NDArray[Any], window: WINDOW) -> npt.NDArray[np.uint8]:
-    black, white = window
-    if black == white:
-        return np.zeros(values.shape, np.uint8)
-    scaled = (values.astype(np.float64) - black) / (white - black)
-    return np.asarray(np.rint(255 * np.clip(scaled, 0, 1)), np.uint8)
 
 
 def _decode_jpeg(data: bytes, path: Path | str) -> Raw:

@@ -83,14 +83,11 @@ def verify(url: str, progress: Progress = lambda done, total: None) -> Report:
 
 def verify_apart(url: str, other: str) -> list[Fault]:
     """Near-duplicate images of two datasets that stand in different splits, where training on both would leak."""
-    found = duplicates.overlaps(duplicates.load(url), duplicates.load(other))
-    return [
-        Fault(
-            FINGERPRINTS, None, None, f"{images} of {of} images in {split} nearly repeat images in {theirs} of {other}"
-        )
-        for split, theirs, images, of in found
-        if split != theirs
+    found = duplicates.overlaps(duplicates.load(url), duplicates.load(other), duplicates.APART)
+    texts = [
+        f"{n} of {of} images in {split} nearly repeat images in {theirs} of {other}" for split, theirs, n, of in found
     ]
+    return [Fault(FINGERPRINTS, None, None, text) for text in texts]
 
 
 def _check_fingerprints(store: Store, manifest: Manifest, index: Index) -> Iterator[Fault]:
@@ -98,16 +95,12 @@ def _check_fingerprints(store: Store, manifest: Manifest, index: Index) -> Itera
     if manifest.fingerprints is None:
         return
     try:
-        images = duplicates.load(store.url)
+        images = duplicates.images_of(store, manifest, index)
     except UserError as error:
         yield Fault(FINGERPRINTS, None, None, first_line(error))
         return
-    if manifest.build.get("duplicates") != "drop":
-        return
-    for split, other, count, of in duplicates.overlaps(images, images):
-        if duplicates.ORDER.index(split) > duplicates.ORDER.index(other):
-            text = f"{count} of {of} images in {split} are near-duplicates of images in {other}"
-            yield Fault(FINGERPRINTS, None, None, text)
+    if manifest.build.get("duplicates") == "drop":
+        yield from (Fault(FINGERPRINTS, None, None, text) for text in duplicates.leaks(images))
 
 
 def _check_counts(manifest: Manifest, index: Index) -> Iterator[Fault]:

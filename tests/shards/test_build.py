@@ -242,3 +242,31 @@ def test_settings_that_cannot_be() -> None:
 def test_a_build_needs_no_torch() -> None:
     code = "import sys, shards.build, shards.verify, shards.datasets.phantom; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_a_named_work_folder_keeps_what_is_not_ours(archive: Path, tmp_path: Path) -> None:
+    named_work = tmp_path / "work"
+    named_work.mkdir()
+    (named_work / "thesis.tex").write_text("three years")
+    settings = Settings(workers=1, work=named_work)
+    assert build("image_text", archive, str(tmp_path / "out"), {}, settings).samples == 20
+    assert [path.name for path in named_work.iterdir()] == ["thesis.tex"]
+    assert not (tmp_path / "out" / ".build").exists()
+
+
+def test_what_a_forced_build_was_to_be_apart_from_is_forgotten(archive: Path, tmp_path: Path) -> None:
+    """An unfinished build that drops near-duplicates leaves nothing to a forced one that only reports them."""
+    rows = [{**row, "split": "test" if n < 2 else "train"} for n, row in enumerate(read_table(archive))]
+    write_table(archive, rows)
+    (archive / rows[4]["image"]).write_bytes((archive / rows[0]["image"]).read_bytes())
+
+    def interrupt(done: int, total: int) -> None:
+        if done == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build("image_text", archive, str(tmp_path / "out"), {}, SMALL, interrupt)
+    assert list((tmp_path / "out" / ".build").glob("others-*.npz"))
+    forced = Settings(workers=1, shard_samples=8, duplicates="report", force=True)
+    result = build("image_text", archive, str(tmp_path / "out"), {}, forced)
+    assert (result.samples, result.skipped) == (20, [])
