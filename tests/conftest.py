@@ -1,14 +1,23 @@
-"""What the tests share: small phantom shards, a recipe of seconds, and the command line as a user calls it."""
+"""What the tests share: small phantom shards, a recipe of seconds, the command line as a user calls it, and servers.
+
+The servers speak S3 and start when a test first asks for them: `moto`, which is quick and does what AWS documents, and
+`ceph`, the gateway that many centres run. A test that takes `any_server` runs on both.
+"""
 
 import json
 import os
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
+
+if TYPE_CHECKING:
+    from bench.gateway import Gateway
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = ROOT.parent / "shared" / "real" / "cxr_notes"
@@ -128,3 +137,113 @@ def real_notes() -> Path:
         assert os.environ.get("CI") != "true", f"{REAL} is missing under CI"
         pytest.skip(f"no real radiographs at {REAL}")
     return REAL
+
+
+class Server(Protocol):
+    """A server that speaks S3: how it is reached, and a way to make a bucket, which returns its URL."""
+
+    environment: dict[str, str]
+    port: int
+
+    def bucket(self, name: str) -> str: ...
+
+
+class Moto:
+    """moto's server in a process of its own; it takes any key and looks at no signature."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.environment = {
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+            "AWS_REGION": "us-east-1",
+            "AWS_ALLOW_HTTP": "true",
+        }
+
+    def bucket(self, name: str) -> str:
+        import boto3
+
+        client = boto3.client(
+            "s3",
+            endpoint_url=self.environment["AWS_ENDPOINT_URL"],
+            aws_access_key_id="key",
+            aws_secret_access_key="secret",
+            region_name="us-east-1",
+        )
+        client.create_bucket(Bucket=name)  # making one's own again is no error here
+        return f"s3://{name}"
+
+
+@pytest.fixture(scope="session")
+def moto() -> Iterator[Moto]:
+    """A server that is up in a second."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = int(free.getsockname()[1])
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert server.poll() is None
+            assert time.monotonic() < deadline, "the object store did not start"
+            time.sleep(0.1)
+        yield Moto(port)
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.fixture(scope="session")
+def ceph_installed() -> None:
+    """Skip what needs Ceph where there is none, but never in CI."""
+    from bench.gateway import missing_daemons
+
+    if missing := missing_daemons():
+        reason = f"CEPH IS NOT INSTALLED (no {', '.join(missing)}): its tests say nothing; see `make ceph`"
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
+
+
+@pytest.fixture(scope="session")
+def ceph(ceph_installed: None, tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Gateway]":
+    """A real Ceph S3 gateway, up in ten seconds, for all the tests that use it."""
+    from bench.gateway import Gateway
+
+    with Gateway(tmp_path_factory.mktemp("ceph") / "gateway") as gateway:
+        yield gateway
+
+
+@pytest.fixture(params=["moto", pytest.param("ceph", marks=pytest.mark.ceph)])
+def any_server(request: pytest.FixtureRequest) -> Server:
+    """Each server in turn."""
+    server: Server = request.getfixturevalue(request.param)
+    return server
+
+
+@pytest.fixture(scope="session")
+def s3_port(moto: Moto) -> int:
+    """The port of moto's server, which has a bucket called 'hospital'."""
+    moto.bucket("hospital")
+    return moto.port
+
+
+@pytest.fixture
+def s3(s3_port: int, moto: Moto, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """A URL in moto's bucket, which nobody else uses; the environment says how to reach it."""
+    reach(monkeypatch, moto.environment)
+    return f"s3://hospital/{tmp_path.name}"
+
+
+def reach(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
+    """Let this environment alone say how an object store is reached."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)

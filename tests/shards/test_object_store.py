@@ -1,7 +1,5 @@
 """Shards go to an object store as they go to a folder; an outage is one line, and the same command goes on."""
 
-import socket
-import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -16,7 +14,8 @@ from radhpc.store import Store
 from shards.build import Settings, build
 from shards.repair import repair
 from shards.verify import verify
-from tests.shards.conftest import reach
+from tests.conftest import Moto, reach
+from tests.faults import Faults
 from tests.shards.helpers import PHANTOM, contents, notes
 
 pytestmark = pytest.mark.timeout(120)
@@ -28,58 +27,12 @@ def stored(url: str) -> dict[str, bytes]:
     return {name: store.read(name) for name in store.names()}
 
 
-class Line:
-    """A line to the store that can be cut: new connections are refused, open ones end after so many bytes more."""
-
-    def __init__(self, port: int) -> None:
-        self._to = port
-        self._left: int | None = None
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = int(self._listener.getsockname()[1])
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def cut(self, after: int) -> None:
-        self._left = after
-
-    def mend(self) -> None:
-        self._left = None
-
-    def close(self) -> None:
-        self._listener.close()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                here, _ = self._listener.accept()
-            except OSError:
-                return
-            if self._left is not None and self._left <= 0:
-                here.close()
-                continue
-            there = socket.create_connection(("127.0.0.1", self._to))
-            for source, target, counts in ((here, there, True), (there, here, False)):
-                threading.Thread(target=self._pump, args=(source, target, counts), daemon=True).start()
-
-    def _pump(self, source: socket.socket, target: socket.socket, counts: bool) -> None:
-        try:
-            while data := source.recv(1 << 14):
-                if self._left is not None:
-                    if self._left <= 0:
-                        break
-                    self._left -= len(data) if counts else 0
-                target.sendall(data)
-        except OSError:
-            pass
-        for end in (source, target):
-            end.close()
-
-
 @pytest.fixture
-def line(s3_port: int, s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Line]:
-    line = Line(s3_port)
-    reach(monkeypatch, line.port)
-    yield line
-    line.close()
+def line(s3: str, moto: Moto, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
+    """A line to the store that can be cut."""
+    with Faults("127.0.0.1", moto.port) as faults:
+        reach(monkeypatch, {**moto.environment, "AWS_ENDPOINT_URL": faults.url})
+        yield faults
 
 
 def test_a_store_holds_what_a_folder_holds(tmp_path: Path, s3: str) -> None:
@@ -109,7 +62,7 @@ def test_webdataset_reads_what_lies_in_the_store(tmp_path: Path, s3: str) -> Non
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_outage_in_the_middle_is_one_line_and_the_build_goes_on(
-    workers: int, tmp_path: Path, s3: str, line: Line, monkeypatch: pytest.MonkeyPatch
+    workers: int, tmp_path: Path, s3: str, line: Faults, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stores, "RETRIES", {"max_retries": 1, "retry_timeout": timedelta(seconds=2)})
     seen: list[int] = []
