@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart test lint bench slurm clean
+.PHONY: install quickstart test lint bench slurm ceph clean
 
 install: .venv/ready
 
@@ -27,7 +27,14 @@ slurm:
 	@# SLURM listens on the address of this machine's name; Debian's 127.0.1.1 and a container's own address do not serve.
 	@[ "$$(id -u)" != 0 ] || getent ahostsv4 "$$(hostname)" | grep -q '^127\.0\.0\.1 ' || echo "127.0.0.1 $$(hostname)" >> /etc/hosts
 
-test: install slurm
+# A real S3 gateway for the tests (bench/gateway.py), likewise.
+ceph:
+	@command -v ceph-mon >/dev/null && command -v ceph-mgr >/dev/null && command -v ceph-osd >/dev/null && command -v radosgw >/dev/null || { \
+		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+			apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends ceph-mon ceph-mgr ceph-osd radosgw >/dev/null; \
+		else echo "Ceph is not installed and may not be installed here: its tests will be skipped"; fi; }
+
+test: install slurm ceph
 	$(BIN)/python -m pytest
 
 lint: install
