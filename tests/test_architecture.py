@@ -14,12 +14,23 @@ from tests.conftest import ROOT
 FLOORS = (
     ("errors", "files", "sample", "manifest", "recipe", "run_dir"),
     ("dist", "log", "stop", "store", "board", "ledger", "cache"),
-    ("order", "transforms", "models", "tokenizer", "collate", "stream", "objective", "adapters", "engine"),
+    (
+        "order",
+        "transforms",
+        "processors",
+        "models",
+        "tokenizer",
+        "collate",
+        "stream",
+        "objective",
+        "adapters",
+        "engine",
+    ),
     ("checkpoint", "metrics", "generate", "evaluate", "export", "audit", "parts", "loop", "hooks"),
     ("worker",),
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
-TORCH_FREE = {*FLOORS[0], "log", "stop", "store", "ledger", "cache", "order", "transforms", "metrics"}
+TORCH_FREE = {*FLOORS[0], "log", "stop", "store", "ledger", "cache", "order", "transforms", "processors", "metrics"}
 
 
 def imports(path: Path, top_level: bool = False) -> set[str]:

@@ -17,14 +17,15 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, MllamaConfig, MllamaForConditionalGeneration
 from transformers.models.mllama import modeling_mllama as upstream
-from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 from transformers.models.mllama.processing_mllama import (
     convert_sparse_cross_attention_mask_to_dense,
     get_cross_attention_token_mask,
 )
 
+from radhpc import processors
 from radhpc.errors import UserError, first_line
 from radhpc.models import Arrays
+from radhpc.processors import MllamaImages
 from radhpc.recipe import Model
 
 
@@ -48,11 +49,19 @@ class Family:
         self.config = self._configuration()
         vision = self.config.vision_config
         self.max_tiles: int = vision.max_num_tiles
-        if model.weights is not None and (Path(model.weights) / "preprocessor_config.json").exists():
-            self.image_processor = MllamaImageProcessorPil.from_pretrained(model.weights, local_files_only=True)
-        else:
-            size = {"height": vision.image_size, "width": vision.image_size}
-            self.image_processor = MllamaImageProcessorPil(size=size, max_image_tiles=self.max_tiles)
+        self.image_processor = self._image_processor(vision.image_size)
+
+    def _image_processor(self, size: int) -> MllamaImages:
+        """As the weights' folder says, where it says anything."""
+        path = processors.described(Path(self._recipe.weights)) if self._recipe.weights is not None else None
+        if path is None:
+            return MllamaImages(size, self.max_tiles)
+        found = MllamaImages.from_file(path)
+        if (found.size, found.tiles) != (size, self.max_tiles):
+            raise UserError(
+                f"{path}: {found.tiles} tiles of {found.size} pixels; its model has {self.max_tiles} of {size}"
+            )
+        return found
 
     def _configuration(self) -> MllamaConfig:
         if self._recipe.weights is not None:
@@ -120,14 +129,12 @@ class Family:
         return str(self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
 
     def encode_images(self, images: Sequence[Image.Image]) -> Arrays:
-        """Tile and normalise: pixel_values (views, tiles, 3, S, S), aspect_ratio_ids (views,), num_tiles (views,)."""
-        done = self.image_processor(images=[[image.convert("RGB") for image in images]], return_tensors="np")
-        return {
-            "pixel_values": done["pixel_values"][0].astype(np.float32),
-            "aspect_ratio_ids": done["aspect_ratio_ids"][0],
-            "aspect_ratio_mask": done["aspect_ratio_mask"][0],
-            "num_tiles": np.asarray(done["num_tiles"][0]),
-        }
+        """pixel_values (V, T, 3, S, S), aspect_ratio_ids (V,), aspect_ratio_mask (V, T), num_tiles (V,) of V views."""
+        return self.image_processor(images)
+
+    def show_images(self, images: Arrays) -> list[Image.Image]:
+        """The views of one study as the model sees them."""
+        return self.image_processor.show(images)
 
     def collate_images(self, studies: Sequence[Arrays], input_ids: npt.NDArray[np.int64]) -> dict[str, torch.Tensor]:
         views = max(len(study["num_tiles"]) for study in studies)

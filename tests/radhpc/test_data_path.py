@@ -125,13 +125,17 @@ def test_long_texts_are_cut_and_said_so(kind: ModelFamily, recipe: Recipe, sourc
 def test_collating_equals_transformers_own_processor(kind: ModelFamily, recipe: Recipe, source: Source) -> None:
     """The image inputs and masks that transformers' processor makes of the same studies and prompts."""
     from transformers import MllamaProcessor
+    from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
     encoder = Encoder(kind, recipe.text)
     studies = [source.read(n) for n in range(8)]
     assert {len(views) for _, _, views in studies} == {1, 2}
     rows = [encoder.encode_prompt(key, None, views) for key, _, views in studies]
     ours = encoder.batch(rows)
-    processor = MllamaProcessor(kind.image_processor, kind.tokenizer)  # type: ignore[attr-defined]
+    vision = kind.config.vision_config  # type: ignore[attr-defined]
+    size = {"height": vision.image_size, "width": vision.image_size}
+    images = MllamaImageProcessorPil(size=size, max_image_tiles=vision.max_num_tiles)
+    processor = MllamaProcessor(images, kind.tokenizer)
     theirs = processor(
         images=[[view.convert("RGB") for view in views] for _, _, views in studies],
         text=[kind.prompt(recipe.text.prompt, len(views)) for _, _, views in studies],
