@@ -14,21 +14,11 @@ from tests.conftest import ROOT
 FLOORS = (
     ("errors", "files", "sample", "manifest", "recipe", "run_dir"),
     ("dist", "log", "stop", "store", "board", "ledger", "cache"),
-    (
-        "order",
-        "transforms",
-        "processors",
-        "models",
-        "tokenizer",
-        "collate",
-        "stream",
-        "objective",
-        "adapters",
-        "engine",
-    ),
+    ("order", "transforms", "processors", "models", "tokenizer", "source", "fetch", "collate", "stream", "objective", "adapters",
+     "engine"),
     ("checkpoint", "metrics", "generate", "evaluate", "export", "audit", "parts", "loop", "hooks"),
     ("worker",),
-)
+)  # fmt: skip
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 TORCH_FREE = {*FLOORS[0], "log", "stop", "store", "ledger", "cache", "order", "transforms", "processors", "metrics"}
 
