@@ -44,6 +44,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
 
@@ -54,7 +55,7 @@ log = logging.getLogger("radhpc")
 BLOCK = 4 << 20  # bytes of a block; the last one of a file is shorter
 RUN = 4  # neighbouring missing blocks that are fetched at once
 WAYS = 64  # blocks in a set
-MINIMUM = 64 << 20  # bytes: the smallest limit
+MINIMUM = 100_000_000  # bytes: the smallest limit
 RENEWAL = 32  # one newcomer of so many is taken by a set although all its blocks are in use
 HOUR = 3600.0  # seconds until it is other newcomers' turn: the same for all members of a block, and for all ranks
 TOUCH = 600.0  # seconds: a block in use gets a new modification time this often
@@ -64,7 +65,7 @@ WRITE_WAIT = 10.0  # seconds to wait for another writer in the same set before l
 PAUSE = 60.0  # seconds without new blocks after one could not be written
 FULL = 10.0  # seconds that a set which turned a newcomer away is not looked at again
 
-Fetch = Callable[[int, int], bytes | memoryview]
+Fetch = Callable[[int, int], bytes | memoryview]  # bytes [start, stop) of the file
 
 
 @dataclass
@@ -110,7 +111,7 @@ class NodeCache:
     def __init__(self, folder: Path, limit: int) -> None:
         """Raises UserError for a limit that is too small, and for a folder that cannot be made or is another user's."""
         if limit < MINIMUM:
-            raise UserError(f"stream.cache.limit: {limit} bytes; allowed are {MINIMUM} or more")
+            raise UserError(f"stream.cache.gigabytes: {limit / 1e9:g}; allowed are {MINIMUM / 1e9:g} or more")
         self.counts = Counts()
         self._sets, self._ways = max(1, limit // (WAYS * BLOCK)), min(WAYS, limit // BLOCK)
         self._folder, self._root = folder, folder / "v1"
@@ -138,21 +139,17 @@ class NodeCache:
             self._without_locks(error)
         self._trim()
 
-    def read(self, file: str, size: int, start: int, stop: int, fetch: Fetch) -> bytes:
+    def read(self, file: str, size: int, start: int, stop: int, fetch: Fetch) -> memoryview:
         """The bytes [start, stop) of a file of `size` bytes. `file` names the content: a URL and a checksum, say.
 
         What is not in the cache comes from `fetch(start, stop)`, called with at most 16 MiB in this thread; its errors
         pass through. Raises OSError where it returns another number of bytes than it was asked for.
         """
         assert 0 <= start <= stop <= size, (file, size, start, stop)
+        whole = memoryview(bytearray(stop - start))
         if start == stop:
-            return b""
+            return whole.toreadonly()
         digest = _digest(file)
-        blocks = [self._block(digest, number, size) for number in range(start // BLOCK, -(-stop // BLOCK))]
-        pieces: dict[int, bytes] = {}  # by the block's start
-
-        def wanted(block: _Block) -> tuple[int, int]:
-            return max(start, block.start), min(stop, block.stop)
 
         def fetched(first: int, last: int) -> memoryview:
             data = memoryview(fetch(first, last))
@@ -161,32 +158,28 @@ class NodeCache:
             self._count(bytes_fetched=len(data))
             return data
 
-        def look(blocks: list[_Block]) -> list[_Block]:
-            """Take what is in the folder; return what is not."""
-            for block in blocks:
-                piece = self._cached(block, *wanted(block))
-                if piece is not None:
-                    pieces[block.start] = piece
-            return [block for block in blocks if block.start not in pieces]
+        def not_cached(blocks: list[_Block]) -> list[_Block]:
+            """Read what is in the folder; return what is not."""
+            return [block for block in blocks if not self._cached(block, *_overlap(block, start, whole))]
 
-        missing = look(blocks)
+        missing = not_cached([self._block(digest, number, size) for number in range(start // BLOCK, -(-stop // BLOCK))])
         admitted = {block.start for block in missing if self._admits(block)}
         for run in _runs(missing, lambda block: block.start in admitted):
             if run[0].start not in admitted:
-                first, last = wanted(run[0])[0], wanted(run[-1])[1]
-                pieces[run[0].start] = bytes(fetched(first, last))
+                first, last = max(start, run[0].start), min(stop, run[-1].stop)
+                whole[first - start : last - start] = fetched(first, last)
                 self._count(misses=len(run), not_kept=len(run))
                 continue
             with self._locked([block.name for block in run], FETCH_WAIT):  # got or not: waiting was all it is for
-                for rest in _runs(look(run)):  # another rank may have fetched some of them meanwhile
+                for rest in _runs(not_cached(run)):  # another rank may have fetched some of them meanwhile
                     data = fetched(rest[0].start, rest[-1].stop)
                     self._count(misses=len(rest))
                     for block in rest:
                         content = data[block.start - rest[0].start : block.stop - rest[0].start]
-                        first, last = wanted(block)
-                        pieces[block.start] = bytes(content[first - block.start : last - block.start])
+                        at, part = _overlap(block, start, whole)
+                        part[:] = content[at : at + len(part)]
                         self._keep(block, content)
-        return pieces[blocks[0].start] if len(pieces) == 1 else b"".join(pieces[at] for at in sorted(pieces))
+        return whole.toreadonly()
 
     def expect(self, files: Iterable[str]) -> None:
         """Name the files that will be read from now on, as in read(): the shards of a stage. Their blocks are in use
@@ -217,8 +210,8 @@ class NodeCache:
         place = jump_hash(_hash(name), self._sets)
         return _Block(f"{self._root}/{place:05d}", name, number * BLOCK, min((number + 1) * BLOCK, size))
 
-    def _cached(self, block: _Block, start: int, stop: int) -> bytes | None:
-        """Bytes of a block, and a note that it is in use; None where it is not there, or not whole."""
+    def _cached(self, block: _Block, at: int, part: memoryview) -> bool:
+        """Read a part of a block, from its byte `at` on, and note that it is in use. False where it is not there."""
         try:
             with self._mutex:
                 entry = self._open.pop(block.path, None)
@@ -226,12 +219,11 @@ class NodeCache:
                 entry = _Open(block.path)
                 if entry.size != block.stop - block.start:
                     self._discard(block)
-                    return None
-            data = os.pread(entry.descriptor, stop - start, start - block.start)
+                    return False
+            if os.preadv(entry.descriptor, [part], at) != len(part):  # emptied since it was opened
+                return False
         except OSError:
-            return None
-        if len(data) != stop - start:  # emptied since it was opened
-            return None
+            return False
         with self._mutex:
             self._open[block.path] = entry  # as the last used one
             while len(self._open) > DESCRIPTORS:
@@ -241,8 +233,8 @@ class NodeCache:
             entry.used = now
             with contextlib.suppress(OSError):
                 os.utime(entry.descriptor, (now, now))
-        self._count(hits=1, bytes_cached=len(data))
-        return data
+        self._count(hits=1, bytes_cached=len(part))
+        return True
 
     def _discard(self, block: _Block) -> None:
         with self._mutex:
@@ -257,9 +249,11 @@ class NodeCache:
             with self._locked([os.path.basename(block.folder)], WRITE_WAIT) as held:
                 if not held:
                     raise TimeoutError(errno.ETIMEDOUT, "another process holds a set of blocks and does not go on")
-                self._make_room(block)
-                if not os.path.exists(block.path):
-                    self._write(block, content)
+                if not os.path.exists(block.path):  # as it does where a slow fetch was not waited for
+                    if self._make_room(block):
+                        self._write(block, content)
+                    else:
+                        self._count(not_kept=1)
         except OSError as error:
             self._count(not_kept=1)
             self._paused_until = time.monotonic() + PAUSE
@@ -306,7 +300,7 @@ class NodeCache:
         now = time.monotonic()
         if now < self._paused_until:
             return False
-        if _hash(f"{block.name} {time.time() // HOUR}") % RENEWAL == 0:
+        if _has_turn(block):
             return True
         if now < self._full.get(block.folder, 0.0):
             return False
@@ -315,10 +309,15 @@ class NodeCache:
         self._full[block.folder] = now + FULL
         return False
 
-    def _make_room(self, block: _Block) -> None:
-        """Leave place for one more block in a set whose lock is held. Raises OSError."""
+    def _make_room(self, block: _Block) -> bool:
+        """Whether there is place for this newcomer, now, in its set, whose lock is held. Raises OSError."""
         os.makedirs(block.folder, 0o700, exist_ok=True)
-        self._shrink(block.folder, self._ways - 1)
+        self._shrink(block.folder, self._ways)
+        if len(self._names(block.folder)) >= self._ways:
+            if all(in_use for in_use, *_ in self._ages(block.folder)) and not _has_turn(block):
+                return False
+            self._shrink(block.folder, self._ways - 1)
+        return True
 
     def _shrink(self, folder: str, ways: int) -> None:
         """Remove what dead writers left in a set whose lock is held, and blocks beyond this number."""
@@ -411,6 +410,7 @@ def jump_hash(key: int, buckets: int) -> int:
     return bucket
 
 
+@lru_cache(maxsize=4096)
 def _digest(file: str) -> str:
     return blake2b(file.encode(), digest_size=16).hexdigest()
 
@@ -418,6 +418,16 @@ def _digest(file: str) -> str:
 def _hash(name: str) -> int:
     """62 bits of a name: a place in a file, too."""
     return int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "big") >> 2
+
+
+def _overlap(block: _Block, start: int, whole: memoryview) -> tuple[int, memoryview]:
+    """Where in a block the part begins that is wanted for bytes `start` and on, and where that part is to go."""
+    first = max(start, block.start)
+    return first - block.start, whole[first - start : block.stop - start]
+
+
+def _has_turn(block: _Block) -> bool:
+    return _hash(f"{block.name} {time.time() // HOUR}") % RENEWAL == 0
 
 
 def _remove(path: str) -> None:

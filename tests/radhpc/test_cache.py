@@ -42,7 +42,7 @@ class Remote:
         self.files = [random.Random(number).randbytes(size) for number, size in enumerate(sizes)]
         self.calls: list[tuple[int, int, int]] = []
 
-    def read(self, cache: NodeCache, number: int, start: int = 0, stop: int | None = None) -> bytes:
+    def read(self, cache: NodeCache, number: int, start: int = 0, stop: int | None = None) -> memoryview:
         data = self.files[number]
 
         def fetch(first: int, last: int) -> bytes:
@@ -80,18 +80,22 @@ operation = st.one_of(
     st.tuples(st.just("read"), st.integers(0, 2), st.integers(0, len(SIZES) - 1), st.floats(0, 1), st.floats(0, 1)),
     st.tuples(st.sampled_from(("drop", "expect")), st.integers(0, 2), st.integers(0, len(SIZES) - 1)),
     st.tuples(st.sampled_from(("truncate", "extend", "flip", "unlink", "leave")), st.integers(0, 99)),
-    st.tuples(st.just("reopen"), st.integers(0, 2), st.sampled_from((16, 40, 64 + 63, 3 * 64))),
+    st.tuples(st.just("reopen"), st.integers(0, 2), st.sampled_from((16, 19, 64 + 63))),
 )
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(operations=st.lists(operation, min_size=5, max_size=60))
-def test_it_is_the_bytes_themselves(operations: list[tuple], tmp_path_factory: pytest.TempPathFactory) -> None:
+@given(
+    limits=st.lists(st.sampled_from((16, 16, 19, 64, 3 * 64 - 1)), min_size=3, max_size=3),
+    operations=st.lists(operation, min_size=5, max_size=60),
+)
+def test_it_is_the_bytes_themselves(
+    limits: list[int], operations: list[tuple], tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """Against plain bytes: three caches with limits of their own on one folder, and somebody who damages its files.
     A reader has checksums: it drops what is wrong and reads again, and then it is right."""
     folder = tmp_path_factory.mktemp("cache")
     remote = Remote(*SIZES)
-    limits = [16, 64, 2 * 64]
     caches = [NodeCache(folder, limit * BLOCK) for limit in limits]
     largest, flips = max(limits), 0
     for what, *rest in operations:
@@ -107,7 +111,7 @@ def test_it_is_the_bytes_themselves(operations: list[tuple], tmp_path_factory: p
         elif what == "drop":
             caches[rest[0]].drop(name(rest[1]), 0, SIZES[rest[1]])
         elif what == "expect":
-            caches[rest[0]].expect([name(rest[1])])
+            caches[rest[0]].expect([name(rest[1])])  # so the others' blocks may go
         elif what == "reopen":
             caches[rest[0]].close()
             caches[rest[0]] = NodeCache(folder, rest[1] * BLOCK)
@@ -205,11 +209,11 @@ def test_four_processes_fetch_each_block_once(tmp_path: Path) -> None:
 def test_killed_writers_leave_right_bytes_within_the_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Large blocks, written all the time into too small a cache, by processes that are killed at any time; the walk
     beside them never sees more than the limit."""
-    monkeypatch.setattr(module, "BLOCK", block := 1 << 20)
+    monkeypatch.setattr(module, "BLOCK", block := 512 << 10)
     monkeypatch.setitem(globals(), "name", lambda number: f"file {number}")  # as the readers call them
     limit, folder, chance = 16 * block, tmp_path / "c", random.Random(0)
     most = left = 0  # bytes on disk; halves of blocks that were left
-    for round_ in range(8):
+    for round_ in range(6):
         processes = [reader(folder, tmp_path / "log", 2 * round_ + n, block, limit, 0, 10**6) for n in range(2)]
         for process in processes:
             assert process.stdout
@@ -225,6 +229,7 @@ def test_killed_writers_leave_right_bytes_within_the_bound(tmp_path: Path, monke
         for process in processes:
             process.kill()
             process.communicate()
+            assert process.returncode == -signal.SIGKILL, "wrong bytes"
         left += sum(path.name.startswith("new-") for path in blocks(folder))
         assert (most := max(most, on_disk(folder))) <= limit
     assert most > limit // 2
@@ -234,7 +239,7 @@ def test_killed_writers_leave_right_bytes_within_the_bound(tmp_path: Path, monke
     for number in range(4):
         assert remote.read(cache, number) == remote.files[number]
         assert on_disk(folder) <= limit
-    assert cache.counts.hits >= 12, "little of what the killed ones wrote was found again"
+    assert cache.counts.hits >= 10, "little of what the killed ones wrote was found again"
     assert not [path for path in blocks(folder) if path.name.startswith("new-")], left
     cache.close()
 
@@ -445,6 +450,22 @@ def test_what_is_not_kept_is_not_fetched_whole(tmp_path: Path) -> None:
     assert kept <= 4  # two seats in a hundred thousand for more: one in RENEWAL, chosen by the hour
 
 
+def test_a_block_in_use_is_marked_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, remote = time.time(), Remote(BLOCK)
+    remote.read(NodeCache(tmp_path, LIMIT), 0)
+    (path,) = blocks(tmp_path)
+    cache = NodeCache(tmp_path, LIMIT)
+    os.utime(path, (1, 1))
+    marks = []
+    for second in range(0, 1500, 10):
+        monkeypatch.setattr(time, "time", lambda second=second: now + 10 + second)
+        remote.read(cache, 0)
+        marks.append(path.stat().st_mtime)
+        if second == 500:
+            cache.close()  # and so opens the block anew
+    assert sorted(set(marks)) == pytest.approx([now + 10, now + 10 + 610, now + 10 + 1220], abs=0.01)
+
+
 def test_newcomers_get_in_in_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks in use do not stay for ever: another process's may be, though nobody will read them again."""
     now = time.time()
@@ -557,7 +578,7 @@ def test_an_error_of_the_store_passes_through_and_nothing_is_kept(tmp_path: Path
 
 
 def test_users_mistakes_are_one_line_each(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^stream\.cache\.limit: 1000 bytes; allowed are 65536 or more$"):
+    with pytest.raises(UserError, match=r"^stream\.cache\.gigabytes: 1e-06; allowed are 6.5536e-05 or more$"):
         NodeCache(tmp_path, 1000)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"^stream\.cache\.folder: .*/file/c: Not a directory; allowed is .*$"):
