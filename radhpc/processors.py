@@ -97,6 +97,7 @@ class MllamaImages:
         """The views of one study as the model sees them, tiles put together; black is what pads them."""
         pictures = []
         for tiles, ratio in zip(images["pixel_values"], images["aspect_ratio_ids"], strict=True):
+            assert ratio > 0, "a view that pads a batch is no picture"
             rows, columns = self._ratios[int(ratio) - 1]
             grid = tiles[: rows * columns].reshape(rows, columns, 3, self.size, self.size).transpose(2, 0, 3, 1, 4)
             pictures.append(self._levels.read(grid.reshape(3, rows * self.size, columns * self.size)))
@@ -270,6 +271,11 @@ def _plain(view: Image.Image) -> Image.Image:
 
 # The files that describe a model's images. Defaults are those of transformers' classes; null means the default.
 
+_OF_NO_EFFECT = {  # on the values
+    "_valid_processor_keys", "device", "disable_grouping", "image_seq_length", "input_data_format", "processor_class",
+    "return_tensors",
+}  # fmt: skip
+
 
 def _square(size: object) -> object:
     match size:
@@ -309,13 +315,7 @@ class _File(BaseModel):
     image_mean: Channels = HALF
     image_std: Deviations = HALF
     do_convert_rgb: bool = True  # pictures are L or RGB
-    # These change no value.
     data_format: Literal["channels_first"] = "channels_first"
-    input_data_format: str = ""
-    processor_class: str = ""
-    return_tensors: str = ""
-    device: str = ""
-    disable_grouping: bool = False
 
 
 Described = TypeVar("Described", bound=_File)
@@ -360,8 +360,9 @@ def _read(path: Path, kind: type[Described]) -> Described:
         found = found["image_processor"]
     if not isinstance(found, dict):
         raise UserError(f"{path}: {type(found).__name__}; allowed is an object that describes an image processor")
+    given = {key: value for key, value in found.items() if value is not None and key not in _OF_NO_EFFECT}
     try:
-        return kind.model_validate({key: value for key, value in found.items() if value is not None})
+        return kind.model_validate(given)
     except ValidationError as error:
         first = error.errors()[0]
         key, told = ".".join(map(str, first["loc"])), first["msg"].lower()
