@@ -162,7 +162,7 @@ class Moto:
         }
 
     def bucket(self, name: str) -> str:
-        import boto3
+        import boto3  # type: ignore[import-untyped]
 
         client = boto3.client(
             "s3",

@@ -76,6 +76,7 @@ class Faults:
         self._expired: dict[str | None, int] = {}  # access key, or None for all -> status
         self._left: int | None = None  # bytes of requests that may still pass; None means any
         self._open = 0  # requests whose answer is under way
+        self.connections = 0  # of clients
         self.most_open = 0  # at the same time
         self.requests: list[Request] = []
         self.done: Counter[str] = Counter()  # faults by kind, "expired" among them
@@ -142,6 +143,7 @@ class Faults:
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one connection of a client until either side ends it."""
         writer.transport.set_write_buffer_limits(0)  # so what was drained has left
+        self.connections += 1
         store: Stream | None = None
         try:
             while True:
@@ -164,8 +166,8 @@ class Faults:
             linger = struct.pack("ii", 1, 0)  # closing then sends a reset
             writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             writer.transport.abort()
-        except (asyncio.IncompleteReadError, OSError):
-            pass  # one side has ended its connection, so the other's is ended too
+        except (asyncio.IncompleteReadError, OSError, asyncio.CancelledError):
+            pass  # one side has ended its connection, or all is to end
         finally:
             writer.close()
             if store:
