@@ -43,7 +43,7 @@ On = Annotated[
     str, typer.Option("--on", metavar="PROFILE", help="inline, local, box, a name in slurm/profiles/, or a file.")
 ]
 HERE = Path(__file__).resolve().parent
-SHOWN = 20  # studies that were left out
+SHOWN = 20  # studies that were left out, or seen too often or never
 DATASETS = sorted(path.stem for path in (HERE / "shards" / "datasets").glob("[a-z]*.py"))
 
 
@@ -502,7 +502,7 @@ def _check_data(recipe: "Recipe") -> None:
     from radhpc.manifest import Manifest
     from radhpc.store import Store
 
-    for url in {url for stage in recipe.stages for url in stage.shards or recipe.shards}:
+    for url in {url for stage in recipe.stages for url in recipe.shards_of(stage)}:
         store = Store(url)
         manifest = Manifest.load(store)
         manifest.check_sizes(store)
@@ -573,7 +573,7 @@ def _image_settings(path: Path) -> tuple["RunDir", "Target"]:
     from shards.pixels import Target
 
     run = RunDir.open(path)
-    settings = Manifest.load(Store(run.recipe().shards[0])).build
+    settings = Manifest.load(Store(next(iter(run.recipe().shards)))).build
     return run, Target(settings["longest_side"], settings["quality"], settings.get("image_format", "jpeg"))
 
 
@@ -643,14 +643,26 @@ def _print_status(results: list[dict[str, Any]], as_json: bool) -> None:
 
 
 def _print_audit(results: list[dict[str, Any]], as_json: bool) -> None:
-    table = Table("run", "stage", "epoch", "expected", "seen", "missing", "repeated", "exactly once")
+    table = Table("run", "stage", "dataset", "epoch", "due", "of", "seen", "missing", "repeated", "exactly once")
     for result in results:
         for epoch in result["epochs"]:
-            numbers = [str(epoch[key]) for key in ("epoch", "expected", "seen")]
+            numbers = [str(epoch[key]) for key in ("epoch", "expected", "of", "seen")]
+            dataset = Path(epoch.get("dataset", "")).name
             faults = [str(len(epoch[key])) for key in ("missing", "repeated")]
             once = "yes" if epoch["exactly_once"] else "NO"
-            table.add_row(Path(result["run"]).name, epoch["stage"], *numbers, *faults, once)
+            table.add_row(Path(result["run"]).name, epoch["stage"], dataset, *numbers, *faults, once)
     (console if as_json else Console()).print(table)
+    for result in results:
+        lives, worlds = len(result["topologies"]), sorted({life["world_size"] for life in result["topologies"]})
+        over = f"{lives} lives on {' and '.join(map(str, worlds))} rank(s)"
+        wrong = sum(not epoch["exactly_once"] for epoch in result["epochs"])
+        verdict = f"NOT exactly once in {wrong} epoch(s)" if wrong else "every sample due so far exactly once"
+        bad = f", {len(result['quarantined'])} of them unreadable and left out" if result["quarantined"] else ""
+        console.print(f"{Path(result['run']).name}: {verdict}{bad}, over {over}", highlight=False)
+        for epoch in result["epochs"]:
+            for fault in ("missing", "repeated"):
+                for key in epoch[fault][:SHOWN]:
+                    console.print(f"  stage {epoch['stage']}, epoch {epoch['epoch']}: {fault}: {key}", highlight=False)
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 from radhpc.models import Arrays, ModelFamily
 from radhpc.recipe import Text
 from radhpc.sample import Sample
+from radhpc.source import Raw, study
 
 IGNORE = -100  # PyTorch's label for "no loss here"
 
@@ -37,6 +38,10 @@ class Encoded:
         """Tokens that have a loss: the first one is never predicted."""
         return int((self.labels[1:] != IGNORE).sum())
 
+    @property
+    def length(self) -> int:
+        return len(self.input_ids)
+
 
 class Encoder:
     """Turns samples into Encoded ones, and those into batches."""
@@ -50,6 +55,10 @@ class Encoder:
         if sample.question:
             return sample.answer or ""
         return sample.report.text(self.text.sections)
+
+    def read(self, raw: Raw) -> Encoded:
+        """Decode and encode one sample for training. Raises BadSample."""
+        return self.encode(*study(raw))
 
     def encode(self, key: str, sample: Sample, views: Sequence[Image.Image]) -> Encoded:
         """Encode for training. A study without text has no supervised token: it is passed over, not taught."""

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from radhpc import order
 from radhpc.board import panel
@@ -27,9 +26,11 @@ from radhpc.metrics import findings, text
 from radhpc.metrics.bootstrap import interval
 from radhpc.recipe import Evaluation
 from radhpc.sample import Sample
-from radhpc.stream import BadSample, Source
+from radhpc.source import BadSample, Source, Study
 
 log = logging.getLogger("radhpc")
+
+BASELINE = 4096  # training reports that the baselines are made of
 
 Scores = dict[str, dict[str, Any]]
 
@@ -59,7 +60,7 @@ class Result:
 def chosen(source: Source, samples: int | None) -> list[int]:
     """The studies of an evaluation: always the same ones, spread over the split."""
     count = min(samples or len(source), len(source))
-    return [int(n) for n in order.samples_at(0, count, len(source), seed=0, stage=-1)]
+    return [int(n) for n in order.permute(np.arange(count), len(source), order.number("evaluation"))]
 
 
 def evaluate(
@@ -102,9 +103,6 @@ def evaluate(
     return Result(scores, baselines, rows, pictures, bad)
 
 
-Study = tuple[str, Sample, list[Image.Image]]
-
-
 def _read(source: Source, numbers: list[int]) -> tuple[list[Study], list[str]]:
     """The studies, and the keys of those that are damaged."""
     studies, bad = [], []
@@ -125,7 +123,8 @@ def known_findings(sample: Sample) -> frozenset[str] | None:
 
 def trivial(encoder: Encoder, training: Source, count: int) -> dict[str, list[str]]:
     """What costs nothing: the commonest training report for everybody, and a random training report for each."""
-    texts = [text for text in map(encoder.answer, training.samples()) if text]
+    some = order.permute(np.arange(min(BASELINE, len(training))), len(training), order.number("baseline"))
+    texts = [text for text in map(encoder.answer, training.samples(np.sort(some))) if text]
     random = np.random.default_rng(0)
     return {
         "constant": [Counter(texts).most_common(1)[0][0]] * count,

@@ -111,6 +111,8 @@ def board_hook(board: Board, parts: Parts) -> Callable[[Position, Report], None]
                 "speed/tokens_per_second": report.tokens / report.seconds,
                 "speed/step_seconds": report.seconds,
                 "speed/data_wait_seconds": report.wait_seconds,
+                "data/padding": report.padding,
+                **{f"data/{name}": value for name, value in report.traffic.items()},
                 "memory/gigabytes": memory / 1e9,
                 **{f"learning_rate/{name}": rate for name, rate in report.engine.learning_rates.items()},
             },

@@ -6,17 +6,20 @@ anybody has been told to stop. If so, all save and leave before the step, not af
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from radhpc.dist import Ranks
 from radhpc.engine import Engine, StepReport, schedule
+from radhpc.errors import UserError
 from radhpc.ledger import Ledger
 from radhpc.recipe import Stage
 from radhpc.stop import CAUSES, Interrupted, Stop
 from radhpc.stream import Step, Stream
+
+NAMED = 20  # bad samples in the message that ends a run
 
 
 @dataclass
@@ -42,8 +45,10 @@ class Report:
     engine: StepReport
     samples: int
     tokens: int
+    padding: float  # part of all tokens that is padding
     seconds: float
-    wait_seconds: float  # the longest that a rank stood still for data
+    wait_seconds: float  # that a rank stood still for data, in the mean
+    traffic: dict[str, float]  # of this step: requests to stores, bytes, repeated requests, blocks of the node's cache
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,29 @@ class Hook:
     call: Callable[[Position, Report], None]
 
 
+class Quarantine:
+    """The samples of a run that could not be read, by name, each counted once however often it comes up."""
+
+    def __init__(self, limit: int, known: Iterable[str], record: Callable[[str, str], None] | None) -> None:
+        """`known`: those of earlier lives; `record`: called on rank 0 with the key and the fault of a new one."""
+        self._limit, self._known, self._record = limit, set(known), record
+
+    def add(self, bad: dict[str, str]) -> None:
+        """The same on all ranks. Raises UserError with the list when there are more than the recipe allows."""
+        new = {key: bad[key] for key in sorted(bad) if key not in self._known}
+        self._known |= set(new)
+        for key, fault in new.items():
+            if self._record is not None:
+                self._record(key, fault)
+        if len(self._known) > self._limit:
+            named = "; ".join(f"{key}: {fault}" for key, fault in list(new.items())[:NAMED])
+            more = f"; and {len(new) - NAMED} more" if len(new) > NAMED else ""
+            raise UserError(
+                f"{len(self._known)} sample(s) of this run could not be read, stream.max_bad_samples allows "
+                f"{self._limit}; now {named}{more}; 'launch.py verify' names every fault"
+            )
+
+
 def train(
     stream: Stream,
     engine: Engine,
@@ -61,15 +89,21 @@ def train(
     position: Position,
     hooks: Sequence[Hook],
     ledger: Ledger | None,
+    quarantine: Quarantine,
     stop: Stop,
     ranks: Ranks,
     seed: int,
 ) -> None:
     """Train a stage from `position` to its end, moving `position` on. Raises Interrupted at a step boundary."""
     before = time.perf_counter()
+    traffic = stream.traffic()
     for step in stream:
         assert step.number == position.stage_step
-        supervised, tokens, samples = _agree(step, stop, ranks)
+        now_traffic = stream.traffic()
+        here = [now_traffic[name] - traffic[name] for name in traffic]
+        traffic = now_traffic
+        agreed = _agree(step, here, quarantine, stop, ranks)
+        supervised = agreed.supervised
         # Random numbers are a function of the step: nothing to save, and what ran in between leaves no trace.
         torch.manual_seed(_seed(seed, position.stage, position.stage_step, ranks.rank))
         factor = schedule(stage.optimizer, position.stage_step, position.stage_steps)
@@ -80,7 +114,15 @@ def train(
         if ledger is not None:
             ledger.append(position.stage, position.step, step.keys, step.bad)
         now = time.perf_counter()
-        report = Report(done, samples, tokens, now - before, step.wait_seconds)
+        report = Report(
+            done,
+            agreed.samples,
+            agreed.tokens,
+            1 - agreed.tokens / max(1, agreed.padded),
+            now - before,
+            agreed.wait_seconds,
+            dict(zip(traffic, agreed.traffic, strict=True)),
+        )
         before = now
         for hook in hooks:
             if position.step % hook.every == 0:
@@ -88,15 +130,33 @@ def train(
     assert position.stage_done
 
 
-def _agree(step: Step, stop: Stop, ranks: Ranks) -> tuple[int, int, int]:
-    """Supervised tokens, tokens and samples of the global batch. Raises Interrupted on all ranks if on any."""
+@dataclass(frozen=True)
+class _Agreed:
+    """A step over all ranks."""
+
+    supervised: int
+    tokens: int
+    padded: int
+    samples: int
+    wait_seconds: float
+    traffic: list[float]
+
+
+def _agree(step: Step, traffic: list[float], quarantine: Quarantine, stop: Stop, ranks: Ranks) -> _Agreed:
+    """What the global batch is like. Raises Interrupted on all ranks if on any, UserError for too many bad samples."""
     code = stop.poll()
     told = [float(code == n) for n in range(1, len(CAUSES))]
-    supervised, tokens, samples, *told = ranks.sum([step.supervised, step.tokens, len(step.keys), *told])
-    causes = [name for name, count in zip(CAUSES[1:], told, strict=True) if count]
+    counts = [step.supervised, step.tokens, step.padded, len(step.keys), len(step.bad), step.wait_seconds]
+    sums = ranks.sum([*counts, *told, *traffic])
+    supervised, tokens, padded, samples, bad, wait = sums[: len(counts)]
+    causes = [name for name, count in zip(CAUSES[1:], sums[len(counts) :], strict=False) if count]
     if causes:
         raise Interrupted(causes[-1])
-    return int(supervised), int(tokens), int(samples)
+    if bad:
+        quarantine.add({key: fault for theirs in ranks.gather(step.bad) for key, fault in theirs.items()})
+    return _Agreed(
+        int(supervised), int(tokens), int(padded), int(samples), wait / ranks.world, sums[len(counts) + len(told) :]
+    )
 
 
 def _seed(*parts: int) -> int:

@@ -19,7 +19,7 @@ from radhpc.files import read_json, write_atomically
 from radhpc.recipe import Recipe
 from radhpc.run_dir import RunDir
 from radhpc.sample import Sample, Split
-from radhpc.stream import Source
+from radhpc.source import Source
 
 
 class Parts:
@@ -34,8 +34,7 @@ class Parts:
     def source(self, stage: int, split: Split) -> Source:
         """The samples of a split, over a stage's shards."""
         if (stage, split) not in self._sources:
-            urls = self.recipe.stages[stage].shards or self.recipe.shards
-            self._sources[stage, split] = Source(urls, split)
+            self._sources[stage, split] = Source(self.recipe.shards_of(self.recipe.stages[stage]), split)
         return self._sources[stage, split]
 
     @cached_property

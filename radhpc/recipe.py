@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -22,6 +22,8 @@ from radhpc.errors import UserError, first_line, nearest
 from radhpc.sample import Split
 
 AnyModel = TypeVar("AnyModel", bound=BaseModel)
+Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Shards = tuple[str, ...] | dict[str, Weight]
 
 
 class Section(BaseModel):
@@ -99,12 +101,33 @@ class Text(Section):
     )
 
 
-class Stream(Section):
-    """How samples are read."""
+class Cache(Section):
+    """A folder of the node that keeps what came over the network, for all its ranks and for later runs."""
 
+    folder: str = Field(description="on the node's own disk; $NAME and ~ are expanded on the node")
+    gigabytes: float = Field(gt=0, description="that the folder may hold, shared with other jobs that use it")
+    folders: bool = Field(False, description="also for shards in a folder behind a network file system")
+
+
+class Stream(Section):
+    """How samples are ordered and read."""
+
+    window: int | None = Field(
+        64,
+        ge=1,
+        description="shards that are mixed at a time, so that a store is read in long runs; null: the whole dataset",
+    )
+    temperature: float | None = Field(
+        None, gt=0, description="draw each dataset of `shards` as often as its number of samples ** (1 / temperature)"
+    )
     threads: int = Field(2, ge=1, description="decoding threads per rank")
-    prefetch: int = Field(4, ge=1, description="steps that are read ahead")
-    max_bad_samples: int = Field(0, ge=0, description="unreadable samples, per rank, above which the run stops")
+    prefetch: int = Field(4, ge=1, description="steps that are decoded ahead")
+    prefetch_megabytes: int = Field(
+        256, ge=16, description="per rank, that are read ahead and held before decoding, if the shards are not local"
+    )
+    requests: int = Field(64, ge=1, description="to a store at a time, from all ranks of a node together")
+    cache: Cache | None = None
+    max_bad_samples: int = Field(0, ge=0, description="unreadable samples in the whole run, above which it stops")
     audit: bool = Field(True, description="append the key of every sample trained on to the run's ledger")
 
 
@@ -152,7 +175,7 @@ class Stage(Section):
     """One stage: what is trained, on what, for how long."""
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
-    shards: tuple[str, ...] | None = Field(None, description="other shards than the recipe's")
+    shards: Shards | None = Field(None, description="other shards than the recipe's")
     steps: int | None = Field(None, ge=1)
     epochs: int | None = Field(None, ge=1)
     batch: int = Field(ge=1, description="samples per optimizer step over all ranks, whatever their number")
@@ -216,9 +239,10 @@ class Recipe(Section):
     engine: Literal["fsdp", "single"] = Field("fsdp", description="fsdp: FSDP2 over all ranks; single: one process")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of the computation; trained parameters stay fp32")
     model: Model
-    shards: tuple[str, ...] = Field(
+    shards: Shards = Field(
         min_length=1,
-        description="folders or URLs with a manifest.json; DIR#balanced: the subset of them that balanced.json names",
+        description="folders or URLs with a manifest.json; DIR#balanced: the subset of them that balanced.json names. "
+        "A list is one dataset; a mapping gives each a weight: how often it is drawn, with epochs of its own",
     )
     stream: Stream = Stream()  # type: ignore[call-arg]
     text: Text = Text()  # type: ignore[call-arg]
@@ -226,6 +250,22 @@ class Recipe(Section):
     checkpoint: Checkpoint = Checkpoint()  # type: ignore[call-arg]
     evaluation: Evaluation = Evaluation()  # type: ignore[call-arg]
     board: Board = Board()  # type: ignore[call-arg]
+
+    def shards_of(self, stage: Stage) -> Shards:
+        """What a stage is trained on."""
+        return stage.shards or self.shards
+
+    @model_validator(mode="after")
+    def _mixtures(self) -> "Recipe":
+        for stage in self.stages:
+            shards, where = self.shards_of(stage), f"stage '{stage.name}'"
+            if isinstance(shards, dict) and self.stream.temperature is not None:
+                raise ValueError(f"{where}: its shards have weights; stream.temperature goes with a list")
+            if stage.epochs is not None and (isinstance(shards, dict) or self.stream.temperature is not None):
+                raise ValueError(
+                    f"{where}: weighted datasets have epochs of their own; say 'steps' instead of 'epochs'"
+                )
+        return self
 
     @model_validator(mode="after")
     def _stages_join(self) -> "Recipe":
@@ -270,9 +310,9 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     recipe = validate(Recipe, data, path)
     return recipe.model_copy(
         update={
-            "shards": tuple(map(_absolute, recipe.shards)),
+            "shards": _absolute_shards(recipe.shards),
             "stages": tuple(
-                stage.model_copy(update={"shards": stage.shards and tuple(map(_absolute, stage.shards))})
+                stage.model_copy(update={"shards": stage.shards and _absolute_shards(stage.shards)})
                 for stage in recipe.stages
             ),
             "model": recipe.model.model_copy(
@@ -371,6 +411,12 @@ def _position(items: list[Any], part: str, override: str) -> int:
 def _absolute(path: str) -> str:
     """Paths hold from any folder the job may run in; URLs stay."""
     return path if "://" in path else os.path.abspath(os.path.expanduser(path))
+
+
+def _absolute_shards(shards: Shards) -> Shards:
+    if isinstance(shards, dict):
+        return {_absolute(url): weight for url, weight in shards.items()}
+    return tuple(map(_absolute, shards))
 
 
 def _check_regex(value: str) -> str:

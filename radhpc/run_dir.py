@@ -24,6 +24,7 @@ from radhpc.recipe import Recipe, load
 
 Event = Literal[
     "submitted", "started", "resumed", "skipped_checkpoint", "saved", "stage_finished", "evaluated",
+    "quarantined",
     "interrupted", "preempted", "requeued", "rank_lost", "time_limit", "cancelled", "stopped", "crashed", "failed",
     "finished",
 ]  # fmt: skip

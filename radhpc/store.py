@@ -1,6 +1,6 @@
 """Where shards lie: a folder, or an object store behind a URL. Reads whole files and byte ranges.
 
-    store = Store("/data/padchest")                 # a folder: os.pread
+    store = Store("/data/padchest")                 # a folder
     store = Store("s3://bucket/padchest")           # obstore: s3, gs, az, http and file URLs
     store.read_range("train-000000.tar", 512, 100)
 
@@ -9,15 +9,28 @@ its manifest is balanced.json (manifest.py). A path that is no string is taken a
 
 Safe to use from many threads. obstore's own threads do not survive a fork: open stores after forking. Credentials,
 the endpoint and the region come from the environment, as for other S3 tools: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY,
-AWS_ENDPOINT_URL, AWS_REGION, and AWS_ALLOW_HTTP=true for an endpoint without TLS.
+AWS_ENDPOINT_URL, AWS_REGION, and AWS_ALLOW_HTTP=true for an endpoint without TLS. Without a key there, those of
+AWS_PROFILE in ~/.aws/credentials (or AWS_SHARED_CREDENTIALS_FILE), which is read again when they expire, so that
+whatever renews that file renews the job's; else the web identity, container or machine that obstore finds.
+
+A ranged read is repeated after 429 and 5xx, resets, stalls, short bodies and expired credentials, after a random wait
+that doubles (full jitter; Brooker, "Exponential Backoff And Jitter", 2015). `Traffic` counts all of it.
 """
 
+import configparser
 import contextlib
+import logging
+import mmap
 import os
+import random
 import re
 import threading
+import time
+from collections import Counter
 from collections.abc import Iterator
-from datetime import timedelta
+from concurrent.futures import CancelledError
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,35 +38,80 @@ from typing import Any
 from radhpc.errors import UserError, first_line
 from radhpc.files import write_atomically
 
-__all__ = ["Store", "write_atomically"]
+__all__ = ["Store", "Traffic", "write_atomically"]
+
+log = logging.getLogger("radhpc")
 
 _SUBSET = re.compile(r"(?P<url>.*)#(?P<subset>[a-z][a-z0-9_-]*)", re.DOTALL)
 
 
 MODE = 0o640  # of files in a folder: owner and group may read patients' data, others not
-RETRIES = {"max_retries": 10, "retry_timeout": timedelta(minutes=2)}  # of one request to an object store
+RETRIES = {"max_retries": 10, "retry_timeout": timedelta(minutes=2)}  # of one request that is no ranged read
 PART = 16 << 20  # bytes of one part of an upload
+MAPS = 160  # shards that are mapped at a time
+PATIENCE = 180.0  # seconds after which a ranged read is given up
+STALL = timedelta(seconds=15)  # without a byte
+FIRST_WAIT, LONGEST_WAIT = 0.1, 10.0  # seconds
+CREDENTIALS_HOLD = timedelta(minutes=5)  # then ~/.aws/credentials is read again
+
+# File systems of this machine alone: their files are mapped. A network's may fail in mid-read, which a mapping answers
+# with SIGBUS; those are read into memory.
+LOCAL = frozenset(
+    ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "jfs", "overlay", "tmpfs", "ramfs")
+)
+
+
+@dataclass
+class Traffic:
+    """What was asked of stores, for the board."""
+
+    requests: int = 0
+    bytes: int = 0
+    retries: Counter[str] = field(default_factory=Counter)  # by cause
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def add(self, requests: int = 0, bytes: int = 0, retry: str | None = None) -> None:
+        with self._lock:
+            self.requests += requests
+            self.bytes += bytes
+            if retry is not None:
+                self.retries[retry] += 1
 
 
 class Store:
     """A flat folder of files behind a path or a URL."""
 
-    def __init__(self, url: str | os.PathLike[str]) -> None:
+    def __init__(self, url: str | os.PathLike[str], traffic: Traffic | None = None) -> None:
         found = _SUBSET.fullmatch(url) if isinstance(url, str) else None
         self.subset = found["subset"] if found else None
         self.url = (found["url"] if found else os.fspath(url)).rstrip("/")
         self.folder = None if "://" in self.url else Path(self.url)
+        self.traffic = traffic or Traffic()
         self._descriptors: dict[str, int] = {}
+        self._maps: dict[str, memoryview] = {}
+        self._reading: Any = None
         self._lock = threading.Lock()
 
     @cached_property
     def _remote(self) -> Any:
+        return self._open(retry_config=RETRIES)
+
+    def _reader(self) -> Any:
+        """The client of ranged reads, whose retries are ours."""
+        with self._lock:
+            if self._reading is None:
+                limits = {"read_timeout": STALL, "timeout": timedelta(seconds=PATIENCE)}
+                self._reading = self._open(retry_config={"max_retries": 0}, client_options=limits)
+            return self._reading
+
+    def _open(self, **options: Any) -> Any:
         import obstore.store
 
         scheme = self.url.split("://")[0]
+        if scheme in ("s3", "s3a") and (file := _credentials_file()) is not None:
+            options["credential_provider"] = lambda: _read_credentials(file)
         try:
-            local = {"mkdir": True} if scheme == "file" else {"retry_config": RETRIES}
-            return obstore.store.from_url(self.url, **local)
+            return obstore.store.from_url(self.url, **({"mkdir": True} if scheme == "file" else options))
         except Exception as error:
             raise UserError(
                 f"{self.url}: {first_line(error)}; allowed are a folder and s3, gs, az, http, file URLs"
@@ -66,14 +124,78 @@ class Store:
         with self._explain(name):
             return bytes(self._remote.get(name).bytes())
 
-    def read_range(self, name: str, offset: int, length: int) -> bytes:
-        """Read `length` bytes from `offset`; fewer where the file ends before. Raises FileNotFoundError."""
+    def read_range(self, name: str, offset: int, length: int, given_up: threading.Event | None = None) -> Any:
+        """Read `length` bytes from `offset`; fewer where the file ends before: bytes, or what memoryview takes.
+
+        Raises FileNotFoundError, and CancelledError between two attempts once `given_up` is set.
+        """
         if self.folder is not None:
             return os.pread(self._descriptor(name), length, offset)
         if length <= 0:
             return b""
-        with self._explain(name):
-            return bytes(self._remote.get_range(name, start=offset, length=length))
+        return self._persist(name, offset, length, given_up or threading.Event())
+
+    def _persist(self, name: str, offset: int, length: int, given_up: threading.Event) -> Any:
+        """One ranged read, repeated while there is hope."""
+        deadline, attempt = time.monotonic() + PATIENCE, 0
+        while True:
+            with self._explain(name):
+                try:
+                    data = self._reader().get_range(name, start=offset, length=length)
+                    self.traffic.add(requests=1, bytes=len(data))
+                    if len(data) == length:
+                        return data
+                    size = self.size(name)
+                    if size < offset + length and len(data) == max(0, size - offset):
+                        return data
+                    cause, said = "short", f"{len(data)} of {length} bytes came"
+                except FileNotFoundError:
+                    raise
+                except Exception as error:
+                    self.traffic.add(requests=1)
+                    hope = _hope(error)
+                    if hope is None or time.monotonic() > deadline:
+                        raise
+                    cause, said = hope, _said(error)
+                    if cause == "expired":
+                        with self._lock:
+                            self._reading = None  # the next one asks for credentials anew
+            if time.monotonic() > deadline:
+                raise UserError(f"{self.url}/{name}: the store does not answer as it should ({said})")
+            self.traffic.add(retry=cause)
+            if attempt in (3, 6):
+                log.warning("%s/%s: %s; trying again", self.url, name, said)
+            if given_up.wait(random.uniform(0, min(LONGEST_WAIT, FIRST_WAIT * 2**attempt))):
+                raise CancelledError
+            attempt += 1
+
+    def mapped(self, name: str, size: int) -> memoryview | None:
+        """A whole file of `size` bytes on a local disk, without a copy; None for one that is not on a local disk."""
+        view = self._maps.get(name)
+        if view is not None:
+            return view
+        if self.folder is None or not self.on_local_disk:
+            return None
+        with self._lock:
+            try:
+                with open(self.folder / name, "rb") as file:
+                    found = os.fstat(file.fileno()).st_size
+                    if found != size:
+                        raise UserError(
+                            f"{self.url}/{name}: {found} bytes, {size} when this run began: cut or replaced"
+                        )
+                    view = memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
+            except FileNotFoundError as error:
+                raise UserError(f"{self.url}/{name}: gone while it is being read") from error
+            while len(self._maps) >= MAPS:  # a mapping lives on in the samples that were cut out of it
+                del self._maps[next(iter(self._maps))]
+            self._maps[name] = view
+            return view
+
+    @cached_property
+    def on_local_disk(self) -> bool:
+        """Whether these are files of this machine alone."""
+        return self.folder is not None and _file_system(self.folder) in LOCAL
 
     def size(self, name: str) -> int:
         """The size in bytes. Raises FileNotFoundError."""
@@ -141,6 +263,7 @@ class Store:
             for descriptor in self._descriptors.values():
                 os.close(descriptor)
             self._descriptors.clear()
+            self._maps.clear()
 
 
 def _said(error: Exception) -> str:
@@ -149,3 +272,58 @@ def _said(error: Exception) -> str:
     if said := re.search(r"<Code>(.*?)</Code>(?:<Message>(.*?)</Message>)?", str(error)):
         return ": ".join(part for part in said.groups() if part)
     return text.split(" - ", 1)[-1][:200]
+
+
+_HOPE = (
+    ("expired", r"ExpiredToken|TokenRefreshRequired|InvalidAccessKeyId|RequestTimeTooSkewed|token.{0,20}expired"),
+    ("throttled", r"status code: 429|SlowDown|TooManyRequests|Throttl"),
+    ("refused", r"status code: 5\d\d|InternalError|ServiceUnavailable"),
+    ("stalled", r"timed? ?out|TimedOut"),
+    ("reset", r"reset|closed|refused|broken pipe|incomplete|unexpected (eof|end)|decoding response body|sending request"
+              r"|body error|connect"),
+)  # fmt: skip
+
+
+def _hope(error: Exception) -> str | None:
+    """Why a request may succeed another time, or None."""
+    return next((cause for cause, sign in _HOPE if re.search(sign, str(error), re.IGNORECASE)), None)
+
+
+def _credentials_file() -> Path | None:
+    """The shared file of credentials, where no key stands in the environment and the profile has one there."""
+    if os.environ.get("AWS_ACCESS_KEY_ID"):
+        return None
+    file = Path(os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or "~/.aws/credentials").expanduser()
+    with contextlib.suppress(UserError):
+        _read_credentials(file)
+        return file
+    return None
+
+
+def _read_credentials(file: Path) -> dict[str, Any]:
+    """The keys of AWS_PROFILE, as obstore wants them of a provider."""
+    profile = os.environ.get("AWS_PROFILE", "default")
+    try:
+        entries = configparser.ConfigParser(interpolation=None)
+        entries.read_string(file.read_text())
+        section = entries[profile]
+        return {
+            "access_key_id": section["aws_access_key_id"],
+            "secret_access_key": section["aws_secret_access_key"],
+            "token": section.get("aws_session_token"),
+            "expires_at": datetime.now(UTC) + CREDENTIALS_HOLD,
+        }
+    except (OSError, configparser.Error, KeyError) as error:
+        raise UserError(f"{file}: no whole key of profile '{profile}' there") from error
+
+
+def _file_system(folder: Path) -> str:
+    """The type of the file system that a folder lies on: that of the longest mount point above it."""
+    path, best = os.path.realpath(folder), ("", "")
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        fields = line.split()
+        kind = fields[fields.index("-") + 1]
+        point = fields[4].encode().decode("unicode_escape")
+        if (path + "/").startswith(point.rstrip("/") + "/") and len(point) >= len(best[0]):
+            best = (point, kind)
+    return best[1]

@@ -1,142 +1,59 @@
-"""Shards to steps: which samples a step trains on, read, checked, decoded and batched ahead of time.
+"""Samples to steps: which samples a step trains on, who of the ranks takes which, decoded and batched ahead of time.
 
-    Source    the samples of one split over several shard folders or subsets of them, any of them by number
-    Stream    the steps of one stage from a cursor on, this rank's share of each
+    manifests -> source.py   numbers -> places -> checked bytes
+    recipe    -> order.py    position -> number of a sample
+              -> fetch.py    reads this rank's coming samples ahead, where they are far
+              -> Stream      decodes and batches them: Step after Step
 
-Enters: manifests, and the cursor (samples of this stage that were trained on). Leaves: Step after Step, each with the
-same number of micro-batches on all ranks. The samples of step k are positions k * batch to (k + 1) * batch of the
-order (order.py), whatever the number of ranks; rank r of w takes every w-th of them, starting at the r-th. Example:
-with batch 6 and 4 ranks, rank 0 takes 2 samples, rank 3 takes 1 and one empty slot, which has no loss.
+The samples of step k are positions k * batch to (k + 1) * batch of the order, whatever the number of ranks. Within
+them, the longest come first and like with like: sorted by images and length of text, they are cut into micro-batches,
+and these are dealt to the ranks in turn, so that little is padded and no rank waits long for another. Example with
+batch 6, micro_batch 2 and 2 ranks: rank 0 takes the two longest and the two shortest, rank 1 the two between, and an
+empty micro-batch, which has no loss. Every rank has as many micro-batches as its peers; each of them has an image.
 
-    python -m radhpc.stream recipes/quickstart.yaml shards='[runs/phantom]'    # shows three samples
+The last step of a stage that counts epochs holds the rest and may be smaller; nothing is dropped, nothing repeated. A
+sample that cannot be read leaves an empty slot, so that all others keep their places.
+
+    python -m radhpc.stream recipes/quickstart.yaml --show 3      # what the model will see, printed and as pictures
 """
 
-import contextlib
-import logging
+import itertools
+import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any, Protocol
 
-import google_crc32c
 import numpy as np
-from PIL import Image
-from pydantic import ValidationError
+import numpy.typing as npt
 
-from radhpc import order
-from radhpc.collate import Batch, Encoded, Encoder
-from radhpc.errors import UserError, first_line
-from radhpc.manifest import Manifest, Member
-from radhpc.recipe import Stage, Stream as StreamRecipe, load
-from radhpc.sample import Sample
-from radhpc.store import Store
-from radhpc.transforms import decode
+from radhpc.errors import UserError
+from radhpc.fetch import Ahead
+from radhpc.order import Order, Positions
+from radhpc.recipe import Stage, Stream as StreamRecipe
+from radhpc.source import BadSample, Raw, Source
 
-log = logging.getLogger("radhpc")
+_TASK = 8  # samples that one task decodes
+_DEALT = 4096  # samples, of all ranks, whose order is computed at a time
 
 
-class BadSample(Exception):
-    """A sample whose bytes are not those of the manifest, or cannot be decoded."""
+class Reader(Protocol):
+    """What becomes of a sample: collate.Encoder for training."""
 
-    def __init__(self, key: str, fault: str) -> None:
-        super().__init__(f"{key}: {fault}")
-        self.key = key
+    def read(self, raw: Raw) -> Any:
+        """Decode and encode one sample; the result has `key`, `supervised` and `length`. Raises BadSample."""
+        ...
 
+    def empty(self) -> Any:
+        """A slot without a sample."""
+        ...
 
-class Source:
-    """The samples of one split, numbered over all shard folders of a stage."""
-
-    def __init__(self, urls: tuple[str, ...], split: str) -> None:
-        self.urls, self.split = urls, split
-        self._parts = []
-        hashes = []
-        folders: dict[str, str] = {}
-        patients: dict[str, tuple[str, str]] = {}
-        for url in urls:
-            store = Store(url)
-            if store.url in folders:
-                raise UserError(f"shards: {folders[store.url]} and {url} hold the same samples; allowed is one of them")
-            folders[store.url] = url
-            manifest = Manifest.load(store)
-            index = manifest.load_index(store)
-            hashes.append(manifest.hash)
-            self._parts.append((store, manifest, index, index.of_split(split)))
-            _refuse_leak(url, index, patients)
-        self._ends = np.cumsum([len(rows) for *_, rows in self._parts])
-        self.hashes = tuple(hashes)
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def check_sizes(self) -> None:
-        """Compare every shard's size with its manifest. Raises UserError."""
-        for store, manifest, *_ in self._parts:
-            manifest.check_sizes(store)
-
-    def key(self, number: int) -> str:
-        _, _, index, row = self._at(number)
-        return str(index.key[row].decode())
-
-    def read(self, number: int) -> tuple[str, Sample, list[Image.Image]]:
-        """Read, check and decode one sample. Raises BadSample."""
-        store, manifest, index, row = self._at(number)
-        key = index.key[row].decode()
-        sample, views = None, []
-        for member in index.members(row):
-            data = _checked(store, manifest.shards[member.shard].name, key, member)
-            try:
-                if member.name.endswith(".json"):
-                    sample = Sample.model_validate_json(data)
-                else:
-                    described = sample.images if sample else ()
-                    views.append(decode(data, described[len(views)] if len(views) < len(described) else None))
-            except (OSError, ValidationError) as error:
-                raise BadSample(key, f"{member.name}: {first_line(error)}") from error
-        if sample is None or not views:
-            raise BadSample(key, "no description or no image in the shard")
-        return key, sample, views
-
-    def samples(self) -> Iterator[Sample]:
-        """The descriptions alone, in the order of the shards: for a tokenizer, and for baselines. Damaged ones are
-        left out; the stream names them when their turn comes.
-        """
-        for number in range(len(self)):
-            store, manifest, index, row = self._at(number)
-            for member in index.members(row):
-                if member.name.endswith(".json"):
-                    shard = manifest.shards[member.shard].name
-                    with contextlib.suppress(BadSample, ValidationError):
-                        yield Sample.model_validate_json(_checked(store, shard, self.key(number), member))
-
-    def _at(self, number: int):  # type: ignore[no-untyped-def]
-        part = int(np.searchsorted(self._ends, number, side="right"))
-        store, manifest, index, rows = self._parts[part]
-        before = int(self._ends[part - 1]) if part else 0
-        return store, manifest, index, int(rows[number - before])
-
-
-def _checked(store: Store, shard: str, key: str, member: Member) -> bytes:
-    """The bytes of one member, if they are those of the manifest. Raises BadSample."""
-    try:
-        data = store.read_range(shard, member.offset, member.length)
-    except FileNotFoundError as error:
-        raise UserError(f"{store.url}/{shard}: gone while it is being read") from error
-    if len(data) != member.length:
-        raise BadSample(key, f"{shard}: {member.name}: {len(data)} of {member.length} bytes")
-    if google_crc32c.value(data) != member.crc32c:
-        raise BadSample(key, f"{shard}: {member.name}: checksum differs from the manifest's")
-    return data
-
-
-def _refuse_leak(url: str, index, patients: dict[str, tuple[str, str]]) -> None:  # type: ignore[no-untyped-def]
-    """Promise 7: no patient in two splits, across all the folders of a recipe."""
-    for patient, split in set(zip(index.patient.tolist(), index.split.tolist(), strict=True)):
-        where = patients.setdefault(patient, (url, split))
-        if where[1] != split:
-            raise UserError(f"{url}: patient {patient.decode()} is in another split there than in {where[0]}")
+    def batch(self, rows: Sequence[Any]) -> Any:
+        """One micro-batch."""
+        ...
 
 
 @dataclass
@@ -144,11 +61,12 @@ class Step:
     """One rank's share of one optimizer step."""
 
     number: int  # in the stage, from 0
-    micro_batches: list[Batch]
+    micro_batches: list[Any]
     keys: list[str]  # samples with a loss, those without text included
-    bad: list[str] = field(default_factory=list)
+    bad: dict[str, str] = field(default_factory=dict)  # samples that could not be read, and why
     supervised: int = 0  # tokens with a loss
     tokens: int = 0  # tokens that are no padding
+    padded: int = 0  # tokens, padding included
     wait_seconds: float = 0.0  # that the loop stood still for it
 
 
@@ -162,13 +80,59 @@ def stage_steps(stage: Stage, length: int) -> int:
     return -(-stage_samples(stage, length) // stage.batch)
 
 
+def order_of(source: Source, stage_number: int, recipe: StreamRecipe, seed: int) -> Order:
+    """The order of a stage: a pure function of seed, stage, manifests, window and weights. Raises UserError."""
+    shards, weights = [part.shard_samples() for part in source.parts], source.weights
+    if weights is None and recipe.temperature is None:
+        shards = [np.concatenate(shards)]
+    else:
+        for part in source.parts:
+            if not len(part.rows):
+                raise UserError(f"{part.url}: no sample of split '{source.split}', but a weight")
+        if weights is None and recipe.temperature is not None:
+            weights = tuple(len(part.rows) ** (1 / recipe.temperature) for part in source.parts)
+    return Order(shards, f"{seed}/{stage_number}/{'/'.join(source.hashes)}", recipe.window, weights)
+
+
+@dataclass(frozen=True)
+class Deal:
+    """How the samples of each step are dealt to ranks and micro-batches: arithmetic, the same on every rank."""
+
+    samples: int  # of the stage
+    batch: int
+    size: int  # of a micro-batch
+    world: int
+
+    @property
+    def steps(self) -> int:
+        return -(-self.samples // self.batch)
+
+    def count(self, step: int) -> int:
+        """The samples of a step, over all ranks."""
+        return min(self.batch, self.samples - step * self.batch)
+
+    def counts(self, step: int, rank: int) -> list[int]:
+        """The samples of each micro-batch of a rank; the number of micro-batches is the same for all ranks."""
+        rounds = -(-self.count(step) // (self.size * self.world))
+        before = (np.arange(rounds) * self.world + rank) * self.size
+        return [int(count) for count in np.clip(self.count(step) - before, 0, self.size)]
+
+    def numbers(self, numbers: Positions, sizes: npt.NDArray[np.int64], rank: int) -> Positions:
+        """The samples of a rank in a step, micro-batch by micro-batch: the longest first (by images, then by text)."""
+        ranked = numbers[np.lexsort((-sizes[:, 1], -sizes[:, 0]))]  # a stable sort, so that it is repeatable
+        width = self.size * self.world
+        return np.concatenate(
+            [ranked[at + rank * self.size :][: self.size] for at in range(0, len(numbers), width)]
+        )  # fmt: skip
+
+
 class Stream:
-    """The steps of one stage. Iterate it; leave it with close()."""
+    """The steps of one stage, from a cursor on. Iterate it once; leave it with close()."""
 
     def __init__(
         self,
         source: Source,
-        encoder: Encoder,
+        reader: Reader,
         stage: Stage,
         stage_number: int,
         recipe: StreamRecipe,
@@ -176,82 +140,103 @@ class Stream:
         rank: int = 0,
         world: int = 1,
         cursor: int = 0,
+        pin: bool = False,
     ) -> None:
-        assert cursor % stage.batch == 0 or cursor == stage_samples(stage, len(source)), cursor
-        self._source, self._encoder, self._stage, self._recipe = source, encoder, stage, recipe
-        self._stage_number, self._seed, self._rank, self._world = stage_number, seed, rank, world
-        self._next = -(-cursor // stage.batch)
-        self._steps = stage_steps(stage, len(source))
-        self._pool = ThreadPoolExecutor(recipe.threads, thread_name_prefix="stream")
-        self._pending: deque[tuple[int, list[Future[Encoded]]]] = deque()
-        self._bad = 0
-        share = -(-stage.batch // world)
-        self._micro_batch = min(stage.micro_batch or share, share)
-        self._slots = -(-share // self._micro_batch) * self._micro_batch
+        """`cursor`: samples of this stage that were trained on; `pin`: leave batches in memory that a GPU reads."""
+        samples = stage_samples(stage, len(source))
+        assert cursor % stage.batch == 0 or cursor == samples, cursor
+        most = -(-stage.batch // world)
+        self.deal = Deal(samples, stage.batch, min(stage.micro_batch or most, most), world)
+        self._source, self._reader, self._rank, self._pin = source, reader, rank, pin
+        self._order = order_of(source, stage_number, recipe, seed)
+        self._first, self._prefetch = -(-cursor // stage.batch), recipe.prefetch
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        self.ahead = Ahead(
+            source, self._turns(), recipe, share=min(1.0, here / world), passes=samples / max(1, len(source))
+        )
+        self._decoders = ThreadPoolExecutor(recipe.threads, thread_name_prefix="decode")
+        self._assembler = ThreadPoolExecutor(1, thread_name_prefix="assemble")
 
     def __iter__(self) -> Iterator[Step]:
-        while True:
-            while self._next < self._steps and len(self._pending) <= self._recipe.prefetch:
-                self._pending.append((self._next, [self._pool.submit(self._load, n) for n in self._share(self._next)]))
-                self._next += 1
-            if not self._pending:
-                return
-            yield self._assemble(*self._pending.popleft())
+        pending: deque[Future[Step]] = deque()
+        turn = 0
+        for number in range(self._first, self.deal.steps):
+            tasks = []
+            for count in self.deal.counts(number, self._rank):
+                ends = [*range(turn, turn + count, _TASK), turn + count]
+                tasks.append([self._decoders.submit(self._read, *ends) for ends in itertools.pairwise(ends)])
+                turn += count
+            pending.append(self._assembler.submit(self._assemble, number, tasks))
+            if len(pending) > self._prefetch:
+                yield _awaited(pending.popleft())
+        while pending:
+            yield _awaited(pending.popleft())
 
     def close(self) -> None:
         """Drop what was read ahead."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        for pool in (self._decoders, self._assembler):
+            pool.shutdown(wait=False, cancel_futures=True)
+        self.ahead.close()
+        for pool in (self._decoders, self._assembler):
+            pool.shutdown(wait=True)
 
-    def _share(self, step: int) -> list[int]:
-        """The samples of this rank in a step."""
-        start = step * self._stage.batch
-        count = min(self._stage.batch, stage_samples(self._stage, len(self._source)) - start)
-        samples = order.samples_at(start, count, len(self._source), self._seed, self._stage_number)
-        return [int(sample) for sample in samples[self._rank :: self._world]]
+    def traffic(self) -> dict[str, float]:
+        """What this rank has asked of stores and of the node's cache so far."""
+        traffic, cache = self._source.traffic, self.ahead.cache
+        return {
+            "requests": traffic.requests,
+            "megabytes": traffic.bytes / 1e6,
+            "repeated": sum(traffic.retries.values()),
+            "cache_hits": cache.counts.hits if cache else 0,
+            "cache_misses": cache.counts.misses if cache else 0,
+        }
 
-    def _load(self, number: int) -> Encoded:
-        return self._encoder.encode(*self._source.read(number))
+    def _turns(self) -> Iterator[Positions]:
+        """This rank's samples from the cursor on, some steps at a time."""
+        deal = self.deal
+        at_once = max(1, _DEALT // deal.batch)
+        for first in range(self._first, deal.steps, at_once):
+            positions = np.arange(first * deal.batch, min((first + at_once) * deal.batch, deal.samples))
+            numbers = self._order.at(positions).sample
+            sizes = self._source.sizes(numbers)
+            for start in range(0, len(numbers), deal.batch):
+                step = slice(start, start + deal.batch)
+                yield deal.numbers(numbers[step], sizes[step], self._rank)
 
-    def _assemble(self, number: int, futures: list[Future[Encoded]]) -> Step:
-        started = time.perf_counter()
-        rows, bad = [], []
-        for future in futures:
+    def _read(self, first: int, end: int) -> list[Any]:
+        """Some turns, decoded; a BadSample stands for itself."""
+        rows: list[Any] = []
+        for turn in range(first, end):
             try:
-                rows.append(future.result())
+                rows.append(self._reader.read(self.ahead.take(turn)))
             except BadSample as error:
-                log.warning("left out: %s", error)
-                bad.append(error.key)
-        self._bad += len(bad)
-        if self._bad > self._recipe.max_bad_samples:
-            raise UserError(
-                f"{self._bad} bad sample(s), stream.max_bad_samples allows {self._recipe.max_bad_samples}; "
-                f"the last: {bad[-1]}; 'launch.py verify' names every fault"
-            )
-        # Rows of like shape share a micro-batch, so that little is padded; a stable sort, so that it is repeatable.
-        rows.sort(key=lambda row: (len(row.images["num_tiles"]), len(row.input_ids)))
-        keys = [row.key for row in rows]
-        supervised, tokens = sum(row.supervised for row in rows), sum(len(row.input_ids) for row in rows)
-        rows += [self._encoder.empty()] * (self._slots - len(rows))
-        size = self._micro_batch
-        batches = [self._encoder.batch(rows[n : n + size]) for n in range(0, len(rows), size)]
-        return Step(number, batches, keys, bad, supervised, tokens, time.perf_counter() - started)
+                rows.append(error)
+        return rows
+
+    def _assemble(self, number: int, tasks: list[list[Future[list[Any]]]]) -> Step:
+        step = Step(number, [], [])
+        for task in tasks:
+            read = [row for future in task for row in future.result()]
+            rows = [row for row in read if not isinstance(row, BadSample)]
+            step.bad |= {row.key: row.fault for row in read if isinstance(row, BadSample)}
+            step.keys += [row.key for row in rows]
+            step.supervised += sum(row.supervised for row in rows)
+            step.tokens += sum(row.length for row in rows)
+            rows += [self._reader.empty() for _ in range(self.deal.size - len(rows))]
+            step.padded += max(row.length for row in rows) * len(rows)
+            batch = self._reader.batch(rows)
+            step.micro_batches.append({name: t.pin_memory() for name, t in batch.items()} if self._pin else batch)
+        return step
 
 
-def main(arguments: list[str]) -> None:
-    """Print what the first three positions of a recipe's first stage hold."""
-    recipe = load(Path(arguments[0]), arguments[1:])
-    stage = recipe.stages[0]
-    source = Source(stage.shards or recipe.shards, "train")
-    for number in order.samples_at(0, min(3, len(source)), len(source), recipe.seed, 0):
-        key, sample, views = source.read(int(number))
-        print(f"{key}: {', '.join(f'{view.width}x{view.height} {view.mode}' for view in views)}")
-        print(f"  asked: {sample.question or recipe.text.prompt}")
-        print(f"  answer: {sample.answer or sample.report.text(recipe.text.sections)}")
+def _awaited(future: "Future[Step]") -> Step:
+    started = time.perf_counter()
+    step = future.result()
+    step.wait_seconds = time.perf_counter() - started
+    return step
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    from radhpc import preview
+
+    preview.main(sys.argv[1:])

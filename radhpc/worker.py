@@ -10,6 +10,7 @@ import logging
 import os
 import socket
 import traceback
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,7 +26,7 @@ from radhpc.errors import UserError, first_line
 from radhpc.files import write_atomically
 from radhpc.ledger import Ledger
 from radhpc.log import Bar
-from radhpc.loop import Hook, Position, train
+from radhpc.loop import Hook, Position, Quarantine, train
 from radhpc.parts import Parts
 from radhpc.run_dir import RunDir
 from radhpc.stop import Interrupted, Stop
@@ -82,13 +83,15 @@ def _run(run: RunDir, ranks: Ranks, stop: Stop) -> Outcome:
         for n, length in enumerate(lengths):
             if not length:
                 raise UserError(f"stage '{recipe.stages[n].name}': no sample of split 'train' in its shards")
-            parts.source(n, "train").check_sizes()
         steps = [stage_steps(stage, length) for stage, length in zip(recipe.stages, lengths, strict=True)]
+        _agree_on_data(parts, steps)
         stop.check(ranks.max)
         cursor = _restore(parts, run, ranks)
         board = Board(run.path / "tensorboard" if ranks.first else None, cursor.step if cursor else 0)
         board.event(cursor.step if cursor else 0, "resumed" if cursor else "started", _history(run))
         ledger = Ledger(run.folder("ledger"), life, ranks.rank) if recipe.stream.audit else None
+        known = ranks.broadcast([event["key"] for event in run.events("quarantined")] if ranks.first else [])
+        quarantine = Quarantine(recipe.stream.max_bad_samples, known, _quarantined(run) if ranks.first else None)
         lineage: tuple[str, ...] = cursor.lineage if cursor else ()
         for number in range(cursor.stage if cursor else 0, len(recipe.stages)):
             here = cursor if cursor is not None and cursor.stage == number else None
@@ -100,7 +103,7 @@ def _run(run: RunDir, ranks: Ranks, stop: Stop) -> Outcome:
                 samples=here.samples if here else 0,
                 stage_samples=stage_samples(recipe.stages[number], lengths[number]),
             )
-            name = _run_stage(parts, position, here, lineage, board, ledger, stop, sum(steps))
+            name = _run_stage(parts, position, here, lineage, board, ledger, quarantine, stop, sum(steps))
             lineage = (*lineage, name)
         board.event(sum(steps), "finished", "all stages are done")
         board.close()
@@ -122,6 +125,7 @@ def _run_stage(
     lineage: tuple[str, ...],
     board: Board,
     ledger: Ledger | None,
+    quarantine: Quarantine,
     stop: Stop,
     total_steps: int,
 ) -> str:
@@ -140,7 +144,7 @@ def _run_stage(
     evaluating = hooks.Evaluating(parts, engine, board, stop)
     stream = Stream(
         parts.source(number, "train"), parts.encoder, stage, number, recipe.stream, recipe.seed,
-        ranks.rank, ranks.world, position.samples,
+        ranks.rank, ranks.world, position.samples, pin=ranks.device.type == "cuda",
     )  # fmt: skip
     every = recipe.evaluation.every
     try:
@@ -153,7 +157,7 @@ def _run_stage(
                 calls.append(Hook(every, evaluating))
                 if cursor is not None and position.step % every == 0 and not position.stage_done:
                     evaluating(position)  # that the interruption prevented, or nothing where the scores are there
-            train(stream, engine, stage, position, calls, ledger, stop, ranks, recipe.seed)
+            train(stream, engine, stage, position, calls, ledger, quarantine, stop, ranks, recipe.seed)
         saving(position)
         hooks.export_adapter(parts, engine, position)
         if ranks.first and _last_finished(parts.run) < number:
@@ -168,6 +172,36 @@ def _run_stage(
     finally:
         stream.close()
     return f"step-{position.step:06d}"
+
+
+def _agree_on_data(parts: Parts, steps: list[int]) -> None:
+    """Before step one: all ranks see the same manifests and so count the same steps, and no shard was cut."""
+    stages, ranks = range(len(steps)), parts.ranks
+    mine = [(parts.source(n, "train").hashes, steps[n]) for n in stages]
+    for rank, theirs in enumerate(ranks.gather(mine)):
+        for n in stages:
+            if theirs[n] != mine[n]:
+                raise UserError(
+                    f"stage '{parts.recipe.stages[n].name}': rank {rank} sees other shards than rank {ranks.rank}: "
+                    f"{theirs[n][1]} steps there, {steps[n]} here; all nodes must read the same manifests"
+                )
+    problem = None
+    if ranks.first:
+        try:
+            for n in stages:
+                parts.source(n, "train").check_sizes()
+        except UserError as error:
+            problem = str(error)
+    if (problem := ranks.broadcast(problem)) is not None:
+        raise UserError(problem)
+
+
+def _quarantined(run: RunDir) -> Callable[[str, str], None]:
+    def record(key: str, fault: str) -> None:
+        log.warning("left out: %s: %s", key, fault)
+        run.record("quarantined", key=key, fault=fault)
+
+    return record
 
 
 def _restore(parts: Parts, run: RunDir, ranks: Ranks) -> Cursor | None:

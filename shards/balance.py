@@ -34,9 +34,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import numpy.typing as npt
+from awscrt.checksums import crc32c
 from pydantic import ValidationError
 
 from radhpc.errors import UserError, first_line, nearest
@@ -251,7 +251,7 @@ def _samples(store: Store, manifest: Manifest, index: Index, rows: Ints) -> Iter
                 shard = manifest.shards[member.shard].name
                 try:
                     data = store.read_range(shard, member.offset, member.length)
-                    if google_crc32c.value(data) == member.crc32c:
+                    if crc32c(data) == member.crc32c:
                         return Sample.model_validate_json(data)
                     fault = "checksum differs from the index's"
                 except (FileNotFoundError, ValidationError) as error:

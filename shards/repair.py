@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
+from awscrt.checksums import crc32c
 
 from radhpc.errors import UserError
 from radhpc.manifest import FINGERPRINTS, INDEX, MANIFEST, Index, Manifest, Shard, sha256
@@ -153,7 +153,7 @@ def _index(store: Store, manifest: Manifest) -> bytes:
                     sample = Sample.model_validate_json(content)
                     patients.append(sample.patient)
                     split = sample.split
-                checksum = google_crc32c.value(content)
+                checksum = crc32c(content)
                 rows.setdefault(key, []).append(MemberRow(suffix, member.offset_data, member.size, checksum))
         found = [SampleRow(key, tuple(members)) for key, members in rows.items()]
         parts.append(part(found, patients, split, number))

@@ -14,8 +14,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-import google_crc32c
 import numpy as np
+from awscrt.checksums import crc32c
 from pydantic import ValidationError
 
 from radhpc.errors import UserError, first_line
@@ -220,7 +220,7 @@ def _check_member(
     if len(data) < member.length:
         yield fault(f"cut after {len(data)} of {member.length} bytes")
         return
-    if google_crc32c.value(data) != member.crc32c:
+    if crc32c(data) != member.crc32c:
         yield fault("crc32c differs from the index's")
     if member.name.endswith(".json"):
         yield from (fault(text) for text in _check_description(data, index, sample))

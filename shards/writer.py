@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-import google_crc32c
+from awscrt.checksums import crc32c
 
 from radhpc.manifest import Shard
 
@@ -58,7 +58,7 @@ def write(path: Path, samples: Iterable[tuple[str, list[tuple[str, bytes]]]]) ->
                 placed = []
                 for suffix, data in members:
                     put(header(f"{key}.{suffix}", len(data)))
-                    placed.append(MemberRow(suffix, size, len(data), google_crc32c.value(data)))
+                    placed.append(MemberRow(suffix, size, len(data), crc32c(data)))
                     put(data)
                     put(bytes(-len(data) % BLOCK))
                 rows.append(SampleRow(key, tuple(placed)))

@@ -18,6 +18,7 @@ def main(run: str) -> Any:
             RANK=str(environment.global_rank),
             WORLD_SIZE=str(environment.num_tasks),
             LOCAL_RANK=str(environment.local_rank),
+            LOCAL_WORLD_SIZE=str(max(1, environment.num_tasks // environment.num_nodes)),
             MASTER_ADDR=address(environment.hostnames[0]),
             MASTER_PORT=str(port(environment.raw_job_id)),
         )

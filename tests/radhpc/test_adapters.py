@@ -15,7 +15,7 @@ from radhpc.errors import UserError
 from radhpc.export import write_adapter
 from radhpc.models import ModelFamily, family
 from radhpc.recipe import Lora, Recipe, load
-from radhpc.stream import Source
+from radhpc.source import Source
 from radhpc.tokenizer import train as train_tokenizer
 from tests.conftest import TINY_RECIPE
 

@@ -14,8 +14,9 @@ from radhpc.manifest import MANIFEST
 from radhpc.models import ModelFamily, family
 from radhpc.recipe import Recipe, Stage, load
 from radhpc.sample import Report, Sample, View
+from radhpc.source import BadSample, Source
 from radhpc.store import Store
-from radhpc.stream import BadSample, Source, Stream, stage_samples, stage_steps
+from radhpc.stream import Stream, stage_samples, stage_steps
 from radhpc.tokenizer import train as train_tokenizer
 from tests.conftest import TINY_RECIPE
 

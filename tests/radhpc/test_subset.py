@@ -11,8 +11,8 @@ import pytest
 from radhpc.errors import UserError
 from radhpc.manifest import MANIFEST, File, Index, Manifest, sha256
 from radhpc.recipe import load
+from radhpc.source import Source
 from radhpc.store import Store
-from radhpc.stream import Source
 from tests.conftest import TINY_RECIPE
 
 pytestmark = pytest.mark.timeout(60)

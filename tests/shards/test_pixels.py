@@ -356,7 +356,7 @@ def test_area_averages_keep_16_bits() -> None:
 
 
 def test_a_stream_shows_16_bit_shards_as_their_jpegs_were_before_compression(tmp_path: Path) -> None:
-    from radhpc.stream import Source
+    from radhpc.source import Source
     from shards.build import Settings, build
 
     shown = {}

@@ -1,0 +1,236 @@
+"""Reading ahead: the bytes of a rank's coming samples, in few and large requests, bounded in memory.
+
+Between the source and the stream. Enters: the numbers of this rank's samples, in the order in which it will train on
+them. Leaves: each one's bytes, checked, when its turn comes. Example, for shards of 1,000 samples of 55 kB each in an
+object store and a window of 20 shards, one rank:
+
+    turns    0 1 2 3 ...                 samples of 20 shards in turn
+    group    the next 128 MB of turns    the same samples, by shard and offset
+    spans    20 runs of about 6 MB       one ranged request each; gaps below REQUEST are read along, not split
+    take(0)  waits for its span, cuts the sample out, checks it; a span whose samples are all taken is let go
+
+A request costs about as much as REQUEST bytes would have, so a gap is skipped only if it is larger. A whole shard is
+thus read where all its gaps are cheap, and single members where a job of many nodes wants little of each shard. Files
+on a local disk are mapped and need none of this.
+"""
+
+import os
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from radhpc.cache import NodeCache
+from radhpc.errors import UserError
+from radhpc.manifest import Shard
+from radhpc.order import Positions
+from radhpc.recipe import Stream as StreamRecipe
+from radhpc.source import BadSample, Part, Place, Raw, Source
+
+REQUEST = 256 << 10  # bytes that a request costs: 10 ms at 800 MB/s, shared by 32 that wait at the same time
+SPAN = 8 << 20  # bytes of the longest request: long enough for full speed, short enough to be repeated
+FIRST_GROUP = 8 << 20  # bytes; the first steps shall not wait for what the later ones need. Doubles from group to group
+LOOK = 4096  # samples that are looked up ahead at most
+
+
+@dataclass
+class Span:
+    """Bytes start to stop of a shard, for `left` more samples."""
+
+    part: int
+    shard: int
+    start: int
+    stop: int
+    left: int = 0
+    data: "Future[memoryview] | None" = None
+
+
+def spans(places: Sequence[Place], gap: int = REQUEST) -> tuple[list[Span], list[Span]]:
+    """The requests that cost least for these samples, in the order in which they are first needed; and each sample's.
+
+    Samples of a shard with at most `gap` bytes between them share a span of at most SPAN bytes (a single sample may be
+    longer).
+    """
+    found: list[Span] = []
+    of: dict[int, Span] = {}
+    for n in sorted(range(len(places)), key=lambda n: (places[n].part, places[n].shard, places[n].start)):
+        place, span = places[n], found[-1] if found else None
+        if (
+            span is None
+            or (span.part, span.shard) != (place.part, place.shard)
+            or place.start - span.stop > gap
+            or max(span.stop, place.stop) - span.start > SPAN
+        ):
+            span = Span(place.part, place.shard, place.start, place.stop)
+            found.append(span)
+        span.stop = max(span.stop, place.stop)
+        span.left += 1
+        of[n] = span
+    each = [of[n] for n in range(len(places))]
+    first = {id(span): turn for turn, span in reversed(list(enumerate(each)))}
+    return sorted(found, key=lambda span: first[id(span)]), each
+
+
+class Ahead:
+    """Reads the samples of `turns` ahead. take() may be called from many threads, for turns about in their order."""
+
+    def __init__(
+        self, source: Source, turns: Iterator[Positions], recipe: StreamRecipe, share: float = 1.0, passes: float = 1.0
+    ) -> None:
+        """`share`: of all samples, those that this node reads; `passes`: over the data, by all nodes together."""
+        self._source, self._turns = source, turns
+        self._limit = recipe.prefetch_megabytes << 20
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        self._pool = ThreadPoolExecutor(max(1, recipe.requests // here), thread_name_prefix="fetch")
+        self._local = [part.store.on_local_disk for part in source.parts]
+        self._cached = _through_cache(source, recipe, share, passes)
+        self.cache = _open_cache(recipe) if any(self._cached) else None
+        if self.cache is not None:
+            self.cache.expect(
+                _content(part, shard)
+                for part, cached in zip(source.parts, self._cached, strict=True)
+                if cached
+                for shard in part.manifest.shards
+            )
+        self._planned: dict[int, tuple[Place, Span | None]] = {}
+        self._looked_up: deque[Place] = deque()
+        self._next, self._taken = 0, 0
+        self._held, self._group = 0, FIRST_GROUP
+        self._ended = False
+        self._closed = threading.Event()
+        self._change = threading.Condition()
+
+    def take(self, turn: int) -> Raw:
+        """The sample of a turn, once. Waits for its bytes. Raises BadSample."""
+        with self._change:
+            self._extend()
+            while turn not in self._planned:
+                assert not self._ended, turn
+                self._change.wait()
+                self._extend()
+            place, span = self._planned.pop(turn)
+            self._taken += 1
+        if span is None:
+            view = self._source.mapped(place)
+            assert view is not None
+            return self._source.check(place, view)
+        assert span.data is not None
+        try:
+            whole = span.data.result()
+            return self._checked(place, whole[place.start - span.start : place.stop - span.start])
+        finally:
+            with self._change:
+                span.left -= 1
+                if span.left == 0:
+                    self._held -= span.stop - span.start
+                    span.data = None
+                    self._extend()
+                    self._change.notify_all()
+
+    def close(self) -> None:
+        """Drop what was read ahead; whoever waits in take() gets a CancelledError."""
+        self._closed.set()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        with self._change:
+            self._change.notify_all()
+        self._pool.shutdown(wait=True)
+
+    def _extend(self) -> None:
+        """Plan further groups while less than half of what may be held is. With the lock held."""
+        if self._closed.is_set():
+            raise CancelledError
+        while not self._ended and self._next - self._taken < LOOK // 2 and self._held <= self._limit // 2:
+            group = self._gather()
+            remote = [place for place in group if not self._local[place.part]]
+            for gap in (REQUEST, REQUEST // 4, 0):
+                found, each = spans(remote, gap)
+                size = sum(span.stop - span.start for span in found)
+                if self._held + size <= self._limit:
+                    break
+            self._held += size
+            for span in found:
+                span.data = self._pool.submit(self._fetch, span)
+            of = iter(each)
+            for place in group:
+                self._planned[self._next] = (place, None if self._local[place.part] else next(of))
+                self._next += 1
+            self._group = min(self._group * 2, self._limit // 2)
+            self._change.notify_all()
+
+    def _gather(self) -> list[Place]:
+        """The next turns, up to a group's bytes."""
+        group, size, most = [], 0, min(self._group, self._limit // 2)
+        while size < most and len(group) < LOOK // 2:
+            if not self._looked_up:
+                numbers = next(self._turns, None)
+                if numbers is None:
+                    self._ended = True
+                    break
+                self._looked_up.extend(self._source.places(numbers))
+                continue
+            place = self._looked_up.popleft()
+            group.append(place)
+            size += 0 if self._local[place.part] else place.stop - place.start
+        return group
+
+    def _fetch(self, span: Span) -> memoryview:
+        part = self._source.parts[span.part]
+        shard = part.manifest.shards[span.shard]
+
+        def fetch(start: int, stop: int) -> memoryview:
+            data = memoryview(part.store.read_range(shard.name, start, stop - start, self._closed))
+            if len(data) < stop - start:
+                raise UserError(f"{part.store.url}/{shard.name}: ends before byte {stop}: cut while this run reads it")
+            return data
+
+        try:
+            if self.cache is None or not self._cached[span.part]:
+                return fetch(span.start, span.stop)
+            return memoryview(self.cache.read(_content(part, shard), shard.size, span.start, span.stop, fetch))
+        except FileNotFoundError as error:
+            raise UserError(f"{part.store.url}/{shard.name}: gone while it is being read") from error
+
+    def _checked(self, place: Place, data: memoryview) -> Raw:
+        """Check a sample; what is wrong is fetched once more, past the cache."""
+        try:
+            return self._source.check(place, data)
+        except BadSample:
+            if self.cache is not None and self._cached[place.part]:
+                part = self._source.parts[place.part]
+                self.cache.drop(_content(part, part.manifest.shards[place.shard]), place.start, place.stop)
+            self._source.traffic.add(retry="checksum")
+            return self._source.check(place, self._source.fetch(place))
+
+
+def _content(part: Part, shard: Shard) -> str:
+    """What names a shard in the cache: where it lies, and its checksum."""
+    return f"{part.store.url}/{shard.name} {shard.sha256}"
+
+
+def _open_cache(recipe: StreamRecipe) -> NodeCache:
+    assert recipe.cache is not None
+    folder = Path(os.path.expanduser(os.path.expandvars(recipe.cache.folder)))
+    return NodeCache(folder, int(recipe.cache.gigabytes * 1e9))
+
+
+def _through_cache(source: Source, recipe: StreamRecipe, share: float, passes: float) -> list[bool]:
+    """For each dataset, whether its blocks go through the node's cache: where that makes the node fetch less.
+
+    Through the cache every block is fetched whole, once, and what was not kept again in each pass. Without it, the
+    node fetches its share of the samples in every pass, each at the cost of its bytes and of a request.
+    """
+    if recipe.cache is None:
+        return [False] * len(source.parts)
+    far = [
+        part.store.folder is None or (recipe.cache.folders and not part.store.on_local_disk) for part in source.parts
+    ]
+    sizes = [sum(shard.size for shard in part.manifest.shards) for part in source.parts]
+    total = sum(size for size, is_far in zip(sizes, far, strict=True) if is_far)
+    lost = 1 - min(1.0, recipe.cache.gigabytes * 1e9 / max(1, total))
+    decisions = []
+    for part, size, is_far in zip(source.parts, sizes, far, strict=True):
+        apart = share * (1 + REQUEST * part.manifest.samples / size)  # in each pass, as a part of the dataset's bytes
+        decisions.append(is_far and 1 + (passes - 1) * lost * apart <= passes * apart)
+    return decisions
