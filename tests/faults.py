@@ -84,6 +84,7 @@ class Faults:
 
     def __enter__(self) -> "Faults":
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+        self._listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # for all that it accepts
         self.port = int(self._listener.getsockname()[1])
         self.url = f"http://127.0.0.1:{self.port}"
         self._loop, self._stop = asyncio.new_event_loop(), asyncio.Event()
