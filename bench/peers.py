@@ -67,7 +67,7 @@ def call(peer: str, request: dict[str, Any], seconds: float, interpreter: Path |
                 stdout=subprocess.DEVNULL,
                 stderr=file,
                 start_new_session=True,
-                env=os.environ | {"TMPDIR": folder, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"},
+                env=os.environ | {"TMPDIR": folder, "OMP_NUM_THREADS": "1"},
             )
         try:
             process.wait(seconds)

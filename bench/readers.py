@@ -18,6 +18,7 @@ Seconds are those of one whole epoch, from asking for the iterator to the last s
 """
 
 import collections
+import contextlib
 import functools
 import itertools
 import json
@@ -43,7 +44,7 @@ BATCH = 32  # samples that a worker process hands over at once
 BUFFER = 1000  # of those that shuffle in a buffer
 SEED = 7
 THREADS = 2
-LIFE = 90  # seconds that ranks may take before they count as hung
+LIFE = 120  # seconds that ranks may take before they count as hung
 
 Raw = tuple[bytes, bytes]  # JPEG, JSON
 
@@ -176,7 +177,7 @@ class WebDataset(Reader):
             mixed = wds.DataPipeline(wds.RandomMix([self._pipeline([one]) for one in life.where], life.weights))
         batched = wds.DataPipeline(mixed, wds.batched(life.batch, collation_fn=list, partial=True))
         loader = wds.WebLoader(batched, batch_size=None, num_workers=life.workers)
-        assert not hasattr(loader, "state_dict") and not hasattr(batched, "state_dict")
+        assert not any(hasattr(part, "state_dict") for part in (loader, batched, mixed))
         return loader, lambda: None
 
 
@@ -312,10 +313,15 @@ class Mds(Reader):
                 Stream(local=one, proportion=weight) for one, weight in zip(life.where, life.weights, strict=True)
             ]
             dataset = self._dataset(same, streams=streams, batch_size=life.batch)
-        loader = StreamingDataLoader(dataset, batch_size=life.batch, num_workers=life.workers, collate_fn=same)
+        loader = StreamingDataLoader(dataset, batch_size=life.batch, num_workers=life.workers, collate_fn=_columns)
         if life.states:
             loader.load_state_dict(life.states[0])
-        return loader, loader.state_dict
+        return (list(zip(batch["jpg"], batch["json"], strict=True)) for batch in loader), loader.state_dict
+
+
+def _columns(rows: list[Raw]) -> dict[str, list[bytes]]:
+    """A batch as a dictionary of columns: what the loader of MDS counts samples by, for its state."""
+    return {"jpg": [jpg for jpg, _ in rows], "json": [described for _, described in rows]}
 
 
 class Energon(Reader):
@@ -403,7 +409,7 @@ class Energon(Reader):
 
 
 class Members:
-    """A random-access source over the members of plain tars, as a user of grain writes it; grain has none of its own."""
+    """A random-access source over the members of plain tars, as users of grain write it, which has none."""
 
     def __init__(self, where: str) -> None:
         self._tars = tars_of(where)
@@ -467,14 +473,13 @@ class Grain(Reader):
 
         parts = [self._dataset(one, same) for one in life.where]
         dataset = parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, life.weights)
+        workers = grain.MultiprocessingOptions(num_workers=life.workers) if life.workers else None
         iterator = iter(
             ElasticIterator(
                 dataset,
                 global_batch_size=life.batch * life.world,
                 shard_options=grain.ShardOptions(shard_index=life.rank, shard_count=life.world),
-                multiprocessing_options=grain.MultiprocessingOptions(num_workers=life.workers)
-                if life.workers
-                else None,
+                multiprocessing_options=workers,
             )
         )
         if life.states:
@@ -570,10 +575,8 @@ def _ranks(reader: Reader, request: dict[str, Any], life: dict[str, Any], states
                 error = "a rank died"
             raised = raised or error
         for process, _ in started:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # it leads a group of its own, with its workers
-            except ProcessLookupError:
-                pass
             process.join()
     return found, raised
 

@@ -35,15 +35,15 @@ from radhpc.stream import Stream, order_of
 from radhpc.transforms import decode
 
 NOTES = """\
-raw: one process without workers; the bytes of each JPEG and its JSON, read; radhpc's are checked against their crc32c.
-decoded: 8-bit gray pixels by the same decoder (imagecodecs.jpeg8_decode; radhpc through its own transforms.decode),
-on the same cores: radhpc in two threads; each peer in two worker processes of its own loader and in two threads (its own
-where it has any), of which the better counts.
+raw: one process without workers; the bytes of each JPEG and its JSON, read. radhpc has checked them against the crc32c.
+decoded: to 8-bit gray by the same decoder (imagecodecs.jpeg8_decode; radhpc through its own transforms.decode), on the
+same cores: radhpc in two threads; peers in two worker processes of their own loaders and in two threads (their own,
+where they have any), of which the better counts.
 decoder alone: radhpc.transforms.decode in two threads over JPEGs that lie in memory.
-webdataset: shuffle(1000) over shuffled shards. litdata: chunks as large as a tar, shuffled, drop_last=False; its samples
-are views of a mapped file, copied for raw as nobody would have read them otherwise ("unread views" as they come).
-mds: py1e, local shards. energon: prepared tars, buffer of 1000. grain: it has no source for tars, so MapDataset over a
-random-access source of tar members in plain Python, shuffled as a whole; its index is made before the clock starts.
+webdataset: shuffle(1000) over shuffled shards. litdata: chunks as large as a tar, shuffled, drop_last=False; its
+samples are views of a mapped file, copied for raw, as otherwise nobody would have read them ("unread views").
+mds: py1e, local shards. energon: prepared tars, buffer of 1000. grain: it has no source for tars, so MapDataset over
+a random-access source of tar members in plain Python, shuffled as a whole; indexed before the clock starts.
 The clock runs from asking for an epoch to its last sample."""
 
 THREADS = 2

@@ -16,11 +16,11 @@ It is a set-associative cache of plain files, with neither a daemon nor a databa
 
 The number of files, and with it of bytes, is bounded by the layout itself, and kills do not change that. Whoever
 writes into a set holds its lock, which the kernel frees when a process dies: a `new-` file that the next writer finds
-there has lost its own, and goes. A block's set is found by a hash that stays for most blocks when the number of sets
-changes, so jobs with different limits share a folder: each uses the first sets, as many as its limit allows, and all
-together never take more than the largest of their limits. Who opens it with a smaller limit removes what lies beyond;
-a job that uses those sets fetches it again. Sets fill unevenly: data of just the limit's size leave
-about 5 % of their blocks outside, data of 80 % of it 0.2 %.
+there has lost its own, and goes. Whoever fetches a block holds the block's lock, and others wait for it. A block's set
+is found by a hash that stays for most blocks when the number of sets changes, so jobs with different limits share a
+folder: each uses the first sets, as many as its limit allows, and all together never take more than the largest of
+their limits. Who opens it with a smaller limit removes what lies beyond; a job that uses those sets fetches it again.
+Sets fill unevenly: data of just the limit's size leave about 5 % of their blocks outside, data of 80 % of it 0.2 %.
 
 What goes when a set is full: the block used longest ago among those used neither since this cache was opened nor part
 of the files that expect() named. Where there is none, the newcomer stays out, and only the wanted bytes of it are
@@ -281,8 +281,8 @@ class NodeCache:
     # One set
 
     def _names(self, folder: str) -> list[str]:
-        try:
-            return os.listdir(folder)
+        try:  # NFS shows a removed file that is still open as .nfs...; it is empty by then
+            return [name for name in os.listdir(folder) if not name.startswith(".")]
         except FileNotFoundError:
             return []
 
@@ -337,7 +337,7 @@ class NodeCache:
     def _trim(self) -> None:
         """Remove what an earlier, larger limit allowed."""
         for name in self._names(str(self._root)):
-            beyond = int(name) >= self._sets
+            beyond = name.isdigit() and int(name) >= self._sets
             if beyond or self._ways < WAYS:
                 with contextlib.suppress(OSError), self._locked([name], WRITE_WAIT) as held:
                     if held:
@@ -365,7 +365,7 @@ class NodeCache:
             if time.monotonic() > deadline:
                 return False
             time.sleep(pause)
-            pause = min(2 * pause, 0.05)
+            pause = min(2 * pause, 0.02)
         held.callback(self._file_lock, fcntl.F_UNLCK, number)
         return True
 

@@ -140,7 +140,9 @@ def _run_stage(
     stop.check(ranks.max)
     _describe(engine, position, parts)
     saving = hooks.Saving(parts, engine, board, lineage)
-    saving.saved_step = cursor.step if cursor else -1
+    # A stage begins where a checkpoint stands: its own, or the last one of the stage before, which must not be written
+    # over with this stage's untrained state when a signal comes before the first step.
+    saving.saved_step = position.step if cursor is not None or number else -1
     evaluating = hooks.Evaluating(parts, engine, board, stop)
     stream = Stream(
         parts.source(number, "train"), parts.encoder, stage, number, recipe.stream, recipe.seed,

@@ -44,6 +44,10 @@ def kill(pids: list[int]) -> None:
         time.sleep(0.05)
 
 
+def listening(pid: int) -> list[str]:
+    return [one.laddr.ip for one in psutil.Process(pid).net_connections() if one.status == psutil.CONN_LISTEN]
+
+
 def names(folder: Path) -> list[str]:
     """The programs that have something of this folder in their command."""
     found = []
@@ -61,6 +65,8 @@ def test_a_life_with_a_lost_machine_and_a_lost_daemon(ceph_installed: None, tmp_
         first = report("up", *place)
         assert (first["state"], first["started"]) == ("up", True)
         assert sorted(first["daemons"]) == sorted(DAEMONS)
+        assert {address for pid in first["daemons"].values() for address in listening(pid)} == {"127.0.0.1"}
+        assert (folder.stat().st_mode & 0o777, (folder / "gateway.json").stat().st_mode & 0o777) == (0o700, 0o600)
         kill(list(first["daemons"].values()))  # as when the machine goes down
         assert report("status", *place)["state"] == "down"
         second = report("up", *place)

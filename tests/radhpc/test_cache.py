@@ -509,6 +509,18 @@ def test_what_is_dropped_is_fetched_again_by_all(tmp_path: Path) -> None:
     assert len(remote.calls) == 2
 
 
+def test_hidden_files_of_network_file_systems_are_no_blocks(tmp_path: Path) -> None:
+    (tmp_path / "v1" / "00000").mkdir(parents=True)
+    for number in range(20):
+        (tmp_path / "v1" / "00000" / f".nfs{number}").touch()
+    (tmp_path / "v1" / ".nfs").touch()
+    remote, cache = Remote(20 * BLOCK), NodeCache(tmp_path, LIMIT)
+    for _ in range(2):
+        assert remote.read(cache, 0) == remote.files[0]
+    assert cache.counts.hits == 16
+    assert len(list((tmp_path / "v1" / "00000").glob(".nfs*"))) == 20
+
+
 def test_descriptors_are_few_and_hold_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "DESCRIPTORS", 20)
     before = len(os.listdir("/proc/self/fd"))

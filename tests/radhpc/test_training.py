@@ -163,6 +163,34 @@ def test_a_run_goes_on_on_another_number_of_ranks(
     assert consumed(run / "ledger").steps == consumed(reference / "ledger").steps
 
 
+def test_a_signal_before_a_stages_first_step_keeps_the_stage_before(
+    reference: Path, launch_json: LaunchJson, recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last checkpoint of a stage is not written over by the untrained state of the next."""
+    from radhpc import loop, worker
+    from radhpc.checkpoint import read_cursor
+    from radhpc.recipe import load
+    from radhpc.stop import Interrupted
+
+    before = loop._agree
+
+    def interrupted(step: Any, *others: Any) -> Any:
+        calls.append(step.number)
+        if len(calls) == STAGES["scratch"] + 1:
+            raise Interrupted("SIGTERM")
+        return before(step, *others)
+
+    calls: list[int] = []
+    monkeypatch.setattr(loop, "_agree", interrupted)
+    run = RunDir.create(tmp_path / "run", load(recipe_file))
+    assert worker.run(str(run.path)).state == "interrupted"
+    assert calls[-1] == 0
+    cursor = read_cursor(run.path / f"checkpoints/step-{STAGES['scratch']:06d}")
+    assert (cursor.stage, cursor.stage_done) == (0, True)
+    assert worker.run(str(run.path)).state == "finished"
+    assert consumed(run.path / "ledger").steps == consumed(reference / "ledger").steps
+
+
 def test_bad_input_gets_one_line_and_status_2(
     launch: Launch, reference: Path, recipe_file: Path, phantom_shards: Path, tmp_path: Path
 ) -> None:
