@@ -12,6 +12,7 @@ is written as JSON. What can be done:
     threads   the same decoded, by two threads: the peer's own where it has any, else around its raw stream
     list      which samples came, and what was raised: for damaged files
     cache     the same of several datasets through one cache folder
+    describe  what the peer reads and how its documentation has it stop and go on
     lives     several ranks that read, stop after some steps and go on, perhaps as another number of ranks
 
 Seconds are those of one whole epoch, from asking for the iterator to the last sample, after a warm-up.
@@ -478,7 +479,7 @@ class Grain(Reader):
             ElasticIterator(
                 dataset,
                 global_batch_size=life.batch * life.world,
-                shard_options=grain.ShardOptions(shard_index=life.rank, shard_count=life.world),
+                shard_options=grain.sharding.ShardOptions(shard_index=life.rank, shard_count=life.world),
                 multiprocessing_options=workers,
             )
         )

@@ -110,6 +110,8 @@ class Store:
         scheme = self.url.split("://")[0]
         if scheme in ("s3", "s3a") and (file := _credentials_file()) is not None:
             options["credential_provider"] = lambda: _read_credentials(file)
+        if scheme == "http":  # the URL itself says that it shall be without TLS
+            options["client_options"] = options.get("client_options", {}) | {"allow_http": True}
         try:
             return obstore.store.from_url(self.url, **({"mkdir": True} if scheme == "file" else options))
         except Exception as error:
