@@ -112,6 +112,8 @@ class Store:
             options["credential_provider"] = lambda: _read_credentials(file)
         if scheme == "http":  # the URL itself says that it shall be without TLS
             options["client_options"] = options.get("client_options", {}) | {"allow_http": True}
+        elif "client_options" in options:
+            options["client_options"] |= _client_options(scheme)
         try:
             return obstore.store.from_url(self.url, **({"mkdir": True} if scheme == "file" else options))
         except Exception as error:
@@ -289,6 +291,17 @@ _HOPE = (
 def _hope(error: Exception) -> str | None:
     """Why a request may succeed another time, or None."""
     return next((cause for cause, sign in _HOPE if re.search(sign, str(error), re.IGNORECASE)), None)
+
+
+def _client_options(scheme: str) -> dict[str, str]:
+    """What the environment says of the connection: AWS_ALLOW_HTTP, AZURE_PROXY_URL, ...
+
+    obstore reads these too, but forgets all of them once it is given any option of the client.
+    """
+    prefix = {"s3": "AWS", "s3a": "AWS", "gs": "GOOGLE"}.get(scheme, "AZURE")
+    names = ("allow_http", "allow_invalid_certificates", "proxy_url", "proxy_ca_certificate", "proxy_excludes")
+    found = {name: os.environ.get(f"{prefix}_{name.upper()}") for name in names}
+    return {name: value for name, value in found.items() if value}
 
 
 def _credentials_file() -> Path | None:
