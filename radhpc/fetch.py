@@ -136,6 +136,8 @@ class Ahead:
         with self._change:
             self._change.notify_all()
         self._pool.shutdown(wait=True)
+        if self.cache is not None:
+            self.cache.close()
 
     def _extend(self) -> None:
         """Plan further groups while less than half of what may be held is. With the lock held."""
@@ -161,7 +163,8 @@ class Ahead:
 
     def _gather(self) -> list[Place]:
         """The next turns, up to a group's bytes."""
-        group, size, most = [], 0, min(self._group, self._limit // 2)
+        group: list[Place] = []
+        size, most = 0, min(self._group, self._limit // 2)
         while size < most and len(group) < LOOK // 2:
             if not self._looked_up:
                 numbers = next(self._turns, None)
@@ -180,7 +183,7 @@ class Ahead:
         shard = part.manifest.shards[span.shard]
 
         def fetch(start: int, stop: int) -> memoryview:
-            data = memoryview(part.store.read_range(shard.name, start, stop - start, self._closed))
+            data = part.store.view_range(shard.name, start, stop - start, self._closed)
             if len(data) < stop - start:
                 raise UserError(f"{part.store.url}/{shard.name}: ends before byte {stop}: cut while this run reads it")
             return data

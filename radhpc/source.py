@@ -176,7 +176,7 @@ class Source:
             return view
         part = self.parts[place.part]
         shard = part.manifest.shards[place.shard].name
-        return memoryview(part.store.read_range(shard, place.start, place.stop - place.start))
+        return part.store.view_range(shard, place.start, place.stop - place.start)
 
     def check(self, place: Place, data: memoryview) -> Raw:
         """The members of a sample, if they are those of the manifest. Raises BadSample."""
@@ -232,7 +232,8 @@ Study = tuple[str, Sample, list[Image.Image]]
 
 def study(raw: Raw) -> Study:
     """Parse and decode one sample. Raises BadSample."""
-    sample, views = None, []
+    sample: Sample | None = None
+    views: list[Image.Image] = []
     for suffix, data in raw.members:
         try:
             if suffix == "json":

@@ -12,31 +12,23 @@ the endpoint and the region come from the environment, as for other S3 tools: AW
 AWS_ENDPOINT_URL, AWS_REGION, and AWS_ALLOW_HTTP=true for an endpoint without TLS. Without a key there, those of
 AWS_PROFILE in ~/.aws/credentials (or AWS_SHARED_CREDENTIALS_FILE), which is read again when they expire, so that
 whatever renews that file renews the job's; else the web identity, container or machine that obstore finds.
-
-A ranged read is repeated after 429 and 5xx, resets, stalls, short bodies and expired credentials, after a random wait
-that doubles (full jitter; Brooker, "Exponential Backoff And Jitter", 2015). `Traffic` counts all of it.
 """
 
-import configparser
 import contextlib
 import logging
 import mmap
 import os
-import random
 import re
 import threading
-import time
-from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import CancelledError
-from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from radhpc.errors import UserError, first_line
+from radhpc import remote
+from radhpc.errors import UserError
 from radhpc.files import write_atomically
+from radhpc.remote import Traffic
 
 __all__ = ["Store", "Traffic", "write_atomically"]
 
@@ -44,38 +36,15 @@ log = logging.getLogger("radhpc")
 
 _SUBSET = re.compile(r"(?P<url>.*)#(?P<subset>[a-z][a-z0-9_-]*)", re.DOTALL)
 
-
 MODE = 0o640  # of files in a folder: owner and group may read patients' data, others not
-RETRIES = {"max_retries": 10, "retry_timeout": timedelta(minutes=2)}  # of one request that is no ranged read
 PART = 16 << 20  # bytes of one part of an upload
 MAPS = 160  # shards that are mapped at a time
-PATIENCE = 180.0  # seconds after which a ranged read is given up
-STALL = timedelta(seconds=15)  # without a byte
-FIRST_WAIT, LONGEST_WAIT = 0.1, 10.0  # seconds
-CREDENTIALS_HOLD = timedelta(minutes=5)  # then ~/.aws/credentials is read again
 
 # File systems of this machine alone: their files are mapped. A network's may fail in mid-read, which a mapping answers
 # with SIGBUS; those are read into memory.
 LOCAL = frozenset(
     ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "jfs", "overlay", "tmpfs", "ramfs")
 )
-
-
-@dataclass
-class Traffic:
-    """What was asked of stores, for the board."""
-
-    requests: int = 0
-    bytes: int = 0
-    retries: Counter[str] = field(default_factory=Counter)  # by cause
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
-
-    def add(self, requests: int = 0, bytes: int = 0, retry: str | None = None) -> None:
-        with self._lock:
-            self.requests += requests
-            self.bytes += bytes
-            if retry is not None:
-                self.retries[retry] += 1
 
 
 class Store:
@@ -89,37 +58,20 @@ class Store:
         self.traffic = traffic or Traffic()
         self._descriptors: dict[str, int] = {}
         self._maps: dict[str, memoryview] = {}
-        self._reading: Any = None
+        self._client: Any = None
+        self._answered = False  # whether a ranged read was granted
         self._lock = threading.Lock()
 
     @cached_property
     def _remote(self) -> Any:
-        return self._open(retry_config=RETRIES)
+        return remote.client(self.url, retried=True)
 
-    def _reader(self) -> Any:
-        """The client of ranged reads, whose retries are ours."""
+    def _ranges(self) -> Any:
+        """The client of ranged reads, which are repeated here, not by obstore, so that they are counted."""
         with self._lock:
-            if self._reading is None:
-                limits = {"read_timeout": STALL, "timeout": timedelta(seconds=PATIENCE)}
-                self._reading = self._open(retry_config={"max_retries": 0}, client_options=limits)
-            return self._reading
-
-    def _open(self, **options: Any) -> Any:
-        import obstore.store
-
-        scheme = self.url.split("://")[0]
-        if scheme in ("s3", "s3a") and (file := _credentials_file()) is not None:
-            options["credential_provider"] = lambda: _read_credentials(file)
-        if scheme == "http":  # the URL itself says that it shall be without TLS
-            options["client_options"] = options.get("client_options", {}) | {"allow_http": True}
-        elif "client_options" in options:
-            options["client_options"] |= _client_options(scheme)
-        try:
-            return obstore.store.from_url(self.url, **({"mkdir": True} if scheme == "file" else options))
-        except Exception as error:
-            raise UserError(
-                f"{self.url}: {first_line(error)}; allowed are a folder and s3, gs, az, http, file URLs"
-            ) from error
+            if self._client is None:
+                self._client = remote.client(self.url, retried=False)
+            return self._client
 
     def read(self, name: str) -> bytes:
         """Read a whole file. Raises FileNotFoundError."""
@@ -128,50 +80,46 @@ class Store:
         with self._explain(name):
             return bytes(self._remote.get(name).bytes())
 
-    def read_range(self, name: str, offset: int, length: int, given_up: threading.Event | None = None) -> Any:
-        """Read `length` bytes from `offset`; fewer where the file ends before: bytes, or what memoryview takes.
+    def read_range(self, name: str, offset: int, length: int) -> bytes:
+        """Read `length` bytes from `offset`; fewer where the file ends before. Raises FileNotFoundError."""
+        return bytes(self.view_range(name, offset, length))
 
-        Raises FileNotFoundError, and CancelledError between two attempts once `given_up` is set.
-        """
+    def view_range(self, name: str, offset: int, length: int, given_up: threading.Event | None = None) -> memoryview:
+        """read_range without a copy. Raises CancelledError between two attempts once `given_up` is set."""
         if self.folder is not None:
-            return os.pread(self._descriptor(name), length, offset)
+            return memoryview(os.pread(self._descriptor(name), length, offset))
         if length <= 0:
-            return b""
-        return self._persist(name, offset, length, given_up or threading.Event())
-
-    def _persist(self, name: str, offset: int, length: int, given_up: threading.Event) -> Any:
-        """One ranged read, repeated while there is hope."""
-        deadline, attempt = time.monotonic() + PATIENCE, 0
+            return memoryview(b"")
+        backoff = remote.Backoff(given_up or threading.Event())
         while True:
             with self._explain(name):
                 try:
-                    data = self._reader().get_range(name, start=offset, length=length)
+                    data = self._ranges().get_range(name, start=offset, length=length)
+                    self._answered = True
                     self.traffic.add(requests=1, bytes=len(data))
                     if len(data) == length:
-                        return data
+                        return memoryview(data)
                     size = self.size(name)
                     if size < offset + length and len(data) == max(0, size - offset):
-                        return data
+                        return memoryview(data)
                     cause, said = "short", f"{len(data)} of {length} bytes came"
                 except FileNotFoundError:
                     raise
                 except Exception as error:
                     self.traffic.add(requests=1)
-                    hope = _hope(error)
-                    if hope is None or time.monotonic() > deadline:
+                    hope = remote.hope(error, self._answered)
+                    if hope is None or backoff.over:
                         raise
-                    cause, said = hope, _said(error)
+                    cause, said = hope, remote.said(error)
                     if cause == "expired":
                         with self._lock:
-                            self._reading = None  # the next one asks for credentials anew
-            if time.monotonic() > deadline:
+                            self._client = None  # the next one asks for keys anew
+            if backoff.over:
                 raise UserError(f"{self.url}/{name}: the store does not answer as it should ({said})")
             self.traffic.add(retry=cause)
-            if attempt in (3, 6):
+            if backoff.attempts in (3, 6):
                 log.warning("%s/%s: %s; trying again", self.url, name, said)
-            if given_up.wait(random.uniform(0, min(LONGEST_WAIT, FIRST_WAIT * 2**attempt))):
-                raise CancelledError
-            attempt += 1
+            backoff.wait()
 
     def mapped(self, name: str, size: int) -> memoryview | None:
         """A whole file of `size` bytes on a local disk, without a copy; None for one that is not on a local disk."""
@@ -253,7 +201,7 @@ class Store:
         except (refusals.BaseError, PermissionError) as error:
             denied = isinstance(error, (PermissionError, refusals.PermissionDeniedError, refusals.UnauthenticatedError))
             hint = "check the credentials in the environment" if denied else "the store does not answer as it should"
-            raise UserError(f"{self.url}/{name}: {hint} ({_said(error)})") from error
+            raise UserError(f"{self.url}/{name}: {hint} ({remote.said(error)})") from error
 
     def _descriptor(self, name: str) -> int:
         with self._lock:
@@ -268,68 +216,6 @@ class Store:
                 os.close(descriptor)
             self._descriptors.clear()
             self._maps.clear()
-
-
-def _said(error: Exception) -> str:
-    """The gist of obstore's long messages: what the server said, else the innermost cause."""
-    text = first_line(error)
-    if said := re.search(r"<Code>(.*?)</Code>(?:<Message>(.*?)</Message>)?", str(error)):
-        return ": ".join(part for part in said.groups() if part)
-    return text.split(" - ", 1)[-1][:200]
-
-
-_HOPE = (
-    ("expired", r"ExpiredToken|TokenRefreshRequired|InvalidAccessKeyId|RequestTimeTooSkewed|token.{0,20}expired"),
-    ("throttled", r"status code: 429|SlowDown|TooManyRequests|Throttl"),
-    ("refused", r"status code: 5\d\d|InternalError|ServiceUnavailable"),
-    ("stalled", r"timed? ?out|TimedOut"),
-    ("reset", r"reset|closed|refused|broken pipe|incomplete|unexpected (eof|end)|decoding response body|sending request"
-              r"|body error|connect"),
-)  # fmt: skip
-
-
-def _hope(error: Exception) -> str | None:
-    """Why a request may succeed another time, or None."""
-    return next((cause for cause, sign in _HOPE if re.search(sign, str(error), re.IGNORECASE)), None)
-
-
-def _client_options(scheme: str) -> dict[str, str]:
-    """What the environment says of the connection: AWS_ALLOW_HTTP, AZURE_PROXY_URL, ...
-
-    obstore reads these too, but forgets all of them once it is given any option of the client.
-    """
-    prefix = {"s3": "AWS", "s3a": "AWS", "gs": "GOOGLE"}.get(scheme, "AZURE")
-    names = ("allow_http", "allow_invalid_certificates", "proxy_url", "proxy_ca_certificate", "proxy_excludes")
-    found = {name: os.environ.get(f"{prefix}_{name.upper()}") for name in names}
-    return {name: value for name, value in found.items() if value}
-
-
-def _credentials_file() -> Path | None:
-    """The shared file of credentials, where no key stands in the environment and the profile has one there."""
-    if os.environ.get("AWS_ACCESS_KEY_ID"):
-        return None
-    file = Path(os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or "~/.aws/credentials").expanduser()
-    with contextlib.suppress(UserError):
-        _read_credentials(file)
-        return file
-    return None
-
-
-def _read_credentials(file: Path) -> dict[str, Any]:
-    """The keys of AWS_PROFILE, as obstore wants them of a provider."""
-    profile = os.environ.get("AWS_PROFILE", "default")
-    try:
-        entries = configparser.ConfigParser(interpolation=None)
-        entries.read_string(file.read_text())
-        section = entries[profile]
-        return {
-            "access_key_id": section["aws_access_key_id"],
-            "secret_access_key": section["aws_secret_access_key"],
-            "token": section.get("aws_session_token"),
-            "expires_at": datetime.now(UTC) + CREDENTIALS_HOLD,
-        }
-    except (OSError, configparser.Error, KeyError) as error:
-        raise UserError(f"{file}: no whole key of profile '{profile}' there") from error
 
 
 def _file_system(folder: Path) -> str:

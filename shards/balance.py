@@ -250,7 +250,7 @@ def _samples(store: Store, manifest: Manifest, index: Index, rows: Ints) -> Iter
             if member.name == f"{key}.json":
                 shard = manifest.shards[member.shard].name
                 try:
-                    data = bytes(store.read_range(shard, member.offset, member.length))
+                    data = store.read_range(shard, member.offset, member.length)
                     if crc32c(data) == member.crc32c:
                         return Sample.model_validate_json(data)
                     fault = "checksum differs from the index's"

@@ -70,7 +70,7 @@ def pictures(store: Store, manifest: Manifest, index: Index, count: int = 48) ->
         members = {member.name.split(".", 1)[1]: member for member in index.members(row)}
         shard = manifest.shards[int(index.shard[row])].name
         description, image = members.pop("json"), next(iter(members.values()))
-        sample = Sample.model_validate_json(bytes(store.read_range(shard, description.offset, description.length)))
+        sample = Sample.model_validate_json(store.read_range(shard, description.offset, description.length))
         view = sample.images[0]
         picture = decode(store.read_range(shard, image.offset, image.length), view)
         found.append((f"{sample.split}  {view.view or ''}", picture))

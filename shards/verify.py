@@ -180,7 +180,7 @@ def _check_shard(store: Store, manifest: Manifest, index: Index, number: int, sa
         for member in index.members(sample):
             yield from _check_member(store, manifest, index, sample, member, end)
             end = member.offset + member.length + -member.length % BLOCK
-    rest = bytes(store.read_range(shard.name, end, max(0, size - end)))
+    rest = store.read_range(shard.name, end, max(0, size - end))
     if len(rest) < 2 * BLOCK or rest.strip(b"\0"):
         yield Fault(shard.name, None, end, "the tar does not end where the index says")
 
@@ -209,7 +209,7 @@ def _check_member(
 
     if member.offset - BLOCK != end:
         yield fault(f"stands at {member.offset}, but the member before it ends at {end}", end)
-    data = bytes(store.read_range(name, member.offset - BLOCK, BLOCK + member.length))
+    data = store.read_range(name, member.offset - BLOCK, BLOCK + member.length)
     header, data = data[:BLOCK], data[BLOCK:]
     try:
         found = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
