@@ -44,6 +44,8 @@ lint: install
 
 bench: install
 	$(BIN)/python -m bench.build
+	$(BIN)/python -m bench.stream
+	$(BIN)/python -m bench.guarantees
 
 clean:
-	rm -rf .venv *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-peers *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

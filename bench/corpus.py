@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from radhpc.files import write_atomically
 from radhpc.manifest import INDEX, MANIFEST, File, Manifest, Shard, sha256
-from radhpc.sample import SPLITS, Report, Sample, View
+from radhpc.sample import SPLITS, Sample
 from shards.indexing import join, part
 from shards.writer import write
 
@@ -49,12 +49,12 @@ def make(
     columns = index.to_bytes()
     write_atomically(folder / INDEX, columns)
     build = {"samples": samples, "per_shard": per_shard, "sides": list(sides), "seed": seed}
-    counts = dict.fromkeys(SPLITS, 0) | {"train": samples}
+    counts = {str(split): samples if split == "train" else 0 for split in SPLITS}
     manifest = Manifest(
         dataset=name,
         samples=samples,
-        splits=dict(counts),
-        patients=dict(counts),
+        splits=counts,
+        patients=counts,
         shards=tuple(shards),
         index=File(name=INDEX, size=len(columns), sha256=sha256(columns)),
         build=build,
@@ -78,13 +78,15 @@ def _drawn(rng: np.random.Generator) -> npt.NDArray[np.uint8]:
 def _sample(name: str, seed: int, number: int, rng: np.random.Generator, sides: tuple[int, int]) -> Sample:
     identity = hashlib.blake2b(f"{name}/{seed}/{number}".encode(), digest_size=16).hexdigest()
     width, height = (int(side) for side in rng.integers(sides[0], sides[1], 2, endpoint=True))
-    return Sample(
-        dataset=name,
-        patient=identity[:16],
-        study=identity[16:],
-        split="train",
-        images=(View(view="PA", width=width, height=height),),
-        report=Report(findings="The lungs are clear. The heart is of normal size. No effusion seen."),
+    return Sample.model_validate(
+        {
+            "dataset": name,
+            "patient": identity[:16],
+            "study": identity[16:],
+            "split": "train",
+            "images": [{"view": "PA", "width": width, "height": height}],
+            "report": {"findings": "The lungs are clear. The heart is of normal size. No effusion seen."},
+        }
     )
 
 
@@ -96,4 +98,4 @@ def _members(
         top, left = (int(rng.integers(0, LARGE - side, endpoint=True)) for side in (view.height, view.width))
         pixels = np.ascontiguousarray(large[top : top + view.height, left : left + view.width])
         json = sample.model_dump_json(exclude_defaults=True).encode()
-        yield sample.key, [("json", json), ("0.jpg", imagecodecs.jpeg8_encode(pixels, level=QUALITY))]
+        yield sample.key, [("json", json), ("0.jpg", bytes(imagecodecs.jpeg8_encode(pixels, level=QUALITY)))]

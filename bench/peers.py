@@ -63,7 +63,7 @@ def call(peer: str, request: dict[str, Any], seconds: float, interpreter: Path |
         with said.open("wb") as file:
             process = subprocess.Popen(
                 [str(part) for part in command],
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,  # it ends when this closes, as when we are killed
                 stdout=subprocess.DEVNULL,
                 stderr=file,
                 start_new_session=True,
@@ -78,6 +78,8 @@ def call(peer: str, request: dict[str, Any], seconds: float, interpreter: Path |
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # it and the workers that it left
             process.wait()
+            assert process.stdin is not None
+            process.stdin.close()
         found = json.loads(answer.read_bytes()) if answer.exists() else None
         return Called(found, said.read_text(errors="replace"), hung)
 

@@ -31,6 +31,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 import traceback
 import types
@@ -485,7 +486,7 @@ class Grain(Reader):
         )
         if life.states:
             iterator.set_state(life.states[0])
-        return iterator, iterator.get_state
+        return (list(zip(*columns, strict=True)) for columns in iterator), iterator.get_state
 
 
 PEERS: dict[str, type[Reader]] = {
@@ -509,7 +510,7 @@ def measure(reader: Reader, do: str, where: str) -> dict[str, float]:
     for _ in itertools.islice(warm, 200):
         pass
     if hasattr(warm, "close"):
-        warm.close()  # type: ignore[attr-defined]
+        warm.close()
     samples = size = 0
     begun = time.perf_counter()
     for one, described in started():
@@ -576,6 +577,7 @@ def _ranks(reader: Reader, request: dict[str, Any], life: dict[str, Any], states
                 error = "a rank died"
             raised = raised or error
         for process, _ in started:
+            assert process.pid
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # it leads a group of its own, with its workers
             process.join()
@@ -610,7 +612,15 @@ def _rank(reader: Reader, life: Life, folder: str, pipe: Any) -> None:
     time.sleep(LIFE)  # until the parent ends this group; leaving by ourselves would wait for the loader's threads
 
 
+def _end_with_caller() -> None:
+    """Wait until the process that asked has closed our standard input or has died, and end with it."""
+    os.read(0, 1)  # not by sys.stdin, whose lock a fork would take along
+    os.killpg(0, signal.SIGKILL)
+
+
 def main() -> None:
+    if not sys.stdin.isatty():
+        threading.Thread(target=_end_with_caller, daemon=True).start()
     peer, request, answer = sys.argv[1], json.loads(sys.argv[2]), Path(sys.argv[3])
     reader = PEERS[peer]()
     do = request["do"]

@@ -28,7 +28,7 @@ import numpy as np
 from bench import corpus, peers, report
 from radhpc.errors import UserError
 from radhpc.manifest import Manifest
-from radhpc.recipe import Optimizer, Stage, Stream as StreamRecipe
+from radhpc.recipe import Stage, Stream as StreamRecipe
 from radhpc.source import Raw, Source
 from radhpc.store import Store
 from radhpc.stream import Stream, order_of
@@ -50,8 +50,10 @@ THREADS = 2
 MEMORY = 1000  # JPEGs that the decoder alone gets again and again
 LIMIT = 300  # seconds of one measurement
 SEED = 7
-RECIPE = StreamRecipe(threads=THREADS)
-STAGE = Stage(name="bench", epochs=1, batch=64, train=(".*",), optimizer=Optimizer(learning_rate=1.0))
+RECIPE = StreamRecipe.model_validate({"threads": THREADS})
+STAGE = Stage.model_validate(
+    {"name": "bench", "epochs": 1, "batch": 64, "train": (".*",), "optimizer": {"learning_rate": 1.0}}
+)
 
 
 def ours_raw(folder: str) -> Iterator[Raw]:
