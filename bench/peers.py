@@ -48,8 +48,10 @@ def python() -> Path:
     if not ready.exists() or ready.read_text() != wanted:
         print(f"making {FOLDER.name} for the other projects' readers", file=sys.stderr, flush=True)
         venv.create(FOLDER, clear=True, with_pip=True)
-        pip = [str(FOLDER / "bin" / "python"), "-m", "pip", "install", "--quiet", "--no-deps", "-r", str(REQUIREMENTS)]
-        subprocess.run(pip, check=True, stdout=sys.stderr)
+        pip = [str(FOLDER / "bin" / "python"), "-m", "pip", "install", "--quiet"]
+        # torch with what it needs, which differs from build to build; then the rest as it is listed.
+        for what in (["-c", str(REQUIREMENTS), "torch"], ["--no-deps", "-r", str(REQUIREMENTS)]):
+            subprocess.run(pip + what, check=True, stdout=sys.stderr)
         ready.write_text(wanted)
     return FOLDER / "bin" / "python"
 
