@@ -14,8 +14,8 @@ from tests.conftest import ROOT
 FLOORS = (
     ("errors", "files", "sample", "manifest", "recipe", "run_dir"),
     ("dist", "log", "stop", "remote", "store", "board", "ledger", "cache"),
-    ("order", "transforms", "processors", "models", "tokenizer", "source", "fetch", "collate", "stream", "objective", "adapters",
-     "engine"),
+    ("order", "transforms", "processors", "models", "tokenizer", "source", "fetch", "collate", "stream", "objective",
+     "adapters", "engine"),
     ("checkpoint", "metrics", "generate", "evaluate", "export", "audit", "parts", "loop", "hooks"),
     ("worker",),
 )  # fmt: skip
