@@ -162,10 +162,10 @@ class Ahead:
             self._change.notify_all()
 
     def _gather(self) -> list[Place]:
-        """The next turns, up to a group's bytes."""
+        """The next turns, up to a group's bytes, and one at least."""
         group: list[Place] = []
         size, most = 0, min(self._group, self._limit // 2)
-        while size < most and len(group) < LOOK // 2:
+        while (not group or size < most) and len(group) < LOOK // 2:
             if not self._looked_up:
                 numbers = next(self._turns, None)
                 if numbers is None:

@@ -95,9 +95,9 @@ def _connection(scheme: str) -> dict[str, str]:
 
 _HOPE = (
     ("expired", r"ExpiredToken|TokenRefreshRequired|RequestTimeTooSkewed|token .{0,20}expired"),
-    ("throttled", r"\b429\b|SlowDown|TooManyRequests|Throttl"),
-    ("refused", r"status code: 5\d\d|\b50[0234]\b|InternalError|ServiceUnavailable"),
-    ("stalled", r"timed out|timeout"),
+    ("throttled", r"status code: 429|SlowDown|TooManyRequests|Throttl"),
+    ("refused", r"status code: 5\d\d|InternalError|ServiceUnavailable"),
+    ("stalled", r"timed out|kind: Timeout"),
     ("reset", r"reset|closed|refused|broken pipe|incomplete|unexpected e|response body|sending request|connect"),
 )  # fmt: skip
 
@@ -106,15 +106,18 @@ def hope(error: Exception, answered: bool) -> str | None:
     """Why a request may succeed another time, or None. `answered`: whether the store has granted one before."""
     import obstore.exceptions as refusals
 
-    text = str(error).split("\n\nDebug source")[0]
+    # What it was stands in the first kind of the debugging text, whose other words (retry_timeout) would mislead.
+    text, _, debug = str(error).partition("\n\nDebug source")
+    if found := re.search(r"kind: Timeout", debug):
+        text += found[0]
     if "builder error" in text:  # it could not even be sent
         return None
-    found = next((cause for cause, sign in _HOPE if re.search(sign, text, re.IGNORECASE)), None)
+    cause = next((cause for cause, sign in _HOPE if re.search(sign, text, re.IGNORECASE)), None)
     denied = isinstance(error, (PermissionError, refusals.PermissionDeniedError, refusals.UnauthenticatedError))
-    if denied or found == "expired":
+    if denied or cause == "expired":
         # Ceph says AccessDenied of a key that has expired. A key in the environment stays what it is for good.
         return "expired" if answered and not os.environ.get("AWS_ACCESS_KEY_ID") else None
-    return found
+    return cause
 
 
 def said(error: Exception) -> str:

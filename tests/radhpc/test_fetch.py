@@ -135,14 +135,14 @@ def test_a_storm_of_faults_changes_nothing(url: str, faults: Faults, corpus: Pat
 
 
 def test_requests_are_few_and_no_more_at_a_time_than_allowed(url: str, faults: Faults, corpus: Path) -> None:
-    """Runs of neighbours in few requests, no byte twice; members alone where a job wants little of each shard."""
+    """Runs of neighbours in few requests, hardly a byte twice; members alone where a job wants little of each shard."""
     size = sum(path.stat().st_size for path in corpus.glob("*.tar"))
     source = Source((url,), "train")
     before, faults.most_open = len(faults.requests), 0
     read(url, RECIPE.model_copy(update={"requests": 4}), source=source)
     assert len(faults.requests) - before == source.traffic.requests
     assert source.traffic.requests < SAMPLES / 4
-    assert source.traffic.bytes < 1.05 * size
+    assert source.traffic.bytes < 1.2 * size
     assert faults.most_open <= 4
 
 
