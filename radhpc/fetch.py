@@ -4,10 +4,10 @@ Between the source and the stream. Enters: the numbers of this rank's samples, i
 them. Leaves: each one's bytes, checked, when its turn comes. Example, for shards of 1,000 samples of 55 kB each in an
 object store and a window of 20 shards, one rank:
 
-    turns    0 1 2 3 ...                 samples of 20 shards in turn
-    group    the next 128 MB of turns    the same samples, by shard and offset
-    spans    20 runs of about 6 MB       one ranged request each; gaps below REQUEST are read along, not split
-    take(0)  waits for its span, cuts the sample out, checks it; a span whose samples are all taken is let go
+    turns       0 1 2 3 ...                 samples of 20 shards in turn
+    group       the next 128 MB of turns    the same samples, by shard and offset
+    spans       20 runs of about 6 MB       one ranged request each; gaps below REQUEST are read along, not split
+    take(0, 8)  waits for their spans, cuts the samples out, checks them; a span is let go once its last is taken
 
 A request costs about as much as REQUEST bytes would have, so a gap is skipped only if it is larger. A whole shard is
 thus read where all its gaps are cheap, and single members where a job of many nodes wants little of each shard. Files
@@ -102,20 +102,34 @@ class Ahead:
         self._closed = threading.Event()
         self._change = threading.Condition()
 
-    def take(self, turn: int) -> Raw:
-        """The sample of a turn, once. Waits for its bytes. Raises BadSample."""
-        with self._change:
-            self._extend()
-            while turn not in self._planned:
-                assert not self._ended, turn
-                self._change.wait()
+    def take(self, first: int, end: int) -> list[Raw | BadSample]:
+        """The samples of turns first to end, each turn once. Waits for their bytes. A bad one stands for itself."""
+        taken: list[Raw | BadSample] = []
+        while (turn := first + len(taken)) < end:
+            with self._change:
                 self._extend()
-            place, span = self._planned.pop(turn)
-            self._taken += 1
-        if span is None:
-            view = self._source.mapped(place)
-            assert view is not None
-            return self._source.check(place, view)
+                while turn not in self._planned:
+                    assert not self._ended, turn
+                    self._change.wait()
+                    self._extend()
+                planned = []
+                while turn < end and turn in self._planned:  # the others come when these have made room
+                    planned.append(self._planned.pop(turn))
+                    turn += 1
+                self._taken += len(planned)
+            for place, span in planned:
+                try:
+                    taken.append(self._local_sample(place) if span is None else self._remote_sample(place, span))
+                except BadSample as error:
+                    taken.append(error)
+        return taken
+
+    def _local_sample(self, place: Place) -> Raw:
+        view = self._source.mapped(place)
+        assert view is not None
+        return self._source.check(place, view)
+
+    def _remote_sample(self, place: Place, span: Span) -> Raw:
         assert span.data is not None
         try:
             whole = span.data.result()

@@ -206,9 +206,9 @@ class Stream:
     def _read(self, first: int, end: int) -> list[Any]:
         """Some turns, decoded; a BadSample stands for itself."""
         rows: list[Any] = []
-        for turn in range(first, end):
+        for raw in self.ahead.take(first, end):
             try:
-                rows.append(self._reader.read(self.ahead.take(turn)))
+                rows.append(raw if isinstance(raw, BadSample) else self._reader.read(raw))
             except BadSample as error:
                 rows.append(error)
         return rows
