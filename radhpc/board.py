@@ -1,5 +1,6 @@
 """TensorBoard: the curves, the events and the pictures of a run, without a step twice after a resume."""
 
+import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,3 +70,29 @@ def panel(images: Sequence[Image.Image], texts: dict[str, str], height: int = 32
     for n, (line, face) in enumerate(lines):
         draw.text((width + 6, 6 + 18 * n), line, fill="black" if face is font else "#1a4f8a", font=face)
     return np.asarray(canvas)
+
+
+def beside(groups: dict[str, Sequence[Image.Image]], height: int = 512) -> Image.Image:
+    """Draw groups of pictures beside each other under their titles, all of one height in pixels.
+
+    Pixels of what is enlarged stay visible as squares: coarse is what the model sees.
+    """
+    font, gap, top = ImageFont.load_default(16), 8, 26
+
+    def drawn(image: Image.Image) -> Image.Image:
+        size = max(1, round(image.width * height / image.height)), height
+        return image.convert("RGB").resize(size, Image.Resampling.NEAREST if image.height < height else None)
+
+    rows = {title: [drawn(image) for image in images] for title, images in groups.items()}
+    widths = {
+        title: max(sum(image.width + gap for image in images), math.ceil(font.getlength(title)) + gap)
+        for title, images in rows.items()
+    }
+    canvas = Image.new("RGB", (sum(widths.values()) + 4 * gap * (len(rows) - 1), height + top), "white")
+    draw, left = ImageDraw.Draw(canvas), 0
+    for title, images in rows.items():
+        draw.text((left, 3), title, fill="#1a4f8a", font=font)
+        for n, image in enumerate(images):
+            canvas.paste(image, (left + sum(before.width + gap for before in images[:n]), top))
+        left += widths[title] + 4 * gap
+    return canvas

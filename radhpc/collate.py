@@ -2,7 +2,7 @@
 
 Enters: a Sample with its decoded views. Leaves: an Encoded, and from several of them one padded batch, in which
 prompt, image tokens and padding carry the label -100. Example: a study with one view, prompt of 12 tokens and
-answer of 30 becomes 43 ids (the end token is learnt too), of which 31 are supervised.
+answer of 30 becomes 43 ids (the end token is learnt too), of which 31 are supervised. Stitched views count as one.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from radhpc.models import Arrays, ModelFamily
-from radhpc.recipe import Text
+from radhpc.processors import stitch
+from radhpc.recipe import Images, Text
 from radhpc.sample import Sample
 from radhpc.source import Raw, study
 
@@ -46,8 +47,8 @@ class Encoded:
 class Encoder:
     """Turns samples into Encoded ones, and those into batches."""
 
-    def __init__(self, family: ModelFamily, text: Text) -> None:
-        self.family, self.text = family, text
+    def __init__(self, family: ModelFamily, text: Text, images: Images = Images()) -> None:  # type: ignore[call-arg]  # noqa: B008
+        self.family, self.text, self.images = family, text, images
         self._usual: dict[int, list[int]] = {}  # by number of views: the ids of the recipe's own prompt
 
     def answer(self, sample: Sample) -> str:
@@ -62,6 +63,7 @@ class Encoder:
 
     def encode(self, key: str, sample: Sample, views: Sequence[Image.Image]) -> Encoded:
         """Encode for training. A study without text has no supervised token: it is passed over, not taught."""
+        views = self._shown(views)
         prompt = self._prompt(sample.question, len(views))
         answer = self.answer(sample)
         ids = [*self._ids(answer), self.family.tokenizer.eos_token_id] if answer else []
@@ -78,6 +80,7 @@ class Encoder:
 
     def encode_prompt(self, key: str, question: str | None, views: Sequence[Image.Image]) -> Encoded:
         """Encode for generation: the prompt alone."""
+        views = self._shown(views)
         ids = np.asarray(self._prompt(question, len(views)), np.int64)
         return Encoded(key, ids, np.full_like(ids, IGNORE), self.family.encode_images(views))
 
@@ -102,6 +105,11 @@ class Encoder:
             **self.family.collate_images([row.images for row in rows], ids),
         }
 
+    def _shown(self, views: Sequence[Image.Image]) -> Sequence[Image.Image]:
+        """The pictures that the model gets for the views of a study: as many of them as the recipe wants, or one."""
+        views = views[: self.images.limit]
+        return [stitch(views, self.images.gap, len(views))] if self.images.stitch else views
+
     def _prompt(self, question: str | None, views: int) -> list[int]:
         if question:
             return self._ids(self.family.prompt(question, views))
@@ -111,3 +119,8 @@ class Encoder:
 
     def _ids(self, text: str) -> list[int]:
         return list(self.family.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def conversation(sample: Sample, text: Text) -> str:
+    """What a sample says, question and answer, as a tokenizer is trained on it."""
+    return f"{sample.question or text.prompt}\n{sample.answer or sample.report.text(text.sections)}"

@@ -11,14 +11,14 @@ import torch
 
 from radhpc import adapters, models, tokenizer
 from radhpc.checkpoint import Checkpoints, Cursor, read_cursor, read_tensors, sha256, verify
-from radhpc.collate import Encoder
+from radhpc.collate import Encoder, conversation
 from radhpc.dist import Ranks
 from radhpc.engine import Engine
 from radhpc.errors import UserError
 from radhpc.files import read_json, write_atomically
 from radhpc.recipe import Recipe
 from radhpc.run_dir import RunDir
-from radhpc.sample import Sample, Split
+from radhpc.sample import Split
 from radhpc.source import Source
 
 
@@ -43,7 +43,7 @@ class Parts:
 
     @cached_property
     def encoder(self) -> Encoder:
-        return Encoder(self.family, self.recipe.text)
+        return Encoder(self.family, self.recipe.text, self.recipe.images)
 
     def engine(self, stage: int, lineage: tuple[str, ...]) -> Engine:
         """The model at the start of a stage, ready to train. `lineage` names the checkpoints of the stages before."""
@@ -94,15 +94,11 @@ class Parts:
         if self.ranks.first and not folder.exists():
             temporary = self.run.path / ".tokenizer.writing"
             shutil.rmtree(temporary, ignore_errors=True)
-            texts = (self._text(sample) for sample in self.source(0, "train").samples())
+            texts = (conversation(sample, self.recipe.text) for sample in self.source(0, "train").samples())
             tokenizer.train(texts, model.tokenizer.train_vocabulary, temporary)
             temporary.rename(folder)
         self.ranks.barrier()
         return str(folder)
-
-    def _text(self, sample: Sample) -> str:
-        question = sample.question or self.recipe.text.prompt
-        return f"{question}\n{sample.answer or sample.report.text(self.recipe.text.sections)}"
 
     def _base_hash(self, model: torch.nn.Module) -> str:
         """Identity of the base: of the weights' files, or of the random values themselves."""

@@ -101,6 +101,29 @@ class Text(Section):
     )
 
 
+class Images(Section):
+    """Which views of a study the model sees, in training, evaluation and generation alike."""
+
+    views: int | None = Field(
+        None,
+        ge=1,
+        description="of a study at most, the first ones in the archive's order; default: all, and four if stitched",
+    )
+    stitch: bool = Field(False, description="put them side by side, as one picture")
+    gap: int = Field(10, ge=0, description="black pixels between stitched views")
+
+    @model_validator(mode="after")
+    def _gap_goes_with_stitch(self) -> "Images":
+        if not self.stitch and self.gap != Images.model_fields["gap"].default:
+            raise ValueError(f"'gap' {self.gap} goes with 'stitch: true'")
+        return self
+
+    @property
+    def limit(self) -> int | None:
+        """Views of a study at most; None: all."""
+        return self.views or (4 if self.stitch else None)
+
+
 class Cache(Section):
     """A folder of the node that keeps what came over the network, for all its ranks and for later runs."""
 
@@ -246,6 +269,7 @@ class Recipe(Section):
     )
     stream: Stream = Stream()  # type: ignore[call-arg]
     text: Text = Text()  # type: ignore[call-arg]
+    images: Images = Images()  # type: ignore[call-arg]
     stages: tuple[Stage, ...] = Field(min_length=1)
     checkpoint: Checkpoint = Checkpoint()  # type: ignore[call-arg]
     evaluation: Evaluation = Evaluation()  # type: ignore[call-arg]

@@ -32,6 +32,10 @@ class ModelFamily(Protocol):
         """One study's views as arrays, each with the views as its first axis."""
         ...
 
+    def show_images(self, images: Arrays) -> list[Image.Image]:
+        """encode_images turned back: the views of one study as the model sees them."""
+        ...
+
     def collate_images(self, studies: Sequence[Arrays], input_ids: npt.NDArray[np.int64]) -> dict[str, torch.Tensor]:
         """The image inputs of a batch, given its padded token ids of shape (batch, length)."""
         ...

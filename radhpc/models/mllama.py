@@ -40,7 +40,13 @@ class Family:
 
     def __init__(self, model: Model, tokenizer_folder: str) -> None:
         self._recipe = model
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"model.tokenizer: {tokenizer_folder}: no tokenizer there that transformers reads; a local folder is "
+                "wanted, such as save_pretrained() writes"
+            ) from error
         self.image_token_id: int = self.tokenizer.convert_tokens_to_ids("<|image|>")
         if self.image_token_id in (None, self.tokenizer.unk_token_id):
             raise UserError(
