@@ -195,7 +195,7 @@ class Keys:
 
 def _ours(
     source: Source, life: Life, cursor: int, steps: int | None, options: Mapping[str, Any], rank: int
-) -> Iterator[tuple[list[Row], dict[str, str]]]:
+) -> Iterator[tuple[list[Row], list[tuple[str, str]]]]:
     """The steps of one rank: rows, and what was quarantined."""
     length = {"epochs": 1} if source.weights is None else {"steps": 2 * STOP}
     optimizer = {"learning_rate": 1.0}
@@ -222,7 +222,7 @@ def ours_listed(folder: Path) -> dict[str, Any]:
         return {"samples": [], "refused": str(error)}
     for rows, bad in _ours(source, Life(1, 2, None), 0, None, {}, 0):
         found += [[row.study, row.crc] for row in rows]
-        said += [f"{key}: {fault}" for key, fault in bad.items()]
+        said += [f"{key}: {fault}" for key, fault in bad]
     return {"samples": found, "raised": "", "said": said}
 
 

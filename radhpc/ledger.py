@@ -4,7 +4,7 @@ A rank appends one line after each optimizer step. A step whose checkpoint was l
 again in a later life and then stands in both; what the weights have seen is what the *last* life that
 trained the step says, and the earlier line is a replay. Example line:
 
-    {"stage": 0, "step": 17, "keys": ["padchest-8d…", …], "bad": {"padchest-3f…": "train-000007.tar: checksum differs"}}
+    {"stage": 0, "step": 17, "keys": ["padchest-8d…", …], "bad": [["padchest-3f…", "train-000007.tar: …"]]}
 """
 
 import json
@@ -25,7 +25,7 @@ class Ledger:
         path = folder / f"life-{life:04d}.rank-{rank:05d}.jsonl"
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
-    def append(self, stage: int, step: int, keys: list[str], bad: dict[str, str]) -> None:
+    def append(self, stage: int, step: int, keys: list[str], bad: list[tuple[str, str]]) -> None:
         """Record one step: global step number (from 1), keys trained on, and those that could not be read, and why."""
         line = json.dumps({"stage": stage, "step": step, "keys": keys, "bad": bad}) + "\n"
         os.write(self._descriptor, line.encode())
@@ -57,7 +57,7 @@ def consumed(folder: Path, up_to: int | None = None) -> Consumed:
     for step in sorted(lives):
         last = lives[step][max(lives[step])]
         result.steps[step] = sorted(key for line in last for key in line["keys"])
-        result.bad[step] = sorted(key for line in last for key in line["bad"])
+        result.bad[step] = sorted(key for line in last for key, _ in line["bad"])
         result.stages[step] = last[0]["stage"]
         if len(lives[step]) > 1:
             result.replayed[step] = len(lives[step]) - 1

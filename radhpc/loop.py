@@ -153,7 +153,7 @@ def _agree(step: Step, traffic: list[float], quarantine: Quarantine, stop: Stop,
     if causes:
         raise Interrupted(causes[-1])
     if bad:
-        quarantine.add({key: fault for theirs in ranks.gather(step.bad) for key, fault in theirs.items()})
+        quarantine.add({key: fault for theirs in ranks.gather(step.bad) for key, fault in theirs})
     return _Agreed(
         int(supervised), int(tokens), int(padded), int(samples), wait / ranks.world, sums[len(counts) + len(told) :]
     )

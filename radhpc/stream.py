@@ -63,7 +63,7 @@ class Step:
     number: int  # in the stage, from 0
     micro_batches: list[Any]
     keys: list[str]  # samples with a loss, those without text included
-    bad: dict[str, str] = field(default_factory=dict)  # samples that could not be read, and why
+    bad: list[tuple[str, str]] = field(default_factory=list)  # samples that could not be read, and why
     supervised: int = 0  # tokens with a loss
     tokens: int = 0  # tokens that are no padding
     padded: int = 0  # tokens, padding included
@@ -218,7 +218,7 @@ class Stream:
         for task in tasks:
             read = [row for future in task for row in future.result()]
             rows = [row for row in read if not isinstance(row, BadSample)]
-            step.bad |= {row.key: row.fault for row in read if isinstance(row, BadSample)}
+            step.bad += [(row.key, row.fault) for row in read if isinstance(row, BadSample)]
             step.keys += [row.key for row in rows]
             step.supervised += sum(row.supervised for row in rows)
             step.tokens += sum(row.length for row in rows)

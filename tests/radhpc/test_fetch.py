@@ -237,7 +237,7 @@ def test_a_shard_replaced_under_way_is_noticed(url: str, corpus: Path) -> None:
     Store(url).write(name, data[:1024] + bytes(byte ^ 1 for byte in data[1024:]))
     rows = stream(url, RECIPE, source=source)
     try:
-        bad = {key: fault for step in rows for key, fault in step.bad.items()}
+        bad = {key: fault for step in rows for key, fault in step.bad}
     finally:
         rows.close()
     index = source.parts[0].index
