@@ -39,7 +39,7 @@ raw: one process without workers; the bytes of each JPEG and its JSON, read. rad
 decoded: to 8-bit gray by the same decoder (imagecodecs.jpeg8_decode; radhpc through its own transforms.decode), on the
 same cores: radhpc in two threads; peers in two worker processes of their own loaders and in two threads (their own,
 where they have any), of which the better counts.
-decoder alone: radhpc.transforms.decode in two threads over JPEGs that lie in memory.
+decoder alone: radhpc.transforms.decode in two threads over the same JPEGs, in memory, in turn with our stream.
 webdataset: shuffle(1000) over shuffled shards. litdata: chunks as large as a tar, shuffled, drop_last=False; its
 samples are views of a mapped file, copied for raw, as otherwise nobody would have read them ("unread views").
 mds: py1e, local shards. energon: prepared tars, buffer of 1000. grain: it has no source for tars, so MapDataset over
@@ -47,7 +47,7 @@ a random-access source of tar members in plain Python, shuffled as a whole; inde
 The clock runs from the first sample of an epoch to its last, so that nobody's start counts."""
 
 THREADS = 2
-MEMORY = 1000  # JPEGs that the decoder alone gets again and again
+PIECE, PIECES = 3000, 7  # samples that the decoder alone and the stream take in turn, and how often
 LIMIT = 300  # seconds of one measurement
 SEED = 7
 RECIPE = StreamRecipe.model_validate({"threads": THREADS})
@@ -97,22 +97,43 @@ class Pixels:
         return [row for row in rows if row.key]
 
 
-def decoder_alone(folder: str) -> dict[str, float]:
-    """The yardstick: JPEGs in memory through two threads, as many as an epoch has."""
-    source = Source((folder,), "train")
-    rows = np.arange(min(MEMORY, len(source)))
-    jpegs = [bytes(dict(raw.members)["0.jpg"]) for raw in source.raw(rows)]
-    turns = list(itertools.islice(itertools.cycle(jpegs), len(source)))
-    halves = [turns[n::THREADS] for n in range(THREADS)]
+def beside(folder: str) -> dict[str, float]:
+    """Seconds per sample of the decoder alone, over JPEGs that lie in memory, and of our stream, on as many threads.
 
-    def all_of(some: list[bytes]) -> int:
+    Short pieces in turn, and the least of each: what else the machine does would otherwise decide. A piece of the
+    stream counts from its first step to its last, when all threads have work and nothing was decoded for later.
+    """
+    source = Source((folder,), "train")
+    count = min(PIECE, len(source)) // STAGE.batch * STAGE.batch
+    stage = STAGE.model_copy(update={"epochs": None, "steps": count // STAGE.batch})
+    numbers = order_of(source, 0, RECIPE, SEED).at(np.arange(count)).sample
+    jpegs = [bytes(dict(raw.members)["0.jpg"]) for raw in source.raw(numbers)]
+    pieces = [jpegs[at : at + STAGE.batch] for at in range(0, count, STAGE.batch)]
+
+    def decoded(some: list[bytes]) -> int:
         return sum(_area(decode(jpeg)) for jpeg in some)
 
-    with ThreadPoolExecutor(THREADS) as pool:
-        list(pool.map(all_of, [half[:100] for half in halves]))
+    def alone() -> float:
+        with ThreadPoolExecutor(THREADS) as pool:
+            done = pool.map(decoded, pieces)
+            next(done)
+            started = time.perf_counter()
+            sum(done)
+            return (time.perf_counter() - started) / (count - STAGE.batch)
+
+    def ours() -> float:
+        stream = Stream(source, Pixels(), stage, 0, RECIPE, SEED)
+        steps = iter(stream)
+        next(steps)
         started = time.perf_counter()
-        area = sum(pool.map(all_of, halves))
-        return {"samples": len(turns), "seconds": time.perf_counter() - started, "bytes": area}
+        rest = sum(len(step.keys) for step in steps)
+        seconds = time.perf_counter() - started
+        stream.close()
+        assert rest == count - STAGE.batch
+        return seconds / rest
+
+    times = [(alone(), ours()) for _ in range(PIECES)]
+    return {"alone": min(time for time, _ in times), "ours": min(time for _, time in times)}
 
 
 def _area(image: Any) -> int:
@@ -122,8 +143,8 @@ def _area(image: Any) -> int:
 
 def measure(what: str, folder: str) -> dict[str, float]:
     """One of our own measurements, in this process: samples, seconds, and bytes as bench/readers.py counts them."""
-    if what == "alone":
-        return decoder_alone(folder)
+    if what == "beside":
+        return beside(folder)
     for _ in itertools.islice(ours_raw(folder) if what == "raw" else ours_decode(folder), 200):
         pass
     samples = size = 0
@@ -189,10 +210,13 @@ def compare(place: Path, quick: bool, rounds: int) -> tuple[dict[str, float], di
             found = task()
             raw = name.startswith(("raw", "unread"))
             assert found["samples"] == count, f"{name}: {found['samples']} of {count} samples came"
-            if name != "decoder alone":
-                assert found["bytes"] == wanted["raw" if raw else "decoded"], f"{name}: other bytes than were written"
+            assert found["bytes"] == wanted["raw" if raw else "decoded"], f"{name}: other bytes than were written"
             rates[name].append(found["samples"] / found["seconds"])
-    return _ratios(rates, names), figures | {
+    _say("decoder alone")
+    apart = _ours("beside", tars)
+    ratios = {"decoded samples per second, radhpc / decoder alone": apart["alone"] / apart["ours"]}
+    figures |= {"microseconds per sample, decoder alone": apart["alone"] * 1e6}
+    return ratios | _ratios(rates, names), figures | {
         f"samples per second, {name}": statistics.median(some) for name, some in rates.items()
     }
 
@@ -210,7 +234,7 @@ def _tasks(tars: Path, folders: dict[str, Path], interpreter: Path) -> dict[str,
     tasks |= {f"raw, {peer}": theirs(peer, "raw") for peer in folders}
     if "litdata" in folders:
         tasks["unread views, litdata"] = theirs("litdata", "views")
-    tasks |= {"decoder alone": ours("alone"), "decoded, radhpc": ours("decoded")}
+    tasks |= {"decoded, radhpc": ours("decoded")}
     for peer in folders:
         tasks |= {f"decoded by two {do}, {peer}": theirs(peer, do) for do in ("workers", "threads")}
     return tasks
@@ -223,7 +247,6 @@ def _ratios(rates: dict[str, list[float]], names: tuple[str, ...]) -> dict[str, 
     ratios = {f"raw samples per second, radhpc / {peer}": median(rates["raw, radhpc"], rates[f"raw, {peer}"])
               for peer in names}  # fmt: skip
     decoded = rates["decoded, radhpc"]
-    ratios["decoded samples per second, radhpc / decoder alone"] = median(decoded, rates["decoder alone"])
     for peer in names:
         ways = [rates[f"decoded by two {do}, {peer}"] for do in ("workers", "threads")]
         better = max(ways, key=statistics.median)

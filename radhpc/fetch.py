@@ -16,7 +16,7 @@ on a local disk are mapped and need none of this.
 
 import os
 import threading
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ FIRST_GROUP = 8 << 20  # bytes; the first steps shall not wait for what the late
 LOOK = 4096  # samples that are looked up ahead at most
 
 
-@dataclass
+@dataclass(eq=False)
 class Span:
     """Bytes start to stop of a shard, for `left` more samples."""
 
@@ -97,7 +97,8 @@ class Ahead:
         self._planned: dict[int, tuple[Place, Span | None]] = {}
         self._looked_up: deque[Place] = deque()
         self._next, self._taken = 0, 0
-        self._held, self._group = 0, FIRST_GROUP
+        self._live: dict[tuple[int, int], list[Span]] = defaultdict(list)  # by part and shard: those not yet let go
+        self._held, self._group = 0, min(FIRST_GROUP, self._limit // 2)
         self._ended = False
         self._closed = threading.Event()
         self._change = threading.Condition()
@@ -139,6 +140,7 @@ class Ahead:
                 span.left -= 1
                 if span.left == 0:
                     self._held -= span.stop - span.start
+                    self._live[span.part, span.shard].remove(span)
                     span.data = None
                     self._extend()
                     self._change.notify_all()
@@ -159,27 +161,38 @@ class Ahead:
             raise CancelledError
         while not self._ended and self._next - self._taken < LOOK // 2 and self._held <= self._limit // 2:
             group = self._gather()
-            remote = [place for place in group if not self._local[place.part]]
+            found = [self._passing(place) for place in group]
+            absent = [n for n, place in enumerate(group) if not self._local[place.part] and found[n] is None]
             for gap in (REQUEST, REQUEST // 4, 0):
-                found, each = spans(remote, gap)
-                size = sum(span.stop - span.start for span in found)
+                wanted, each = spans([group[n] for n in absent], gap)
+                size = sum(span.stop - span.start for span in wanted)
                 if self._held + size <= self._limit:
                     break
             self._held += size
-            for span in found:
+            for span in wanted:
+                self._live[span.part, span.shard].append(span)
                 span.data = self._pool.submit(self._fetch, span)
-            of = iter(each)
-            for place in group:
-                self._planned[self._next] = (place, None if self._local[place.part] else next(of))
+            for n, span in zip(absent, each, strict=True):
+                found[n] = span
+            for place, one in zip(group, found, strict=True):
+                self._planned[self._next] = (place, one)
                 self._next += 1
-            self._group = min(self._group * 2, self._limit // 2)
+            self._group = min(self._group * 2, self._limit * 3 // 8)
             self._change.notify_all()
+
+    def _passing(self, place: Place) -> Span | None:
+        """The span, asked for already, in whose bytes this sample lies: in a gap that was read along."""
+        for span in self._live[place.part, place.shard]:
+            if span.start <= place.start and place.stop <= span.stop:
+                span.left += 1
+                return span
+        return None
 
     def _gather(self) -> list[Place]:
         """The next turns, up to a group's bytes, and one at least."""
         group: list[Place] = []
-        size, most = 0, min(self._group, self._limit // 2)
-        while (not group or size < most) and len(group) < LOOK // 2:
+        size = 0
+        while (not group or size < self._group) and len(group) < LOOK // 2:
             if not self._looked_up:
                 numbers = next(self._turns, None)
                 if numbers is None:
