@@ -46,6 +46,7 @@ bench: install
 	$(BIN)/python -m bench.build
 	$(BIN)/python -m bench.stream
 	$(BIN)/python -m bench.guarantees
+	$(BIN)/python -m bench.order
 
 clean:
 	rm -rf .venv .venv-peers *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
