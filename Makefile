@@ -42,11 +42,14 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: install
+bench: install ceph
 	$(BIN)/python -m bench.build
 	$(BIN)/python -m bench.stream
 	$(BIN)/python -m bench.guarantees
 	$(BIN)/python -m bench.order
+	$(BIN)/python -m bench.resume
+	$(BIN)/python -m bench.gateway_reads
+	$(BIN)/python -m bench.decode
 
 clean:
 	rm -rf .venv .venv-peers *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

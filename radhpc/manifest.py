@@ -16,6 +16,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -29,6 +30,7 @@ from radhpc.sample import SPLITS
 MANIFEST = "manifest.json"
 INDEX = "index.npz"
 FINGERPRINTS = "fingerprints.npy"
+_QUESTIONS = 16  # to a store at a time
 
 
 class Reader(Protocol):
@@ -214,7 +216,8 @@ class Manifest(BaseModel):
 
     def check_sizes(self, store: Reader) -> None:
         """Compare each shard's size with the manifest: seconds for thousands of shards, before any is read."""
-        for shard in self.shards:
+
+        def check(shard: Shard) -> None:
             try:
                 size = store.size(shard.name)
             except FileNotFoundError as error:
@@ -224,6 +227,10 @@ class Manifest(BaseModel):
                     f"{store.url}/{shard.name}: {size} bytes, but {MANIFEST} says {shard.size}; "
                     "the shard was cut or replaced: build it again"
                 )
+
+        with ThreadPoolExecutor(_QUESTIONS) as pool:
+            for _ in pool.map(check, self.shards):
+                pass
 
 
 def _file(store: Reader) -> str:

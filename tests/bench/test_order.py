@@ -83,6 +83,16 @@ def test_dealt_turns_are_the_batch() -> None:
     assert np.array_equal(np.sort(np.concatenate([one[:32] for one in each])), np.sort(numbers[:96]))
 
 
+@pytest.mark.parametrize("batch", [256, 4096])
+def test_the_simulated_requests_are_about_the_estimated(batch: int) -> None:
+    archive = measured.Archive(400 * measured.PER_SHARD)
+    order = Order([[measured.PER_SHARD] * 400], "key", 64, None)
+    (row,) = measured._asked(order, archive, 64, 1, 1, (batch,), 4096)
+    assert row.requests == pytest.approx(row.estimate, rel=0.5)
+    assert row.gigabytes == pytest.approx(row.wanted, rel=0.2)
+    assert 1 <= row.overread < 1.3
+
+
 @pytest.mark.heavy
 @pytest.mark.timeout(180)
 def test_the_quick_measurement_prints_its_object() -> None:

@@ -18,7 +18,7 @@ from radhpc.store import Store
 from tests.conftest import ROOT
 
 
-def _run(*arguments: str) -> dict[str, Any]:
+def run_quick(*arguments: str) -> dict[str, Any]:
     command = [sys.executable, "-m", *arguments, "--quick", "--json"]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=170)
     assert found.returncode == 0, found.stderr
@@ -31,7 +31,7 @@ def _run(*arguments: str) -> dict[str, Any]:
 @pytest.mark.heavy
 @pytest.mark.timeout(180)
 def test_the_quick_measurement_prints_its_object() -> None:
-    answer = _run("bench.stream")
+    answer = run_quick("bench.stream")
     assert set(answer["ratios"]) == {
         "raw samples per second, radhpc / webdataset",
         "decoded samples per second, radhpc / decoder alone",
@@ -45,7 +45,7 @@ def test_the_quick_measurement_prints_its_object() -> None:
 @pytest.mark.heavy
 @pytest.mark.timeout(180)
 def test_ours_keeps_its_promises_where_webdataset_is_silent() -> None:
-    cells = _run("bench.guarantees")["figures"]
+    cells = run_quick("bench.guarantees")["figures"]
     ours, other = cells["radhpc"], cells["webdataset"]
     for place in ("between two samples", "inside a header", "inside an image"):
         assert ours[f"shard cut {place}"].startswith("refused before the first sample"), ours
