@@ -658,11 +658,15 @@ def _print_audit(results: list[dict[str, Any]], as_json: bool) -> None:
         wrong = sum(not epoch["exactly_once"] for epoch in result["epochs"])
         verdict = f"NOT exactly once in {wrong} epoch(s)" if wrong else "every sample due so far exactly once"
         bad = f", {len(result['quarantined'])} of them unreadable and left out" if result["quarantined"] else ""
-        console.print(f"{Path(result['run']).name}: {verdict}{bad}, over {over}", highlight=False)
+        console.print(f"{Path(result['run']).name}: {verdict}{bad}, over {over}", highlight=False, soft_wrap=True)
         for epoch in result["epochs"]:
             for fault in ("missing", "repeated"):
                 for key in epoch[fault][:SHOWN]:
-                    console.print(f"  stage {epoch['stage']}, epoch {epoch['epoch']}: {fault}: {key}", highlight=False)
+                    console.print(
+                        f"  stage {epoch['stage']}, epoch {epoch['epoch']}: {fault}: {key}",
+                        highlight=False,
+                        soft_wrap=True,
+                    )
 
 
 def main() -> None:

@@ -17,23 +17,29 @@ sample that cannot be read leaves an empty slot, so that all others keep their p
     python -m radhpc.stream recipes/quickstart.yaml --show 3      # what the model will see, printed and as pictures
 """
 
+import argparse
+import io
 import itertools
 import os
 import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from radhpc.errors import UserError
 from radhpc.fetch import Ahead
+from radhpc.files import write_atomically
 from radhpc.order import Order, Positions
-from radhpc.recipe import Stage, Stream as StreamRecipe
+from radhpc.recipe import Recipe, Stage, Stream as StreamRecipe, load
+from radhpc.sample import SPLITS, Split
 from radhpc.source import BadSample, Raw, Source
 
 _TASK = 8  # samples that one task decodes
@@ -236,7 +242,82 @@ def _awaited(future: "Future[Step]") -> Step:
     return step
 
 
-if __name__ == "__main__":
-    from radhpc import preview
+def main(arguments: Sequence[str]) -> None:
+    """Say what the model will see of the first samples of a stage, and draw it. Raises UserError."""
+    parser = argparse.ArgumentParser("python -m radhpc.stream", description="What the model will see of a recipe.")
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file, such as those in recipes/")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="changes, such as seed=1")
+    parser.add_argument("--show", type=int, default=3, metavar="N", help="samples, in the order of the stage")
+    parser.add_argument("--stage", metavar="NAME", help="default: the first")
+    parser.add_argument("--split", choices=SPLITS, default="train")
+    parser.add_argument("--out", type=Path, default=Path("shown"), help="folder of the pictures; default: shown")
+    parser.error = _refuse  # type: ignore[method-assign]
+    given = parser.parse_intermixed_args(arguments)
+    recipe = load(given.recipe, given.overrides)
+    names = [stage.name for stage in recipe.stages]
+    if given.stage not in (None, *names):
+        raise UserError(f"--stage {given.stage}: allowed are {', '.join(names)}")
+    if given.show < 1:
+        raise UserError(f"--show {given.show}: allowed are numbers from 1")
+    try:
+        given.out.mkdir(mode=0o700, parents=True, exist_ok=True)  # pictures of patients
+    except OSError as error:
+        raise UserError(f"--out {given.out}: {error.strerror}") from error
+    _show(recipe, names.index(given.stage or names[0]), given.split, given.show, given.out)
 
-    preview.main(sys.argv[1:])
+
+def _show(recipe: Recipe, number: int, split: Split, count: int, out: Path) -> None:
+    from radhpc import board, collate, models, tokenizer  # PyTorch, which a stream does without
+
+    stage = recipe.stages[number]
+    source = Source(recipe.shards_of(stage), split)
+    if not len(source):
+        raise UserError(f"stage '{stage.name}': no sample of split '{split}' in its shards")
+    print(f"stage {stage.name}, split {split}: {len(source)} samples in {len(source.parts)} dataset(s)")
+    images = source.sizes(np.arange(len(source)))[:, 0]
+    if recipe.images.limit is not None and (more := int((images > recipe.images.limit).sum())):
+        print(f"{more} of them have more than {recipe.images.limit} views, of which the others are left out")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = recipe.model.tokenizer.folder or recipe.model.weights or temporary
+        if recipe.model.tokenizer.train_vocabulary is not None:  # on what the first stage is trained on, as a run does
+            samples = Source(recipe.shards_of(recipe.stages[0]), "train").samples()
+            texts = (collate.conversation(sample, recipe.text) for sample in samples)
+            tokenizer.train(texts, recipe.model.tokenizer.train_vocabulary, Path(folder))
+        family = models.family(recipe.model, folder)
+    encoder = collate.Encoder(family, recipe.text, recipe.images)
+    turns = min(count, stage_samples(stage, len(source)))
+    drawn = order_of(source, number, recipe.stream, recipe.seed).at(np.arange(turns))
+    for turn, place in enumerate(source.places(drawn.sample)):
+        print(f"\n{turn} {place.key}, epoch {drawn.epoch[turn]} of {source.parts[place.part].url}")
+        try:
+            key, described, views = source.read(place.number)
+        except BadSample as error:
+            print(f"  cannot be read, and leaves an empty slot: {error.fault}")
+            continue
+        row = encoder.encode(key, described, views)
+        taught = row.labels != collate.IGNORE
+        for n, (view, image) in enumerate(itertools.zip_longest(views, described.images)):
+            print(f"  view {n}     {image.view if image else None}, {view.width} x {view.height} pixels, {view.mode}")
+        for name, values in row.images.items():
+            small = f" {values.tolist()}" if values.size <= 8 else ""
+            print(f"  {name:<10} {values.shape} {values.dtype}{small}")
+        print(f"  prompt     {(~taught).sum()} tokens: {family.tokenizer.decode(row.input_ids[~taught])}")
+        cut = f", cut at text.max_tokens {recipe.text.max_tokens}" if row.cut else ""
+        print(f"  answer     {row.supervised} supervised tokens{cut}: {family.tokenizer.decode(row.input_ids[taught])}")
+        picture = board.beside({"in the shard": views, "what the model sees": family.show_images(row.images)})
+        path, data = out / f"{turn}-{key}.png", io.BytesIO()
+        picture.save(data, "PNG")
+        write_atomically(path, data.getvalue(), 0o600)
+        print(f"  picture    {path}")
+
+
+def _refuse(message: str) -> NoReturn:
+    raise UserError(f"python -m radhpc.stream: {message}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as mistake:
+        print(f"error: {mistake}", file=sys.stderr)
+        sys.exit(2)
