@@ -125,7 +125,7 @@ class Source:
             here = np.flatnonzero(which == n)
             rows = self._rows(n, numbers[here])
             first = part.index.first[rows]
-            sizes[here, 0] = part.index.first[rows + 1] - first
+            sizes[here, 0] = part.index.first[rows + 1] - first - 1  # all but the description
             sizes[here, 1] = part.index.length[first]
         return sizes
 

@@ -276,7 +276,7 @@ def _show(recipe: Recipe, number: int, split: Split, count: int, out: Path) -> N
     print(f"stage {stage.name}, split {split}: {len(source)} samples in {len(source.parts)} dataset(s)")
     images = source.sizes(np.arange(len(source)))[:, 0]
     if recipe.images.limit is not None and (more := int((images > recipe.images.limit).sum())):
-        print(f"{more} of them have more than {recipe.images.limit} views, of which the others are left out")
+        print(f"{more} of them have more than {recipe.images.limit} view(s), of which the others are left out")
     with tempfile.TemporaryDirectory() as temporary:
         folder = recipe.model.tokenizer.folder or recipe.model.weights or temporary
         if recipe.model.tokenizer.train_vocabulary is not None:  # on what the first stage is trained on, as a run does

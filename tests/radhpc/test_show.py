@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from radhpc.collate import Encoder
+from radhpc.errors import UserError
 from radhpc.models import ModelFamily, family
 from radhpc.processors import stitch
 from radhpc.recipe import Images, Recipe, load
@@ -136,22 +137,29 @@ def test_views_that_are_left_out_are_said(
     main([str(recipe_file), "images.views=1", "--show", "1", "--out", str(tmp_path)])
     two = int((source.sizes(np.arange(len(source)))[:, 0] == 2).sum())
     assert two > 0
-    assert f"{two} of them have more than 1 views, of which the others are left out" in capsys.readouterr().out
+    assert f"{two} of them have more than 1 view(s), of which the others are left out" in capsys.readouterr().out
 
 
 def test_mistakes_get_one_line_and_status_2(recipe_file: Path, tmp_path: Path) -> None:
-    def refused(*arguments: object) -> str:
-        command = [sys.executable, "-m", "radhpc.stream", *map(str, arguments)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
-        assert done.returncode == 2, done
-        (line,) = done.stderr.splitlines()
-        assert line.startswith("error: ")
-        return line
-
-    assert "no such file" in refused(tmp_path / "none.yaml")
-    assert "--stage scartch: allowed are scratch, adapt, refine" in refused(recipe_file, "--stage", "scartch")
-    assert "--show 0: allowed are numbers from 1" in refused(recipe_file, "--show", 0)
-    assert "invalid choice: 'valid'" in refused(recipe_file, "--split", "valid")
-    assert "'gap' 3 goes with 'stitch: true'" in refused(recipe_file, "images.gap=3")
     nowhere = ["model.tokenizer.train_vocabulary=null", f"model.tokenizer.folder={tmp_path}/none"]
-    assert "no tokenizer there" in refused(recipe_file, *nowhere, "--out", tmp_path / "out")
+    for arguments, words in (
+        ([str(tmp_path / "none.yaml")], "no such file"),
+        ([str(recipe_file), "--stage", "scartch"], "--stage scartch: allowed are scratch, adapt, refine"),
+        ([str(recipe_file), "--show", "0"], "--show 0: allowed are numbers from 1"),
+        ([str(recipe_file), "--show", "x"], "invalid int value: 'x'"),
+        ([str(recipe_file), "--split", "valid"], "invalid choice: 'valid'"),
+        ([str(recipe_file), "--hsow", "3"], "unrecognized arguments: --hsow"),
+        ([str(recipe_file), "images.gap=3"], "'gap' 3 goes with 'stitch: true'"),
+        ([str(recipe_file), "images.views=0"], "images.views"),
+        ([str(recipe_file), "--out", str(recipe_file)], f"--out {recipe_file}: File exists"),
+        ([str(recipe_file), *nowhere, "--out", str(tmp_path / "out")], "no tokenizer there"),
+    ):
+        with pytest.raises(UserError) as mistake:
+            main(arguments)
+        assert words in str(mistake.value)
+        assert "\n" not in str(mistake.value)
+    command = [sys.executable, "-m", "radhpc.stream", str(tmp_path / "none.yaml")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {tmp_path}/none.yaml: no such file")
