@@ -86,8 +86,8 @@ traffic: shards of {PER_SHARD:,} samples of {SAMPLE / 1e3:.0f} kB in the mean (l
 each rank (of two, where there are thousands), from the start of a run, over whole steps. Estimates: bytes = samples x
 size; requests = samples x (1 / m + (1 - 1 / m) x (1 - d) ** (1 + gap / size)), where m is how many samples of a group
 are neighbours in a shard, d the part of such a stretch that the group wants, {fetch.REQUEST:,} bytes the gap.
-With a node cache, requests = bytes / {BLOCK >> 20} MiB. "cache, all fits": the first pass, under way (what the window had
-before is there; without a window the first steps, from an empty cache). "cache of {KEPT} GB": that much of the
+With a node cache, requests = bytes / {BLOCK >> 20} MiB. "cache, all fits": the first pass, under way (what the window
+had before is there; without a window the first steps, from an empty cache). "cache of {KEPT} GB": that much of the
 archive is there, and the rest is turned away, but for 1 / {RENEWAL} (radhpc/cache.py). fetch.py uses the cache only
 where its own rule says so. requests/s: of all nodes, at a step time of {STEP:g} s; S3 grants {GRANTED:,} a prefix."""
 
