@@ -32,7 +32,9 @@ from radhpc.source import BadSample, Part, Place, Raw, Source
 REQUEST = 256 << 10  # bytes that a request costs: 10 ms at 800 MB/s, shared by 32 that wait at the same time
 SPAN = 8 << 20  # bytes of the longest request: long enough for full speed, short enough to be repeated
 FIRST_GROUP = 8 << 20  # bytes; the first steps shall not wait for what the later ones need. Doubles from group to group
+NEXT = 4 << 10  # bytes between two samples that stand side by side: headers and padding
 LOOK = 4096  # samples that are looked up ahead at most
+LOOK_STEPS = 64  # steps that are looked up at a time: with thousands of ranks a step has few samples of each
 
 
 @dataclass(eq=False)
@@ -110,9 +112,9 @@ class Ahead:
             with self._change:
                 self._extend()
                 while turn not in self._planned:
-                    assert not self._ended, turn
-                    self._change.wait()
-                    self._extend()
+                    if not self._extend():
+                        assert not self._ended, turn
+                        self._change.wait()
                 planned = []
                 while turn < end and turn in self._planned:  # the others come when these have made room
                     planned.append(self._planned.pop(turn))
@@ -155,30 +157,32 @@ class Ahead:
         if self.cache is not None:
             self.cache.close()
 
-    def _extend(self) -> None:
-        """Plan further groups while less than half of what may be held is. With the lock held."""
+    def _extend(self) -> bool:
+        """Plan one more group, if less than half of what may be held is: whether it did. With the lock held: be quick."""
         if self._closed.is_set():
             raise CancelledError
-        while not self._ended and self._next - self._taken < LOOK // 2 and self._held <= self._limit // 2:
-            group = self._gather()
-            found = [self._passing(place) for place in group]
-            absent = [n for n, place in enumerate(group) if not self._local[place.part] and found[n] is None]
-            for gap in (REQUEST, REQUEST // 4, 0):
-                wanted, each = spans([group[n] for n in absent], gap)
-                size = sum(span.stop - span.start for span in wanted)
-                if self._held + size <= self._limit:
-                    break
-            self._held += size
-            for span in wanted:
-                self._live[span.part, span.shard].append(span)
-                span.data = self._pool.submit(self._fetch, span)
-            for n, span in zip(absent, each, strict=True):
-                found[n] = span
-            for place, one in zip(group, found, strict=True):
-                self._planned[self._next] = (place, one)
-                self._next += 1
-            self._group = min(self._group * 2, self._limit * 3 // 8)
-            self._change.notify_all()
+        if self._ended or self._next - self._taken >= LOOK // 2 or self._held > self._limit // 2:
+            return False
+        group = self._gather()
+        found = [self._passing(place) for place in group]
+        absent = [n for n, place in enumerate(group) if not self._local[place.part] and found[n] is None]
+        for gap in (REQUEST, REQUEST // 4, NEXT):
+            wanted, each = spans([group[n] for n in absent], gap)
+            size = sum(span.stop - span.start for span in wanted)
+            if self._held + size <= self._limit:
+                break
+        self._held += size
+        for span in wanted:
+            self._live[span.part, span.shard].append(span)
+            span.data = self._pool.submit(self._fetch, span)
+        for n, span in zip(absent, each, strict=True):
+            found[n] = span
+        for place, one in zip(group, found, strict=True):
+            self._planned[self._next] = (place, one)
+            self._next += 1
+        self._group = min(self._group * 2, self._limit * 3 // 8)
+        self._change.notify_all()
+        return bool(group)
 
     def _passing(self, place: Place) -> Span | None:
         """The span, asked for already, in whose bytes this sample lies: in a gap that was read along."""
@@ -191,13 +195,16 @@ class Ahead:
     def _gather(self) -> list[Place]:
         """The next turns, up to a group's bytes, and one at least."""
         group: list[Place] = []
-        size = 0
+        size, looked_up = 0, 0
         while (not group or size < self._group) and len(group) < LOOK // 2:
             if not self._looked_up:
+                if group and looked_up >= LOOK_STEPS:
+                    break
                 numbers = next(self._turns, None)
                 if numbers is None:
                     self._ended = True
                     break
+                looked_up += 1
                 self._looked_up.extend(self._source.places(numbers))
                 continue
             place = self._looked_up.popleft()
@@ -258,7 +265,11 @@ def _through_cache(source: Source, recipe: StreamRecipe, share: float, passes: f
     ]
     sizes = [sum(shard.size for shard in part.manifest.shards) for part in source.parts]
     total = sum(size for size, is_far in zip(sizes, far, strict=True) if is_far)
-    lost = 1 - min(1.0, recipe.cache.gigabytes * 1e9 / max(1, total))
+    room = recipe.cache.gigabytes * 1e9
+    lost = 1 - min(1.0, room / max(1, total))
+    largest = max(shard.size for part in source.parts for shard in part.manifest.shards)
+    if lost and (recipe.window is None or recipe.window * largest > room):
+        return [False] * len(source.parts)  # a block would be gone before the turn of its other samples comes
     decisions = []
     for part, size, is_far in zip(source.parts, sizes, far, strict=True):
         apart = share * (1 + REQUEST * part.manifest.samples / size)  # in each pass, as a part of the dataset's bytes
