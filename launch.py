@@ -643,14 +643,26 @@ def _print_status(results: list[dict[str, Any]], as_json: bool) -> None:
 
 
 def _print_audit(results: list[dict[str, Any]], as_json: bool) -> None:
-    table = Table("run", "stage", "dataset", "epoch", "due", "of", "seen", "missing", "repeated", "exactly once")
+    mixed = any("dataset" in epoch for result in results for epoch in result["epochs"])
+    table = Table(
+        "run",
+        "stage",
+        *(["dataset"] if mixed else []),
+        "epoch",
+        "due",
+        "of",
+        "seen",
+        "missing",
+        "repeated",
+        "exactly once",
+    )
     for result in results:
         for epoch in result["epochs"]:
             numbers = [str(epoch[key]) for key in ("epoch", "expected", "of", "seen")]
-            dataset = Path(epoch.get("dataset", "")).name
+            dataset = [Path(epoch.get("dataset", "")).name] if mixed else []
             faults = [str(len(epoch[key])) for key in ("missing", "repeated")]
             once = "yes" if epoch["exactly_once"] else "NO"
-            table.add_row(Path(result["run"]).name, epoch["stage"], dataset, *numbers, *faults, once)
+            table.add_row(Path(result["run"]).name, epoch["stage"], *dataset, *numbers, *faults, once)
     (console if as_json else Console()).print(table)
     for result in results:
         lives, worlds = len(result["topologies"]), sorted({life["world_size"] for life in result["topologies"]})
