@@ -158,7 +158,7 @@ class Ahead:
             self.cache.close()
 
     def _extend(self) -> bool:
-        """Plan one more group, if less than half of what may be held is; whether it did. With the lock held: be quick."""
+        """Plan one more group if less than half of what may be held is; whether it did. With the lock held."""
         if self._closed.is_set():
             raise CancelledError
         if self._ended or self._next - self._taken >= LOOK // 2 or self._held > self._limit // 2:
