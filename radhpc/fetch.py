@@ -7,7 +7,7 @@ object store and a window of 20 shards, one rank:
     turns       0 1 2 3 ...                 samples of 20 shards in turn
     group       the next 128 MB of turns    the same samples, by shard and offset
     spans       20 runs of about 6 MB       one ranged request each; gaps below REQUEST are read along, not split
-    take(0, 8)  waits for their spans, cuts the samples out, checks them; a span is let go once its last is taken
+    take(0, 16) waits for their spans, cuts the samples out, checks them; a span is let go once its last is taken
 
 A request costs about as much as REQUEST bytes would have, so a gap is skipped only if it is larger. A whole shard is
 thus read where all its gaps are cheap, and single members where a job of many nodes wants little of each shard. Files

@@ -42,7 +42,7 @@ from radhpc.recipe import Recipe, Stage, Stream as StreamRecipe, load
 from radhpc.sample import SPLITS, Split
 from radhpc.source import BadSample, Raw, Source
 
-_TASK = 8  # samples that one task decodes
+_TASK = 16  # samples that one task decodes
 _DEALT = 4096  # samples, of all ranks, whose order is computed at a time
 
 
