@@ -132,7 +132,7 @@ def beside(folder: str) -> dict[str, float]:
         assert rest == count - STAGE.batch
         return seconds / rest
 
-    times = [(alone(), ours()) for _ in range(PIECES)]
+    times = [(alone(), ours()) for _ in range(PIECES if len(source) > PIECE else 2)]
     return {"alone": min(time for time, _ in times), "ours": min(time for _, time in times)}
 
 
