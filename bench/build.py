@@ -7,7 +7,6 @@ bits stretched to 16, with so much noise that they have PadChest's 11 to 12 MB. 
 rows, to see that the measurements run; its figures say little.
 """
 
-import argparse
 import contextlib
 import csv
 import io
@@ -63,9 +62,7 @@ QUICK = Size((900, 750), 1, 2, 1, 32, 128, (300, 600), 50_000)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.build", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    parser.add_argument("--quick", action="store_true", help="smaller and fewer, within a minute")
+    parser = report.parser("build", __doc__, "smaller and fewer, within a minute")
     arguments = parser.parse_args()
     size = QUICK if arguments.quick else Size()
     ratios: dict[str, float] = {}

@@ -6,7 +6,6 @@ Everything that is compared runs in this one process, in turns; the pictures are
 noise. Below a minute.
 """
 
-import argparse
 import io
 import sys
 import time
@@ -40,9 +39,7 @@ Task = Callable[[], object]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.decode", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    parser.add_argument("--quick", action="store_true", help="one round, to see that the measurements run")
+    parser = report.parser("decode", __doc__, "one round, to see that the measurements run")
     arguments = parser.parse_args()
     ratios: dict[str, float] = {}
     figures: dict[str, float] = {}

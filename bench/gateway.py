@@ -15,7 +15,6 @@ memory.
 
 import base64
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -29,7 +28,6 @@ import sys
 import time
 import urllib.request
 import uuid
-from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,12 +35,11 @@ from typing import Annotated, Any
 import typer
 
 from radhpc.errors import UserError
+from radhpc.files import alone, own_folder
+from slurm.box import ENVIRONMENT, free_ports
 
 START_SECONDS = 90
 DAEMONS = ("ceph-mon", "ceph-mgr", "ceph-osd", "radosgw")  # each in Debian's package of that name
-# Debian keeps some programs where an ordinary user's PATH does not reach. The caller's other variables are not passed
-# on: CEPH_CONF and CEPH_ARGS would turn the commands to another cluster.
-ENVIRONMENT = {"PATH": os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])}
 REGION = "us-east-1"
 DISK = 6 << 30  # bytes; sparse, so only what is stored is taken from the file system
 MEMORY = 900 << 20  # bytes that the disk's daemon tries to stay below
@@ -132,7 +129,7 @@ def up(folder: str | Path | None = None, port: int | None = None) -> dict[str, A
         raise UserError(f"Ceph is not installed (no {', '.join(missing)}): {wanted}")
     place = _place(folder)
     place.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with _alone(place):
+    with alone(place):
         found = status(place)
         if found["state"] == "broken":
             raise UserError(f"{place}: {found['problem']}; first: python -m bench.gateway down --folder {place}")
@@ -159,7 +156,7 @@ def missing_daemons() -> list[str]:
 def down(folder: str | Path | None = None) -> dict[str, Any]:
     """End every process of the gateway, whatever state it is in, and remove its folder with all that was stored."""
     place = _place(folder)
-    with _alone(place) if place.exists() else contextlib.nullcontext():
+    with alone(place) if place.exists() else contextlib.nullcontext():
         _stop(place)
         if (place / "gateway.json").exists():  # else it is somebody's folder, not a gateway's
             shutil.rmtree(place)
@@ -203,32 +200,11 @@ def _endpoint(port: int) -> str:
 
 
 def _place(folder: str | Path | None) -> Path:
-    """Check a gateway's folder without touching it."""
-    given = Path(folder).absolute() if folder else _default_folder()
-    place = given.parent.resolve() / given.name
-    # ceph.conf gives $ # ; and quotes a meaning.
-    if not re.fullmatch(r"[\w./+-]{2,200}", str(place), re.ASCII):
-        raise UserError(f"--folder {place}: allowed are up to 200 letters, digits and . / _ + -")
-    if place.is_symlink() or (place.exists() and not (place.is_dir() and place.stat().st_uid == os.getuid())):
-        raise UserError(f"--folder {place}: exists and is not a folder of yours")
-    return place
+    return own_folder(Path(folder or _default_folder()), 200)  # ceph.conf gives $ # ; and quotes a meaning
 
 
 def _default_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "radhpc" / "gateway"
-
-
-@contextlib.contextmanager
-def _alone(place: Path) -> Iterator[None]:
-    """Keep two commands from working on one gateway at the same time."""
-    descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise UserError(f"{place}: another `up` or `down` is at work here; try again") from None
-    finally:
-        os.close(descriptor)
 
 
 def _empty(place: Path) -> None:
@@ -243,7 +219,7 @@ def _empty(place: Path) -> None:
 
 def _write_files(place: Path, port: int | None) -> dict[str, Any]:
     """Write ceph.conf, the keys and gateway.json; the folder is new and empty."""
-    first, second, own = _free_ports(3)
+    first, second, own = free_ports("127.0.0.1", 3)
     if port is not None:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -308,14 +284,6 @@ def _keyring_entry(name: str, caps: dict[str, str]) -> str:
     # A key: its type (1, AES), seconds and nanoseconds of its making, its length and its bytes.
     key = base64.b64encode(struct.pack("<HIIH", 1, int(time.time()), 0, 16) + secrets.token_bytes(16)).decode()
     return f"[{name}]\n    key = {key}\n" + "".join(f'    caps {part} = "{what}"\n' for part, what in caps.items())
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [int(one.getsockname()[1]) for one in sockets]
 
 
 def _start(place: Path, settings: dict[str, Any]) -> None:

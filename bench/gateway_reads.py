@@ -7,7 +7,6 @@ obstore in every way that it offers for large reads, and by our stream, shuffled
 take turns; the least of each counts. The gateway and the readers share this machine's cores.
 """
 
-import argparse
 import os
 import tempfile
 import time
@@ -112,9 +111,7 @@ def measure(quick: bool) -> tuple[dict[str, float], dict[str, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.gateway_reads", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    parser.add_argument("--quick", action="store_true", help="57 MB, once: to see that it runs; its figures say little")
+    parser = report.parser("gateway_reads", __doc__, "57 MB, once: to see that it runs; its figures say little")
     arguments = parser.parse_args()
     report.show("Samples out of a real S3 gateway", *measure(arguments.quick), NOTES, arguments.json)
 

@@ -13,7 +13,6 @@ the next processes as the reader's documentation says. Missing and repeated are 
 stop; where that is an epoch, it is each sample once.
 """
 
-import argparse
 import http.server
 import json
 import os
@@ -481,9 +480,7 @@ def table(columns: Mapping[str, Cells]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.guarantees", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    parser.add_argument("--quick", action="store_true", help="ours and webdataset alone")
+    parser = report.parser("guarantees", __doc__, "ours and webdataset alone")
     parser.add_argument("--readers", help=f"some of {','.join((OURS, *peers.PEERS))}, by commas (all)")
     parser.add_argument("--data", type=Path, help="keep the samples and their conversions in this folder")
     arguments = parser.parse_args()

@@ -545,9 +545,7 @@ def _shown(value: float) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.order", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    parser.add_argument("--quick", action="store_true", help="a hundredth of the samples, to see that it runs")
+    parser = report.parser("order", __doc__, "a hundredth of the samples, to see that it runs")
     parser.add_argument("--measure", nargs=4, metavar="N", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:

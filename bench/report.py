@@ -1,5 +1,6 @@
 """What every measurement shares: the machine it ran on, interleaved timing, and the answer for people and programs."""
 
+import argparse
 import json
 import os
 import platform
@@ -9,6 +10,14 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+
+def parser(name: str, description: str | None, quick: str) -> argparse.ArgumentParser:
+    """The options that every measurement has; `quick` says what --quick leaves out."""
+    found = argparse.ArgumentParser(prog=f"python -m bench.{name}", description=(description or "").split("\n\n")[0])
+    found.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    found.add_argument("--quick", action="store_true", help=quick)
+    return found
 
 
 def machine() -> str:

@@ -8,7 +8,6 @@ the start and at five positions up to the end of the third epoch; and the memory
 over one epoch.
 """
 
-import argparse
 import os
 import tempfile
 import time
@@ -122,9 +121,7 @@ def _megabytes() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.resume", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    parser.add_argument("--quick", action="store_true", help="4,000 samples: to see that it runs")
+    parser = report.parser("resume", __doc__, "4,000 samples: to see that it runs")
     arguments = parser.parse_args()
     report.show("A resume at any position", *measure(arguments.quick), NOTES, arguments.json)
 

@@ -163,9 +163,7 @@ def measure(what: str, folder: str) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.stream", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
-    parser.add_argument("--quick", action="store_true", help="2,000 images, one round, webdataset alone")
+    parser = report.parser("stream", __doc__, "2,000 images, one round, webdataset alone")
     parser.add_argument("--data", type=Path, help="keep the images and their conversions in this folder")
     parser.add_argument("--rounds", type=int, default=3, help="how often everything takes its turn (3)")
     parser.add_argument("--measure", nargs=2, metavar=("WHAT", "FOLDER"), help=argparse.SUPPRESS)

@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from radhpc.cache import NodeCache
-from radhpc.errors import UserError
 from radhpc.manifest import Shard
 from radhpc.order import Positions
 from radhpc.recipe import Stream as StreamRecipe
@@ -34,6 +33,7 @@ SPAN = 8 << 20  # bytes of the longest request: long enough for full speed, shor
 FIRST_GROUP = 8 << 20  # bytes; the first steps shall not wait for what the later ones need. Doubles from group to group
 NEXT = 4 << 10  # bytes between two samples that stand side by side: headers and padding
 LOOK = 4096  # samples that are looked up ahead at most
+FETCHES = 8  # of a sample whose bytes are wrong in another way each time
 LOOK_STEPS = 64  # steps that are looked up at a time: with thousands of ranks a step has few samples of each
 
 
@@ -79,15 +79,15 @@ class Ahead:
     """Reads the samples of `turns` ahead. take() may be called from many threads, for turns about in their order."""
 
     def __init__(
-        self, source: Source, turns: Iterator[Positions], recipe: StreamRecipe, share: float = 1.0, passes: float = 1.0
+        self, source: Source, turns: Iterator[Positions], recipe: StreamRecipe, world: int = 1, passes: float = 1.0
     ) -> None:
-        """`share`: of all samples, those that this node reads; `passes`: over the data, by all nodes together."""
+        """`world`: ranks that share the samples; `passes`: over the data, by all of them together."""
         self._source, self._turns = source, turns
         self._limit = recipe.prefetch_megabytes << 20
         here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self._pool = ThreadPoolExecutor(max(1, recipe.requests // here), thread_name_prefix="fetch")
         self._local = [part.store.on_local_disk for part in source.parts]
-        self._cached = _through_cache(source, recipe, share, passes)
+        self._cached = _through_cache(source, recipe, min(1.0, here / world), passes)
         self.cache = _open_cache(recipe) if any(self._cached) else None
         if self.cache is not None:
             self.cache.expect(
@@ -164,7 +164,7 @@ class Ahead:
         if self._ended or self._next - self._taken >= LOOK // 2 or self._held > self._limit // 2:
             return False
         group = self._gather()
-        found = [self._passing(place) for place in group]
+        found = [None if self._local[place.part] else self._passing(place) for place in group]
         absent = [n for n, place in enumerate(group) if not self._local[place.part] and found[n] is None]
         for gap in (REQUEST, REQUEST // 4, NEXT):
             wanted, each = spans([group[n] for n in absent], gap)
@@ -217,28 +217,26 @@ class Ahead:
         shard = part.manifest.shards[span.shard]
 
         def fetch(start: int, stop: int) -> memoryview:
-            data = part.store.view_range(shard.name, start, stop - start, self._closed)
-            if len(data) < stop - start:
-                raise UserError(f"{part.store.url}/{shard.name}: ends before byte {stop}: cut while this run reads it")
-            return data
+            return part.read(span.shard, start, stop, self._closed)
 
-        try:
-            if self.cache is None or not self._cached[span.part]:
-                return fetch(span.start, span.stop)
-            return memoryview(self.cache.read(_content(part, shard), shard.size, span.start, span.stop, fetch))
-        except FileNotFoundError as error:
-            raise UserError(f"{part.store.url}/{shard.name}: gone while it is being read") from error
+        if self.cache is None or not self._cached[span.part]:
+            return fetch(span.start, span.stop)
+        return memoryview(self.cache.read(_content(part, shard), shard.size, span.start, span.stop, fetch))
 
     def _checked(self, place: Place, data: memoryview) -> Raw:
-        """Check a sample; what is wrong is fetched once more, past the cache."""
-        try:
-            return self._source.check(place, data)
-        except BadSample:
-            if self.cache is not None and self._cached[place.part]:
-                part = self._source.parts[place.part]
-                self.cache.drop(_content(part, part.manifest.shards[place.shard]), place.start, place.stop)
-            self._source.traffic.add(retry="checksum")
-            return self._source.check(place, self._source.fetch(place))
+        """Check a sample. Wrong bytes are fetched again, past the cache, until they are right or come twice alike."""
+        for _ in range(FETCHES - 1):
+            try:
+                return self._source.check(place, data)
+            except BadSample:
+                if self.cache is not None and self._cached[place.part]:
+                    part = self._source.parts[place.part]
+                    self.cache.drop(_content(part, part.manifest.shards[place.shard]), place.start, place.stop)
+                self._source.traffic.add(retry="checksum")
+                before, data = data, self._source.fetch(place)
+                if data == before:
+                    break  # so they lie in the store
+        return self._source.check(place, data)
 
 
 def _content(part: Part, shard: Shard) -> str:
@@ -256,7 +254,7 @@ def _through_cache(source: Source, recipe: StreamRecipe, share: float, passes: f
     """For each dataset, whether its blocks go through the node's cache: where that makes the node fetch less.
 
     Through the cache every block is fetched whole, once, and what was not kept again in each pass. Without it, the
-    node fetches its share of the samples in every pass, each at the cost of its bytes and of a request.
+    node fetches `share` of the samples, those of its ranks, in every pass, each at the cost of its bytes and a request.
     """
     if recipe.cache is None:
         return [False] * len(source.parts)

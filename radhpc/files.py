@@ -1,12 +1,19 @@
-"""Small files, written so that no half file ever has the final name, and read so that a cut last line is no error."""
+"""Small files, written so that no half file ever has the final name, and read so that a cut last line is no error.
+
+And folders that one command at a time works in.
+"""
 
 import contextlib
+import fcntl
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from radhpc.errors import UserError
 
 
 def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
@@ -51,3 +58,29 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     for line in data.split(b"\n")[:-1]:
         if line:
             yield json.loads(line)
+
+
+def own_folder(folder: Path, longest: int) -> Path:
+    """A folder, there or not, that only this user may fill, with a plain path of at most `longest` characters.
+
+    Nothing is touched. Raises UserError in the words of --folder.
+    """
+    place = folder.absolute().parent.resolve() / folder.name
+    if len(str(place)) > longest or not re.fullmatch(r"[\w./+-]{2,}", str(place), re.ASCII):
+        raise UserError(f"--folder {place}: allowed are up to {longest} letters, digits and . / _ + -")
+    if place.is_symlink() or (place.exists() and not (place.is_dir() and place.stat().st_uid == os.getuid())):
+        raise UserError(f"--folder {place}: exists and is not a folder of yours")
+    return place
+
+
+@contextlib.contextmanager
+def alone(place: Path) -> Iterator[None]:
+    """Keep two commands from working in one folder at the same time. Raises UserError."""
+    descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(f"{place}: another `up` or `down` is at work here; try again") from None
+    finally:
+        os.close(descriptor)

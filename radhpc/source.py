@@ -9,6 +9,7 @@ Files on a local disk are mapped, not copied; what lies behind a network is read
 """
 
 import contextlib
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -73,6 +74,17 @@ class Part:
         shards = self.index.shard[self.rows]
         edges = np.flatnonzero(np.diff(shards)) + 1
         return np.diff(np.concatenate([[0], edges, [len(shards)]])) if len(shards) else np.zeros(0, np.int64)
+
+    def read(self, shard: int, start: int, stop: int, given_up: threading.Event | None = None) -> memoryview:
+        """Bytes of a shard. Raises UserError where they are no longer there; CancelledError as Store.view_range."""
+        name = self.manifest.shards[shard].name
+        try:
+            data = self.store.view_range(name, start, stop - start, given_up)
+        except FileNotFoundError as error:
+            raise UserError(f"{self.store.url}/{name}: gone while it is being read") from error
+        if len(data) < stop - start:
+            raise UserError(f"{self.store.url}/{name}: ends before byte {stop}: cut while this run reads it")
+        return data
 
 
 class Source:
@@ -174,19 +186,16 @@ class Source:
         view = self.mapped(place)
         if view is not None:
             return view
-        part = self.parts[place.part]
-        shard = part.manifest.shards[place.shard].name
-        return part.store.view_range(shard, place.start, place.stop - place.start)
+        return self.parts[place.part].read(place.shard, place.start, place.stop)
 
     def check(self, place: Place, data: memoryview) -> Raw:
         """The members of a sample, if they are those of the manifest. Raises BadSample."""
+        assert len(data) == place.stop - place.start, place
         members = []
         for suffix, start, stop, checksum in place.members:
             member = data[start:stop]
-            if len(member) != stop - start:
-                raise BadSample(place.key, f"{self._shard(place)}: {suffix}: {len(member)} of {stop - start} bytes")
             if crc32c(member) != checksum:
-                raise BadSample(place.key, f"{self._shard(place)}: {suffix}: checksum differs from the manifest's")
+                raise BadSample(place.key, f"{self._name(place)}: {suffix}: checksum differs from the manifest's")
             members.append((suffix, member))
         return Raw(place.key, members)
 
@@ -223,7 +232,7 @@ class Source:
         before = int(self._ends[part - 1]) if part else 0
         return self.parts[part].rows[numbers - before]
 
-    def _shard(self, place: Place) -> str:
+    def _name(self, place: Place) -> str:
         return self.parts[place.part].manifest.shards[place.shard].name
 
 

@@ -20,7 +20,6 @@ sample that cannot be read leaves an empty slot, so that all others keep their p
 import argparse
 import io
 import itertools
-import os
 import sys
 import tempfile
 import time
@@ -156,10 +155,7 @@ class Stream:
         self._source, self._reader, self._rank, self._pin = source, reader, rank, pin
         self._order = order_of(source, stage_number, recipe, seed)
         self._first, self._prefetch = -(-cursor // stage.batch), recipe.prefetch
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        self.ahead = Ahead(
-            source, self._turns(), recipe, share=min(1.0, here / world), passes=samples / max(1, len(source))
-        )
+        self.ahead = Ahead(source, self._turns(), recipe, world, samples / max(1, len(source)))
         self._decoders = ThreadPoolExecutor(recipe.threads, thread_name_prefix="decode")
         self._assembler = ThreadPoolExecutor(1, thread_name_prefix="assemble")
 

@@ -13,10 +13,8 @@ once more, so one that does not end by itself may live 40 seconds longer than it
 """
 
 import contextlib
-import fcntl
 import json
 import os
-import re
 import secrets
 import shutil
 import signal
@@ -24,13 +22,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from radhpc.errors import UserError
+from radhpc.files import alone, own_folder
 
 START_SECONDS = 30
 PACKAGES = {"munged": "munge", "slurmctld": "slurm-wlm", "slurmd": "slurm-wlm", "scontrol": "slurm-wlm"}
@@ -55,7 +53,7 @@ def up(
     place = _place(folder)
     address = _loopback_address()
     place.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with _alone(place):
+    with alone(place):
         found = status(place)
         if found["state"] == "broken":
             raise UserError(f"{place}: {found['problem']}; first: python -m slurm.box down --folder {place}")
@@ -80,7 +78,7 @@ def up(
 def down(folder: str | Path | None = None) -> dict[str, Any]:
     """Cancel the jobs, end every process of the box whatever state it is in, and remove its folder."""
     place = _place(folder)
-    with _alone(place) if place.exists() else contextlib.nullcontext():
+    with alone(place) if place.exists() else contextlib.nullcontext():
         _stop(place)
         if (place / "box.json").exists():  # else it is somebody's folder, not a box's
             shutil.rmtree(place)
@@ -116,16 +114,8 @@ def status(folder: str | Path | None = None) -> dict[str, Any]:
 
 
 def _place(folder: str | Path | None) -> Path:
-    """Check a box's folder without touching it."""
-    user = os.getuid()
-    given = Path(folder or "/tmp/radhpc-box").absolute()
-    place = given.parent.resolve() / given.name
     # slurm.conf knows no quotes and expands %; the path of a socket in the folder may have 107 characters.
-    if not re.fullmatch(r"[\w./+-]{2,70}", str(place), re.ASCII):
-        raise UserError(f"--folder {place}: allowed are up to 70 letters, digits and . / _ + -")
-    if place.is_symlink() or (place.exists() and not (place.is_dir() and place.stat().st_uid == user)):
-        raise UserError(f"--folder {place}: exists and is not a folder of yours")
-    return place
+    return own_folder(Path(folder or "/tmp/radhpc-box"), 70)
 
 
 def _loopback_address() -> str:
@@ -141,19 +131,6 @@ def _loopback_address() -> str:
         fix = f"as root: echo 127.0.0.1 {host} >> /etc/hosts"
         raise UserError(f"this machine's name {host} must stand for 127.0.0.1, not for {address}; {fix}")
     return address
-
-
-@contextlib.contextmanager
-def _alone(place: Path) -> Iterator[None]:
-    """Keep two commands from working on one box at the same time."""
-    descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise UserError(f"{place}: another `up` or `down` is at work here; try again") from None
-    finally:
-        os.close(descriptor)
 
 
 def _empty(place: Path) -> None:
@@ -185,7 +162,7 @@ def _write_files(place: Path, settings: dict[str, int], address: str) -> None:
     size = f"CPUs={settings['cpus']} RealMemory={memory}"
     if settings["gpus"]:
         size += f" Gres=gpu:{settings['gpus']}"
-    control_port, *ports = _free_ports(address, len(names) + 1)
+    control_port, *ports = free_ports(address, len(names) + 1)
     nodes = "\n".join(
         f"NodeName={name} NodeHostname={host} NodeAddr={address} Port={port} {size}"
         for name, port in zip(names, ports, strict=True)
@@ -238,7 +215,8 @@ def _node_names(count: int) -> list[str]:
     return [f"box{number}" for number in range(1, count + 1)]
 
 
-def _free_ports(address: str, count: int) -> list[int]:
+def free_ports(address: str, count: int) -> list[int]:
+    """Ports of an address on which nobody listens now."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for one in sockets:

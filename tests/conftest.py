@@ -18,6 +18,8 @@ import pytest
 
 if TYPE_CHECKING:
     from bench.gateway import Gateway
+    from radhpc.models import ModelFamily
+    from radhpc.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 REAL = ROOT.parent / "shared" / "real" / "cxr_notes"
@@ -71,6 +73,16 @@ def phantom_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = Settings(workers=1, longest_side=56, shard_samples=16)
     build("phantom", None, str(out), {"studies": "60", "size": "96"}, settings, lambda done, total: None)
     return out
+
+
+def tiny_family(recipe: "Recipe", folder: Path) -> "ModelFamily":
+    """The model family of a recipe like TINY_RECIPE, with a tokenizer that is trained on its reports into `folder`."""
+    from radhpc.models import family
+    from radhpc.source import Source
+    from radhpc.tokenizer import train
+
+    train((sample.report.text() for sample in Source(recipe.shards, "train").samples()), 400, folder)
+    return family(recipe.model, str(folder))
 
 
 @pytest.fixture

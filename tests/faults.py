@@ -16,7 +16,7 @@
 | break | the header and half of the body, then a reset |
 | truncate | the header, which promises all of the body, and half of it; then the connection ends |
 | shorten | half of the body under a header that promises no more: nothing looks wrong |
-| flip | the whole body with one byte in the middle changed: nothing looks wrong |
+| flip | the whole body with one byte in the middle changed, each time otherwise: nothing looks wrong |
 
 The last five wait for an answer with a body. Of several faults the first that fits is done. Besides them, `expire`
 refuses keys until `renew`, and `cut` ends every connection until `mend`. Requests reach the store as the client sent
@@ -224,7 +224,7 @@ class Faults:
         if fault and kind == "stall":
             await asyncio.sleep(fault.seconds)
         if kind == "flip":
-            to.write(bytes([(await body.readexactly(1))[0] ^ 0xFF]))
+            to.write(bytes([(await body.readexactly(1))[0] ^ self._random.randint(1, 255)]))
             self.bytes_out += 1
         await self._copy(body, length - half - (kind == "flip"), to, outgoing=True)
         return True

@@ -13,11 +13,10 @@ from radhpc.dist import Ranks
 from radhpc.engine import Engine
 from radhpc.errors import UserError
 from radhpc.export import write_adapter
-from radhpc.models import ModelFamily, family
+from radhpc.models import ModelFamily
 from radhpc.recipe import Lora, Recipe, load
 from radhpc.source import Source
-from radhpc.tokenizer import train as train_tokenizer
-from tests.conftest import TINY_RECIPE
+from tests.conftest import TINY_RECIPE, tiny_family
 
 TARGETS = ".*language_model.*(q|v)_proj"
 
@@ -31,9 +30,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, phantom_shards: Path) -> Re
 
 @pytest.fixture(scope="module")
 def kind(tmp_path_factory: pytest.TempPathFactory, recipe: Recipe) -> ModelFamily:
-    folder = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
-    train_tokenizer((s.report.text() for s in Source(recipe.shards, "train").samples()), 400, folder)
-    return family(recipe.model, str(folder))
+    return tiny_family(recipe, tmp_path_factory.mktemp("tokenizer") / "tokenizer")
 
 
 @pytest.fixture(scope="module")

@@ -11,14 +11,13 @@ from PIL import Image
 from radhpc.collate import IGNORE, Encoder
 from radhpc.errors import UserError
 from radhpc.manifest import MANIFEST
-from radhpc.models import ModelFamily, family
+from radhpc.models import ModelFamily
 from radhpc.recipe import Recipe, Stage, load
 from radhpc.sample import Report, Sample, View
 from radhpc.source import BadSample, Source
 from radhpc.store import Store
 from radhpc.stream import Stream, stage_samples, stage_steps
-from radhpc.tokenizer import train as train_tokenizer
-from tests.conftest import TINY_RECIPE
+from tests.conftest import TINY_RECIPE, tiny_family
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +33,8 @@ def source(recipe: Recipe) -> Source:
 
 
 @pytest.fixture(scope="module")
-def kind(tmp_path_factory: pytest.TempPathFactory, recipe: Recipe, source: Source) -> ModelFamily:
-    folder = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
-    train_tokenizer((sample.report.text() for sample in source.samples()), 400, folder)
-    return family(recipe.model, str(folder))
+def kind(tmp_path_factory: pytest.TempPathFactory, recipe: Recipe) -> ModelFamily:
+    return tiny_family(recipe, tmp_path_factory.mktemp("tokenizer") / "tokenizer")
 
 
 def steps(

@@ -10,14 +10,13 @@ from PIL import Image
 
 from radhpc.collate import Encoder
 from radhpc.errors import UserError
-from radhpc.models import ModelFamily, family
+from radhpc.models import ModelFamily
 from radhpc.processors import stitch
 from radhpc.recipe import Images, Recipe, load
 from radhpc.sample import Report, Sample, View
 from radhpc.source import Source
 from radhpc.stream import Stream, main, order_of
-from radhpc.tokenizer import train as train_tokenizer
-from tests.conftest import ROOT, TINY_RECIPE
+from tests.conftest import ROOT, TINY_RECIPE, tiny_family
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -40,10 +39,8 @@ def source(recipe: Recipe) -> Source:
 
 
 @pytest.fixture(scope="module")
-def kind(tmp_path_factory: pytest.TempPathFactory, recipe: Recipe, source: Source) -> ModelFamily:
-    folder = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
-    train_tokenizer((sample.report.text() for sample in source.samples()), 400, folder)
-    return family(recipe.model, str(folder))
+def kind(tmp_path_factory: pytest.TempPathFactory, recipe: Recipe) -> ModelFamily:
+    return tiny_family(recipe, tmp_path_factory.mktemp("tokenizer") / "tokenizer")
 
 
 def study(views: int) -> tuple[str, Sample, list[Image.Image]]:
