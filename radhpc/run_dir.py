@@ -26,6 +26,7 @@ Event = Literal[
     "submitted", "started", "resumed", "skipped_checkpoint", "saved", "stage_finished", "evaluated",
     "quarantined",
     "interrupted", "preempted", "requeued", "rank_lost", "time_limit", "cancelled", "stopped", "crashed", "failed",
+    "node_lost", "hung", "gave_up", "excluded",
     "finished",
 ]  # fmt: skip
 

@@ -75,7 +75,8 @@ def _run(run: RunDir, ranks: Ranks, stop: Stop) -> Outcome:
     life = ranks.broadcast(run.lives + 1 if ranks.first else 0)
     if ranks.first:
         job = os.environ.get("SLURM_JOB_ID", "")
-        run.record("started", life=life, job=job, world=ranks.world, engine=recipe.engine, host=socket.gethostname())
+        nodes = os.environ.get("SLURM_JOB_NODELIST", socket.gethostname())
+        run.record("started", life=life, job=job, world=ranks.world, engine=recipe.engine, nodes=nodes)
     parts = Parts(run, recipe, ranks)
     position: Position | None = None
     try:

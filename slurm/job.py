@@ -8,6 +8,8 @@ from typing import Any
 import submitit
 
 from radhpc.errors import UserError
+from radhpc.run_dir import RunDir
+from slurm import requeue
 
 
 def main(run: str) -> Any:
@@ -22,6 +24,8 @@ def main(run: str) -> Any:
             MASTER_ADDR=address(environment.hostnames[0]),
             MASTER_PORT=str(port(environment.raw_job_id)),
         )
+        if environment.global_rank == 0 and "SLURM_JOB_ID" in os.environ:
+            requeue.account_for_the_dead(RunDir.open(run), os.environ["SLURM_JOB_ID"])
     import radhpc.worker  # the one import of what needs torch, inside the job
 
     try:

@@ -41,10 +41,15 @@ class Profile(Section):
     constraint: str | None = None
     exclude: str | None = None
     exclusive: bool = False
-    requeue: bool = Field(True, description="come back after a preemption, the time limit or a lost rank")
+    requeue: bool = Field(True, description="come back by itself, as slurm/requeue.py says; false: never")
     retries: int = Field(
-        3, ge=0, description="requeues after a lost rank (killed, out of memory) without a new checkpoint"
+        3,
+        ge=0,
+        description="lives after a lost rank (killed, out of memory), a lost node or a hang, between checkpoints",
     )
+    crash_retries: int = Field(3, ge=0, description="lives after a crash, each with a traceback that is new")
+    lives_without_progress: int = Field(8, ge=1, description="lives in a row without a new checkpoint that end the run")
+    node_losses: int = Field(2, ge=1, description="losses of a node, or hangs on it, after which it is left out")
     python: str | None = Field(
         None, description="how to start Python in the job, a container for instance; default: this one"
     )

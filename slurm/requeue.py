@@ -3,18 +3,44 @@
 The batch script calls it behind srun: `python -m slurm.requeue RUN EXIT_STATUS`. Not the ranks, because the requeue
 ends them, and one that still writes would be killed; not a rank's exit handler, because a killed rank has none. Here
 every rank has committed or is dead, and the scheduler can be asked whether the job was preempted or cancelled.
+
+| why a life ended | how it is known | what follows (slurm/profile.py has the numbers) |
+|---|---|---|
+| finished | every rank says so | - |
+| cancelled, stopped | scancel leaves the job COMPLETING; `launch.py stop` is what the ranks say | never comes back |
+| preempted | every rank was interrupted, by SIGTERM or with PreemptTime set | comes back, without limit |
+| time_limit | every rank was interrupted, by SIGUSR2 | comes back if this life left a new checkpoint |
+| node_lost | SLURM has put the job back, or a rank is gone, and one of its nodes is down | comes back elsewhere |
+| hung | the ranks' watchdogs (radhpc/heartbeat.py) ended them and named the culprit | as a lost rank |
+| rank_lost | a rank is gone without a word: killed, out of memory | `retries` times without a new checkpoint |
+| crashed | a rank left a traceback | `crash_retries` times, and only while the traceback is new |
+| failed | a rank says what the user has to mend | stays down |
+
+Whatever the causes, `lives_without_progress` lives in a row without a new checkpoint are the end ("gave_up"). A node
+that is lost, or hangs, `node_losses` times is left out from then on, where enough others remain.
 """
 
+import hashlib
 import os
+import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from radhpc.files import read_json
 from radhpc.run_dir import Event, RunDir
 from slurm import scheduler
 from slurm.profile import Profile, load
+
+ENDS: tuple[Event, ...] = (
+    "preempted", "time_limit", "node_lost", "rank_lost", "hung", "crashed", "cancelled", "stopped", "failed",
+)  # fmt: skip
+_LOSSES = ("node_lost", "rank_lost", "hung")
 
 
 @dataclass(frozen=True)
@@ -24,53 +50,165 @@ class Verdict:
     cause: Event
     comes_back: bool
     why: str = ""
+    nodes: tuple[str, ...] = ()  # that were lost, or on which a rank hung
+    fingerprint: str = ""  # of a crash
+    gave_up: str = ""  # why a cause that may come back does not
+
+
+@dataclass(frozen=True)
+class Past:
+    """What the events of a run tell of its lives since it was last submitted, up to the one that has just ended."""
+
+    fruitless: int = 0  # lives in a row that left no new checkpoint, this one included
+    losses: int = 0  # of a rank, a node or patience since the last new checkpoint, before this life's end
+    crashes: int = 0
+    fingerprints: frozenset[str] = frozenset()  # of the crashes since the last new checkpoint
+    nodes: Mapping[str, int] = field(default_factory=dict)  # how often each was lost or hung, in the whole run
+
+
+def past(events: Iterable[Mapping[str, Any]]) -> Past:
+    """Read a run's events when a life has ended and its end is not recorded yet."""
+    best, progress = -1, False
+    fruitless = losses = crashes = 0
+    fingerprints: set[str] = set()
+    nodes: Counter[str] = Counter()
+    for event in events:
+        name = event["event"]
+        if name == "saved" and event["step"] > best:
+            best, progress = event["step"], True
+            losses, fingerprints = 0, set()
+        elif name == "submitted":  # a person has looked at it
+            fruitless = losses = crashes = 0
+            fingerprints, progress = set(), False
+        elif name in ENDS:
+            fruitless, progress = 0 if progress else fruitless + 1, False
+            losses += name in _LOSSES
+            if name == "crashed":
+                crashes += 1
+                fingerprints.add(event.get("fingerprint", ""))
+            nodes.update(event.get("nodes", ()))
+    return Past(0 if progress else fruitless + 1, losses, crashes, frozenset(fingerprints), dict(nodes))
 
 
 def decide(
-    job: dict[str, str],
-    ends: list[dict[str, Any]],
+    job: Mapping[str, str],
+    ends: Mapping[int, Mapping[str, Any]],
     world: int,
     exit_status: int,
     profile: Profile,
-    losses: int,
+    before: Past = Past(),
     restarts: int = 0,
+    down: Sequence[str] = (),
 ) -> Verdict:
     """The policy, as a pure function.
 
-    `job`: fields of scontrol; `ends`: what the ranks wrote on their way out; `losses`: lives lost to dead ranks since
-    the last new checkpoint, this one included; `restarts`: how often SLURM had started the job again before this life.
+    `job`: fields of scontrol; `ends`: what the ranks wrote on their way out; `restarts`: how often SLURM had started
+    the job again before this life; `down`: nodes of the job that do not answer.
     """
-    states = {end["state"] for end in ends}
-    causes = {end["cause"] for end in ends if end["state"] == "interrupted"}
-    said = next((end["cause"] for end in ends if end["state"] in ("mistake", "crashed")), "")
-    if "finished" in states and len(ends) == world and states == {"finished"}:
+    verdict = _cause(job, ends, world, exit_status, restarts, tuple(down))
+    if not verdict.comes_back:
+        return verdict
+    refusal = _refusal(verdict, profile, before)
+    return Verdict(
+        verdict.cause, refusal is None, verdict.why, verdict.nodes, verdict.fingerprint, gave_up=refusal or ""
+    )
+
+
+def _cause(
+    job: Mapping[str, str],
+    ends: Mapping[int, Mapping[str, Any]],
+    world: int,
+    exit_status: int,
+    restarts: int,
+    down: tuple[str, ...],
+) -> Verdict:
+    """Why the life ended, and whether such a life may come back at all."""
+    states = {end["state"] for end in ends.values()}
+    causes = {end["cause"] for end in ends.values() if end["state"] == "interrupted"}
+    preempted = job.get("PreemptTime", "None") != "None"
+    if states == {"finished"} and len(ends) == world:
         return Verdict("finished", False)
     if job.get("JobState") in ("COMPLETING", "CANCELLED"):
         if int(job.get("Restarts", "0")) > restarts:
-            return Verdict("preempted", False, "SLURM has put the job back into the queue by itself")
+            why = "SLURM has put the job back into the queue by itself"
+            return Verdict("node_lost" if down else "preempted", True, why, down)
         # scancel. A requeue would succeed at this moment, and bring a cancelled job back; PreemptTime may be set.
         return Verdict("cancelled", False)
     if "stop" in causes:
         return Verdict("stopped", False)
-    if "mistake" in states:
-        return Verdict("failed", False, said)
-    if "crashed" in states:
-        return Verdict("crashed", False, said)
+    for state, cause in (("mistake", "failed"), ("crashed", "crashed"), ("hung", "hung")):
+        said = [end for _, end in sorted(ends.items()) if end["state"] == state]
+        if not said:
+            continue
+        why = said[0]["cause"]
+        if cause == "crashed":
+            return Verdict("crashed", True, why, fingerprint=fingerprint(said[0].get("traceback", "")))
+        if cause == "hung":
+            return Verdict("hung", True, why, tuple(sorted({one["host"] for one in said[0].get("culprits", ())})))
+        return Verdict("failed", False, why)
     if states == {"interrupted"} and len(ends) == world:
-        preempted = job.get("PreemptTime", "None") != "None" or "SIGUSR2" not in causes
-        return Verdict("preempted" if preempted else "time_limit", profile.requeue)
-    if job.get("PreemptTime", "None") != "None":
-        return Verdict("preempted", profile.requeue, "before all ranks had saved")
-    why = f"{world - len(ends)} of {world} ranks ended without a word, exit status {exit_status}"
-    return Verdict("rank_lost", profile.requeue and losses <= profile.retries, why)
+        return Verdict("preempted" if preempted or "SIGUSR2" not in causes else "time_limit", True)
+    if preempted:
+        return Verdict("preempted", True, "before all ranks had saved")
+    missing = [str(rank) for rank in range(world) if rank not in ends]
+    named = f"rank{'s' * (len(missing) > 1)} {', '.join(missing[:8])}{' and others' * (len(missing) > 8)}"
+    why = f"{named} of {world} ended without a word, exit status {exit_status}"
+    return Verdict("node_lost", True, f"{', '.join(down)}: {why}", down) if down else Verdict("rank_lost", True, why)
 
 
-def losses(run: RunDir) -> int:
-    """Lives lost to dead ranks since the last new checkpoint."""
-    count = 0
-    for event in run.events("rank_lost", "saved"):
-        count = count + 1 if event["event"] == "rank_lost" else 0
-    return count
+def _refusal(verdict: Verdict, profile: Profile, before: Past) -> str | None:
+    """Why a life that may come back shall not, or None."""
+    if not profile.requeue:
+        return "the profile says requeue: false"
+    if before.fruitless >= profile.lives_without_progress:
+        return f"{before.fruitless} lives in a row have left no new checkpoint (lives_without_progress)"
+    if verdict.cause == "time_limit" and before.fruitless:
+        return f"the time limit of {profile.minutes} minutes came before a new checkpoint; allow more minutes"
+    if verdict.cause in _LOSSES and before.losses >= profile.retries:
+        return f"{before.losses + 1} losses without a new checkpoint (retries: {profile.retries})"
+    if verdict.cause == "crashed":
+        if verdict.fingerprint in before.fingerprints:
+            return "it has crashed at the same place since the last new checkpoint"
+        if before.crashes >= profile.crash_retries:
+            return f"{before.crashes + 1} crashes (crash_retries: {profile.crash_retries})"
+    return None
+
+
+def fingerprint(traceback: str) -> str:
+    """What two crashes at the same place share: the calls and the kind of the error, not what it says of numbers."""
+    calls = re.findall(r'^ *File "(.+?)", line (\d+), in (.+)$', traceback, re.MULTILINE)
+    places = [f"{'/'.join(Path(file).parts[-2:])}:{line}:{function}" for file, line, function in calls]
+    kinds = re.findall(r"^([\w.]+)(?::|$)", traceback, re.MULTILINE)
+    return hashlib.sha256("\n".join([*places, *kinds[-1:]]).encode()).hexdigest()[:12]
+
+
+def excluded(job: Mapping[str, str], verdict: Verdict, before: Past, profile: Profile, usable: Sequence[str]) -> str:
+    """The job's new list of nodes to stay away from, or "" where nothing changes.
+
+    `usable`: nodes of its partition that could run it. None is left out if too few would remain.
+    """
+    losses = Counter(before.nodes) + Counter(verdict.nodes)
+    bad = {node for node in verdict.nodes if losses[node] >= profile.node_losses}
+    remaining = set(usable) - bad
+    if not bad or len(remaining) < profile.nodes:
+        return ""
+    named = job.get("ExcNodeList", "(null)")
+    return ",".join([*([] if named == "(null)" else [named]), *sorted(bad)])
+
+
+def account_for_the_dead(run: RunDir, job_id: str) -> None:
+    """At the start of a life: record the end of the one before, where the batch script was killed with its ranks."""
+    events = run.events("started", *ENDS, "finished")
+    if not events or events[-1]["event"] != "started" or events[-1]["job"] != job_id:
+        return
+    last = events[-1]
+    nodes = scheduler.hostnames(last.get("nodes", ""))
+    since = datetime.fromisoformat(last["time"])
+    gone = tuple(node for node in nodes if scheduler.restarted(node, since))
+    if gone:
+        run.record("node_lost", job=job_id, why="and with it whoever could have said so", nodes=gone)
+    else:
+        run.record("preempted", job=job_id, why="killed before it could say so: the grace was too short")
 
 
 def main(run_path: str, exit_status: int) -> None:
@@ -78,23 +216,43 @@ def main(run_path: str, exit_status: int) -> None:
     run = RunDir.open(run_path)
     profile = load(str(run.path / "profile.yaml"))
     job_id = os.environ["SLURM_JOB_ID"]
-    found = [read_json(path) for path in sorted((run.path / "logs").glob("end.rank-*.json"))]
+    found = {
+        int(path.stem.removeprefix("end.rank-")): read_json(path)
+        for path in sorted((run.path / "logs").glob("end.rank-*.json"))
+    }
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    verdict = decide(scheduler.show_job(job_id), found, profile.world, exit_status, profile, losses(run) + 1, restarts)
-    step = max((end["step"] for end in found), default=0)
+    job, before = scheduler.show_job(job_id), past(run.events())
+    down = scheduler.down(os.environ.get("SLURM_JOB_NODELIST", ""))
+    verdict = decide(job, found, profile.world, exit_status, profile, before, restarts, down)
+    step = max((end["step"] for end in found.values()), default=0)
     if verdict.cause != "finished":
-        run.record(verdict.cause, job=job_id, step=step, why=verdict.why)
-    print(f"slurm.requeue: {verdict.cause} {verdict.why}", file=sys.stderr, flush=True)
+        more: dict[str, Any] = {"nodes": verdict.nodes} if verdict.nodes else {}
+        more |= {"fingerprint": verdict.fingerprint} if verdict.fingerprint else {}
+        run.record(verdict.cause, job=job_id, step=step, why=verdict.why, **more)
+    print(f"slurm.requeue: {verdict.cause} {verdict.why} {verdict.gave_up}".rstrip(), file=sys.stderr, flush=True)
+    if verdict.gave_up and profile.requeue:
+        run.record("gave_up", job=job_id, cause=verdict.cause, why=verdict.gave_up)
+    put_back = int(job.get("Restarts", "0")) > restarts
+    put_back = int(job.get("Restarts", "0")) > restarts
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    name = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else job_id
     if not verdict.comes_back:
+        if put_back and verdict.gave_up:
+            scheduler.cancel({"id": name})
         return
     for left in (run.path / "logs").glob("*.save_tmp"):
         left.unlink()  # submitit refuses to write a result where a killed rank left half of one
-    array = os.environ.get("SLURM_ARRAY_JOB_ID")
-    name = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else job_id
     run.record("requeued", job=job_id, cause=verdict.cause)
-    done = subprocess.run(["scontrol", "requeue", name], capture_output=True, text=True, check=False)
-    if done.returncode:
-        run.record("failed", job=job_id, why=f"scontrol requeue: {done.stderr.strip()}")
+    if not put_back:
+        done = subprocess.run(["scontrol", "requeue", name], capture_output=True, text=True, check=False)
+        if done.returncode:
+            run.record("failed", job=job_id, why=f"scontrol requeue: {done.stderr.strip()}")
+            return
+    # Only a job that does not run can be told to stay away from a node. The requeue has sent this script a SIGTERM,
+    # which it ignores; SIGKILL follows after KillWait.
+    away = excluded(job, verdict, before, profile, scheduler.usable(job.get("Partition", "")))
+    if away and scheduler.stay_away(name, away):
+        run.record("excluded", job=job_id, nodes=away.split(","))
 
 
 if __name__ == "__main__":

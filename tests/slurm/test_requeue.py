@@ -1,11 +1,12 @@
 """The policy, case by case, with what SLURM 22.05 was seen to say in each of them."""
 
+import itertools
 from typing import Any
 
 import pytest
 
 from slurm.profile import Profile
-from slurm.requeue import decide
+from slurm.requeue import Past, Verdict, decide, excluded, fingerprint, past
 
 RUNNING = {"JobState": "RUNNING", "PreemptTime": "None", "Restarts": "0"}
 PREEMPTED = {**RUNNING, "PreemptTime": "2026-11-22T02:00:00"}
@@ -43,7 +44,7 @@ def ends(*states: str, cause: str = "") -> list[dict[str, Any]]:
             1,
             1,
             "preempted",
-            False,
+            True,
         ),
         (RUNNING, ends("interrupted", "interrupted", cause="stop"), 0, 1, 0, "stopped", False),
         (RUNNING, ends("lost_peer"), 137, 1, 0, "rank_lost", True),
@@ -51,7 +52,7 @@ def ends(*states: str, cause: str = "") -> list[dict[str, Any]]:
         (RUNNING, ends("lost_peer"), 137, 4, 0, "rank_lost", False),
         (RUNNING, ends(), 137, 1, 0, "rank_lost", True),
         (PREEMPTED, ends("lost_peer"), 137, 9, 0, "preempted", True),
-        (RUNNING, ends("crashed", "lost_peer", cause="boom"), 1, 1, 0, "crashed", False),
+        (RUNNING, ends("crashed", "lost_peer", cause="boom"), 1, 1, 0, "crashed", True),
         (RUNNING, ends("mistake", "mistake", cause="no such key"), 2, 1, 0, "failed", False),
         (RUNNING, ends("finished"), 137, 1, 0, "rank_lost", True),
     ],
@@ -61,11 +62,107 @@ def test_the_policy(
     comes_back: bool,
 ) -> None:  # fmt: skip
     profile = Profile(cluster="slurm", nodes=2, retries=3)
-    verdict = decide(job, found, 2, exit_status, profile, losses, restarts)
+    verdict = decide(job, dict(enumerate(found)), 2, exit_status, profile, Past(losses=losses - 1), restarts)
     assert (verdict.cause, verdict.comes_back) == (cause, comes_back)
 
 
 def test_a_profile_may_refuse_to_come_back() -> None:
     profile = Profile(cluster="slurm", nodes=2, requeue=False)
-    found = ends("interrupted", "interrupted", cause="SIGTERM")
-    assert not decide(PREEMPTED, found, 2, 0, profile, 1).comes_back
+    found = dict(enumerate(ends("interrupted", "interrupted", cause="SIGTERM")))
+    assert not decide(PREEMPTED, found, 2, 0, profile).comes_back
+
+
+PROFILE = Profile(cluster="slurm", nodes=2, retries=3, crash_retries=2, lives_without_progress=5, node_losses=2)
+
+
+def life(end: str, *, saved: int | None = None, **details: Any) -> list[dict[str, Any]]:
+    saves = [] if saved is None else [{"event": "saved", "step": saved}]
+    return [{"event": "started"}, *saves, *([{"event": end, **details}] if end else [])]
+
+
+def run(*lives: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"event": "submitted"}, *itertools.chain(*lives)]
+
+
+INTERRUPTED = dict(enumerate(ends("interrupted", "interrupted", cause="SIGTERM")))
+
+
+@pytest.mark.parametrize(
+    ("lives", "comes_back"),
+    [
+        ([life("preempted")] * 4, False),
+        ([life("preempted")] * 3, True),
+        ([life("preempted", saved=5), *[life("preempted")] * 4], False),
+        ([*[life("preempted")] * 3, life("preempted", saved=5), life("preempted")], True),
+        ([*[life("preempted", saved=5)] * 9], False),  # the same step again and again
+        ([life("preempted", saved=step) for step in range(99)], True),
+    ],
+)
+def test_lives_without_progress_end_the_run_with_the_reason(lives: list[Any], comes_back: bool) -> None:
+    verdict = decide(PREEMPTED, INTERRUPTED, 2, 0, PROFILE, past(run(*lives, life(""))))
+    assert verdict.cause == "preempted"
+    assert verdict.comes_back == comes_back
+    assert ("lives in a row" in verdict.gave_up) != comes_back
+
+
+def test_a_person_who_resumes_starts_the_counts_anew() -> None:
+    events = [*run(*[life("rank_lost")] * 9), *run(life(""))]
+    assert decide(RUNNING, {}, 2, 137, PROFILE, past(events)).comes_back
+
+
+@pytest.mark.parametrize(("saved", "comes_back"), [(3, True), (None, False)])
+def test_the_time_limit_brings_back_only_what_progressed(saved: int | None, comes_back: bool) -> None:
+    found = dict(enumerate(ends("interrupted", "interrupted", cause="SIGUSR2")))
+    verdict = decide(RUNNING, found, 2, 0, PROFILE, past(run(life("", saved=saved))))
+    assert (verdict.cause, verdict.comes_back) == ("time_limit", comes_back)
+    assert ("before a new checkpoint" in verdict.gave_up) != comes_back
+
+
+TRACEBACK = """Traceback (most recent call last):
+  File "/home/me/radhpc/worker.py", line 70, in run
+    outcome = _run(run_dir, ranks, stop)
+  File "/home/me/radhpc/loop.py", line {line}, in train
+    engine.step()
+ValueError: {said}
+"""
+
+
+def crash(line: int, said: str) -> dict[int, dict[str, Any]]:
+    trace = TRACEBACK.format(line=line, said=said)
+    return {0: {"state": "crashed", "cause": said, "traceback": trace}, 1: {"state": "lost_peer", "cause": ""}}
+
+
+def test_a_crash_comes_back_while_its_traceback_is_new() -> None:
+    def crashed(line: int, saved: int | None = None) -> list[dict[str, Any]]:
+        return life("crashed", saved=saved, fingerprint=fingerprint(TRACEBACK.format(line=line, said="x")))
+
+    def after(*lives: list[dict[str, Any]], saved: int | None = None) -> Verdict:
+        return decide(RUNNING, crash(10, "21 of 22"), 2, 1, PROFILE, past(run(*lives, life("", saved=saved))))
+
+    assert after().comes_back
+    assert after(crashed(11)).comes_back
+    assert "same place" in after(crashed(10)).gave_up, "the number in the message made it another crash"
+    assert "same place" in after(crashed(10), crashed(11)).gave_up
+    assert after(crashed(10), saved=7).comes_back, "a checkpoint later it is worth another try"
+    assert "3 crashes" in after(crashed(11), crashed(12), saved=7).gave_up
+
+
+def test_a_node_that_was_lost_twice_is_left_out_where_others_remain() -> None:
+    put_back = {**CANCELLED, "Restarts": "1", "ExcNodeList": "n9"}
+    events = run(life("node_lost", nodes=["n2"]), life("hung", nodes=["n1"]), life(""))
+    verdict = decide(put_back, {}, 2, 143, PROFILE, past(events), 0, ["n2"])
+    assert (verdict.cause, verdict.nodes, verdict.comes_back) == ("node_lost", ("n2",), True)
+    assert excluded(put_back, verdict, past(events), PROFILE, ["n1", "n3", "n4"]) == "n9,n2"
+    assert excluded(put_back, verdict, past(events), PROFILE, ["n1", "n2"]) == "", "one node would be left for two"
+    assert excluded(put_back, verdict, past(events[:1]), PROFILE, ["n1", "n3", "n4"]) == "", "its first loss"
+
+
+def test_a_hang_names_the_culprits_node() -> None:
+    end = {"state": "hung", "cause": "rank 1 on n7: no progress", "culprits": [{"rank": 1, "host": "n7"}]}
+    verdict = decide(RUNNING, {0: end, 1: end}, 2, 1, PROFILE)
+    assert (verdict.cause, verdict.nodes, verdict.comes_back) == ("hung", ("n7",), True)
+
+
+def test_a_lost_rank_is_named() -> None:
+    verdict = decide(RUNNING, {0: {"state": "lost_peer", "cause": ""}}, 3, 137, PROFILE, down=["n2"])
+    assert (verdict.cause, verdict.why) == ("node_lost", "n2: ranks 1, 2 of 3 ended without a word, exit status 137")
