@@ -187,13 +187,10 @@ def excluded(job: Mapping[str, str], verdict: Verdict, before: Past, profile: Pr
 
     `usable`: nodes of its partition that could run it. None is left out if too few would remain.
     """
+    named = set(scheduler.hostnames(job.get("ExcNodeList", "(null)").replace("(null)", "")))
     losses = Counter(before.nodes) + Counter(verdict.nodes)
-    bad = {node for node in verdict.nodes if losses[node] >= profile.node_losses}
-    remaining = set(usable) - bad
-    if not bad or len(remaining) < profile.nodes:
-        return ""
-    named = job.get("ExcNodeList", "(null)")
-    return ",".join([*([] if named == "(null)" else [named]), *sorted(bad)])
+    bad = named | {node for node, count in losses.items() if count >= profile.node_losses}
+    return ",".join(sorted(bad)) if bad > named and len(set(usable) - bad) >= profile.nodes else ""
 
 
 def account_for_the_dead(run: RunDir, job_id: str) -> None:
@@ -231,7 +228,7 @@ def main(run_path: str, exit_status: int) -> None:
         run.record(verdict.cause, job=job_id, step=step, why=verdict.why, **more)
     print(f"slurm.requeue: {verdict.cause} {verdict.why} {verdict.gave_up}".rstrip(), file=sys.stderr, flush=True)
     if verdict.gave_up and profile.requeue:
-        run.record("gave_up", job=job_id, cause=verdict.cause, why=verdict.gave_up)
+        run.record("gave_up", job=job_id, after=verdict.cause, why=verdict.gave_up)
     put_back = int(job.get("Restarts", "0")) > restarts
     put_back = int(job.get("Restarts", "0")) > restarts
     array = os.environ.get("SLURM_ARRAY_JOB_ID")

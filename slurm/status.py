@@ -11,8 +11,9 @@ from slurm import scheduler
 _ENDED = {
     "finished": "finished", "stopped": "stopped", "cancelled": "stopped", "failed": "failed", "crashed": "failed",
     "interrupted": "stopped", "rank_lost": "failed", "preempted": "stopped", "time_limit": "stopped",
+    "node_lost": "failed", "hung": "failed", "gave_up": "failed",
 }  # fmt: skip
-_RESTARTS = ("preempted", "time_limit", "rank_lost")
+_RESTARTS = ("preempted", "time_limit", "node_lost", "rank_lost", "hung", "crashed")
 
 
 def status(run: RunDir) -> dict[str, Any]:

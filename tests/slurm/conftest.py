@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -50,3 +51,19 @@ def slurm(box: str) -> Iterator[Callable[..., str]]:
         with contextlib.suppress(subprocess.CalledProcessError):  # it has ended meanwhile
             call("scancel", "--signal=KILL", "--full", job)
             call("scancel", job)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, phantom_shards: Path, box: str) -> Path:
+    """The recipe of test_preemption.py on the same two nodes, left in peace."""
+    from slurm.profile import FOLDER
+    from tests.conftest import ROOT, TINY_RECIPE
+    from tests.slurm.test_preemption import EVERY, LONGER
+
+    folder = tmp_path_factory.mktemp("undisturbed")
+    (folder / "tiny.yaml").write_text(TINY_RECIPE.format(shards=phantom_shards))
+    profile = folder / "box.yaml"
+    profile.write_text((FOLDER / "box.yaml").read_text().replace("/tmp/radhpc-box/slurm.conf", box))
+    command = [sys.executable, ROOT / "launch.py", "train", folder / "tiny.yaml", *LONGER, f"checkpoint.every={EVERY}"]
+    subprocess.run([*command, "--on", profile, "--run", folder / "run", "--watch"], cwd=ROOT, check=True, timeout=300)
+    return folder / "run"

@@ -57,24 +57,6 @@ def finish(slurm: Slurm, run: Path, job: str) -> None:
     wait_for(lambda: job_state(slurm, job) == "COMPLETED")
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, phantom_shards: Path, box: str) -> Path:
-    """The same recipe on the same two nodes, left in peace."""
-    import subprocess
-    import sys
-
-    from slurm.profile import FOLDER
-    from tests.conftest import ROOT, TINY_RECIPE
-
-    folder = tmp_path_factory.mktemp("undisturbed")
-    (folder / "tiny.yaml").write_text(TINY_RECIPE.format(shards=phantom_shards))
-    profile = folder / "box.yaml"
-    profile.write_text((FOLDER / "box.yaml").read_text().replace("/tmp/radhpc-box/slurm.conf", box))
-    command = [sys.executable, ROOT / "launch.py", "train", folder / "tiny.yaml", *LONGER, f"checkpoint.every={EVERY}"]
-    subprocess.run([*command, "--on", profile, "--run", folder / "run", "--watch"], cwd=ROOT, check=True, timeout=300)
-    return folder / "run"
-
-
 def assert_equal(run: Path, undisturbed: Path) -> None:
     """No step lost, none repeated in what the weights saw, and the same adapter."""
     mine, wanted = consumed(run / "ledger"), consumed(undisturbed / "ledger")

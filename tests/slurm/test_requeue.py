@@ -148,12 +148,14 @@ def test_a_crash_comes_back_while_its_traceback_is_new() -> None:
 
 
 def test_a_node_that_was_lost_twice_is_left_out_where_others_remain() -> None:
-    put_back = {**CANCELLED, "Restarts": "1", "ExcNodeList": "n9"}
+    put_back = {**CANCELLED, "Restarts": "1"}
     events = run(life("node_lost", nodes=["n2"]), life("hung", nodes=["n1"]), life(""))
     verdict = decide(put_back, {}, 2, 143, PROFILE, past(events), 0, ["n2"])
     assert (verdict.cause, verdict.nodes, verdict.comes_back) == ("node_lost", ("n2",), True)
-    assert excluded(put_back, verdict, past(events), PROFILE, ["n1", "n3", "n4"]) == "n9,n2"
+    assert excluded(put_back, verdict, past(events), PROFILE, ["n1", "n3", "n4"]) == "n2"
     assert excluded(put_back, verdict, past(events), PROFILE, ["n1", "n2"]) == "", "one node would be left for two"
+    again = decide(PREEMPTED, INTERRUPTED, 2, 0, PROFILE, past([*events, *life("node_lost", nodes=["n2"])]))
+    assert excluded(put_back, again, past([*events, *life("node_lost", nodes=["n2"])]), PROFILE, ["n1", "n3"]) == "n2"
     assert excluded(put_back, verdict, past(events[:1]), PROFILE, ["n1", "n3", "n4"]) == "", "its first loss"
 
 
