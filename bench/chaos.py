@@ -1,0 +1,409 @@
+"""Random trouble over one run on a real SLURM, and what is left of it: the same samples, the same losses, how fast.
+
+    python -m bench.chaos [--json] [--quick] [--rounds N] [--seed N] [--folder DIR]
+
+Brings up a SLURM of two nodes (slurm/box.py), trains a small Mllama there over shards behind a moto server, and does
+something to it again and again, each time while it trains; the run goes on by itself, or, where the trouble ended it
+for good, when a person says `launch.py resume`. At the end the audit, the losses and the adapter are held against a run
+that nobody disturbed. --quick does each trouble but the slowest once.
+
+| trouble | what is done |
+|---|---|
+| urgent | an urgent job wants both nodes |
+| kill | SIGKILL to a random rank |
+| node | every process of the second node stands still until SLURM has given it up, then it starts anew |
+| cancel | scancel, then resume |
+| torn | the newest checkpoint loses its end while the job waits to start again |
+| flipped | a bit of the newest checkpoint's tensors is turned while the job waits to start again |
+| full | the disk of the run folder fills up, until the run ends; then it is freed, and the run resumed |
+| store | the object store answers 503 to a third of all reads, for the time of a life |
+| clock | the clock of the ranks jumps by two hours, ahead or back |
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench import report
+from radhpc.errors import UserError
+from radhpc.files import read_lines
+from slurm import box
+from slurm.profile import FOLDER as PROFILES
+
+ROOT = Path(__file__).resolve().parent.parent
+FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
+SAID = ("finished", "failed", "gave_up", "cancelled", "stopped")
+TROUBLES = ("urgent", "kill", "cancel", "torn", "flipped", "full", "store", "clock", "node")
+RECIPE = """
+name: chaos
+shards: ['{shards}']
+model:
+  gates: 0.7
+  tokenizer: {{train_vocabulary: 400}}
+  config:
+    text: {{hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2,
+           num_key_value_heads: 1, cross_attention_layers: [1], max_position_embeddings: 512,
+           rope_parameters: {{rope_type: default, rope_theta: 10000.0}}}}
+    vision: {{hidden_size: 32, attention_heads: 2, intermediate_size: 64, num_hidden_layers: 2, num_global_layers: 1,
+             image_size: 56, patch_size: 14, max_num_tiles: 1, supported_aspect_ratios: [[1, 1]],
+             intermediate_layers_indices: [0], vision_output_dim: 64}}
+stages:
+  - {{name: scratch, steps: {scratch}, batch: 6, micro_batch: 2, train: ['.*'], optimizer: {{learning_rate: 1.0e-3}}}}
+  - name: adapt
+    epochs: {epochs}
+    batch: 6
+    lora: {{rank: 2, alpha: 4, dropout: 0.1, targets: '.*language_model.*(q|v)_proj'}}
+    optimizer: {{learning_rate: 1.0e-3, schedule: linear}}
+checkpoint: {{every: 10, keep: 3}}
+evaluation: {{samples: 4, batch: 2, max_new_tokens: 8, images: 1}}
+"""
+NOTES = """\
+steps repeated: trained again because a hard kill, a lost node or a broken checkpoint had undone them.
+goodput: the time of the steps that count, at the pace of the undisturbed run, over the time from the first submission
+to the end. SLURM holds a requeued job back for some ten seconds here; a person who resumes is quick.
+seconds from requeue to the first new step: from the decision in the batch script to the first step of the next life."""
+
+
+@dataclass
+class Cluster:
+    """What a run is disturbed on."""
+
+    conf: str
+    profile: Path
+    clock: Path  # the file that libfaketime reads
+    disk: Path  # a small file system of its own
+    faults: Any  # tests.faults.Faults, before the store
+    chance: random.Random
+
+    def call(self, *command: str) -> str:
+        environment = {**os.environ, "SLURM_CONF": self.conf}
+        return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+
+    def launch(self, *arguments: object) -> str:
+        command = [sys.executable, str(ROOT / "launch.py"), *map(str, arguments)]
+        done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+
+@dataclass
+class Run:
+    """A run folder, as anybody may read it."""
+
+    path: Path
+
+    def events(self, *names: str) -> list[dict[str, Any]]:
+        found = read_lines(self.path / "events.jsonl")
+        return [event for event in found if not names or event["event"] in names]
+
+    @property
+    def job(self) -> str:
+        return str(self.events("submitted")[-1]["job"])
+
+    @property
+    def step(self) -> int:
+        """The step that a rank last finished."""
+        found = (line["step"] for path in (self.path / "ledger").glob("*.jsonl") for line in read_lines(path))
+        return max(found, default=0)
+
+    @property
+    def lives(self) -> int:
+        return len(self.events("started"))
+
+
+def disturb(kind: str, run: Run, cluster: Cluster) -> None:
+    """Do one kind of trouble to a run that trains, and see that its next life begins."""
+    lives = run.lives
+    if kind == "urgent":
+        urgent(cluster)
+    elif kind == "kill":
+        os.kill(rank_pid(run.job, cluster.chance.randrange(2)), signal.SIGKILL)
+    elif kind == "node":
+        with frozen("box2", run.job, cluster.conf):
+            wait(lambda: state(cluster, run.job) == "PENDING", 150, "the lost node was not noticed")
+    elif kind == "cancel":
+        cluster.call("scancel", run.job)
+        wait(lambda: state(cluster, run.job) in ("CANCELLED", ""), 90, "the cancelled job goes on")
+        cluster.launch("resume", run.path)
+    elif kind in ("torn", "flipped"):
+        before = len(run.events("requeued"))
+        urgent(cluster)
+        wait(lambda: len(run.events("requeued")) > before, 90, "the preempted run was not requeued")
+        spoil(run, kind, cluster.chance)
+    elif kind == "full":
+        filler = cluster.disk / "filler"
+        with filler.open("wb") as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(1 << 20))
+                file.flush()
+        wait(
+            lambda: run.events()[-1]["event"] in SAID or not state(cluster, run.job), 120, "a full disk is not noticed"
+        )
+        filler.unlink()
+        wait(lambda: not state(cluster, run.job), 60, "the job of the full disk goes on")
+        cluster.launch("resume", run.path)
+    elif kind == "store":
+        cluster.faults.inject("503", chance=0.3, when=lambda method, path: method == "GET")
+        urgent(cluster)
+    elif kind == "clock":
+        cluster.clock.write_text(cluster.chance.choice(["+2h", "-2h"]))
+        urgent(cluster)
+    else:
+        raise AssertionError(kind)
+    wait(lambda: run.lives > lives, 200, f"no life after '{kind}'")
+
+
+def settle(cluster: Cluster) -> None:
+    """The store and the clock are well again."""
+    cluster.faults.clear()
+    cluster.clock.write_text("+0")
+
+
+def urgent(cluster: Cluster) -> None:
+    """A job that preempts whatever there is, for two seconds."""
+    options = ("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null")
+    cluster.call("sbatch", *options, "--wrap", "sleep 2")
+
+
+def spoil(run: Run, kind: str, chance: random.Random) -> None:
+    """Damage the newest checkpoint, as a failing disk does."""
+    newest = max((run.path / "checkpoints").glob("step-*"))
+    path = newest / "state.safetensors"
+    with path.open("r+b") as file:
+        size = path.stat().st_size
+        if kind == "torn":
+            file.truncate(size // 2)
+        else:
+            at = chance.randrange(size)
+            file.seek(at)
+            byte = file.read(1)[0]
+            file.seek(at)
+            file.write(bytes([byte ^ 1 << chance.randrange(8)]))
+
+
+def state(cluster: Cluster, job: str) -> str:
+    """The state of a job; "" once it is forgotten or has ended."""
+    try:
+        found = re.search(r"JobState=(\S+)", cluster.call("scontrol", "show", "job", job))
+    except subprocess.CalledProcessError:
+        return ""
+    assert found
+    return found[1] if found[1] in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING") else ""
+
+
+def rank_pid(job: str, rank: int) -> int:
+    """The process of a rank: the one whose environment says so."""
+    wanted = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode()}
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            mine = wanted <= set((path / "environ").read_bytes().split(b"\0"))
+            if mine and b"submitit.core._submit" in (path / "cmdline").read_bytes():
+                return int(path.name)
+    raise AssertionError(f"rank {rank} of job {job} is not running")
+
+
+@contextlib.contextmanager
+def frozen(node: str, job: str, conf: str) -> Iterator[None]:
+    """A node whose every process stands still, as when its power is gone; afterwards it starts anew."""
+    rank = rank_pid(job, 1)
+    assert f"SLURMD_NODENAME={node}".encode() in Path(f"/proc/{rank}/environ").read_bytes()
+    step_daemon = int(Path(f"/proc/{rank}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    daemon = int((Path(conf).parent / f"{node}.pid").read_text())
+    for pid in (daemon, step_daemon, rank):
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in (daemon, step_daemon, rank):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        subprocess.run(["slurmd", "-N", node, "-f", conf], check=True, env={**os.environ, **box.ENVIRONMENT})
+
+
+def wait(condition: Callable[[], bool], seconds: float, what: str) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, what
+        time.sleep(0.2)
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
+    """A file system of its own. Raises UserError where this user may not make one."""
+    folder.mkdir()
+    options = f"size={megabytes}m,mode=700"
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=False).returncode:
+        raise UserError("bench.chaos: needs root, to mount the small disk that is to fill up")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+@contextlib.contextmanager
+def cluster(folder: Path, seed: int) -> Iterator[tuple[Cluster, str]]:
+    """A SLURM, a store behind a proxy that does harm, a clock, a disk; and the URL of shards in that store."""
+    from shards.build import Settings, build
+    from tests.faults import Faults
+
+    if not FAKETIME.exists():
+        raise UserError(f"{FAKETIME} is missing: install the system's package libfaketime")
+    local = folder / "shards"
+    build("phantom", None, str(local), {"studies": "60", "size": "96"}, Settings(workers=1, longest_side=56, shard_samples=16), lambda done, total: None)  # fmt: skip  # noqa: E501
+    with contextlib.ExitStack() as stack:
+        moto = stack.enter_context(_moto())
+        faults = stack.enter_context(Faults("127.0.0.1", moto))
+        keys = {"AWS_ACCESS_KEY_ID": "chaos", "AWS_SECRET_ACCESS_KEY": "chaos", "AWS_REGION": "us-east-1"}
+        keys |= {"AWS_ENDPOINT_URL": faults.url, "AWS_ALLOW_HTTP": "true"}
+        before = {name: os.environ.get(name) for name in keys}
+        os.environ.update(keys)
+        stack.callback(lambda: [os.environ.pop(n, None) if v is None else os.environ.update({n: v}) for n, v in before.items()])  # fmt: skip  # noqa: E501
+        _upload(local, faults.url)
+        disk = stack.enter_context(small_disk(folder / "disk", 400))
+        stack.callback(box.down, folder / "box")
+        conf = box.up(folder / "box", nodes=2, grace=20)["conf"]
+        clock = folder / "clock"
+        clock.write_text("+0")
+        profile = folder / "chaos.yaml"
+        text = (PROFILES / "box.yaml").read_text().replace("/tmp/radhpc-box/slurm.conf", conf)
+        preload = f"export LD_PRELOAD={FAKETIME} FAKETIME_TIMESTAMP_FILE={clock} FAKETIME_CACHE_DURATION=1"
+        only = "FAKETIME_DONT_FAKE_MONOTONIC=1 FAKETIME_DONT_RESET=1"
+        profile.write_text(text + f'setup: ["{preload} {only}"]\n')
+        yield Cluster(conf, profile, clock, disk, faults, random.Random(seed)), "s3://chaos/shards"
+
+
+@contextlib.contextmanager
+def _moto() -> Iterator[int]:
+    from slurm.box import free_ports
+
+    (port,) = free_ports("127.0.0.1", 1)
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            yield port
+        finally:
+            process.kill()
+
+
+def _upload(local: Path, endpoint: str) -> None:
+    import urllib.request
+
+    from radhpc.store import Store
+
+    for attempt in range(100):
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(urllib.request.Request(f"{endpoint}/chaos", method="PUT"), timeout=5).close()
+            break
+        time.sleep(0.1 + 0.01 * attempt)
+    store = Store("s3://chaos/shards")
+    for path in sorted(local.iterdir()):
+        store.upload(path, path.name)
+
+
+def losses(run: Path) -> dict[int, float]:
+    """The loss of every step, as TensorBoard shows it."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    points = accumulator.Scalars("train/loss")
+    assert len({point.step for point in points}) == len(points), "a step appears twice"
+    return {point.step: point.value for point in points}
+
+
+def chaos(folder: Path, troubles: list[str], seed: int, steps: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Ratios and figures; raises AssertionError where anything was lost."""
+    with cluster(folder, seed) as (here, shards):
+        recipe = folder / "chaos.yaml.recipe.yaml"
+        recipe.write_text(RECIPE.format(shards=shards, scratch=steps, epochs=3))
+        calm, wild = Run(here.disk / "calm"), Run(here.disk / "wild")
+        here.launch("train", recipe, "--on", here.profile, "--run", calm.path, "--watch")
+        started = time.time()
+        here.launch("train", recipe, "--on", here.profile, "--run", wild.path)
+        for number, kind in enumerate(troubles):
+            goal = wild.step + here.chance.randrange(3, 14)
+            wait(lambda goal=goal: wild.step >= goal or bool(wild.events("finished")), 200, "the run stands still")  # type: ignore[misc]
+            if wild.events("finished"):
+                raise UserError(f"bench.chaos: the run finished before trouble {number + 1}; give it more steps")
+            print(
+                f"{time.time() - started:6.0f} s  step {wild.step:4d}  {number + 1:2d} {kind}",
+                file=sys.stderr,
+                flush=True,
+            )
+            disturb(kind, wild, here)
+            if here.chance.random() < 0.5:
+                settle(here)
+        wait(lambda: bool(wild.events("finished")), 300, "the run does not finish")
+        seconds = time.time() - started
+        audit = json.loads(here.launch("status", wild.path, "--audit", "--json").splitlines()[-1])
+        wrong = [epoch for epoch in audit["epochs"] if not epoch["exactly_once"]]
+        assert not wrong, wrong
+        assert losses(wild.path) == losses(calm.path), "the losses differ from those of the undisturbed run"
+        name = "adapter/adapter_model.safetensors"
+        assert (wild.path / name).read_bytes() == (calm.path / name).read_bytes(), "the adapters differ"
+        result = _figures(wild, calm, audit, seconds)
+    assert box.status(folder / "box")["state"] == "down", "daemons are left"
+    return result
+
+
+def _figures(wild: Run, calm: Run, audit: dict[str, Any], seconds: float) -> tuple[dict[str, float], dict[str, float]]:
+    def moments(run: Run, name: str) -> list[float]:
+        from datetime import datetime
+
+        return [datetime.fromisoformat(event["time"]).timestamp() for event in run.events(name)]
+
+    pace = moments(calm, "finished")[0] - moments(calm, "started")[0]
+    waits = []
+    for requeued in moments(wild, "requeued"):
+        later = [saved for saved in moments(wild, "resumed") if saved > requeued]
+        waits.append(later[0] - requeued)
+    causes = [event["cause"] for event in wild.events("requeued")]
+    return {"goodput": pace / seconds}, {
+        "lives": wild.lives,
+        "steps": max(losses(wild.path)),
+        "steps repeated": audit["replayed_steps"],
+        "checkpoints skipped": len(wild.events("skipped_checkpoint")),
+        "seconds of the undisturbed run": pace,
+        "seconds": seconds,
+        "median seconds from requeue to the next life's checkpoint": sorted(waits)[len(waits) // 2],
+        **{f"requeued, {cause}": causes.count(cause) for cause in sorted(set(causes))},
+    }
+
+
+def main() -> None:
+    parser = report.parser("chaos", __doc__, "each trouble but the slowest once, on a short run")
+    parser.add_argument("--rounds", type=int, default=20, help="troubles (20)")
+    parser.add_argument("--seed", type=int, default=0, help="of their order, and of their moments (0)")
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    chance = random.Random(arguments.seed)
+    troubles = list(TROUBLES[:-1]) if arguments.quick else list(TROUBLES)
+    while not arguments.quick and len(troubles) < arguments.rounds:
+        troubles.append(chance.choice(TROUBLES))
+    chance.shuffle(troubles)
+    folder = arguments.folder or Path(tempfile.mkdtemp(prefix="radhpc-chaos-"))
+    folder.mkdir(exist_ok=True)
+    ratios, figures = chaos(folder, troubles, arguments.seed, 40 * len(troubles))
+    shutil.rmtree(folder)
+    report.show(f"{len(troubles)} troubles, seed {arguments.seed}", ratios, figures, NOTES, arguments.json)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as mistake:
+        print(mistake, file=sys.stderr)
+        sys.exit(2)
