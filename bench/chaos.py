@@ -95,7 +95,7 @@ class Cluster:
     def launch(self, *arguments: object) -> str:
         command = [sys.executable, str(ROOT / "launch.py"), *map(str, arguments)]
         done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         return done.stdout
 
 
@@ -326,7 +326,7 @@ def losses(run: Path) -> dict[int, float]:
 
 def chaos(folder: Path, troubles: list[str], seed: int, steps: int) -> tuple[dict[str, float], dict[str, float]]:
     """Ratios and figures; raises AssertionError where anything was lost."""
-    with cluster(folder, seed) as (here, shards):
+    with cluster(folder, seed) as (here, shards), _kept(here.disk, folder / "left"):
         recipe = folder / "chaos.yaml.recipe.yaml"
         recipe.write_text(RECIPE.format(shards=shards, scratch=steps, epochs=3))
         calm, wild = Run(here.disk / "calm"), Run(here.disk / "wild")
@@ -357,6 +357,17 @@ def chaos(folder: Path, troubles: list[str], seed: int, steps: int) -> tuple[dic
         result = _figures(wild, calm, audit, seconds)
     assert box.status(folder / "box")["state"] == "down", "daemons are left"
     return result
+
+
+@contextlib.contextmanager
+def _kept(disk: Path, folder: Path) -> Iterator[None]:
+    """Where something goes wrong, the runs stay, to be looked at."""
+    try:
+        yield
+    except BaseException:
+        shutil.copytree(disk, folder, ignore=shutil.ignore_patterns("filler"))
+        print(f"bench.chaos: the runs are left in {folder}", file=sys.stderr, flush=True)
+        raise
 
 
 def _figures(wild: Run, calm: Run, audit: dict[str, Any], seconds: float) -> tuple[dict[str, float], dict[str, float]]:
