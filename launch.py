@@ -7,14 +7,13 @@ preparation), `slurm` (where jobs run) and `radhpc` (what runs inside them). PyT
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, RenderableType
 
 from radhpc.errors import UserError
 from radhpc.log import Bar, console, start as start_log
@@ -264,19 +263,30 @@ def stop(run: RunPath, as_json: Json = False) -> None:
     _emit({"run": str(run_dir.path), "job": job["id"]}, as_json)
 
 
-@app.command(epilog="Example: python launch.py status runs/* --json")
+@app.command(epilog="Examples: python launch.py status   python launch.py status runs/* --watch")
 def status(
     runs: Annotated[list[Path] | None, typer.Argument(metavar="[RUN]...", help="Default: all in runs/.")] = None,
     audit: Annotated[
         bool, typer.Option("--audit", help="Prove which samples were trained on, epoch by epoch.")
     ] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Keep the table up to date, until Ctrl-C.")] = False,
     as_json: Json = False,
 ) -> None:
-    """State, stage, step, loss, speed, age of the last checkpoint, restarts by cause."""
-    from radhpc.run_dir import RunDir
-    from slurm.status import status as run_status
+    """State and why, stage, step, loss, speed, time left, age of the last checkpoint, restarts, goodput, GPU-hours.
 
-    chosen = [RunDir.open(path) for path in runs or sorted(p.parent for p in Path("runs").glob("*/recipe.yaml"))]
+    Goodput is the share of the ranks' time in which steps were made that still count; lost hours went into start-up and
+    into steps that were made again.
+    """
+    from slurm.status import Statuses, find_runs
+
+    if watch and (audit or as_json):
+        raise UserError(f"--watch: not together with {'--audit' if audit else '--json'}")
+    if watch:
+        from slurm.watch import watch as watch_runs
+
+        watch_runs(lambda: find_runs(runs), Console(highlight=False))
+        return
+    chosen = find_runs(runs)
     if audit:
         from radhpc.audit import audit as run_audit
 
@@ -284,9 +294,23 @@ def status(
         _say(tables.audit(results), as_json)
         console.print(*tables.verdicts(results), sep="\n", highlight=False, soft_wrap=True)
     else:
-        results = [run_status(run) for run in chosen]
-        _say(tables.runs(results), as_json)
+        results = Statuses(chosen).now()
+        _say(tables.Runs(results), as_json)
     _emit(results[0] if len(results) == 1 else {"runs": results}, as_json)
+
+
+@app.command(epilog="Examples: python launch.py logs RUN   python launch.py logs RUN --rank 3 --follow")
+def logs(
+    run: RunPath,
+    rank: Annotated[int | None, typer.Option(help="Only this one; default: rank 0, and errors of all.", min=0)] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on with what is printed, until the job ends.")] = False,
+    life: Annotated[int | None, typer.Option(help="Only this start of the job, from 1; default: all.", min=1)] = None,
+) -> None:
+    """What the job printed; of a failed run first the traceback that matters."""
+    from radhpc.run_dir import RunDir
+    from slurm.logs import show
+
+    show(RunDir.open(run), Console(highlight=False), rank, life, follow)
 
 
 @app.command(epilog="Example: python launch.py evaluate runs/quickstart-20261122-101500 --split test")
@@ -554,10 +578,10 @@ def _ratios(text: str) -> tuple[float, float, float]:
 # What people and programs see
 
 
-def _say(what: str | Table | Iterable[str], as_json: bool) -> None:
+def _say(what: RenderableType | Iterator[str], as_json: bool) -> None:
     """Text for people: on standard output, or on standard error where that belongs to the JSON."""
     out = console if as_json else Console(highlight=False)
-    for part in (what,) if isinstance(what, str | Table) else what:
+    for part in what if isinstance(what, Iterator) else (what,):
         out.print(part, soft_wrap=isinstance(part, str))
 
 

@@ -8,12 +8,14 @@ from typing import Any
 import submitit
 
 from radhpc.errors import UserError
+from slurm import logs
 
 
 def main(run: str) -> Any:
     """Run one rank. Raises UserError inline; elsewhere it ends the process with status 2 after one line."""
     environment = submitit.JobEnvironment() if "SUBMITIT_EXECUTOR" in os.environ else None
     if environment is not None:
+        logs.mark(environment.global_rank, socket.gethostname())
         os.environ.update(
             RANK=str(environment.global_rank),
             WORLD_SIZE=str(environment.num_tasks),

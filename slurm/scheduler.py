@@ -91,6 +91,7 @@ def _variables(job: dict[str, Any]) -> frozenset[tuple[str, str]]:
     return frozenset(job.get("environment", {}).items())
 
 
+_PATIENCE = 15  # seconds; a busy controller may take some, and squeue itself tries for a minute
 _FIELDS = ("JobArrayID", "State", "exit_code", "StartTime", "Reason")
 
 
@@ -100,12 +101,12 @@ def _squeue(ids: list[str], environment: dict[str, str]) -> dict[str, Found]:
     command.append("--Format=" + ",".join(f"{field}:|" for field in _FIELDS))
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=30, check=False, env={**os.environ, **environment}
+            command, capture_output=True, text=True, timeout=_PATIENCE, check=False, env={**os.environ, **environment}
         )
     except FileNotFoundError:
         return dict.fromkeys(ids, Found(problem="squeue is not found: look from a login node of its cluster"))
     except subprocess.TimeoutExpired:
-        return dict.fromkeys(ids, Found(problem="the scheduler does not answer (squeue, 30 s)"))
+        return dict.fromkeys(ids, Found(problem=f"the scheduler does not answer within {_PATIENCE} s"))
     if done.returncode and "Invalid job id" not in done.stderr:
         said = done.stderr.strip().splitlines()
         return dict.fromkeys(ids, Found(problem=f"the scheduler does not answer: {said[-1] if said else 'squeue'}"))

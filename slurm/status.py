@@ -183,11 +183,19 @@ def _newest_evaluation(run: RunDir) -> dict[str, Any] | None:
     return {"step": scores["step"], "split": scores["split"], **{n: s["value"] for n, s in scores["scores"].items()}}
 
 
-def find_runs(paths: Sequence[Path]) -> list[RunDir]:
-    """The runs at these paths; of a folder without a recipe (a sweep, `runs`) those in it. Raises UserError."""
-    found: list[RunDir] = []
-    for path in paths:
-        inside = [] if (path / "recipe.yaml").exists() else sorted(path.glob("*/recipe.yaml"))
-        inside = inside or ([] if (path / "recipe.yaml").exists() else sorted(path.glob("trials/*/recipe.yaml")))
-        found += [RunDir(recipe.parent) for recipe in inside] or [RunDir.open(path)]
-    return found
+def find_runs(paths: Sequence[Path] | None) -> list[RunDir]:
+    """The runs at these paths, and of a folder that is none (a sweep) those in it; by default all in runs/.
+
+    Raises UserError for a path without any.
+    """
+    if not paths:
+        return [run for path in sorted(Path("runs").glob("*/")) for run in _runs_in(path)]
+    return [run for path in paths for run in _runs_in(path) or [RunDir.open(path)]]
+
+
+def _runs_in(path: Path) -> list[RunDir]:
+    found = [path / "recipe.yaml"] if (path / "recipe.yaml").exists() else []
+    return [
+        RunDir(recipe.parent)
+        for recipe in found or sorted([*path.glob("*/recipe.yaml"), *path.glob("trials/*/recipe.yaml")])
+    ]
