@@ -516,19 +516,19 @@ def _submit(run: "RunDir", profile: "Profile", watch: bool, announce: Callable[[
 
 def _watch(run: "RunDir") -> None:
     """Follow a job until it ends. Ctrl-C leaves a SLURM job alone; a local one saves and ends with it."""
-    from slurm.status import status as run_status
+    from slurm.logs import first_error
+    from slurm.status import LIVING, Statuses
 
+    look = Statuses([run], queue_seconds=2)
     with Bar(run.path.name, 1, unit="steps") as bar:
-        while True:
-            now = run_status(run)
-            bar.update(
-                now["step"], f"{now['state']} {now['stage'] or ''} loss {now['loss'] or 0:.3f}", now["steps"] or 1
-            )
-            if now["state"] not in ("pending", "running"):
-                break
+        while (now := look.now()[0])["state"] in LIVING:
+            bar.update(now["step"], tables.line(now), now["steps"] or 1)
             time.sleep(1)
-    _say(f"{run.path}: {now['state']} {now['cause']}", False)
+        bar.update(now["step"], now["state"], now["steps"] or 1)
+    _say(f"{run.path}: {tables.line(now)}", False)
     if now["state"] == "failed":
+        for text in first_error(run):
+            console.print(text, soft_wrap=True)
         raise typer.Exit(1)
 
 

@@ -27,7 +27,7 @@ Event = Literal[
     "quarantined",
     "interrupted", "preempted", "requeued", "rank_lost", "time_limit", "cancelled", "stopped", "crashed", "failed",
     "finished",
-    "first_step",
+    "starting", "first_step",
 ]  # fmt: skip
 
 

@@ -3,12 +3,12 @@
     ----|=====s=====s==x          |----=====s==      = a step that counts   s a checkpoint   x the life ends
         start-up       lost        start-up          the steps behind the last checkpoint are made again
 
-A *life* is one start of a job on the run, from its event "started" (all ranks have met) to its last word. Of a life
-whose end nobody recorded, time counts up to its last event. Rank-seconds are seconds times the ranks of that life, so
-that lives of different sizes add up: GPU-seconds where each rank has a GPU.
+A *life* is one start of a job on the run, from its first event ("starting": rank 0 is there; or "started": all ranks
+have met) to its last word. Of a life whose end nobody recorded, time counts up to its last event. Rank-seconds are
+seconds times the ranks of that life, so that lives of different sizes add up: GPU-seconds where each rank has a GPU.
 
 *Goodput* is useful over used: the share of the rank-seconds in which steps were made whose result is still there.
-Start-up runs from "started" to the end of a stage's first step ("first_step"), so loading, compilation and filling
+Start-up runs from there to the end of a stage's first step ("first_step"), so loading, compilation and filling
 buffers belong to it. *Lost* is start-up and steps that a later life made again. Blocking saves and evaluation are
 used, neither useful nor lost.
 """
@@ -67,7 +67,7 @@ def lives(events: Events, now: float | None = None) -> list[Life]:
     """The lives, oldest first; `now` where the last one still lives."""
     found: list[Life] = []
     inside = False
-    for event in events:
+    for event in _one_start(events):
         name, at = event["event"], seconds(event)
         if name == "started":
             if found and not found[-1].came_back:
@@ -98,6 +98,7 @@ def account(events: Events, now: float | None = None) -> Account:
     """
     marked = any(event["event"] == "first_step" for event in events)  # runs of an earlier release have none
     books = _Books()
+    events = _one_start(events)
     begun = iter(lives(events, now))
     for event in events:
         if event["event"] == "started":
@@ -112,6 +113,23 @@ def account(events: Events, now: float | None = None) -> Account:
         books.keep(books.step)
     books.close()
     return books.total()
+
+
+def _one_start(events: Events) -> list[dict[str, Any]]:
+    """The events with one "started" for each life, at its very beginning, of as many ranks as there are known to be."""
+    rows: list[dict[str, Any]] = []
+    opening: dict[str, Any] | None = None
+    for event in events:
+        if event["event"] == "started" and opening is not None:
+            opening["world"] = event.get("world", 1)
+            opening = None
+        elif event["event"] in ("starting", "started"):
+            rows.append({**event, "event": "started"})
+            opening = rows[-1] if event["event"] == "starting" else None
+        else:
+            rows.append(event)
+            opening = None if event["event"] in ("submitted", "requeued") else opening
+    return rows
 
 
 class _Books:
@@ -162,8 +180,8 @@ class _Books:
             self.pass_until(at)
             self.mode = "start-up"  # of the next stage
         elif name in ENDS:
-            if name == "finished":
-                self.mode = "way out"
+            if name == "finished" or (self.mode == "steps" and event.get("step") == self.step):
+                self.mode = "way out"  # since the last checkpoint: it holds all steps
             self.pass_until(at)
             self.mode = "way out"
 

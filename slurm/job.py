@@ -8,6 +8,7 @@ from typing import Any
 import submitit
 
 from radhpc.errors import UserError
+from radhpc.run_dir import RunDir
 from slurm import logs
 
 
@@ -16,6 +17,9 @@ def main(run: str) -> Any:
     environment = submitit.JobEnvironment() if "SUBMITIT_EXECUTOR" in os.environ else None
     if environment is not None:
         logs.mark(environment.global_rank, socket.gethostname())
+        if environment.global_rank == 0:  # long before "started", which all ranks and their libraries must be there for
+            job, world, host = environment.job_id, environment.num_tasks, socket.gethostname()
+            RunDir(run).record("starting", job=job, world=world, host=host)
         os.environ.update(
             RANK=str(environment.global_rank),
             WORLD_SIZE=str(environment.num_tasks),

@@ -8,7 +8,6 @@ before the ranks start and when they are gone, stands in the files of rank 0.
 import re
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ _ECHO = re.compile(
     r"|srun: error: .*: tasks? .*(Exited|Killed|Terminated)|submitit (INFO|WARNING|ERROR)|slurm\.(requeue|job): "
 )
 _TELLING = re.compile(r"error|cannot|not found|no such|denied|killed|oom|fatal|exception", re.IGNORECASE)
+_SCRIPT = re.compile(r"^\S*slurm_script: line \d+: ")
 _CULPRITS = ("mistake", "crashed", "hung", "lost_peer")  # the first of these is the cause, the others follow from it
 
 
@@ -142,8 +142,10 @@ def _print_more(log: Log, console: Console, done: int) -> int:
 
 def first_error(run: RunDir) -> list[Text]:
     """Of a run that failed: who failed first and how, and the traceback. Empty for one that did not."""
-    last = run.events("submitted", "started", "requeued", "finished", "stopped", "cancelled", "preempted", "time_limit")
-    if last and last[-1]["event"] not in ("submitted", "started"):
+    last = run.events(
+        "submitted", "starting", "started", "requeued", "finished", "stopped", "cancelled", "preempted", "time_limit"
+    )
+    if last and last[-1]["event"] not in ("submitted", "starting", "started"):
         return []
     end = culprit(run)
     job = run.job()
@@ -166,25 +168,30 @@ def culprit(run: RunDir) -> dict[str, Any] | None:
 
 
 def last_words(run: RunDir, job: str) -> str:
-    """The line of a job's logs that says best why it died, or ""."""
+    """The line of a job's logs that says best why it died, or "".
+
+    The first one that names an error, as what follows follows from it; of a job that had started, and so has earlier
+    errors or lives in the same files, the last one.
+    """
+    first = all(event["job"] != job for event in run.events("started"))
     for kind in ("err", "out"):
         for log in files(run, job):
-            if log.kind == kind and (line := _telling(tail(log.path))):
-                return line
+            if log.kind == kind and (line := _telling(tail(log.path), first)):
+                return _SCRIPT.sub("", line)
     return ""
 
 
-def tail(path: Path) -> Iterator[str]:
+def tail(path: Path) -> list[str]:
     """The last lines of a file."""
     with path.open("rb") as file:
         size = file.seek(0, 2)
         file.seek(max(0, size - _TAIL))
         lines = file.read().decode(errors="replace").splitlines()
-    yield from lines[1:] if size > _TAIL else lines
+    return lines[1:] if size > _TAIL else lines
 
 
-def _telling(lines: Iterator[str]) -> str:
-    """The last line that names an error; else the last line at all."""
-    said = [line.strip() for line in lines if line.strip() and not _ECHO.search(line)]
-    errors = [line for line in said if _TELLING.search(line)]
-    return (errors or said or [""])[-1]
+def _telling(lines: list[str], first: bool) -> str:
+    """The line that names an error: of a traceback its last one; else the last line at all."""
+    said = [line for line in lines if line.strip() and not _ECHO.search(line)]
+    errors = [line.strip() for line in said if _TELLING.search(line) and not line.startswith((" ", "Traceback"))]
+    return (errors[0 if first else -1] if errors else said[-1] if said else "").strip()

@@ -23,6 +23,7 @@ _WAITING = {"PENDING", "REQUEUED", "CONFIGURING", "REQUEUE_HOLD", "SPECIAL_EXIT"
 _RESTARTS = ("preempted", "time_limit", "rank_lost")  # that are named even where there were none
 _THREADS = 16  # a shared file system answers slowly, and many questions at once
 _QUIET = 120.0  # seconds without a step after which a running job is said to make none, or twenty of its steps
+_BEGINNINGS = ("submitted", "starting", "started", "requeued")
 LIVING = ("pending", "running")
 
 
@@ -72,7 +73,10 @@ class Statuses:
             self._jobs, self._asked = jobs, time.monotonic()
             self._found = scheduler.states([None if _has_finished(read) else read.job for read in self._read])
         now = time.time()
-        return [_describe(read, found, now) for read, found in zip(self._read, self._found, strict=True)]
+        return [
+            _describe(read, Found() if _has_finished(read) else found, now)
+            for read, found in zip(self._read, self._found, strict=True)
+        ]
 
 
 def _has_finished(read: _Read) -> bool:
@@ -128,26 +132,26 @@ def _state(read: _Read, found: Found) -> tuple[str, str]:
             return "pending", reasons.words(found.reason)
         return "running", "" if found.state in ("RUNNING", "COMPLETING") else f"SLURM says {found.state.lower()}"
     names = [event["event"] for event in read.events]
-    begun = max((n for n, name in enumerate(names) if name in ("submitted", "started", "requeued")), default=-1)
+    begun = max((n for n, name in enumerate(names) if name in _BEGINNINGS), default=-1)
     ends = [event for event in read.events[begun + 1 :] if event["event"] in ENDS]
     if ends:
         state = ENDS[ends[-1]["event"]]
         why = ends[-1].get("why") or ends[-1].get("cause") or ends[-1]["event"]
         return state, "" if state == "finished" else str(why).replace("_", " ")
+    started = begun >= 0 and names[begun] in ("starting", "started")
     if found.problem:
-        started = begun >= 0 and names[begun] == "started"
         return "running" if started else "pending", f"{found.problem}; this is what the run's own files say"
     if read.job is None:
         return "failed", "never submitted"
-    return _gone(read, found, begun >= 0 and names[begun] == "started")
+    return _gone(read, found, started, "first_step" in names[begun + 1 :])
 
 
-def _gone(read: _Read, found: Found, started: bool) -> tuple[str, str]:
+def _gone(read: _Read, found: Found, started: bool, stepped: bool) -> tuple[str, str]:
     """The job is gone, and the run's events do not say why: the scheduler and the log may."""
     assert read.job is not None
     if found.state == "CANCELLED":
         return "stopped", "cancelled while it ran" if started else "cancelled while it waited in the queue"
-    when = "" if started else "before its first step: " if found.state else "before it started: "
+    when = "" if stepped else "before its first step: " if started else "before it started: "
     said = [reasons.words(found.reason)] if found.reason not in ("", "None") else []
     said += [found.status] if found.status else []
     if words := logs.last_words(read.run, read.job["id"]):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich import box
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.padding import Padding
 from rich.progress_bar import ProgressBar
@@ -66,7 +66,7 @@ class Runs:
             yield Text(self._summary(len(shown)), style="dim")
         if left_out:
             said_out = f" not shown in {options.max_width} columns: {', '.join(left_out)}"
-            yield Text(said_out, style="dim", no_wrap=True, overflow="ellipsis")
+            yield Text(said_out, style="dim")
 
     def _fit(
         self, shown: Sequence[dict[str, Any]], console: Console, options: ConsoleOptions
@@ -110,7 +110,7 @@ class Runs:
         return f" {len(self.results)} runs: {said}{more}"
 
 
-_FRAME = 7  # lines that are no row: around the head, below the table, the summary
+_FRAME = 8  # lines that are no row: around the head, below the table, the summary, the columns left out
 _STYLES = {
     "running": "green",
     "pending": "yellow",
@@ -158,7 +158,7 @@ def line(result: dict[str, Any]) -> str:
 
 
 def _table(columns: Sequence[_Column], results: Sequence[dict[str, Any]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     for column in columns:
         table.add_column(column.title, justify="right" if column.right else "left", no_wrap=True)
     for result in results:
