@@ -7,17 +7,17 @@ preparation), `slurm` (where jobs run) and `radhpc` (what runs inside them). PyT
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, RenderableType
 
 from radhpc.errors import UserError
 from radhpc.log import Bar, console, start as start_log
+from slurm import tables
 
 if TYPE_CHECKING:
     from radhpc.recipe import Recipe
@@ -43,7 +43,6 @@ On = Annotated[
     str, typer.Option("--on", metavar="PROFILE", help="inline, local, box, a name in slurm/profiles/, or a file.")
 ]
 HERE = Path(__file__).resolve().parent
-SHOWN = 20  # studies that were left out, or seen too often or never
 DATASETS = sorted(path.stem for path in (HERE / "shards" / "datasets").glob("[a-z]*.py"))
 
 
@@ -76,7 +75,7 @@ def quickstart(
         "baselines": {kind: values[name]["value"] for kind, values in scores["baselines"].items()},
     }
     _say(f"\nUnseen phantom patients: {scores['samples']} studies of split '{scores['split']}'", as_json)
-    _print_scores(scores, as_json)
+    _say(tables.scores(scores), as_json)
     for line in (folder / "reports.jsonl").read_text().splitlines()[:3]:
         report = json.loads(line)
         _say(f"\n[bold]reference[/] {report['reference']}\n[bold]generated[/] {report['generated']}", as_json)
@@ -140,9 +139,12 @@ def build(
     --balance clusters the reports and keeps a few of each cluster, all that are like no other, and all rare labels.
     """
     from shards.build import Settings
+    from shards.tables import built
 
     if out is None:
-        _describe_dataset(dataset)
+        from shards.tables import options as options_of
+
+        console.print(options_of(dataset), soft_wrap=True)
         raise typer.Exit(2)
     given: dict[str, Any] = {"workers": workers} if workers else {}
     settings = Settings(
@@ -159,7 +161,7 @@ def build(
         **given,
     )
     result = _build(dataset, raw, out, _pairs(options), settings, _array(on, jobs, out, settings))
-    _print_build(result, as_json)
+    _say(built(result), as_json)
     made = {key: getattr(result, key) for key in ("url", "samples", "shards", "skipped", "seconds")}
     if balance:
         made["balanced"] = _balance(
@@ -184,39 +186,24 @@ def verify(
     """Reread every shard against the manifest: sizes, checksums, members, keys, identifiers; no patient and no picture
     in two splits.
     """
-    from shards.verify import verify as verify_shards, verify_apart
+    from shards.tables import verified
+    from shards.verify import verify_all
 
     if repair and len(urls) > 1:
         raise UserError("--repair: one URL at a time")
-
-    def check(url: str) -> Any:
-        with Bar("verify", 1, unit="samples") as bar:
-            return verify_shards(url, lambda done, total: bar.update(done, total=total))
-
-    reports = [check(url) for url in urls]
-    if repair and not reports[0].ok:
+    with Bar("verify", 1, unit="samples") as bar:
+        report = verify_all(urls, lambda done, total: bar.update(done, total=total))
+    if repair and not report.ok:
         from shards.repair import repair as repair_shards
 
         with Bar("repair", 1, unit="studies") as bar:
-            mended = repair_shards(urls[0], raw, reports[0], workers, lambda done, total: bar.update(done, total=total))
+            mended = repair_shards(urls[0], raw, report, workers, lambda done, total: bar.update(done, total=total))
         _say(f"built again: {', '.join(mended)}", as_json)
-        reports = [check(urls[0])]
-    several = len(urls) > 1
-    faults = [
-        {**vars(fault), "shard": f"{report.url}/{fault.shard}" if several else fault.shard}
-        for report in reports
-        for fault in report.faults
-    ]
-    for place, url in enumerate(urls):
-        for other in urls[place + 1 :]:
-            faults += [{**vars(fault), "shard": f"{url}/{fault.shard}"} for fault in verify_apart(url, other)]
-    for fault in faults:
-        where = "" if fault["offset"] is None else f" at {fault['offset']}"
-        _say(f"{fault['shard']} {fault['member'] or ''}{where}: {fault['fault']}", as_json)
-    samples, shards = sum(report.samples for report in reports), sum(report.shards for report in reports)
-    _say(f"{samples} samples in {shards} shards, {len(faults)} fault(s)", as_json)
-    _emit({"ok": not faults, "shards": shards, "samples": samples, "faults": faults}, as_json)
-    raise typer.Exit(1 if faults else 0)
+        report = verify_all(urls)
+    _say(verified(report), as_json)
+    faults = [vars(fault) for fault in report.faults]
+    _emit({"ok": report.ok, "shards": report.shards, "samples": report.samples, "faults": faults}, as_json)
+    raise typer.Exit(0 if report.ok else 1)
 
 
 @app.command(epilog="Example: python launch.py train recipes/image_text.yaml stages.adapt.steps=100 --on box --watch")
@@ -276,28 +263,54 @@ def stop(run: RunPath, as_json: Json = False) -> None:
     _emit({"run": str(run_dir.path), "job": job["id"]}, as_json)
 
 
-@app.command(epilog="Example: python launch.py status runs/* --json")
+@app.command(epilog="Examples: python launch.py status   python launch.py status runs/* --watch")
 def status(
     runs: Annotated[list[Path] | None, typer.Argument(metavar="[RUN]...", help="Default: all in runs/.")] = None,
     audit: Annotated[
         bool, typer.Option("--audit", help="Prove which samples were trained on, epoch by epoch.")
     ] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Keep the table up to date, until Ctrl-C.")] = False,
     as_json: Json = False,
 ) -> None:
-    """State, stage, step, loss, speed, age of the last checkpoint, restarts by cause."""
-    from radhpc.run_dir import RunDir
-    from slurm.status import status as run_status
+    """State and why, stage, step, loss, speed, time left, age of the last checkpoint, restarts, goodput, GPU-hours.
 
-    chosen = [RunDir.open(path) for path in runs or sorted(p.parent for p in Path("runs").glob("*/recipe.yaml"))]
+    Goodput is the share of the ranks' time in which steps were made that still count; lost hours went into start-up and
+    into steps that were made again.
+    """
+    from slurm.status import Statuses, find_runs
+
+    if watch and (audit or as_json):
+        raise UserError(f"--watch: not together with {'--audit' if audit else '--json'}")
+    if watch:
+        from slurm.watch import watch as watch_runs
+
+        watch_runs(lambda: find_runs(runs), Console(highlight=False))
+        return
+    chosen = find_runs(runs)
     if audit:
         from radhpc.audit import audit as run_audit
 
         results = [{"run": str(run.path), **run_audit(run)} for run in chosen]
-        _print_audit(results, as_json)
+        _say(tables.audit(results), as_json)
+        console.print(*tables.verdicts(results), sep="\n", highlight=False, soft_wrap=True)
     else:
-        results = [run_status(run) for run in chosen]
-        _print_status(results, as_json)
+        results = Statuses(chosen).now()
+        _say(tables.Runs(results), as_json)
     _emit(results[0] if len(results) == 1 else {"runs": results}, as_json)
+
+
+@app.command(epilog="Examples: python launch.py logs RUN   python launch.py logs RUN --rank 3 --follow")
+def logs(
+    run: RunPath,
+    rank: Annotated[int | None, typer.Option(help="Only this one; default: rank 0, and errors of all.", min=0)] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on with what is printed, until the job ends.")] = False,
+    life: Annotated[int | None, typer.Option(help="Only this start of the job, from 1; default: all.", min=1)] = None,
+) -> None:
+    """What the job printed; of a failed run first the traceback that matters."""
+    from radhpc.run_dir import RunDir
+    from slurm.logs import show
+
+    show(RunDir.open(run), Console(highlight=False), rank, life, follow)
 
 
 @app.command(epilog="Example: python launch.py evaluate runs/quickstart-20261122-101500 --split test")
@@ -330,7 +343,7 @@ def evaluate(
     folder = parts.run.path / "evaluation" / f"step-{cursor.step:06d}-{split}"
     write(folder, result, cursor.step, split)
     scores = read_json(folder / "scores.json")
-    _print_scores(scores, as_json)
+    _say(tables.scores(scores), as_json)
     _say(f"written to {folder}", as_json)
     _emit({"run": str(parts.run.path), **{key: scores[key] for key in ("step", "split", "samples", "scores")}}, as_json)
 
@@ -429,47 +442,14 @@ def _array(on: str, jobs: int, out: str, settings: "Settings") -> "Run | None":
     return partial(run_jobs, start, jobs)
 
 
-def _print_build(result: "Result", as_json: bool) -> None:
-    for skipped in result.skipped[:SHOWN]:
-        _say(f"skipped {skipped['name']}: {skipped['reason']}", as_json)
-    if len(result.skipped) > SHOWN:
-        _say(f"... and {len(result.skipped) - SHOWN} more: {result.skipped_file}", as_json)
-    for warning in result.warnings:
-        _say(f"[yellow]warning[/] {warning}", as_json)
-    if result.scrubbed:
-        counts = ", ".join(f"{count} {rule}" for rule, count in sorted(result.scrubbed.items()))
-        _say(f"scrubbed from texts: {counts}", as_json)
-    what = "were there already" if result.reused else f"built in {result.seconds:.0f} s"
-    _say(
-        f"{result.samples} samples in {result.shards} shards {what}, {len(result.skipped)} skipped: {result.url}",
-        as_json,
-    )
-
-
 def _balance(url: str, as_json: bool, **settings: Any) -> dict[str, Any]:
     from shards.balance import Settings, balance
+    from shards.tables import balanced
 
     with Bar("balance", 1, unit="samples") as bar:
         result = balance(url, Settings(**settings), lambda done, total, what: bar.update(done, what, total))
-    _say(
-        f"balanced: {result.kept} of {result.kept + result.dropped} training samples from {result.clusters} clusters "
-        f"and {result.noise} that are like no other: {result.url}",
-        as_json,
-    )
+    _say(balanced(result), as_json)
     return {"url": result.url, "kept": result.kept, "dropped": result.dropped, "clusters": result.clusters}
-
-
-def _describe_dataset(name: str) -> None:
-    """What a reader reads, and its options."""
-    from shards import datasets
-
-    reader = datasets.reader(name)
-    console.print(f"{(reader.__doc__ or '').strip()}\n", highlight=False, markup=False, soft_wrap=True)
-    table = Table("option", "default", "what it is", title=f"Options of {name}, as KEY=VALUE")
-    for key, field in reader.OPTIONS.model_fields.items():
-        table.add_row(key, "" if field.default is None else str(field.default), field.description or "")
-    console.print(table)
-    console.print(f"--out is missing: python launch.py build {name} --raw DIR --out URL [KEY=VALUE]...")
 
 
 def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> Any:
@@ -536,19 +516,19 @@ def _submit(run: "RunDir", profile: "Profile", watch: bool, announce: Callable[[
 
 def _watch(run: "RunDir") -> None:
     """Follow a job until it ends. Ctrl-C leaves a SLURM job alone; a local one saves and ends with it."""
-    from slurm.status import status as run_status
+    from slurm.logs import first_error
+    from slurm.status import LIVING, Statuses
 
+    look = Statuses([run], queue_seconds=2)
     with Bar(run.path.name, 1, unit="steps") as bar:
-        while True:
-            now = run_status(run)
-            bar.update(
-                now["step"], f"{now['state']} {now['stage'] or ''} loss {now['loss'] or 0:.3f}", now["steps"] or 1
-            )
-            if now["state"] not in ("pending", "running"):
-                break
+        while (now := look.now()[0])["state"] in LIVING:
+            bar.update(now["step"], tables.line(now), now["steps"] or 1)
             time.sleep(1)
-    _say(f"{run.path}: {now['state']} {now['cause']}", False)
+        bar.update(now["step"], now["state"], now["steps"] or 1)
+    _say(f"{run.path}: {tables.line(now)}", False)
     if now["state"] == "failed":
+        for text in first_error(run):
+            console.print(text, soft_wrap=True)
         raise typer.Exit(1)
 
 
@@ -598,9 +578,11 @@ def _ratios(text: str) -> tuple[float, float, float]:
 # What people and programs see
 
 
-def _say(line: str, as_json: bool) -> None:
+def _say(what: RenderableType | Iterator[str], as_json: bool) -> None:
     """Text for people: on standard output, or on standard error where that belongs to the JSON."""
-    (console if as_json else Console(highlight=False)).print(line, soft_wrap=True)
+    out = console if as_json else Console(highlight=False)
+    for part in what if isinstance(what, Iterator) else (what,):
+        out.print(part, soft_wrap=isinstance(part, str))
 
 
 def _emit(result: dict[str, Any], as_json: bool) -> None:
@@ -610,75 +592,6 @@ def _emit(result: dict[str, Any], as_json: bool) -> None:
 
 def _announce(run: "RunDir", job: str, as_json: bool) -> None:
     _say(f"run {run.path}\njob {job}", as_json)
-
-
-def _print_scores(scores: dict[str, Any], as_json: bool) -> None:
-    table = Table(
-        "score", "model", "95% interval", *scores["baselines"], title=f"step {scores['step']}, {scores['split']}"
-    )
-    for name, score in scores["scores"].items():
-        limits = "" if score["low"] is None else f"{score['low']:.3f} to {score['high']:.3f}"
-        others = [values.get(name, {}).get("value") for values in scores["baselines"].values()]
-        table.add_row(name, f"{score['value']:.3f}", limits, *("" if v is None else f"{v:.3f}" for v in others))
-    (console if as_json else Console()).print(table)
-
-
-def _print_status(results: list[dict[str, Any]], as_json: bool) -> None:
-    table = Table("run", "state", "stage", "step", "loss", "samples/s", "checkpoint", "restarts", "goodput")
-    for result in results:
-        age = result["checkpoint_age_seconds"]
-        restarts = ", ".join(f"{count} {cause}" for cause, count in result["restarts"].items() if count)
-        table.add_row(
-            Path(result["run"]).name,
-            f"{result['state']} {result['cause'] if result['state'] != result['cause'] else ''}".strip(),
-            result["stage"] or "",
-            f"{result['step']}/{result['steps'] or '?'}",
-            "" if result["loss"] is None else f"{result['loss']:.3f}",
-            "" if not result["samples_per_second"] else f"{result['samples_per_second']:.1f}",
-            "" if age is None else f"step {result['checkpoint_step']}, {age:.0f} s ago",
-            restarts,
-            "" if result["goodput"] is None else f"{result['goodput']:.0%}",
-        )
-    (console if as_json else Console()).print(table)
-
-
-def _print_audit(results: list[dict[str, Any]], as_json: bool) -> None:
-    mixed = any("dataset" in epoch for result in results for epoch in result["epochs"])
-    table = Table(
-        "run",
-        "stage",
-        *(["dataset"] if mixed else []),
-        "epoch",
-        "due",
-        "of",
-        "seen",
-        "missing",
-        "repeated",
-        "exactly once",
-    )
-    for result in results:
-        for epoch in result["epochs"]:
-            numbers = [str(epoch[key]) for key in ("epoch", "expected", "of", "seen")]
-            dataset = [Path(epoch.get("dataset", "")).name] if mixed else []
-            faults = [str(len(epoch[key])) for key in ("missing", "repeated")]
-            once = "yes" if epoch["exactly_once"] else "NO"
-            table.add_row(Path(result["run"]).name, epoch["stage"], *dataset, *numbers, *faults, once)
-    (console if as_json else Console()).print(table)
-    for result in results:
-        lives, worlds = len(result["topologies"]), sorted({life["world_size"] for life in result["topologies"]})
-        over = f"{lives} lives on {' and '.join(map(str, worlds))} rank(s)"
-        wrong = sum(not epoch["exactly_once"] for epoch in result["epochs"])
-        verdict = f"NOT exactly once in {wrong} epoch(s)" if wrong else "every sample due so far exactly once"
-        bad = f", {len(result['quarantined'])} of them unreadable and left out" if result["quarantined"] else ""
-        console.print(f"{Path(result['run']).name}: {verdict}{bad}, over {over}", highlight=False, soft_wrap=True)
-        for epoch in result["epochs"]:
-            for fault in ("missing", "repeated"):
-                for key in epoch[fault][:SHOWN]:
-                    console.print(
-                        f"  stage {epoch['stage']}, epoch {epoch['epoch']}: {fault}: {key}",
-                        highlight=False,
-                        soft_wrap=True,
-                    )
 
 
 def main() -> None:

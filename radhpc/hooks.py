@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 
 import torch
@@ -122,24 +123,45 @@ def board_hook(board: Board, parts: Parts) -> Callable[[Position, Report], None]
 
 
 class Progress:
-    """progress.json once a second, for `status`, and the bar on the terminal."""
+    """progress.json once a second, for `status`, and the bar on the terminal. Its rates are those of the last minute.
+
+    Marks a stage's first step in this life by the event "first_step": until then the job was starting up.
+    """
+
+    WINDOW = 60.0  # seconds
 
     def __init__(self, parts: Parts, bar: Bar, total_steps: int) -> None:
         self.parts, self.bar, self.total_steps = parts, bar, total_steps
-        self._written, self._samples, self._since = 0.0, 0, time.monotonic()
+        self._written = 0.0
+        self._recent: deque[tuple[float, int, float]] = deque()  # after each step: time, its samples, its data wait
 
     def __call__(self, position: Position, report: Report) -> None:
-        self._samples += report.samples
         now = time.monotonic()
+        stage = self.parts.recipe.stages[position.stage].name
+        if not self._recent:
+            self.parts.run.record("first_step", stage=stage, step=position.step, seconds=round(report.seconds, 3))
+            self._recent.append((now - report.seconds, 0, 0.0))
+        self._recent.append((now, report.samples, report.wait_seconds))
+        while len(self._recent) > 2 and self._recent[1][0] < now - self.WINDOW:
+            self._recent.popleft()
         if now - self._written < 1 and not position.stage_done:
             return
-        rate = self._samples / (now - self._since) if now > self._since else 0.0
-        self._written, self._samples, self._since = now, 0, now
+        self._written = now
+        steps, seconds = len(self._recent) - 1, max(now - self._recent[0][0], 1e-9)
+        rate = sum(samples for _, samples, _ in list(self._recent)[1:]) / seconds
+        wait = sum(wait for _, _, wait in list(self._recent)[1:]) / seconds
         loss = report.engine.loss
         self.bar.update(position.stage_step, f"loss {loss:.3f}  {rate:.0f} samples/s")
-        stage = self.parts.recipe.stages[position.stage].name
         self.parts.run.write_progress(
-            stage=stage, step=position.step, steps=self.total_steps, loss=loss, samples_per_second=round(rate, 2)
+            stage=stage,
+            step=position.step,
+            steps=self.total_steps,
+            loss=loss,
+            samples_per_second=round(rate, 2),
+            step_seconds=round(seconds / steps, 4),
+            data_wait=round(min(1.0, wait), 4),
+            world=self.parts.ranks.world,
+            device=self.parts.ranks.device.type,
         )
 
 

@@ -28,6 +28,7 @@ Event = Literal[
     "interrupted", "preempted", "requeued", "rank_lost", "time_limit", "cancelled", "stopped", "crashed", "failed",
     "node_lost", "hung", "gave_up", "excluded",
     "finished",
+    "starting", "first_step",
 ]  # fmt: skip
 
 

@@ -9,10 +9,11 @@ held against those of the whole index, after the whole was verified.
 """
 
 import hashlib
+import itertools
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from awscrt.checksums import crc32c
@@ -79,6 +80,18 @@ def verify(url: str, progress: Progress = lambda done, total: None) -> Report:
         progress(done, len(index))
     store.close()
     return Report(url, len(manifest.shards), len(index), faults)
+
+
+def verify_all(urls: Sequence[str], progress: Progress = lambda done, total: None) -> Report:
+    """Several shards together: each by itself, and each against the others. Their faults then name URL/shard."""
+    reports = [verify(url, progress) for url in urls]
+    if len(reports) == 1:
+        return reports[0]
+    faults = [replace(fault, shard=f"{report.url}/{fault.shard}") for report in reports for fault in report.faults]
+    for url, other in itertools.combinations(urls, 2):
+        faults += [replace(fault, shard=f"{url}/{fault.shard}") for fault in verify_apart(url, other)]
+    samples, shards = sum(report.samples for report in reports), sum(report.shards for report in reports)
+    return Report(", ".join(urls), shards, samples, faults)
 
 
 def verify_apart(url: str, other: str) -> list[Fault]:

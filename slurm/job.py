@@ -9,13 +9,16 @@ import submitit
 
 from radhpc.errors import UserError
 from radhpc.run_dir import RunDir
-from slurm import requeue
+from slurm import logs, requeue
 
 
 def main(run: str) -> Any:
     """Run one rank. Raises UserError inline; elsewhere it ends the process with status 2 after one line."""
     environment = submitit.JobEnvironment() if "SUBMITIT_EXECUTOR" in os.environ else None
     if environment is not None:
+        logs.mark(environment.global_rank, socket.gethostname())
+        if environment.global_rank == 0:
+            _begin(RunDir(run), environment)
         os.environ.update(
             RANK=str(environment.global_rank),
             WORLD_SIZE=str(environment.num_tasks),
@@ -24,8 +27,6 @@ def main(run: str) -> Any:
             MASTER_ADDR=address(environment.hostnames[0]),
             MASTER_PORT=str(port(environment.raw_job_id)),
         )
-        if environment.global_rank == 0 and "SLURM_JOB_ID" in os.environ:
-            requeue.account_for_the_dead(RunDir.open(run), os.environ["SLURM_JOB_ID"])
     import radhpc.worker  # the one import of what needs torch, inside the job
 
     try:
@@ -35,6 +36,14 @@ def main(run: str) -> Any:
             raise
         print(error, file=sys.stderr, flush=True)
         raise SystemExit(2) from error
+
+
+def _begin(run: RunDir, environment: submitit.JobEnvironment) -> None:
+    """Record that a life begins, long before "started", for which all ranks and their libraries must be there."""
+    if "SLURM_JOB_ID" in os.environ:
+        requeue.account_for_the_dead(run, os.environ["SLURM_JOB_ID"])
+    nodes = os.environ.get("SLURM_JOB_NODELIST", socket.gethostname())
+    run.record("starting", job=environment.job_id, world=environment.num_tasks, nodes=nodes)
 
 
 def address(first_host: str) -> str:

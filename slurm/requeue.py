@@ -195,8 +195,8 @@ def excluded(job: Mapping[str, str], verdict: Verdict, before: Past, profile: Pr
 
 def account_for_the_dead(run: RunDir, job_id: str) -> None:
     """At the start of a life: record the end of the one before, where the batch script was killed with its ranks."""
-    events = run.events("started", *ENDS, "finished")
-    if not events or events[-1]["event"] != "started" or events[-1]["job"] != job_id:
+    events = run.events("starting", "started", *ENDS, "finished")
+    if not events or events[-1]["event"] not in ("starting", "started") or events[-1]["job"] != job_id:
         return
     last = events[-1]
     nodes = scheduler.hostnames(last.get("nodes", ""))

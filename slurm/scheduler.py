@@ -3,7 +3,10 @@
 import contextlib
 import os
 import re
+import socket
 import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -87,6 +90,89 @@ def state(job: dict[str, Any] | None) -> str:
         found = show_job(job["id"], job.get("environment")).get("JobState", "")
         return found if found in _LIVING else ""
     return "RUNNING" if process_alive(job) else ""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is known of a run's job."""
+
+    state: str = ""  # PENDING, RUNNING, ...; one that has ended stays for some minutes; "" where it is forgotten
+    reason: str = ""  # SLURM's code of why it waits or has ended
+    start: float | None = None  # when this life began, or of a pending job, is expected to
+    status: str = ""  # how it ended: "exit 127", "signal 9"
+    problem: str = ""  # why the job cannot be seen from here
+
+    @property
+    def living(self) -> bool:
+        return self.state in _LIVING
+
+
+def states(jobs: Sequence[dict[str, Any] | None]) -> list[Found]:
+    """`state` and more of many jobs (what job.json holds), by one squeue for each cluster that they are on."""
+    clusters: dict[frozenset[tuple[str, str]], dict[str, Found]] = {}
+    for job in jobs:
+        if job is not None and job["cluster"] == "slurm":
+            clusters.setdefault(_variables(job), {})[job["id"]] = Found()
+    for variables, found in clusters.items():
+        found.update(_squeue(list(found), dict(variables)))
+    return [_found(job, clusters) for job in jobs]
+
+
+def _found(job: dict[str, Any] | None, clusters: dict[frozenset[tuple[str, str]], dict[str, Found]]) -> Found:
+    if job is None:
+        return Found()
+    if job["cluster"] == "slurm":
+        return clusters[_variables(job)][job["id"]]
+    if job.get("host") != socket.gethostname():
+        return Found(problem=f"its ranks are on host {job.get('host')} and cannot be seen from here")
+    return Found("RUNNING" if process_alive(job) else "")
+
+
+def _variables(job: dict[str, Any]) -> frozenset[tuple[str, str]]:
+    return frozenset(job.get("environment", {}).items())
+
+
+_PATIENCE = 15  # seconds; a busy controller may take some, and squeue itself tries for a minute
+_FIELDS = ("JobArrayID", "State", "exit_code", "StartTime", "Reason")
+
+
+def _squeue(ids: list[str], environment: dict[str, str]) -> dict[str, Found]:
+    """What squeue says of these jobs; those it has forgotten are left out."""
+    command = ["squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(ids)}"]
+    command.append("--Format=" + ",".join(f"{field}:|" for field in _FIELDS))
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_PATIENCE, check=False, env={**os.environ, **environment}
+        )
+    except FileNotFoundError:
+        return dict.fromkeys(ids, Found(problem="squeue is not found: look from a login node of its cluster"))
+    except subprocess.TimeoutExpired:
+        return dict.fromkeys(ids, Found(problem=f"the scheduler does not answer within {_PATIENCE} s"))
+    if done.returncode and "Invalid job id" not in done.stderr:
+        said = done.stderr.strip().splitlines()
+        return dict.fromkeys(ids, Found(problem=f"the scheduler does not answer: {said[-1] if said else 'squeue'}"))
+    rows = [line.split("|", len(_FIELDS) - 1) for line in done.stdout.splitlines() if line.count("|") >= len(_FIELDS)]
+    return {
+        job.strip(): Found(state, reason.rstrip("|"), _time(start), _status(code))
+        for job, state, code, start, reason in rows
+    }
+
+
+def _time(text: str) -> float | None:
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except ValueError:  # N/A
+        return None
+
+
+def _status(code: str) -> str:
+    """A wait status, 32512, or as newer releases write it, 127:0."""
+    exit_status, _, signal = code.partition(":")
+    if not exit_status.isdigit():
+        return ""
+    number = int(exit_status) if signal else int(exit_status) >> 8
+    killed = int(signal) if signal.isdigit() else int(exit_status) & 127
+    return f"signal {killed}" if killed else f"exit {number}" if number else ""
 
 
 def refuse_if_alive(run: RunDir) -> None:

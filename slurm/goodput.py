@@ -1,0 +1,224 @@
+"""What became of a run's time, from its events: steps that count, steps that were lost, start-up, saving, evaluation.
+
+    ----|=====s=====s==x          |----=====s==      = a step that counts   s a checkpoint   x the life ends
+        start-up       lost        start-up          the steps behind the last checkpoint are made again
+
+A *life* is one start of a job on the run, from its first event ("starting": rank 0 is there; or "started": all ranks
+have met) to its last word. Of a life whose end nobody recorded, time counts up to its last event. Rank-seconds are
+seconds times the ranks of that life, so that lives of different sizes add up: GPU-seconds where each rank has a GPU.
+
+*Goodput* is useful over used: the share of the rank-seconds in which steps were made whose result is still there.
+Start-up runs from there to the end of a stage's first step ("first_step"), so loading, compilation and filling
+buffers belong to it. *Lost* is start-up and steps that a later life made again. Blocking saves and evaluation are
+used, neither useful nor lost.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+# How a life ends, as slurm.requeue, the ranks or `stop` record it, and what `status` calls a run that ended so.
+ENDS = {
+    "finished": "finished", "stopped": "stopped", "cancelled": "stopped", "failed": "failed", "crashed": "failed",
+    "interrupted": "stopped", "rank_lost": "failed", "preempted": "stopped", "time_limit": "stopped",
+    "hung": "failed", "node_lost": "failed", "gave_up": "failed", "pruned": "stopped",
+}  # fmt: skip
+Events = Sequence[dict[str, Any]]
+
+
+@dataclass
+class Life:
+    """One start of a job on a run. Times are seconds since 1970."""
+
+    number: int
+    job: str
+    world: int
+    started: float
+    ended: float  # of a living one: now
+    cause: str = ""  # the last event that ended it; "" where it lives, or nobody saw its end
+    came_back: bool = False  # the same job is in the queue again, or was started again
+
+    @property
+    def seconds(self) -> float:
+        return self.ended - self.started
+
+
+@dataclass
+class Account:
+    """Rank-seconds of a run: used = useful + lost + beside."""
+
+    useful: float = 0.0
+    lost: float = 0.0
+    beside: float = 0.0  # evaluation, blocking saves, and the way out
+
+    @property
+    def used(self) -> float:
+        return self.useful + self.lost + self.beside
+
+    @property
+    def goodput(self) -> float | None:
+        """From 0 to 1; None before any time was used."""
+        return self.useful / self.used if self.used else None
+
+
+def lives(events: Events, now: float | None = None) -> list[Life]:
+    """The lives, oldest first; `now` where the last one still lives."""
+    found: list[Life] = []
+    inside = False
+    for event in _one_start(events):
+        name, at = event["event"], seconds(event)
+        if name == "started":
+            if found and not found[-1].came_back:
+                found[-1].came_back = inside
+            found.append(Life(len(found) + 1, event.get("job", ""), event.get("world", 1), at, at))
+            inside = True
+        elif name == "submitted":
+            inside = False
+        elif inside:
+            found[-1].ended = max(found[-1].ended, at)
+            found[-1].came_back = name == "requeued"
+            if name in ENDS:
+                found[-1].cause = name
+    if now is not None and found:
+        found[-1].ended, found[-1].cause = max(found[-1].ended, now), ""
+    return found
+
+
+def restarts(events: Events) -> Counter[str]:
+    """How often the same job came back, by what had ended its life; "unknown" where nobody recorded that."""
+    return Counter(life.cause or "unknown" for life in lives(events) if life.came_back)
+
+
+def account(events: Events, now: float | None = None) -> Account:
+    """Share out the time of all lives; `now` where the last one still lives: its steps count until they are lost.
+
+    A step that no checkpoint holds is lost once its life is over.
+    """
+    marked = any(event["event"] == "first_step" for event in events)  # runs of an earlier release have none
+    books = _Books()
+    events = _one_start(events)
+    begun = iter(lives(events, now))
+    for event in events:
+        if event["event"] == "started":
+            books.close()
+            books.open(next(begun), "start-up" if marked else "steps")
+        elif event["event"] == "submitted":
+            books.close()
+        elif books.life is not None:
+            books.enter(event)
+    if now is not None and books.life is not None:
+        books.pass_until(books.life.ended)
+        books.keep(books.step)
+    books.close()
+    return books.total()
+
+
+def _one_start(events: Events) -> list[dict[str, Any]]:
+    """The events with one "started" for each life, at its very beginning, of as many ranks as there are known to be."""
+    rows: list[dict[str, Any]] = []
+    opening: dict[str, Any] | None = None
+    for event in events:
+        if event["event"] == "started" and opening is not None:
+            opening["world"] = event.get("world", 1)
+            opening = None
+        elif event["event"] in ("starting", "started"):
+            rows.append({**event, "event": "started"})
+            opening = rows[-1] if event["event"] == "starting" else None
+        else:
+            rows.append(event)
+            opening = None if event["event"] in ("submitted", "requeued") else opening
+    return rows
+
+
+class _Books:
+    """A cursor moves along the events; all time that it passes goes into exactly one account."""
+
+    def __init__(self) -> None:
+        self.life: Life | None = None
+        self.account = Account()
+        self.kept: list[tuple[int, float]] = []  # (step of the checkpoint, rank-seconds of the steps before it)
+        self.pending = 0.0  # of steps that no checkpoint holds yet
+        self.mode = "start-up"  # or "steps", "way out"
+        self.at = 0.0
+        self.step = 0
+        self.restored = False  # it is known from where this life goes on
+
+    def open(self, life: Life, mode: str) -> None:
+        self.life, self.at, self.mode, self.restored = life, life.started, mode, False
+
+    def close(self) -> None:
+        """The life is over: time up to its end, and what it had not saved."""
+        if self.life is not None:
+            self.pass_until(self.life.ended)
+            self.account.lost += self.pending
+            self.pending, self.life = 0.0, None
+
+    def total(self) -> Account:
+        self.account.useful = sum(seconds for _, seconds in self.kept)
+        return self.account
+
+    def enter(self, event: dict[str, Any]) -> None:
+        name, at = event["event"], seconds(event)
+        if name == "resumed":
+            self.go_on_from(event["step"])
+        elif name == "first_step":
+            self.go_on_from(0)
+            self.pass_until(at)
+            self.mode = "steps"
+        elif name == "saved":
+            self.go_on_from(0)
+            took = event.get("seconds", 0.0)
+            self.pass_until(at - took)
+            self.keep(event["step"])
+            self.pass_beside(at - took + event.get("blocked", took))
+        elif name == "evaluated":
+            self.pass_until(at - event.get("seconds", 0.0))
+            self.pass_beside(at)
+        elif name == "stage_finished":
+            self.pass_until(at)
+            self.mode = "start-up"  # of the next stage
+        elif name in ENDS:
+            if name == "finished" or (self.mode == "steps" and event.get("step") == self.step):
+                self.mode = "way out"  # since the last checkpoint: it holds all steps
+            self.pass_until(at)
+            self.mode = "way out"
+
+    def go_on_from(self, step: int) -> None:
+        """What was kept behind the step from which this life goes on, is made again."""
+        if not self.restored:
+            self.account.lost += sum(seconds for kept, seconds in self.kept if kept > step)
+            self.kept = [piece for piece in self.kept if piece[0] <= step]
+            self.step, self.restored = step, True
+
+    def keep(self, step: int) -> None:
+        """A checkpoint holds all steps so far."""
+        if self.pending:
+            self.kept.append((step, self.pending))
+            self.pending = 0.0
+        self.step = step
+
+    def pass_until(self, at: float) -> None:
+        length = self._move(at)
+        if self.mode == "steps":
+            self.pending += length
+        elif self.mode == "way out":
+            self.account.beside += length
+        else:
+            self.account.lost += length
+
+    def pass_beside(self, at: float) -> None:
+        self.account.beside += self._move(at)
+
+    def _move(self, at: float) -> float:
+        """Rank-seconds from the cursor to `at`; a clock that was set back does not move it."""
+        assert self.life is not None
+        until = min(max(at, self.at), self.life.ended)
+        length, self.at = (until - self.at) * self.life.world, until
+        return length
+
+
+def seconds(event: dict[str, Any]) -> float:
+    """The time of an event, in seconds since 1970."""
+    return datetime.fromisoformat(event["time"]).timestamp()
