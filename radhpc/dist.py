@@ -6,18 +6,25 @@ the scheduler's. Without them, or with a world of one, every call works and talk
 
 import os
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from radhpc.heartbeat import Heartbeat
+
 
 class Ranks:
     """This process among its peers."""
 
-    def __init__(self, timeout: timedelta = timedelta(minutes=10)) -> None:
+    def __init__(self, heart: Heartbeat | None = None) -> None:
+        """`heart`: what notices a hang; a collective's own timeout is longer than its limits."""
+        self.heart = heart or Heartbeat()
+        self._waited = 0.0
         self.rank = int(os.environ.get("RANK", "0"))
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
         local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -29,7 +36,9 @@ class Ranks:
             self.device = torch.device("cpu")
         if self.world > 1:
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timeout)
+            dist.init_process_group(backend, timeout=timedelta(seconds=self.heart.limits.collective))
+            self.heart.collectives = _begun
+            self.heart.meet(self.gather(self.heart.process))
 
     @property
     def first(self) -> bool:
@@ -47,7 +56,8 @@ class Ranks:
         if self.world == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(tensor, operation)
+        with self._waiting():
+            dist.all_reduce(tensor, operation)
         return [float(value) for value in tensor]
 
     def gather(self, value: Any) -> list[Any]:
@@ -55,7 +65,8 @@ class Ranks:
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value)
+        with self._waiting():
+            dist.all_gather_object(values, value)
         return values
 
     def broadcast(self, value: Any) -> Any:
@@ -63,11 +74,19 @@ class Ranks:
         if self.world == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        with self._waiting():
+            dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def barrier(self) -> None:
         self.sum([0.0])
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        started = time.perf_counter()
+        with self.heart.wait():
+            yield
+        self._waited += time.perf_counter() - started
 
     def close(self) -> None:
         """Leave the group. After an error the peers may be gone, so it is given five seconds."""
@@ -75,6 +94,16 @@ class Ranks:
             leave = threading.Thread(target=dist.destroy_process_group, daemon=True)
             leave.start()
             leave.join(5)
+        self.heart.close()
+
+
+def _begun() -> int:
+    """How many collectives this rank has begun, those inside the engine too; any thread may ask."""
+    group = dist.group.WORLD
+    if group is None:  # the group has been left
+        return 0
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    return sum(int(group._get_backend(torch.device(device))._get_sequence_number_for_group()) for device in devices)
 
 
 def lost_peer(error: BaseException) -> bool:

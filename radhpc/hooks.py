@@ -31,6 +31,7 @@ class Saving:
         if position.step == self.saved_step or (report is not None and position.stage_done):
             return  # the end of a stage saves by itself
         parts, started = self.parts, time.perf_counter()
+        parts.ranks.heart.beat("saving", slow=True)
         cursor = Cursor(
             stage=position.stage,
             step=position.step,
@@ -62,6 +63,7 @@ class Evaluating:
 
     def __call__(self, position: Position, report: Report | None = None, split: Split | None = None) -> None:
         parts = self.parts
+        parts.ranks.heart.beat("evaluating", slow=True)
         split = split or parts.recipe.evaluation.split
         folder = parts.run.path / "evaluation" / f"step-{position.step:06d}"
         if parts.ranks.broadcast((folder / "scores.json").exists()):
@@ -75,6 +77,7 @@ class Evaluating:
         with Bar(f"evaluate step {position.step}", share, unit="studies", hidden=not parts.ranks.first) as bar:
 
             def check(done: int) -> None:
+                parts.ranks.heart.beat("evaluating", slow=True)
                 self.stop.check(parts.ranks.max)
                 bar.update(min(done, share))
 

@@ -97,7 +97,10 @@ def train(
     """Train a stage from `position` to its end, moving `position` on. Raises Interrupted at a step boundary."""
     before = time.perf_counter()
     traffic = stream.traffic()
+    first = position.step  # slow: readers and kernels start
+    ranks.heart.beat(f"data of step {first + 1}", first, slow=True)
     for step in stream:
+        ranks.heart.beat(f"step {position.step + 1}", position.step + 1, slow=position.step == first)
         assert step.number == position.stage_step
         now_traffic = stream.traffic()
         here = [now_traffic[name] - traffic[name] for name in traffic]
@@ -127,6 +130,7 @@ def train(
         for hook in hooks:
             if position.step % hook.every == 0:
                 hook.call(position, report)
+        ranks.heart.beat(f"data of step {position.step + 1}")
     assert position.stage_done
 
 

@@ -45,6 +45,12 @@ class Profile(Section):
     retries: int = Field(
         3, ge=0, description="requeues after a lost rank (killed, out of memory) without a new checkpoint"
     )
+    hang_seconds: int = Field(
+        600, ge=0, description="a rank without progress for so long in a step hangs, and the job ends; 0: never"
+    )
+    hang_slow_seconds: int = Field(
+        1800, ge=0, description="the same at start-up, in a stage's first step, while saving and scoring"
+    )
     python: str | None = Field(
         None, description="how to start Python in the job, a container for instance; default: this one"
     )
