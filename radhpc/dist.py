@@ -7,6 +7,7 @@ the scheduler's. Without them, or with a world of one, every call works and talk
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,6 +15,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 
 from radhpc.heartbeat import Heartbeat
 
@@ -25,6 +28,8 @@ class Ranks:
         """`heart`: what notices a hang; a collective's own timeout is longer than its limits."""
         self.heart = heart or Heartbeat()
         self._waited = 0.0
+        # Of a step there are some thousands at the most; what an evaluation leaves is of no use to anybody.
+        self._pending: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque(maxlen=1 << 14)
         self.rank = int(os.environ.get("RANK", "0"))
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
         local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -81,6 +86,34 @@ class Ranks:
     def barrier(self) -> None:
         self.sum([0.0])
 
+    def waited(self) -> float:
+        """Seconds that this rank has stood in collectives so far, FSDP's too. On a GPU call it behind a step's end,
+        where its collectives are over.
+        """
+        for before, after in self._pending:
+            after.synchronize()
+            self._waited += before.elapsed_time(after) / 1000
+        self._pending.clear()
+        return self._waited
+
+    def time(self, module: FSDPModule) -> None:
+        """Let waited() count a sharded module's collectives."""
+        module.set_custom_all_gather(_TimedAllGather(self))
+        module.set_custom_reduce_scatter(_TimedReduceScatter(self))
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Around one collective of the engine: on a CPU it blocks, on a GPU it is queued and the GPU waits."""
+        if self.device.type == "cuda":
+            before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            before.record()
+            yield
+            after.record()
+            self._pending.append((before, after))
+        else:
+            with self._waiting():
+                yield
+
     @contextmanager
     def _waiting(self) -> Iterator[None]:
         started = time.perf_counter()
@@ -95,6 +128,24 @@ class Ranks:
             leave.start()
             leave.join(5)
         self.heart.close()
+
+
+class _TimedAllGather(DefaultAllGather):
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        with self._ranks.timed():
+            return super().__call__(*arguments, **options)
+
+
+class _TimedReduceScatter(DefaultReduceScatter):
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        with self._ranks.timed():
+            return super().__call__(*arguments, **options)
 
 
 def _begun() -> int:

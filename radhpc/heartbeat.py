@@ -198,7 +198,7 @@ class Heartbeat:
         return self.rank, *self._mine
 
     def give_way(self) -> None:
-        """Before the main thread records an error: where this rank already leaves, its peers are gone because of that."""
+        """Call before recording an error of the main thread: one that comes of leaving would hide the cause."""
         if self._leaving.is_set():
             threading.Event().wait()  # the other thread ends this process
 

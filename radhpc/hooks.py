@@ -16,6 +16,7 @@ from radhpc.loop import Position, Report
 from radhpc.parts import Parts
 from radhpc.recipe import Split
 from radhpc.stop import Stop
+from radhpc.straggler import Stragglers
 
 log = logging.getLogger("radhpc")
 
@@ -127,8 +128,8 @@ def board_hook(board: Board, parts: Parts) -> Callable[[Position, Report], None]
 class Progress:
     """progress.json once a second, for `status`, and the bar on the terminal."""
 
-    def __init__(self, parts: Parts, bar: Bar, total_steps: int) -> None:
-        self.parts, self.bar, self.total_steps = parts, bar, total_steps
+    def __init__(self, parts: Parts, bar: Bar, total_steps: int, stragglers: Stragglers) -> None:
+        self.parts, self.bar, self.total_steps, self.stragglers = parts, bar, total_steps, stragglers
         self._written, self._samples, self._since = 0.0, 0, time.monotonic()
 
     def __call__(self, position: Position, report: Report) -> None:
@@ -141,9 +142,11 @@ class Progress:
         loss = report.engine.loss
         self.bar.update(position.stage_step, f"loss {loss:.3f}  {rate:.0f} samples/s")
         stage = self.parts.recipe.stages[position.stage].name
+        slowest = self.stragglers.slowest
         self.parts.run.write_progress(
-            stage=stage, step=position.step, steps=self.total_steps, loss=loss, samples_per_second=round(rate, 2)
-        )
+            stage=stage, step=position.step, steps=self.total_steps, loss=loss, samples_per_second=round(rate, 2),
+            slowest=slowest and {"rank": slowest.rank, "host": slowest.host, "ratio": slowest.ratio},
+        )  # fmt: skip
 
 
 def export_adapter(parts: Parts, engine: Engine, position: Position) -> None:

@@ -28,6 +28,7 @@ Event = Literal[
     "interrupted", "preempted", "requeued", "rank_lost", "time_limit", "cancelled", "stopped", "crashed", "failed",
     "finished",
     "stuck",  # a rank found who hangs: cause, culprits
+    "straggler",  # a rank is slower than the others: rank, host, ratio
 ]  # fmt: skip
 
 

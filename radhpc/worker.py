@@ -31,6 +31,7 @@ from radhpc.loop import Hook, Position, Quarantine, train
 from radhpc.parts import Parts
 from radhpc.run_dir import RunDir
 from radhpc.stop import Interrupted, Stop
+from radhpc.straggler import Stragglers
 from radhpc.stream import Stream, stage_samples, stage_steps
 
 log = logging.getLogger("radhpc")
@@ -160,10 +161,11 @@ def _run_stage(
     every = recipe.evaluation.every
     try:
         with Bar(stage.name, position.stage_steps, position.stage_step, "steps", not ranks.first) as bar:
-            calls = [Hook(recipe.checkpoint.every, saving)]
+            stragglers = Stragglers(parts.run, ranks, board)
+            calls = [Hook(1, stragglers), Hook(recipe.checkpoint.every, saving)]
             if ranks.first:
                 calls.insert(0, Hook(recipe.board.every, hooks.board_hook(board, parts)))
-                calls.insert(1, Hook(1, hooks.Progress(parts, bar, total_steps)))
+                calls.insert(1, Hook(1, hooks.Progress(parts, bar, total_steps, stragglers)))
             if every is not None:
                 calls.append(Hook(every, evaluating))
                 if cursor is not None and position.step % every == 0 and not position.stage_done:

@@ -16,7 +16,7 @@ FLOORS = (
     ("dist", "heartbeat", "log", "stop", "remote", "store", "board", "ledger", "cache"),
     ("order", "transforms", "processors", "models", "tokenizer", "source", "fetch", "collate", "stream", "objective",
      "adapters", "engine"),
-    ("checkpoint", "metrics", "generate", "evaluate", "export", "audit", "parts", "loop", "hooks"),
+    ("checkpoint", "metrics", "generate", "evaluate", "export", "audit", "parts", "loop", "straggler", "hooks"),
     ("worker",),
 )  # fmt: skip
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
