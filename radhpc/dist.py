@@ -41,6 +41,7 @@ class Ranks:
             self.device = torch.device("cpu")
         if self.world > 1:
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            self.heart.beat("meeting the other ranks", slow=True)
             dist.init_process_group(backend, timeout=timedelta(seconds=self.heart.limits.collective))
             self.heart.collectives = _begun
             self.heart.meet(self.gather(self.heart.process))
@@ -127,7 +128,6 @@ class Ranks:
             leave = threading.Thread(target=dist.destroy_process_group, daemon=True)
             leave.start()
             leave.join(5)
-        self.heart.close()
 
 
 class _TimedAllGather(DefaultAllGather):

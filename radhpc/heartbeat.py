@@ -32,7 +32,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from radhpc.errors import UserError
+from radhpc.errors import UserError, first_line
 from radhpc.files import read_json
 from radhpc.run_dir import RunDir, process_start
 
@@ -60,12 +60,13 @@ class Limits:
                 found.append(float(text))
             except ValueError:
                 raise UserError(f"{name}={text}: allowed are seconds, or 0 for no limit") from None
-        return cls(found[0], max(found))
+        step, slow = found
+        return cls(step, slow and max(step, slow))
 
     @property
     def collective(self) -> float:
         """The timeout of a collective: long enough that the hang's report, which names the culprit, comes first."""
-        return 1.5 * max(self.step, self.slow) + 120
+        return 1.5 * max(self.step, self.slow) + 120 if self.step and self.slow else 24 * 3600.0
 
 
 @dataclass(frozen=True)
@@ -110,15 +111,15 @@ def judge(before: dict[int, Beat], now: dict[int, Beat], world: int, clock: floa
     silent = [beat for beat in beats if beat.rank in before and before[beat.rank].ticks == beat.ticks]
     if silent:
         unseen = {beat.rank: beat.age + max(0.0, clock - beat.time) for beat in silent}
-        over = [beat for beat in silent if unseen[beat.rank] > beat.limit]
+        over = [beat for beat in silent if 0 < beat.limit < unseen[beat.rank]]
         said = "no sign of life for {:.0f} s, last seen in {}"
         return [Culprit(b.rank, b.host, said.format(unseen[b.rank], b.phase), True) for b in over] or None
     most = max(beat.collectives for beat in beats)
     behind = [beat for beat in beats if beat.collectives < most] or [beat for beat in beats if not beat.waiting]
-    over = [beat for beat in behind if beat.age > beat.limit]
+    over = [beat for beat in behind if 0 < beat.limit < beat.age]
     if behind:
         return [Culprit(b.rank, b.host, f"no progress for {b.age:.0f} s in {b.phase}", False) for b in over] or None
-    return [] if all(beat.age > beat.limit for beat in beats) else None
+    return [] if all(0 < beat.limit < beat.age for beat in beats) else None
 
 
 def describe(culprits: list[Culprit], beats: dict[int, Beat]) -> str:
@@ -188,9 +189,9 @@ class Heartbeat:
 
     def meet(self, processes: list[tuple[int, str, int, str]]) -> None:
         """The (rank, host, pid, start of the process) of all ranks: those on this host can be seen to die."""
-        self._neighbours = [
-            (rank, pid, start) for rank, host, pid, start in processes if host == self._mine[0] and rank != self.rank
-        ]
+        here = [(rank, pid, start) for rank, host, pid, start in processes if host == self._mine[0]]
+        # In a container each rank may see its own processes only.
+        self._neighbours = [(rank, pid, start) for rank, pid, start in here if rank != self.rank and _alive(pid, start)]
 
     @property
     def process(self) -> tuple[int, str, int, str]:
@@ -204,6 +205,7 @@ class Heartbeat:
 
     def close(self) -> None:
         """The end of this rank's work: it is not watched any longer."""
+        self.give_way()
         if self._thread is not None and self._run is not None:
             self._closing.set()
             self._thread.join(5)
@@ -216,11 +218,14 @@ class Heartbeat:
     # What the thread does
 
     def _watch(self) -> None:
+        said: set[str] = set()
         while not self._closing.wait(min(2.0, self.interval)):
             try:
                 self._tick()
-            except OSError as error:  # a full disk, say: the run will see it too, and the watch goes on
-                log.warning("heartbeat: %s", error)
+            except Exception as error:  # a full disk, say: the run will see it too, and the watch goes on
+                if (line := first_line(error)) not in said:
+                    said.add(line)
+                    log.warning("heartbeat: %s", line)
 
     def _tick(self) -> None:
         now, limit = time.monotonic(), self._said[2]

@@ -24,23 +24,24 @@ from radhpc.ledger import consumed
 from radhpc.loop import Pace
 from radhpc.recipe import load
 from radhpc.run_dir import RunDir
-from radhpc.straggler import WINDOW, slowest
+from radhpc.straggler import slowest
 from tests.radhpc.test_training import wait_for
 
 pytestmark = pytest.mark.timeout(120)
 
 LIMIT = 3.0
 LONG = 5.0
+WINDOW = 5
 HOST = socket.gethostname()
 START = Callable[..., list[ForkServerProcess]]
 
 
-def rank_main(run: str, rank: int, port: int, limit: float, trouble: str) -> None:
+def rank_main(run: str, rank: int, port: int, limit: float, slow: float, trouble: str) -> None:
     """One rank, in a process of its own, with something wrong on rank 1."""
     os.environ.update(
         RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
         GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1",
-        RADHPC_HANG_SECONDS=str(limit), RADHPC_HANG_SLOW_SECONDS="60",
+        RADHPC_HANG_SECONDS=str(limit), RADHPC_HANG_SLOW_SECONDS=str(slow),
     )  # fmt: skip
     from radhpc import worker
 
@@ -108,12 +109,21 @@ def long_pieces() -> None:
     slow(evaluate, "trivial", "0")
 
 
+def one_slow_rank() -> None:
+    """A step of 0.3 s on both, and on rank 1 of 1.2 s after two windows. Sleep is the same on a busy machine."""
+    from radhpc import straggler
+
+    straggler.WINDOW = WINDOW
+    at_step(range(2 * WINDOW), lambda: time.sleep(0.3))
+    at_step(range(2 * WINDOW, 1000), lambda: time.sleep(1.2 if os.environ["RANK"] == "1" else 0.3))
+
+
 TROUBLES: dict[str, tuple[int | None, Callable[[], None]]] = {
     "reader": (1, sleeping_reader),
     "loop": (1, lambda: at_step(4, endless_loop)),
     "lock": (1, lambda: at_step(4, holding_the_lock)),
     "away": (0, lambda: at_step(4, lambda: time.sleep(600))),
-    "slow": (1, lambda: at_step(range(2 * WINDOW, 1000), lambda: time.sleep(0.1))),
+    "slow": (None, one_slow_rank),
     "long": (None, long_pieces),
 }
 
@@ -127,18 +137,20 @@ def nursery() -> Any:
 
 @pytest.fixture
 def start(nursery: Any, tmp_path: Path, recipe_file: Path) -> Iterator[START]:
-    """Start two ranks of a new run; whatever is left of them is killed."""
+    """Start ranks of a new run on two; whatever is left of them is killed."""
     ranks: list[ForkServerProcess] = []
 
-    def call(trouble: str = "", limit: float = LIMIT, *changes: str) -> list[ForkServerProcess]:
-        RunDir.create(
-            tmp_path / "run", load(recipe_file, ["stages.scratch.steps=400", "checkpoint.every=100", *changes])
-        )
+    def call(
+        trouble: str = "", limit: float = LIMIT, slow: float = 60, steps: int = 400, world: int = 2
+    ) -> list[ForkServerProcess]:
+        changes = [f"stages.scratch.steps={steps}", "checkpoint.every=1000"]
+        RunDir.create(tmp_path / "run", load(recipe_file, changes))
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        for rank in range(2):
-            ranks.append(nursery.Process(target=rank_main, args=(str(tmp_path / "run"), rank, port, limit, trouble)))
+        for rank in range(world):
+            args = (str(tmp_path / "run"), rank, port, limit, slow, trouble)
+            ranks.append(nursery.Process(target=rank_main, args=args))
             ranks[-1].start()
         return ranks
 
@@ -219,6 +231,15 @@ def test_a_rank_that_holds_pythons_lock_is_named_and_ended(start: START, tmp_pat
     assert (found["state"], found["culprits"]) == ("hung", [{"rank": 1, "host": HOST}])
 
 
+def test_a_rank_that_never_starts_is_named(start: START, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert ended(start(limit=2, slow=2, world=1), 60) == [EXIT_STATUS]
+    found = end(run, 0)
+    assert found is not None
+    assert (found["state"], found["cause"]) == ("hung", "rank 1: has not started")
+    assert "init_process_group" in stacks(run, 0)
+
+
 def test_a_rank_whose_peer_died_does_not_wait_for_it(start: START, tmp_path: Path) -> None:
     """Its main thread cannot notice: it is not in a collective."""
     run = tmp_path / "run"
@@ -237,14 +258,13 @@ def test_a_rank_whose_peer_died_does_not_wait_for_it(start: START, tmp_path: Pat
 def test_a_slow_rank_is_named_once_and_equal_ranks_never(start: START, tmp_path: Path) -> None:
     run = tmp_path / "run"
     start("slow")
-    wait_for(lambda: step(run) >= 2 * WINDOW, 60)
-    assert not told(run, "straggler"), "no rank is slow yet"
-    wait_for(lambda: step(run) >= 4 * WINDOW + 10, 60)
-    (event,) = told(run, "straggler")
+    wait_for(lambda: step(run) >= 4 * WINDOW + 1, 90)
+    (event,) = told(run, "straggler")  # not in the first two windows, and not in the fourth again
     assert (event["rank"], event["host"], event["step"]) == (1, HOST, 3 * WINDOW)
     assert event["ratio"] > 1.5
-    slowest = RunDir(run).progress()["slowest"]
-    assert (slowest["rank"], slowest["host"]) == (1, HOST)
+    wait_for(lambda: RunDir(run).progress()["slowest"] is not None, 10)
+    found = RunDir(run).progress()["slowest"]
+    assert (found["rank"], found["host"]) == (1, HOST)
     assert not told(run, "stuck")
 
 
