@@ -2,12 +2,12 @@
 
     recipe.yaml     the frozen recipe            checkpoints/   step-N/, see checkpoint.py
     events.jsonl    what happened, append-only   tensorboard/   event files
-    job.json        the job that owns the run    logs/          standard output and crashes by rank
+    job.json        the job that owns the run    logs/          output, heartbeats, stacks and ends by rank
     progress.json   step, loss, rate             ledger/        keys of the samples trained on
     tokenizer/      where it was trained here    evaluation/    step-N/: reports, scores
     base.json       identity of the frozen base  adapter/       the newest stage's adapter, for PEFT
 
-Written by rank 0 alone, except ledger/ and logs/. Private: only its owner may read it.
+Written by rank 0 alone, except ledger/, logs/ and the event of a hang. Private: only its owner may read it.
 """
 
 import json

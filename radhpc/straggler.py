@@ -83,10 +83,12 @@ class Stragglers:
             this_life = n if event["event"] == "started" else this_life
         if any(event.get("rank") == found.rank for event in events[this_life:]):
             return
-        log.warning(
-            "rank %d on %s is slow: %.3f s a step, %.1f times the median rank; of it %.3f s standing still for data",
-            found.rank, found.host, found.seconds, found.ratio, found.data_seconds,
-        )  # fmt: skip
+        line = (
+            f"rank {found.rank} on {found.host} is slow: {found.seconds:.3f} s a step of its own, {found.ratio:.1f} times "
+            f"the median rank; of it {found.data_seconds:.3f} s standing still for data"
+        )
+        log.warning("%s", line)
+        self.board.event(position.step, "straggler", line)
         self.run.record(
             "straggler", step=position.step, rank=found.rank, host=found.host, ratio=found.ratio,
             seconds=found.seconds, data_seconds=found.data_seconds,

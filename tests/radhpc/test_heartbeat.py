@@ -19,7 +19,7 @@ import pytest
 
 from radhpc.errors import UserError
 from radhpc.files import read_json, read_lines
-from radhpc.heartbeat import EXIT_STATUS, Beat, Limits, describe, judge
+from radhpc.heartbeat import EXIT_STATUS, Beat, Limits, describe, judge, read
 from radhpc.ledger import consumed
 from radhpc.loop import Pace
 from radhpc.recipe import load
@@ -29,9 +29,9 @@ from tests.radhpc.test_training import wait_for
 
 pytestmark = pytest.mark.timeout(120)
 
-LIMIT = 3.0
-LONG = 5.0
-WINDOW = 5
+LIMIT = 2.5
+LONG = 4.0
+WINDOW = 3
 HOST = socket.gethostname()
 START = Callable[..., list[ForkServerProcess]]
 
@@ -243,8 +243,13 @@ def test_a_rank_that_never_starts_is_named(start: START, tmp_path: Path) -> None
 def test_a_rank_whose_peer_died_does_not_wait_for_it(start: START, tmp_path: Path) -> None:
     """Its main thread cannot notice: it is not in a collective."""
     run = tmp_path / "run"
-    ranks = start("away", limit=60)
-    wait_for(lambda: step(run) >= 4, 60)
+    ranks = start("away", limit=20)
+
+    def away() -> bool:
+        beat = read(RunDir(run)).get(0)
+        return beat is not None and beat.phase == "step 5" and not beat.waiting
+
+    wait_for(away, 60)
     ranks[1].kill()
     killed = time.monotonic()
     assert ended(ranks, 30) == [EXIT_STATUS, -signal.SIGKILL]
