@@ -84,8 +84,8 @@ class Stragglers:
         if any(event.get("rank") == found.rank for event in events[this_life:]):
             return
         line = (
-            f"rank {found.rank} on {found.host} is slow: {found.seconds:.3f} s a step of its own, {found.ratio:.1f} times "
-            f"the median rank; of it {found.data_seconds:.3f} s standing still for data"
+            f"rank {found.rank} on {found.host} is slow: {found.seconds:.3f} s a step of its own, "
+            f"{found.ratio:.1f} times the median rank; of it {found.data_seconds:.3f} s standing still for data"
         )
         log.warning("%s", line)
         self.board.event(position.step, "straggler", line)

@@ -105,7 +105,7 @@ def long_pieces() -> None:
         setattr(owner, name, call)
 
     slow(Parts, "engine", "1")
-    slow(Checkpoints, "_write", "0")
+    slow(Checkpoints, "save", "0")
     slow(evaluate, "trivial", "0")
 
 
