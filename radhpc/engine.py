@@ -168,6 +168,7 @@ def _shard(model: nn.Module, blocks: tuple[type, ...], ranks: Ranks, bf16: bool)
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo has no pre-multiplied sum
+            ranks.time(module)
 
 
 def _groups(trained: dict[str, nn.Parameter], stage: Optimizer) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from radhpc.loop import Position, Report
 from radhpc.parts import Parts
 from radhpc.recipe import Split
 from radhpc.stop import Stop
+from radhpc.straggler import Stragglers
 
 log = logging.getLogger("radhpc")
 
@@ -32,6 +33,7 @@ class Saving:
         if position.step == self.saved_step or (report is not None and position.stage_done):
             return  # the end of a stage saves by itself
         parts, started = self.parts, time.perf_counter()
+        parts.ranks.heart.beat("saving", slow=True)
         cursor = Cursor(
             stage=position.stage,
             step=position.step,
@@ -63,6 +65,7 @@ class Evaluating:
 
     def __call__(self, position: Position, report: Report | None = None, split: Split | None = None) -> None:
         parts = self.parts
+        parts.ranks.heart.beat("evaluating", slow=True)
         split = split or parts.recipe.evaluation.split
         folder = parts.run.path / "evaluation" / f"step-{position.step:06d}"
         if parts.ranks.broadcast((folder / "scores.json").exists()):
@@ -76,6 +79,7 @@ class Evaluating:
         with Bar(f"evaluate step {position.step}", share, unit="studies", hidden=not parts.ranks.first) as bar:
 
             def check(done: int) -> None:
+                parts.ranks.heart.beat("evaluating", slow=True)
                 self.stop.check(parts.ranks.max)
                 bar.update(min(done, share))
 
@@ -130,8 +134,8 @@ class Progress:
 
     WINDOW = 60.0  # seconds
 
-    def __init__(self, parts: Parts, bar: Bar, total_steps: int) -> None:
-        self.parts, self.bar, self.total_steps = parts, bar, total_steps
+    def __init__(self, parts: Parts, bar: Bar, total_steps: int, stragglers: Stragglers) -> None:
+        self.parts, self.bar, self.total_steps, self.stragglers = parts, bar, total_steps, stragglers
         self._written = 0.0
         self._recent: deque[tuple[float, int, float]] = deque()  # after each step: time, its samples, its data wait
 
@@ -152,6 +156,7 @@ class Progress:
         wait = sum(wait for _, _, wait in list(self._recent)[1:]) / seconds
         loss = report.engine.loss
         self.bar.update(position.stage_step, f"loss {loss:.3f}  {rate:.0f} samples/s")
+        slowest = self.stragglers.slowest
         self.parts.run.write_progress(
             stage=stage,
             step=position.step,
@@ -162,6 +167,7 @@ class Progress:
             data_wait=round(min(1.0, wait), 4),
             world=self.parts.ranks.world,
             device=self.parts.ranks.device.type,
+            slowest=slowest and {"rank": slowest.rank, "host": slowest.host, "ratio": slowest.ratio},
         )
 
 

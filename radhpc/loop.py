@@ -39,6 +39,15 @@ class Position:
 
 
 @dataclass(frozen=True)
+class Pace:
+    """What a step took on this rank, without what was done between the steps."""
+
+    seconds: float
+    collective_seconds: float  # of them: in collectives, which is mostly waiting for slower ranks
+    data_seconds: float  # of them: standing still for data
+
+
+@dataclass(frozen=True)
 class Report:
     """What the step just made was like, over all ranks."""
 
@@ -49,6 +58,7 @@ class Report:
     seconds: float
     wait_seconds: float  # that a rank stood still for data, in the mean
     traffic: dict[str, float]  # of this step: requests to stores, bytes, repeated requests, blocks of the node's cache
+    pace: Pace  # of this rank alone
 
 
 @dataclass(frozen=True)
@@ -97,7 +107,11 @@ def train(
     """Train a stage from `position` to its end, moving `position` on. Raises Interrupted at a step boundary."""
     before = time.perf_counter()
     traffic = stream.traffic()
+    first = position.step  # slow: readers and kernels start
+    ranks.heart.beat(f"data of step {first + 1}", first, slow=True)
+    begun, waited = time.perf_counter(), ranks.waited()
     for step in stream:
+        ranks.heart.beat(f"step {position.step + 1}", position.step + 1, slow=position.step == first)
         assert step.number == position.stage_step
         now_traffic = stream.traffic()
         here = [now_traffic[name] - traffic[name] for name in traffic]
@@ -122,11 +136,14 @@ def train(
             now - before,
             agreed.wait_seconds,
             dict(zip(traffic, agreed.traffic, strict=True)),
+            Pace(now - begun, ranks.waited() - waited, step.wait_seconds),
         )
         before = now
         for hook in hooks:
             if position.step % hook.every == 0:
                 hook.call(position, report)
+        ranks.heart.beat(f"data of step {position.step + 1}")
+        begun, waited = time.perf_counter(), ranks.waited()
     assert position.stage_done
 
 

@@ -2,12 +2,12 @@
 
     recipe.yaml     the frozen recipe            checkpoints/   step-N/, see checkpoint.py
     events.jsonl    what happened, append-only   tensorboard/   event files
-    job.json        the job that owns the run    logs/          standard output and crashes by rank
+    job.json        the job that owns the run    logs/          output, heartbeats, stacks and ends by rank
     progress.json   step, loss, rate             ledger/        keys of the samples trained on
     tokenizer/      where it was trained here    evaluation/    step-N/: reports, scores
     base.json       identity of the frozen base  adapter/       the newest stage's adapter, for PEFT
 
-Written by rank 0 alone, except ledger/ and logs/. Private: only its owner may read it.
+Written by rank 0 alone, except ledger/, logs/ and the event of a hang. Private: only its owner may read it.
 """
 
 import json
@@ -29,6 +29,8 @@ Event = Literal[
     "node_lost", "hung", "gave_up", "excluded",
     "finished",
     "starting", "first_step",
+    "stuck",  # a rank found who hangs: cause, culprits
+    "straggler",  # a rank is slower than the others: rank, host, ratio
 ]  # fmt: skip
 
 
@@ -146,6 +148,11 @@ def process_alive(job: dict[str, Any]) -> bool:
 def process_start(pid: int) -> str:
     """The kernel's start time of a process: with the pid it names a process for good, as pids come again."""
     return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
+
+
+def node_name() -> str:
+    """What the scheduler calls this machine, or what it calls itself."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def now() -> str:

@@ -10,10 +10,10 @@ import logging
 import os
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -24,12 +24,14 @@ from radhpc.dist import Ranks, lost_peer
 from radhpc.engine import Engine
 from radhpc.errors import UserError, first_line
 from radhpc.files import write_atomically
+from radhpc.heartbeat import Heartbeat, Limits
 from radhpc.ledger import Ledger
 from radhpc.log import Bar
 from radhpc.loop import Hook, Position, Quarantine, train
 from radhpc.parts import Parts
-from radhpc.run_dir import RunDir
+from radhpc.run_dir import RunDir, node_name
 from radhpc.stop import Interrupted, Stop
+from radhpc.straggler import Stragglers
 from radhpc.stream import Stream, stage_samples, stage_steps
 
 log = logging.getLogger("radhpc")
@@ -39,25 +41,31 @@ log = logging.getLogger("radhpc")
 class Outcome:
     """How a rank's life ended."""
 
-    state: Literal["finished", "interrupted", "mistake", "lost_peer", "crashed"]
-    cause: str = ""  # a signal's name or "stop"; the first line of an error
+    state: Literal["finished", "interrupted", "mistake", "lost_peer", "crashed", "hung"]
+    cause: str = ""  # a signal's name or "stop"; the first line of an error; who hangs, and where
     step: int = 0
 
 
 def run(path: str) -> Outcome:
     """Work on a run until it is finished or interrupted. Errors are recorded for this rank, then raised."""
     run_dir = RunDir.open(path)
-    rank = int(os.environ.get("RANK", "0"))
-    logs.start(rank, int(os.environ.get("WORLD_SIZE", "1")))
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    logs.start(rank, world)
     if threads := os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(int(threads))
     ranks: Ranks | None = None
     _end_path(run_dir, rank).unlink(missing_ok=True)  # of the life before
+
+    def end(state: Any, cause: str, step: int, culprits: list[dict[str, Any]]) -> None:
+        _record_end(run_dir, rank, Outcome(state, cause, step), culprits=culprits)
+
+    heart = Heartbeat(run_dir, rank, world, Limits.from_environment(), end)
     with Stop(run_dir if rank == 0 else None) as stop:
         try:
-            ranks = Ranks()
+            ranks = Ranks(heart)
             outcome = _run(run_dir, ranks, stop)
         except BaseException as error:
+            heart.give_way()
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 where = error.filename or run_dir.path
                 full = UserError(f"{where}: {error.strerror}; free some space, then 'launch.py resume {run_dir.path}'")
@@ -66,6 +74,7 @@ def run(path: str) -> Outcome:
         finally:
             if ranks is not None:
                 ranks.close()
+            heart.close()
     _record_end(run_dir, rank, outcome)
     return outcome
 
@@ -133,6 +142,7 @@ def _run_stage(
     """Train one stage to its end; returns the name of its last checkpoint."""
     recipe, ranks, number = parts.recipe, parts.ranks, position.stage
     stage = recipe.stages[number]
+    ranks.heart.beat(f"loading stage {stage.name}", slow=True)
     engine = parts.engine(number, lineage)
     if cursor is not None:
         parts.check(cursor)
@@ -152,10 +162,11 @@ def _run_stage(
     every = recipe.evaluation.every
     try:
         with Bar(stage.name, position.stage_steps, position.stage_step, "steps", not ranks.first) as bar:
-            calls = [Hook(recipe.checkpoint.every, saving)]
+            stragglers = Stragglers(parts.run, ranks, board)
+            calls = [Hook(1, stragglers), Hook(recipe.checkpoint.every, saving)]
             if ranks.first:
                 calls.insert(0, Hook(recipe.board.every, hooks.board_hook(board, parts)))
-                calls.insert(1, Hook(1, hooks.Progress(parts, bar, total_steps)))
+                calls.insert(1, Hook(1, hooks.Progress(parts, bar, total_steps, stragglers)))
             if every is not None:
                 calls.append(Hook(every, evaluating))
                 if cursor is not None and position.step % every == 0 and not position.stage_done:
@@ -258,9 +269,11 @@ def _recorded(run: RunDir, rank: int, error: BaseException) -> BaseException:
     return error
 
 
-def _record_end(run: RunDir, rank: int, outcome: Outcome, trace: str = "") -> None:
+def _record_end(
+    run: RunDir, rank: int, outcome: Outcome, trace: str = "", culprits: Sequence[dict[str, Any]] = ()
+) -> None:
     """How this rank's life ended, for slurm.requeue to read once all are gone; a killed rank leaves no such file."""
-    data = {**asdict(outcome), "host": socket.gethostname(), "traceback": trace}
+    data = {**asdict(outcome), "host": node_name(), "traceback": trace, "culprits": list(culprits)}
     write_atomically(_end_path(run, rank), json.dumps(data).encode(), 0o600)
 
 

@@ -50,6 +50,12 @@ class Profile(Section):
     crash_retries: int = Field(3, ge=0, description="lives after a crash, each with a traceback that is new")
     lives_without_progress: int = Field(8, ge=1, description="lives in a row without a new checkpoint that end the run")
     node_losses: int = Field(2, ge=1, description="losses of a node, or hangs on it, after which it is left out")
+    hang_seconds: int = Field(
+        600, ge=0, description="a rank without progress for so long in a step hangs, and the job ends; 0: never"
+    )
+    hang_slow_seconds: int = Field(
+        1800, ge=0, description="the same at start-up, in a stage's first step, while saving and scoring"
+    )
     python: str | None = Field(
         None, description="how to start Python in the job, a container for instance; default: this one"
     )

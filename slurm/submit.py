@@ -144,7 +144,11 @@ def apart(run: RunDir) -> Iterator[None]:
 def environment(profile: Profile) -> Iterator[None]:
     """The profile's variables, for submitit's own calls of sbatch and for the processes it starts."""
     threads = profile.threads or profile.cpus_per_task
-    wanted = {**profile.environment, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+    limits = {
+        "RADHPC_HANG_SECONDS": str(profile.hang_seconds),
+        "RADHPC_HANG_SLOW_SECONDS": str(profile.hang_slow_seconds),
+    }
+    wanted = {**limits, **profile.environment, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:

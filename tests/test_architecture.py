@@ -13,15 +13,16 @@ from tests.conftest import ROOT
 # Inside radhpc a file imports only from its own floor or from lower ones.
 FLOORS = (
     ("errors", "files", "sample", "manifest", "recipe", "run_dir"),
-    ("dist", "log", "stop", "remote", "store", "board", "ledger", "cache"),
+    ("dist", "heartbeat", "log", "stop", "remote", "store", "board", "ledger", "cache"),
     ("order", "transforms", "processors", "models", "tokenizer", "source", "fetch", "collate", "stream", "objective",
      "adapters", "engine"),
-    ("checkpoint", "metrics", "generate", "evaluate", "export", "audit", "parts", "loop", "hooks"),
+    ("checkpoint", "metrics", "generate", "evaluate", "export", "audit", "parts", "loop", "straggler", "hooks"),
     ("worker",),
 )  # fmt: skip
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 TORCH_FREE = {
     *FLOORS[0],
+    "heartbeat",
     "log",
     "stop",
     "remote",

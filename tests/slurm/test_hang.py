@@ -1,0 +1,38 @@
+"""A rank that stops on a real SLURM: named within its limit, and the whole life ends, so that the job can come back."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.radhpc.test_training import wait_for
+from tests.slurm.test_preemption import events, rank_pid, start, step
+
+pytestmark = [pytest.mark.box, pytest.mark.timeout(180)]
+
+
+def test_a_stopped_rank_ends_the_life_and_the_job_comes_back(
+    launch: Callable[..., Any], slurm: Callable[..., str], box_profile: Path, recipe_file: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    box_profile.write_text(box_profile.read_text() + "hang_seconds: 5\n")
+    job = start(launch, recipe_file, box_profile, run)
+    wait_for(lambda: step(run) >= 3)
+    pid = rank_pid(job, 1)
+    os.kill(pid, signal.SIGSTOP)
+    stopped = time.monotonic()
+    wait_for(lambda: bool(events(run, "requeued")), 60)
+    assert time.monotonic() - stopped < 40
+    end = json.loads((run / "logs" / "end.rank-00000.json").read_text())
+    assert end["state"] == "hung"
+    assert [culprit["rank"] for culprit in end["culprits"]] == [1]
+    assert "no sign of life" in end["cause"]
+    assert not Path(f"/proc/{pid}").exists(), "the stopped rank is still there"
+    names = [event["event"] for event in events(run)]
+    assert names.index("stuck") < names.index("requeued")
+    slurm("scancel", job)
