@@ -366,6 +366,59 @@ def generate(
     _emit({"run": str(run_dir.path), "text": text, "images": [str(path) for path in image]}, as_json)
 
 
+@app.command(
+    epilog="Example: python launch.py plan recipes/image_text.yaml stages.adapt.micro_batch=2 --on a100_preemptible"
+)
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file, such as those in recipes/.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, such as seed=1.")
+    ] = None,
+    on: On = "inline",
+    like: Annotated[Path | None, typer.Option(help="An earlier run, whose samples/s tell the hours.")] = None,
+    samples_per_second: Annotated[
+        float | None, typer.Option(help="Over all ranks, where you know it: tells the hours.", min=1e-6)
+    ] = None,
+    run: Annotated[Path, typer.Option(help="Where the run will lie: how fast is a save there?")] = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Before queueing: memory per GPU, steps and hours, size and time of a checkpoint against the grace.
+
+    The model's real step is traced without values, so that a large one takes a minute and no memory; of model.weights
+    the config.json is enough. Exit status 1 where it cannot fit.
+    """
+    from radhpc import recipe as recipes
+    from radhpc.run_dir import RunDir
+    from slurm import plan as plans, profile as profiles
+
+    chosen, profile = recipes.load(recipe, overrides or []), profiles.load(on)
+    earlier = RunDir.open(like) if like else None
+    from radhpc.plan import foretell
+
+    stages = foretell(chosen, profile.world, bool(profile.gpus_per_node))
+    result = plans.costs(stages, profile, run, earlier, samples_per_second)
+    result["stages"] = [vars(stage) for stage in stages]
+    _print_plan(result, as_json)
+    _emit(result, as_json)
+    raise typer.Exit(0 if result["fits"] else 1)
+
+
+@app.command(epilog="Example: python launch.py doctor --on a100_preemptible --probe --recipe recipes/image_text.yaml")
+def doctor(
+    on: On = "inline",
+    run: Annotated[Path, typer.Option(help="Where runs will lie.")] = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Will a signal arrive before a job is killed, and will the job come back? What to ask the administrators for."""
+    from slurm import doctor as doctors, profile as profiles
+
+    checks = doctors.examine(profiles.load(on), run)
+    _print_checks(checks, as_json)
+    ok = all(check["ok"] for check in checks)
+    _emit({"ok": ok, "checks": checks}, as_json)
+    raise typer.Exit(0 if ok else 1)
+
+
 @app.command(epilog="Example: python launch.py board runs/quickstart-20261122-101500")
 def board(
     runs: Annotated[list[Path] | None, typer.Argument(metavar="[RUN]...", help="Default: all in runs/.")] = None,
@@ -640,6 +693,47 @@ def _print_status(results: list[dict[str, Any]], as_json: bool) -> None:
             "" if result["goodput"] is None else f"{result['goodput']:.0%}",
         )
     (console if as_json else Console()).print(table)
+
+
+def _print_plan(result: dict[str, Any], as_json: bool) -> None:
+    table = Table("stage", "steps", "trained of all", "GB per GPU", "of it a batch of", "checkpoint MB")
+    for stage in result["stages"]:
+        batch = f"{stage['micro_batch']} x {stage['tokens']} tokens, {stage['views']} view(s)"
+        table.add_row(
+            stage["name"],
+            f"{stage['steps']:,}",
+            f"{stage['trainable']:,} of {stage['parameters']:,}",
+            f"{stage['gigabytes_per_gpu']:.2f}",
+            batch,
+            f"{stage['checkpoint_megabytes']:.1f}",
+        )
+    (console if as_json else Console()).print(table)
+    fitting = ", ".join(f"{name} {'yes' if fits else 'NO'}" for name, fits in result["fits_on"].items())
+    _say(f"fits on: {fitting}", as_json)
+    if result["hours"] is None:
+        _say("hours: unknown; --like RUN takes the samples/s of an earlier run", as_json)
+    else:
+        gpus = "" if result["gpu_hours"] is None else f", {result['gpu_hours']:.1f} GPU-hours"
+        _say(
+            f"{result['hours']:.2f} h for {result['steps']:,} steps, {result['hours_per_epoch']:.2f} h an epoch{gpus} "
+            f"({result['samples_per_second']:.1f} samples/s: {result['samples_per_second_from']})",
+            as_json,
+        )
+    grace = "never preempted" if result["grace_seconds"] is None else f"grace {result['grace_seconds']} s"
+    _say(
+        f"a save of {result['checkpoint_megabytes']:.1f} MB takes {result['save_seconds']:.1f} s at "
+        f"{result['megabytes_per_second']:.0f} MB/s; {grace}",
+        as_json,
+    )
+    for problem in result["problems"]:
+        _say(f"[red]does not fit[/] {problem}", as_json)
+
+
+def _print_checks(checks: list[dict[str, Any]], as_json: bool) -> None:
+    for check in checks:
+        _say(f"{'[green]ok[/]' if check['ok'] else '[red]NO[/]'}  [bold]{check['name']}[/]: {check['found']}", as_json)
+        if not check["ok"]:
+            _say(f"    wanted: {check['wanted']}", as_json)
 
 
 def _print_audit(results: list[dict[str, Any]], as_json: bool) -> None:

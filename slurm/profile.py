@@ -54,6 +54,9 @@ class Profile(Section):
     )
     sbatch: dict[str, str | int | bool] = Field(default_factory=dict, description="any other option of sbatch")
     srun: tuple[str, ...] = Field((), description="any other option of srun")
+    shared: bool = Field(
+        False, description="the run folders' disk looks local here, but all nodes see it: this machine exports it"
+    )
 
     @field_validator("environment")
     @classmethod

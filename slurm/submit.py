@@ -20,7 +20,7 @@ import yaml
 from radhpc.errors import UserError, first_line
 from radhpc.files import write_atomically
 from radhpc.run_dir import RunDir, process_start
-from slurm import job as slurm_job, scheduler
+from slurm import job as slurm_job, precheck, scheduler
 from slurm.profile import Profile
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -29,6 +29,7 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 def submit(run: RunDir, profile: Profile) -> submitit.Job[Any]:
     """Submit, and make the job the run's owner. An inline job runs when its outcome is asked for."""
     scheduler.refuse_if_alive(run)
+    precheck.refuse(run, profile, slurm_parameters(run, profile, "python"))
     run.clear_stop()
     write_atomically(run.path / "profile.yaml", yaml.safe_dump(profile.model_dump(mode="json")).encode(), 0o600)
     with environment(profile), apart(run) if profile.cluster == "local" else nullcontext(), explain():

@@ -15,8 +15,8 @@ FLOORS = (
     ("errors", "files", "sample", "manifest", "recipe", "run_dir"),
     ("dist", "log", "stop", "remote", "store", "board", "ledger", "cache"),
     ("order", "transforms", "processors", "models", "tokenizer", "source", "fetch", "collate", "stream", "objective",
-     "adapters", "engine"),
-    ("checkpoint", "metrics", "generate", "evaluate", "export", "audit", "parts", "loop", "hooks"),
+     "adapters", "engine", "allocations"),
+    ("checkpoint", "metrics", "generate", "evaluate", "export", "audit", "parts", "loop", "hooks", "plan"),
     ("worker",),
 )  # fmt: skip
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
