@@ -26,7 +26,7 @@ def test_every_profile_loads_and_describes_its_job(name: str, run: RunDir) -> No
     if profile.cluster != "slurm":
         assert executor(run, profile)
         return
-    script = _make_sbatch_string("python", run.path, **slurm_parameters(run, profile, "python"))
+    script = _make_sbatch_string("python", run.path, **slurm_parameters(run, profile))
     assert f"#SBATCH --nodes={profile.nodes}" in script
     assert f"#SBATCH --ntasks-per-node={profile.tasks_per_node}" in script
     assert "#SBATCH --requeue" in script
