@@ -112,6 +112,8 @@ def setup_lines(profile: Profile, frozen: Path) -> list[str]:
 def slurm_parameters(run: RunDir, profile: Profile) -> dict[str, Any]:
     """What submitit shall put into the batch script."""
     binds = container.needs(run) if profile.container else []
+    fixed: dict[str, Any] = {"ntasks_per_node": profile.tasks_per_node}
+    elastic, more, tasks = _elastic(profile) if profile.least_nodes < profile.most_nodes else (fixed, {}, [])
     gpus: dict[str, Any] = {}
     if profile.gpus_per_node:
         by_gres = profile.gpu_request == "gres"
@@ -121,10 +123,10 @@ def slurm_parameters(run: RunDir, profile: Profile) -> dict[str, Any]:
         **gpus,
         **({"exclusive": True} if profile.exclusive else {}),
         "job_name": run.path.name,
-        "nodes": profile.most_nodes,  # submitit counts with it; sbatch gets the line below
-        "ntasks_per_node": profile.tasks_per_node,
+        "nodes": profile.most_nodes,
+        **elastic,
         "additional_parameters": {
-            "nodes": profile.nodes,
+            **more,
             "requeue" if profile.requeue else "no-requeue": True,
             **profile.sbatch,
         },
@@ -137,9 +139,7 @@ def slurm_parameters(run: RunDir, profile: Profile) -> dict[str, Any]:
             # The batch shell outlives the ranks, so that slurm.requeue can decide what follows when all are gone.
             "trap : TERM USR2",
             *setup_lines(profile, run.code),
-            # srun would take the number of tasks from the submission, when the number of nodes was not known yet.
-            f"export SLURM_NTASKS=$((SLURM_JOB_NUM_NODES * {profile.tasks_per_node}))",
-            "export SLURM_NPROCS=$SLURM_NTASKS",
+            *tasks,
             # What ranks said at the end of the life before is not for the decision on this one: there may be fewer now.
             f"rm -f {shlex.quote(str(run.folder('logs')))}/end.rank-*.json",
         ],
@@ -149,6 +149,28 @@ def slurm_parameters(run: RunDir, profile: Profile) -> dict[str, Any]:
             f"{host_python(profile)} -m slurm.requeue {shlex.quote(str(run.path))} $status",
         ],
     }
+
+
+def _elastic(profile: Profile) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """For a range of nodes: parameters of submitit, options of sbatch, and lines of the batch script.
+
+    SLURM gives as many nodes as the tasks need. Asked for tasks per node, it counts those of the fewest nodes and never
+    gives more than these; asked for the tasks of the most nodes, it never gives fewer. So the job asks for the tasks of
+    the most nodes and allows them to be overcommitted, which makes the range hold, and for the CPUs of a whole node,
+    which are then counted once a node. srun starts the tasks of the nodes that it got, each with its own CPUs.
+    """
+    tasks, cpus = profile.tasks_per_node, profile.cpus_per_task
+    elastic: dict[str, Any] = {}
+    lines = [
+        "unset SLURM_OVERCOMMIT",
+        f"export SLURM_NTASKS_PER_NODE={tasks} SLURM_NTASKS=$((SLURM_JOB_NUM_NODES * {tasks}))",
+        "export SLURM_NPROCS=$SLURM_NTASKS",
+    ]
+    if cpus:
+        elastic["cpus_per_task"] = cpus * tasks
+        lines.append(f"export SLURM_CPUS_PER_TASK={cpus} SRUN_CPUS_PER_TASK={cpus}")
+    # submitit multiplies with its own number of nodes; sbatch gets the range.
+    return elastic, {"nodes": profile.nodes, "ntasks": profile.world, "overcommit": True}, lines
 
 
 def site_parameters(profile: Profile) -> dict[str, Any]:
