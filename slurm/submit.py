@@ -159,18 +159,14 @@ def _elastic(profile: Profile) -> tuple[dict[str, Any], dict[str, Any], list[str
     the most nodes and allows them to be overcommitted, which makes the range hold, and for the CPUs of a whole node,
     which are then counted once a node. srun starts the tasks of the nodes that it got, each with its own CPUs.
     """
-    tasks, cpus = profile.tasks_per_node, profile.cpus_per_task
-    elastic: dict[str, Any] = {}
+    tasks, cpus = profile.tasks_per_node, profile.cpus_per_task or 1
     lines = [
         "unset SLURM_OVERCOMMIT",
         f"export SLURM_NTASKS_PER_NODE={tasks} SLURM_NTASKS=$((SLURM_JOB_NUM_NODES * {tasks}))",
-        "export SLURM_NPROCS=$SLURM_NTASKS",
+        f"export SLURM_NPROCS=$SLURM_NTASKS SLURM_CPUS_PER_TASK={cpus} SRUN_CPUS_PER_TASK={cpus}",
     ]
-    if cpus:
-        elastic["cpus_per_task"] = cpus * tasks
-        lines.append(f"export SLURM_CPUS_PER_TASK={cpus} SRUN_CPUS_PER_TASK={cpus}")
     # submitit multiplies with its own number of nodes; sbatch gets the range.
-    return elastic, {"nodes": profile.nodes, "ntasks": profile.world, "overcommit": True}, lines
+    return {"cpus_per_task": cpus * tasks}, {"nodes": profile.nodes, "ntasks": profile.world, "overcommit": True}, lines
 
 
 def site_parameters(profile: Profile) -> dict[str, Any]:
