@@ -33,8 +33,8 @@ def check(container: Container) -> None:
 
 def needs(run: RunDir) -> list[str]:
     """The binds that a run asks for by itself: its folder, and what its recipe names on local paths."""
-    recipe = run.recipe()
-    found = {path for path in _inputs(recipe) if path.startswith("/") and not Path(path).is_relative_to(run.path)}
+    inputs = _inputs(run.recipe()) if run.recipe_path.exists() else []  # a probe has none
+    found = {path for path in inputs if path.startswith("/") and not Path(path).is_relative_to(run.path)}
     return [_bind(str(run.path)), *(f"{_bind(path)}:ro" for path in sorted(found))]
 
 

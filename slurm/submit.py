@@ -85,7 +85,7 @@ def executor(run: RunDir, profile: Profile) -> submitit.Executor:
         slurm = submitit.SlurmExecutor(folder, python=python)
     except RuntimeError as error:
         raise UserError("srun is not found: submit from a login node of the cluster") from error
-    slurm.update_parameters(**slurm_parameters(run, profile))
+    slurm.update_parameters(**slurm_parameters(run, profile, host_python(profile)))
     return slurm
 
 
@@ -109,8 +109,11 @@ def setup_lines(profile: Profile, frozen: Path) -> list[str]:
     ]
 
 
-def slurm_parameters(run: RunDir, profile: Profile) -> dict[str, Any]:
-    """What submitit shall put into the batch script."""
+def slurm_parameters(run: RunDir, profile: Profile, python: str, frozen: Path | None = None) -> dict[str, Any]:
+    """What submitit shall put into the batch script. `python`: the shell words for slurm.requeue's Python, outside any
+    container; `frozen`: the code that the job runs, the run's own by default.
+    """
+    frozen = frozen or run.code
     binds = container.needs(run) if profile.container else []
     fixed: dict[str, Any] = {"ntasks_per_node": profile.tasks_per_node}
     elastic, more, tasks = _elastic(profile) if profile.least_nodes < profile.most_nodes else (fixed, {}, [])
@@ -132,21 +135,21 @@ def slurm_parameters(run: RunDir, profile: Profile) -> dict[str, Any]:
         },
         "srun_args": [
             "--kill-on-bad-exit=1",  # no GPU waits for a dead peer
-            *container.srun(profile, binds, run.path, run.code),
+            *container.srun(profile, binds, run.path, frozen),
             *profile.srun,
         ],
         "setup": [
             # The batch shell outlives the ranks, so that slurm.requeue can decide what follows when all are gone.
             "trap : TERM USR2",
-            *setup_lines(profile, run.code),
+            *setup_lines(profile, frozen),
             *tasks,
             # What ranks said at the end of the life before is not for the decision on this one: there may be fewer now.
-            f"rm -f {shlex.quote(str(run.folder('logs')))}/end.rank-*.json",
+            f"rm -f {shlex.quote(str(run.path))}/logs/end.rank-*.json",
         ],
         # From here on a signal must not end the decision half way.
         "teardown": [
             "status=$?; trap '' TERM USR2",
-            f"{host_python(profile)} -m slurm.requeue {shlex.quote(str(run.path))} $status",
+            f"{python} -m slurm.requeue {shlex.quote(str(run.path))} $status",
         ],
     }
 

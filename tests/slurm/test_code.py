@@ -243,7 +243,7 @@ def script_of(recipe_file: Path, tmp_path: Path, **settings: Any) -> tuple[RunDi
     profile = profiles.Profile(cluster="slurm", gpus_per_node=4, tasks_per_node=4, **settings)
     run = RunDir.create(tmp_path / "run", load_recipe(recipe_file))
     python = rank_python(profile, run.path, needs(run))
-    return run, _make_sbatch_string(f"{python} -u -m x", run.path, **slurm_parameters(run, profile))
+    return run, _make_sbatch_string(f"{python} -u -m x", run.path, **slurm_parameters(run, profile, sys.executable))
 
 
 def test_a_container_by_apptainer(recipe_file: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def test_every_profile_loads_and_describes_its_job(name: str, run: RunDir) -> No
     if profile.cluster != "slurm":
         assert executor(run, profile)
         return
-    script = _make_sbatch_string("python", run.path, **slurm_parameters(run, profile))
+    script = _make_sbatch_string("python", run.path, **slurm_parameters(run, profile, "python"))
     assert f"#SBATCH --nodes={profile.nodes}" in script
     if profile.least_nodes < profile.most_nodes:
         assert f"#SBATCH --ntasks={profile.world}\n" in script
