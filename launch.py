@@ -5,6 +5,7 @@ preparation), `slurm` (where jobs run) and `radhpc` (what runs inside them). PyT
 """
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -241,10 +242,13 @@ def train(
 def resume(
     run: RunPath,
     on: Annotated[str | None, typer.Option("--on", metavar="PROFILE", help="Default: the profile it ran on.")] = None,
+    current_code: Annotated[
+        bool, typer.Option("--current-code", help="Replace the code that the run was submitted with by today's.")
+    ] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Follow the job until it ends.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Go on from the newest checkpoint that verifies, on the same or another number of ranks."""
+    """Go on from the newest checkpoint that verifies, on the same or another number of ranks, with the same code."""
     from radhpc.run_dir import RunDir
     from slurm import profile as profiles
 
@@ -253,7 +257,7 @@ def resume(
         raise UserError(f"{run}: the run is finished; evaluate or generate with it, or train a new one")
     frozen = run_dir.path / "profile.yaml"
     profile = profiles.load(on or (str(frozen) if frozen.exists() else "inline"))
-    _submit(run_dir, profile, watch, lambda run, job: _announce(run, job, as_json))
+    _submit(run_dir, profile, watch, lambda run, job: _announce(run, job, as_json), current_code)
     _emit({"run": str(run_dir.path), "job": (run_dir.job() or {}).get("id")}, as_json)
 
 
@@ -546,7 +550,12 @@ def _train(
     recipe, profile = recipes.load(recipe_path, overrides), profiles.load(on)
     _check_data(recipe)
     run = RunDir.create(path or _new_run(recipe.name), recipe)
-    _submit(run, profile, watch, announce)
+    try:
+        _submit(run, profile, watch, announce)
+    except UserError:
+        if not run.events():  # refused before anything was submitted: the name is free again
+            shutil.rmtree(run.path)
+        raise
     return run
 
 
@@ -565,11 +574,17 @@ def _check_data(recipe: "Recipe") -> None:
         raise UserError(f"model.weights: {recipe.model.weights}: no config.json there; a local folder is wanted")
 
 
-def _submit(run: "RunDir", profile: "Profile", watch: bool, announce: Callable[["RunDir", str], None]) -> None:
+def _submit(
+    run: "RunDir",
+    profile: "Profile",
+    watch: bool,
+    announce: Callable[["RunDir", str], None],
+    current_code: bool = False,
+) -> None:
     """Submit; an inline job runs now, and its error is this command's."""
     from slurm.submit import environment, submit
 
-    job = submit(run, profile)
+    job = submit(run, profile, current_code)
     announce(run, str(job.job_id))
     if profile.cluster == "inline":
         with environment(profile):

@@ -6,8 +6,9 @@
     progress.json   step, loss, rate             ledger/        keys of the samples trained on
     tokenizer/      where it was trained here    evaluation/    step-N/: reports, scores
     base.json       identity of the frozen base  adapter/       the newest stage's adapter, for PEFT
+    code/           what the jobs run            code-N/        what `resume --current-code` replaced
 
-Written by rank 0 alone, except ledger/ and logs/. Private: only its owner may read it.
+Written by rank 0 alone, except ledger/, logs/ and code/. Private: only its owner may read it.
 """
 
 import json
@@ -27,6 +28,7 @@ Event = Literal[
     "quarantined",
     "interrupted", "preempted", "requeued", "rank_lost", "time_limit", "cancelled", "stopped", "crashed", "failed",
     "finished",
+    "code_replaced", "environment_changed",
 ]  # fmt: skip
 
 
@@ -68,6 +70,11 @@ class RunDir:
     @property
     def recipe_path(self) -> Path:
         return self.path / "recipe.yaml"
+
+    @property
+    def code(self) -> Path:
+        """The code that its jobs run, with environment.json: where it is from, and the versions beside it."""
+        return self.path / "code"
 
     def recipe(self) -> Recipe:
         return load(self.recipe_path)

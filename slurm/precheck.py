@@ -58,9 +58,9 @@ def _limits(profile: Profile, cluster: Cluster, names: list[str]) -> list[str]:
     where = f"partition '{','.join(names)}'"
     row, nodes = cluster.partitions[names[0]], cluster.nodes_of(profile.partition)
     found = []
-    if profile.nodes > len(nodes):
+    if profile.least_nodes > len(nodes):
         found.append(f"nodes {profile.nodes}: {where} has {len(nodes)}")
-    if (most := row.get("MaxNodes", "UNLIMITED")).isdecimal() and profile.nodes > int(most):
+    if (most := row.get("MaxNodes", "UNLIMITED")).isdecimal() and profile.least_nodes > int(most):
         found.append(f"nodes {profile.nodes}: {where} allows {most} per job")
     limit = minutes(row.get("MaxTime", "UNLIMITED"))
     if limit is not None and profile.minutes > limit:

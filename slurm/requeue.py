@@ -80,7 +80,8 @@ def main(run_path: str, exit_status: int) -> None:
     job_id = os.environ["SLURM_JOB_ID"]
     found = [read_json(path) for path in sorted((run.path / "logs").glob("end.rank-*.json"))]
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    verdict = decide(scheduler.show_job(job_id), found, profile.world, exit_status, profile, losses(run) + 1, restarts)
+    world = int(os.environ["SLURM_JOB_NUM_NODES"]) * profile.tasks_per_node  # of this life: `nodes` may be a range
+    verdict = decide(scheduler.show_job(job_id), found, world, exit_status, profile, losses(run) + 1, restarts)
     step = max((end["step"] for end in found), default=0)
     if verdict.cause != "finished":
         run.record(verdict.cause, job=job_id, step=step, why=verdict.why)

@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 
 # Inside radhpc a file imports only from its own floor or from lower ones.
 FLOORS = (
-    ("errors", "files", "sample", "manifest", "recipe", "run_dir"),
+    ("errors", "files", "sample", "manifest", "recipe", "run_dir", "fingerprint"),
     ("dist", "log", "stop", "remote", "store", "board", "ledger", "cache"),
     ("order", "transforms", "processors", "models", "tokenizer", "source", "fetch", "collate", "stream", "objective",
      "adapters", "engine", "allocations"),
@@ -95,7 +95,7 @@ def test_shards_know_the_torch_free_contract_alone(path: Path) -> None:
 
 @pytest.mark.parametrize("path", files("slurm"), ids=lambda path: str(path.relative_to(ROOT)))
 def test_slurm_knows_no_tensors(path: Path) -> None:
-    allowed = {None, "errors", "files", "recipe", "run_dir", "log"}
+    allowed = {None, "errors", "files", "recipe", "run_dir", "log", "fingerprint"}
     for module in imports(path, top_level=True):
         assert module.split(".")[0] not in ("shards", "torch", "launch"), module
         assert noun(module) in allowed, module
