@@ -410,14 +410,39 @@ def plan(
 @app.command(epilog="Example: python launch.py doctor --on a100_preemptible --probe --recipe recipes/image_text.yaml")
 def doctor(
     on: On = "inline",
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Submit a job of one minute that measures on the nodes.")
+    ] = False,
+    recipe: Annotated[Path | None, typer.Option(help="With --probe: read from the shards of this recipe.")] = None,
+    preempt_with: Annotated[
+        str | None,
+        typer.Option(metavar="PARTITION", help="With --probe: preempt it by a second job in this partition."),
+    ] = None,
     run: Annotated[Path, typer.Option(help="Where runs will lie.")] = Path("runs"),
     as_json: Json = False,
 ) -> None:
-    """Will a signal arrive before a job is killed, and will the job come back? What to ask the administrators for."""
-    from slurm import doctor as doctors, profile as profiles
+    """Will a signal arrive before a job is killed, do ranks see each other, and what to ask the administrators for.
 
-    checks = doctors.examine(profiles.load(on), run)
+    Reads what SLURM says of itself. With --probe it also submits a job of one minute, of all the profile's ranks: their
+    all-reduce, clocks, scontrol, free space, the store's speed, and which signals come after how long.
+    """
+    from radhpc import recipe as recipes
+    from slurm import doctor as doctors, profile as profiles
+    from slurm.probe import probe as run_probe
+
+    if (recipe or preempt_with) and not probe:
+        raise UserError("--recipe and --preempt-with go with --probe")
+    profile = profiles.load(on)
+    chosen = recipes.load(recipe) if recipe else None
+    urls = sorted({url for stage in chosen.stages for url in chosen.shards_of(stage)}) if chosen else []
+    checks = doctors.examine(profile, run)
     _print_checks(checks, as_json)
+    if probe and checks[0]["ok"]:
+        with Bar("probe", 1, unit="job") as bar:
+            more = run_probe(profile, run, urls, preempt_with, progress=lambda what: bar.update(0, what))
+            bar.update(1)
+        _print_checks(more, as_json)
+        checks += more
     ok = all(check["ok"] for check in checks)
     _emit({"ok": ok, "checks": checks}, as_json)
     raise typer.Exit(0 if ok else 1)

@@ -12,6 +12,28 @@ from radhpc.errors import UserError
 
 def main(run: str) -> Any:
     """Run one rank. Raises UserError inline; elsewhere it ends the process with status 2 after one line."""
+    inside = join()
+    import radhpc.worker  # the one import of what needs torch, inside the job
+
+    try:
+        return radhpc.worker.run(run)
+    except UserError as error:
+        if not inside:
+            raise
+        print(error, file=sys.stderr, flush=True)
+        raise SystemExit(2) from error
+
+
+def probe(folder: str) -> None:
+    """Run one rank of `doctor --probe`."""
+    join()
+    import radhpc.probe
+
+    radhpc.probe.run(folder)
+
+
+def join() -> bool:
+    """Set the variables by which PyTorch's ranks find each other; whether this is a job at all."""
     environment = submitit.JobEnvironment() if "SUBMITIT_EXECUTOR" in os.environ else None
     if environment is not None:
         os.environ.update(
@@ -22,15 +44,7 @@ def main(run: str) -> Any:
             MASTER_ADDR=address(environment.hostnames[0]),
             MASTER_PORT=str(port(environment.raw_job_id)),
         )
-    import radhpc.worker  # the one import of what needs torch, inside the job
-
-    try:
-        return radhpc.worker.run(run)
-    except UserError as error:
-        if environment is None:
-            raise
-        print(error, file=sys.stderr, flush=True)
-        raise SystemExit(2) from error
+    return environment is not None
 
 
 def address(first_host: str) -> str:
