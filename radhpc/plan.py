@@ -59,7 +59,9 @@ class PretendedRanks(Ranks):
     """Rank 0 of so many, without peers and on the CPU."""
 
     def __init__(self, world: int) -> None:
-        self.rank, self.world, self.device = 0, world, torch.device("cpu")
+        super().__init__()
+        assert self.world == 1, "a plan is no job of its own"
+        self.world, self.device = world, torch.device("cpu")
 
     def _reduce(self, values: Sequence[float], operation: Any) -> list[float]:
         return list(values)

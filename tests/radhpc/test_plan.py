@@ -43,23 +43,26 @@ from radhpc.source import Source
 def memory(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
 
-recipe = recipes.load(Path(sys.argv[1]), json.loads(sys.argv[2]))
-stage = recipe.stages[int(sys.argv[3])]
-source = Source(recipe.shards, "train")
-with tempfile.TemporaryDirectory() as folder:
-    family, _ = plan._family(recipe, source, Path(folder))
-encoder = Encoder(family, recipe.text, recipe.images)
-rows, _, _ = plan._largest_rows(recipe, source, encoder, stage.micro_batch, False)
-small = torch.randn(64, 64, requires_grad=True)
-(small @ small).sum().backward()  # the libraries are there now
-before = memory("VmRSS")
-model = family.build(0)
-if stage.lora is not None:
-    adapters.attach(model, stage.lora, 0)
-adapters.choose_trained(model, stage)
-engine = Engine(model, recipe, stage.optimizer, family.blocks, Ranks())
-batch = encoder.batch(rows)
-plan.trace(engine, [batch, batch], SimpleNamespace(now=0, peak=0))
+def step(overrides):
+    recipe = recipes.load(Path(sys.argv[1]), overrides)
+    stage = recipe.stages[int(sys.argv[3])]
+    source = Source(recipe.shards, "train")
+    with tempfile.TemporaryDirectory() as folder:
+        family, _ = plan._family(recipe, source, Path(folder))
+    encoder = Encoder(family, recipe.text, recipe.images)
+    rows, _, _ = plan._largest_rows(recipe, source, encoder, stage.micro_batch or 2, False)
+    before = memory("VmRSS")
+    model = family.build(0)
+    if stage.lora is not None:
+        adapters.attach(model, stage.lora, 0)
+    adapters.choose_trained(model, stage)
+    engine = Engine(model, recipe, stage.optimizer, family.blocks, Ranks())
+    batch = encoder.batch(rows)
+    plan.trace(engine, [batch, batch], SimpleNamespace(now=0, peak=0))
+    return before
+
+step([])  # the libraries and their own memory are there now
+before = step(json.loads(sys.argv[2]))
 print(json.dumps((memory("VmHWM") - before) / 1e9))
 """
 
