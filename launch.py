@@ -399,7 +399,8 @@ def plan(
     earlier = RunDir.open(like) if like else None
     from radhpc.plan import foretell
 
-    stages = foretell(chosen, profile.world, bool(profile.gpus_per_node))
+    # With a range of nodes a GPU holds most on the fewest of them.
+    stages = foretell(chosen, profile.least_nodes * profile.tasks_per_node, bool(profile.gpus_per_node))
     result = plans.costs(stages, profile, run, earlier, samples_per_second)
     result["stages"] = [vars(stage) for stage in stages]
     _print_plan(result, as_json)

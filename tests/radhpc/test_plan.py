@@ -82,7 +82,7 @@ def test_the_foretold_peak_is_what_a_step_takes(recipe_file: Path, number: int, 
     assert done.returncode == 0, done.stderr
     measured = float(done.stdout.splitlines()[-1])
     print(f"stage {number} {more}: foretold {foretold:.3f} GB, measured {measured:.3f} GB")
-    assert measured > 0.15, "too small to tell"
+    assert measured > 0.1, "too small to tell"
     assert foretold == pytest.approx(measured, rel=0.15)
 
 
