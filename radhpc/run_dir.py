@@ -6,8 +6,9 @@
     progress.json   step, loss, rate             ledger/        keys of the samples trained on
     tokenizer/      where it was trained here    evaluation/    step-N/: reports, scores
     base.json       identity of the frozen base  adapter/       the newest stage's adapter, for PEFT
+    code/           what the jobs run            code-N/        what `resume --current-code` replaced
 
-Written by rank 0 alone, except ledger/, logs/ and the event of a hang. Private: only its owner may read it.
+Written by rank 0 alone, except ledger/, logs/, code/ and the event of a hang. Private: only its owner may read it.
 """
 
 import json
@@ -31,6 +32,7 @@ Event = Literal[
     "starting", "first_step",
     "stuck",  # a rank found who hangs: cause, culprits
     "straggler",  # a rank is slower than the others: rank, host, ratio
+    "code_replaced", "environment_changed",
 ]  # fmt: skip
 
 
@@ -72,6 +74,11 @@ class RunDir:
     @property
     def recipe_path(self) -> Path:
         return self.path / "recipe.yaml"
+
+    @property
+    def code(self) -> Path:
+        """The code that its jobs run, with environment.json: where it is from, and the versions beside it."""
+        return self.path / "code"
 
     def recipe(self) -> Recipe:
         return load(self.recipe_path)

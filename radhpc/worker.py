@@ -17,13 +17,13 @@ from typing import Any, Literal
 
 import torch
 
-from radhpc import hooks, log as logs
+from radhpc import fingerprint, hooks, log as logs
 from radhpc.board import Board
 from radhpc.checkpoint import Cursor, read_cursor, read_tensors
 from radhpc.dist import Ranks, lost_peer
 from radhpc.engine import Engine
 from radhpc.errors import UserError, first_line
-from radhpc.files import write_atomically
+from radhpc.files import read_json, write_atomically
 from radhpc.heartbeat import Heartbeat, Limits
 from radhpc.ledger import Ledger
 from radhpc.log import Bar
@@ -86,6 +86,7 @@ def _run(run: RunDir, ranks: Ranks, stop: Stop) -> Outcome:
         job = os.environ.get("SLURM_JOB_ID", "")
         nodes = os.environ.get("SLURM_JOB_NODELIST", socket.gethostname())
         run.record("started", life=life, job=job, world=ranks.world, engine=recipe.engine, nodes=nodes)
+    _agree_on_environment(run, ranks)
     parts = Parts(run, recipe, ranks)
     position: Position | None = None
     try:
@@ -186,6 +187,24 @@ def _run_stage(
     finally:
         stream.close()
     return f"step-{position.step:06d}"
+
+
+def _agree_on_environment(run: RunDir, ranks: Ranks) -> None:
+    """All ranks run the same code with the same libraries; what is not as it was at the submission is recorded."""
+    prints = ranks.gather(fingerprint.take())
+    for rank, theirs in enumerate(prints):
+        if what := fingerprint.differences(prints[0], theirs):
+            named = ", ".join(f"{name} {there} there, {here} on rank 0" for name, (here, there) in what.items())
+            raise UserError(f"rank {rank} runs something else than rank 0: {named}; all nodes must be set up alike")
+    if not ranks.first or (frozen := read_json(run.code / "environment.json")) is None:
+        return
+    if "python" not in frozen:  # the submission could not look into the container that this runs in
+        frozen |= fingerprint.versions()
+        write_atomically(run.code / "environment.json", json.dumps(frozen, indent=1).encode(), 0o600)
+    if what := fingerprint.differences(frozen, prints[0]):
+        named = ", ".join(f"{name} {now}, frozen was {was}" for name, (was, now) in what.items())
+        log.warning("the environment is not the one that this run was submitted with: %s", named)
+        run.record("environment_changed", what=what)
 
 
 def _agree_on_data(parts: Parts, steps: list[int]) -> None:

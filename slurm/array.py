@@ -7,9 +7,7 @@ A newer array from the same folder takes the place of one that a killed command 
 """
 
 import os
-import shlex
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +17,9 @@ import submitit
 
 from radhpc.errors import UserError
 from radhpc.files import write_atomically
+from slurm import code, container
 from slurm.profile import Profile
-from slurm.submit import CHECKOUT, environment, explain, site_parameters
+from slurm.submit import environment, explain, rank_python, setup_lines, site_parameters
 
 OWNER = "array"  # file in the folder: the id of the array that works for it
 
@@ -58,9 +57,12 @@ def submit(
     owner = folder / OWNER
     if owner.exists():
         Array(owner.read_text().strip(), profile.environment).cancel()
+    frozen = folder / f"code-{code.current()}"  # by its hash: elements of an older array may still import theirs
+    code.freeze(frozen)
+    binds = [f"{folder}:{folder}"]
     with environment(profile), explain():
         try:
-            executor = submitit.SlurmExecutor(folder / "logs", python=profile.python or shlex.quote(sys.executable))
+            executor = submitit.SlurmExecutor(folder / "logs", python=rank_python(profile, folder, binds))
         except RuntimeError as error:
             raise UserError("srun is not found: submit from a login node of the cluster") from error
         executor.update_parameters(
@@ -70,11 +72,8 @@ def submit(
             ntasks_per_node=1,
             array_parallelism=len(arguments),
             additional_parameters={"requeue": True, **profile.sbatch},
-            srun_args=list(profile.srun),
-            setup=[
-                f"export PYTHONPATH={shlex.quote(str(CHECKOUT))}${{PYTHONPATH:+:$PYTHONPATH}}",
-                *profile.setup,
-            ],
+            srun_args=[*container.srun(profile, binds, folder, frozen), *profile.srun],
+            setup=setup_lines(profile, frozen),
         )
         jobs = executor.map_array(function, arguments)
     array = Array(str(jobs[0].job_id).split("_")[0], profile.environment)

@@ -14,11 +14,33 @@ from slurm import logs, requeue
 
 def main(run: str) -> Any:
     """Run one rank. Raises UserError inline; elsewhere it ends the process with status 2 after one line."""
+    inside = join(RunDir(run))
+    import radhpc.worker  # the one import of what needs torch, inside the job
+
+    try:
+        return radhpc.worker.run(run)
+    except UserError as error:
+        if not inside:
+            raise
+        print(error, file=sys.stderr, flush=True)
+        raise SystemExit(2) from error
+
+
+def probe(folder: str) -> None:
+    """Run one rank of `doctor --probe`."""
+    join()
+    import radhpc.probe
+
+    radhpc.probe.run(folder)
+
+
+def join(run: RunDir | None = None) -> bool:
+    """Set the variables by which PyTorch's ranks find each other; whether this is a job at all. A run's life begins."""
     environment = submitit.JobEnvironment() if "SUBMITIT_EXECUTOR" in os.environ else None
     if environment is not None:
         logs.mark(environment.global_rank, socket.gethostname())
-        if environment.global_rank == 0:
-            _begin(RunDir(run), environment)
+        if environment.global_rank == 0 and run is not None:
+            _begin(run, environment)
         os.environ.update(
             RANK=str(environment.global_rank),
             WORLD_SIZE=str(environment.num_tasks),
@@ -27,15 +49,7 @@ def main(run: str) -> Any:
             MASTER_ADDR=address(environment.hostnames[0]),
             MASTER_PORT=str(port(environment.raw_job_id)),
         )
-    import radhpc.worker  # the one import of what needs torch, inside the job
-
-    try:
-        return radhpc.worker.run(run)
-    except UserError as error:
-        if environment is None:
-            raise
-        print(error, file=sys.stderr, flush=True)
-        raise SystemExit(2) from error
+    return environment is not None
 
 
 def _begin(run: RunDir, environment: submitit.JobEnvironment) -> None:

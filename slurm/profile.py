@@ -5,15 +5,51 @@ profile = load("~/a100.yaml")    # a file of one's own
 """
 
 import os
+import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from radhpc.errors import UserError, nearest
 from radhpc.recipe import Section, read_yaml, validate
 
 FOLDER = Path(__file__).parent / "profiles"
+
+
+class Container(Section):
+    """What the ranks run in: an image for Apptainer, or one for pyxis. The batch script stays outside."""
+
+    apptainer: str | None = Field(None, description="path of a .sif")
+    pyxis: str | None = Field(None, description="path of a .sqsh, or a name that enroot knows")
+    binds: tuple[str, ...] = Field(
+        (),
+        description="what the job sees besides the run folder, local shards and weights: PATH, PATH:INSIDE or "
+        "PATH:INSIDE:ro; $NAME and ~ are expanded",
+    )
+    python: str = Field("python3", description="inside the container")
+    gpus: Literal["nv", "rocm"] = Field("nv", description="whose GPUs Apptainer shows where the job asks for some")
+    command: str = Field("apptainer", description="how the site calls Apptainer: singularity, or a path")
+    options: tuple[str, ...] = Field((), description="any other option of 'apptainer exec', or of srun with pyxis")
+
+    @model_validator(mode="after")
+    def _check(self) -> "Container":
+        if (self.apptainer is None) == (self.pyxis is None):
+            raise ValueError("give either 'apptainer' (a .sif) or 'pyxis' (a .sqsh)")
+        return self
+
+    @field_validator("apptainer", "pyxis")
+    @classmethod
+    def _expand_image(cls, value: str | None) -> str | None:
+        return value and os.path.expanduser(os.path.expandvars(value))
+
+    @field_validator("binds")
+    @classmethod
+    def _expand_binds(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for bind in value:
+            if "," in bind or not 1 <= len(bind.split(":")) <= 3:
+                raise ValueError(f"'{bind}': allowed are PATH, PATH:INSIDE and PATH:INSIDE:ro, without commas")
+        return tuple(os.path.expanduser(os.path.expandvars(bind)) for bind in value)
 
 
 class Profile(Section):
@@ -22,7 +58,9 @@ class Profile(Section):
     cluster: Literal["inline", "local", "slurm"] = Field(
         description="inline: in this process; local: ranks on this machine; slurm: by sbatch and srun"
     )
-    nodes: int = Field(1, ge=1)
+    nodes: int | str = Field(
+        1, description="a number, or a range such as 1-4: each life takes what there is, the training is the same"
+    )
     tasks_per_node: int = Field(1, ge=1, description="ranks on each node: one per GPU")
     gpus_per_node: int | None = Field(None, ge=1, description="none: the job asks for no GPU and computes on CPUs")
     gpu_request: Literal["gpus_per_node", "gres"] = Field(
@@ -57,14 +95,27 @@ class Profile(Section):
         1800, ge=0, description="the same at start-up, in a stage's first step, while saving and scoring"
     )
     python: str | None = Field(
-        None, description="how to start Python in the job, a container for instance; default: this one"
+        None,
+        description="how to start Python in the job; default: this one. With a container: slurm.requeue's, outside",
     )
+    container: Container | None = Field(None, description="run the ranks in Apptainer or pyxis")
     setup: tuple[str, ...] = Field((), description="lines of the batch script before the ranks start: modules, a venv")
     environment: dict[str, str] = Field(
         default_factory=dict, description="variables for sbatch and the job; $NAME and ~ are expanded"
     )
     sbatch: dict[str, str | int | bool] = Field(default_factory=dict, description="any other option of sbatch")
     srun: tuple[str, ...] = Field((), description="any other option of srun")
+    shared: bool = Field(
+        False, description="the run folders' disk looks local here, but all nodes see it: this machine exports it"
+    )
+
+    @field_validator("nodes", mode="before")
+    @classmethod
+    def _check_nodes(cls, value: Any) -> int | str:
+        found = re.fullmatch(r"([1-9]\d*)(?:-([1-9]\d*))?", str(value)) if not isinstance(value, bool) else None
+        if not found or int(found[2] or found[1]) < int(found[1]):
+            raise ValueError("allowed are a number from 1 on, or a range such as 1-4")
+        return f"{int(found[1])}-{int(found[2])}" if found[2] and int(found[2]) > int(found[1]) else int(found[1])
 
     @field_validator("environment")
     @classmethod
@@ -72,8 +123,17 @@ class Profile(Section):
         return {name: os.path.expanduser(os.path.expandvars(text)) for name, text in value.items()}
 
     @property
+    def least_nodes(self) -> int:
+        return int(str(self.nodes).split("-")[0])
+
+    @property
+    def most_nodes(self) -> int:
+        return int(str(self.nodes).split("-")[-1])
+
+    @property
     def world(self) -> int:
-        return self.nodes * self.tasks_per_node
+        """Ranks at the most; a life on a range of nodes may have fewer, and its "started" event says how many."""
+        return self.most_nodes * self.tasks_per_node
 
 
 def load(name: str) -> Profile:

@@ -190,7 +190,7 @@ def excluded(job: Mapping[str, str], verdict: Verdict, before: Past, profile: Pr
     named = set(scheduler.hostnames(job.get("ExcNodeList", "(null)").replace("(null)", "")))
     losses = Counter(before.nodes) + Counter(verdict.nodes)
     bad = named | {node for node, count in losses.items() if count >= profile.node_losses}
-    return ",".join(sorted(bad)) if bad > named and len(set(usable) - bad) >= profile.nodes else ""
+    return ",".join(sorted(bad)) if bad > named and len(set(usable) - bad) >= profile.least_nodes else ""
 
 
 def account_for_the_dead(run: RunDir, job_id: str) -> None:
@@ -220,7 +220,8 @@ def main(run_path: str, exit_status: int) -> None:
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     job, before = scheduler.show_job(job_id), past(run.events())
     down = scheduler.down(os.environ.get("SLURM_JOB_NODELIST", ""))
-    verdict = decide(job, found, profile.world, exit_status, profile, before, restarts, down)
+    world = int(os.environ["SLURM_JOB_NUM_NODES"]) * profile.tasks_per_node  # of this life: `nodes` may be a range
+    verdict = decide(job, found, world, exit_status, profile, before, restarts, down)
     step = max((end["step"] for end in found.values()), default=0)
     if verdict.cause != "finished":
         more: dict[str, Any] = {"nodes": verdict.nodes} if verdict.nodes else {}
@@ -229,7 +230,6 @@ def main(run_path: str, exit_status: int) -> None:
     print(f"slurm.requeue: {verdict.cause} {verdict.why} {verdict.gave_up}".rstrip(), file=sys.stderr, flush=True)
     if verdict.gave_up and profile.requeue:
         run.record("gave_up", job=job_id, after=verdict.cause, why=verdict.gave_up)
-    put_back = int(job.get("Restarts", "0")) > restarts
     put_back = int(job.get("Restarts", "0")) > restarts
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     name = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else job_id

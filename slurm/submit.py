@@ -1,7 +1,7 @@
 """A frozen run and a profile to a job, through submitit's executors.
 
 The pickle that submitit leaves for the job holds the run folder's path and nothing else, so a job that SLURM starts
-again, days later, reads the run as it is then.
+again, days later, reads the run as it is then; and imports the code that was frozen into the run folder (code.py).
 """
 
 import os
@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +20,42 @@ import yaml
 from radhpc.errors import UserError, first_line
 from radhpc.files import write_atomically
 from radhpc.run_dir import RunDir, process_start
-from slurm import job as slurm_job, scheduler
+from slurm import code, container, job as slurm_job, precheck, scheduler
 from slurm.profile import Profile
 
-CHECKOUT = Path(__file__).resolve().parent.parent
 
+def submit(run: RunDir, profile: Profile, current_code: bool = False) -> submitit.Job[Any]:
+    """Submit, and make the job the run's owner. An inline job runs when its outcome is asked for.
 
-def submit(run: RunDir, profile: Profile) -> submitit.Job[Any]:
-    """Submit, and make the job the run's owner. An inline job runs when its outcome is asked for."""
+    The job runs the code in the run folder, which is this process's where there is none yet, or where
+    `current_code` is asked for. An inline job cannot but run this process's.
+    """
     scheduler.refuse_if_alive(run)
+    if profile.container is not None:
+        container.check(profile.container)
+    precheck.refuse(run, profile, slurm_parameters(run, profile, host_python(profile)))
+    same_python = profile.python is None and profile.container is None
+    if current_code and run.code.exists():
+        was, is_now, kept = code.replace(run.code, same_python)
+        run.record("code_replaced", was=was, now=is_now, kept=kept)
+    frozen = code.freeze(run.code, same_python)
+    # Only what is not a default, so that frozen code reads what a newer radhpc writes.
+    settings = {"cluster": profile.cluster, **profile.model_dump(mode="json", exclude_defaults=True)}
+    write_atomically(run.path / "profile.yaml", yaml.safe_dump(settings).encode(), 0o600)
+    if profile.cluster != "inline":
+        code.check_profile(run.code, run.path / "profile.yaml")
     run.clear_stop()
-    write_atomically(run.path / "profile.yaml", yaml.safe_dump(profile.model_dump(mode="json")).encode(), 0o600)
-    with environment(profile), apart(run) if profile.cluster == "local" else nullcontext(), explain():
+    with starting(run, profile), explain():
         job = executor(run, profile).submit(slurm_job.main, str(run.path))
     pid = os.getpid() if profile.cluster == "inline" else int(job.job_id) if profile.cluster == "local" else None
     owner: dict[str, Any] = {"cluster": profile.cluster, "id": str(job.job_id), "host": socket.gethostname()}
     if pid is not None:
         owner |= {"pid": pid, "process_start": process_start(pid)}
     run.write_job(**owner, environment=profile.environment)
-    run.record("submitted", job=str(job.job_id), cluster=profile.cluster, nodes=profile.nodes, world=profile.world)
+    run.record(
+        "submitted", job=str(job.job_id), cluster=profile.cluster, nodes=profile.nodes, world=profile.world,
+        code=frozen["code"] if profile.cluster != "inline" else code.current(), commit=frozen["commit"],
+    )  # fmt: skip
     return job
 
 
@@ -48,10 +65,14 @@ def executor(run: RunDir, profile: Profile) -> submitit.Executor:
     if profile.cluster == "inline":
         if profile.world > 1:
             raise UserError(f"an inline profile has one rank, not {profile.world}: use cluster 'local'")
+        if profile.container is not None:
+            raise UserError("an inline profile has no container, its job runs in this process: use cluster 'local'")
         return submitit.DebugExecutor(folder)
-    python = profile.python or shlex.quote(sys.executable)
+    python = rank_python(profile, run.path, container.needs(run) if profile.container else [])
     if profile.cluster == "local":
-        if profile.nodes > 1:
+        if profile.container is not None and profile.container.pyxis:
+            raise UserError("container.pyxis belongs to srun: a local profile takes container.apptainer")
+        if profile.most_nodes > 1:
             raise UserError(f"a local profile has one node, not {profile.nodes}")
         local = submitit.LocalExecutor(folder, python=python)
         local.update_parameters(
@@ -65,12 +86,38 @@ def executor(run: RunDir, profile: Profile) -> submitit.Executor:
         slurm = submitit.SlurmExecutor(folder, python=python)
     except RuntimeError as error:
         raise UserError("srun is not found: submit from a login node of the cluster") from error
-    slurm.update_parameters(**slurm_parameters(run, profile, python))
+    slurm.update_parameters(**slurm_parameters(run, profile, host_python(profile)))
     return slurm
 
 
-def slurm_parameters(run: RunDir, profile: Profile, python: str) -> dict[str, Any]:
-    """What submitit shall put into the batch script."""
+def host_python(profile: Profile) -> str:
+    """The shell words for Python in the batch script itself, outside any container."""
+    return profile.python or shlex.quote(sys.executable)
+
+
+def rank_python(profile: Profile, folder: Path, binds: list[str]) -> str:
+    """The shell words for a rank's Python; `folder` and `binds` are for a container (slurm/container.py)."""
+    return container.python(profile, binds, folder) if profile.container else host_python(profile)
+
+
+def setup_lines(profile: Profile, frozen: Path) -> list[str]:
+    """Lines of any batch script of this profile: its own, then what makes a job import the frozen code."""
+    inside = container.variables(profile.container, frozen)
+    return [
+        *profile.setup,
+        code.exports(frozen),
+        *(f"export {name}={shlex.quote(value)}" for name, value in inside.items()),
+    ]
+
+
+def slurm_parameters(run: RunDir, profile: Profile, python: str, frozen: Path | None = None) -> dict[str, Any]:
+    """What submitit shall put into the batch script. `python`: the shell words for slurm.requeue's Python, outside any
+    container; `frozen`: the code that the job runs, the run's own by default.
+    """
+    frozen = frozen or run.code
+    binds = container.needs(run) if profile.container else []
+    fixed: dict[str, Any] = {"ntasks_per_node": profile.tasks_per_node}
+    elastic, more, tasks = _elastic(profile) if profile.least_nodes < profile.most_nodes else (fixed, {}, [])
     gpus: dict[str, Any] = {}
     if profile.gpus_per_node:
         by_gres = profile.gpu_request == "gres"
@@ -80,19 +127,50 @@ def slurm_parameters(run: RunDir, profile: Profile, python: str) -> dict[str, An
         **gpus,
         **({"exclusive": True} if profile.exclusive else {}),
         "job_name": run.path.name,
-        "nodes": profile.nodes,
-        "ntasks_per_node": profile.tasks_per_node,
-        "additional_parameters": {"requeue" if profile.requeue else "no-requeue": True, **profile.sbatch},
-        "srun_args": ["--kill-on-bad-exit=1", *profile.srun],  # no GPU waits for a dead peer
+        "nodes": profile.most_nodes,
+        **elastic,
+        "additional_parameters": {
+            **more,
+            "requeue" if profile.requeue else "no-requeue": True,
+            **profile.sbatch,
+        },
+        "srun_args": [
+            "--kill-on-bad-exit=1",  # no GPU waits for a dead peer
+            *container.srun(profile, binds, run.path, frozen),
+            *profile.srun,
+        ],
         "setup": [
             # The batch shell outlives the ranks, so that slurm.requeue can decide what follows when all are gone.
             "trap : TERM USR2",
-            f"export PYTHONPATH={shlex.quote(str(CHECKOUT))}${{PYTHONPATH:+:$PYTHONPATH}}",
-            *profile.setup,
+            *setup_lines(profile, frozen),
+            *tasks,
+            # What ranks said at the end of the life before is not for the decision on this one: there may be fewer now.
+            f"rm -f {shlex.quote(str(run.path))}/logs/end.rank-*.json",
         ],
         # From here on a signal must not end the decision half way.
-        "teardown": ["status=$?; trap '' TERM USR2", f"{python} -m slurm.requeue {shlex.quote(str(run.path))} $status"],
+        "teardown": [
+            "status=$?; trap '' TERM USR2",
+            f"{python} -m slurm.requeue {shlex.quote(str(run.path))} $status",
+        ],
     }
+
+
+def _elastic(profile: Profile) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """For a range of nodes: parameters of submitit, options of sbatch, and lines of the batch script.
+
+    SLURM gives as many nodes as the tasks need. Asked for tasks per node, it counts those of the fewest nodes and never
+    gives more than these; asked for the tasks of the most nodes, it never gives fewer. So the job asks for the tasks of
+    the most nodes and allows them to be overcommitted, which makes the range hold, and for the CPUs of a whole node,
+    which are then counted once a node. srun starts the tasks of the nodes that it got, each with its own CPUs.
+    """
+    tasks, cpus = profile.tasks_per_node, profile.cpus_per_task or 1
+    lines = [
+        "unset SLURM_OVERCOMMIT",
+        f"export SLURM_NTASKS_PER_NODE={tasks} SLURM_NTASKS=$((SLURM_JOB_NUM_NODES * {tasks}))",
+        f"export SLURM_NPROCS=$SLURM_NTASKS SLURM_CPUS_PER_TASK={cpus} SRUN_CPUS_PER_TASK={cpus}",
+    ]
+    # submitit multiplies with its own number of nodes; sbatch gets the range.
+    return {"cpus_per_task": cpus * tasks}, {"nodes": profile.nodes, "ntasks": profile.world, "overcommit": True}, lines
 
 
 def site_parameters(profile: Profile) -> dict[str, Any]:
@@ -141,14 +219,26 @@ def apart(run: RunDir) -> Iterator[None]:
 
 
 @contextmanager
-def environment(profile: Profile) -> Iterator[None]:
+def starting(run: RunDir, profile: Profile) -> Iterator[None]:
+    """What submission happens in: the profile's variables, and for local ranks the code they import."""
+    if profile.cluster != "local":
+        with environment(profile):
+            yield
+        return
+    inside = {**code.variables(run.code), **container.variables(profile.container, run.code)}
+    with environment(profile, inside), apart(run):
+        yield
+
+
+@contextmanager
+def environment(profile: Profile, more: dict[str, str] | None = None) -> Iterator[None]:
     """The profile's variables, for submitit's own calls of sbatch and for the processes it starts."""
     threads = profile.threads or profile.cpus_per_task
     limits = {
         "RADHPC_HANG_SECONDS": str(profile.hang_seconds),
         "RADHPC_HANG_SLOW_SECONDS": str(profile.hang_slow_seconds),
     }
-    wanted = {**limits, **profile.environment, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+    wanted = limits | profile.environment | ({"OMP_NUM_THREADS": str(threads)} if threads else {}) | (more or {})
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:

@@ -249,3 +249,43 @@ def verdicts(results: list[dict[str, Any]]) -> Iterator[str]:
             for fault in ("missing", "repeated"):
                 for key in epoch[fault][:SHOWN]:
                     yield f"  stage {epoch['stage']}, epoch {epoch['epoch']}: {fault}: {key}"
+
+
+def plan(result: dict[str, Any]) -> Iterator[RenderableType]:
+    """What a recipe will take on a profile, and what of it does not fit."""
+    table = Table(
+        "stage", "steps", "trained of all", "GB per GPU", "of it a batch of", "checkpoint MB", box=SIMPLE_HEAD
+    )
+    for stage in result["stages"]:
+        table.add_row(
+            stage["name"],
+            f"{stage['steps']:,}",
+            f"{stage['trainable']:,} of {stage['parameters']:,}",
+            f"{stage['gigabytes_per_gpu']:.2f}",
+            f"{stage['micro_batch']} x {stage['tokens']} tokens, {stage['views']} view(s)",
+            f"{stage['checkpoint_megabytes']:.1f}",
+        )
+    yield table
+    yield "fits on: " + ", ".join(f"{card} {'yes' if fits else 'NO'}" for card, fits in result["fits_on"].items())
+    if result["hours"] is None:
+        yield "hours: unknown; --like RUN takes the samples/s of an earlier run"
+    else:
+        gpus = "" if result["gpu_hours"] is None else f", {result['gpu_hours']:.1f} GPU-hours"
+        yield (
+            f"{result['hours']:.2f} h for {result['steps']:,} steps, {result['hours_per_epoch']:.2f} h an epoch{gpus} "
+            f"({result['samples_per_second']:.1f} samples/s: {result['samples_per_second_from']})"
+        )
+    grace = "never preempted" if result["grace_seconds"] is None else f"grace {result['grace_seconds']} s"
+    yield (
+        f"a save of {result['checkpoint_megabytes']:.1f} MB takes {result['save_seconds']:.1f} s at "
+        f"{result['megabytes_per_second']:.0f} MB/s; {grace}"
+    )
+    yield from (f"[red]does not fit[/] {problem}" for problem in result["problems"])
+
+
+def checks(found: list[dict[str, Any]]) -> Iterator[str]:
+    """What doctor found, and what it wants where something is not as it should be."""
+    for check in found:
+        yield f"{'[green]ok[/]' if check['ok'] else '[red]NO[/]'}  [bold]{check['name']}[/]: {check['found']}"
+        if not check["ok"]:
+            yield f"    wanted: {check['wanted']}"

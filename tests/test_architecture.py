@@ -12,11 +12,11 @@ from tests.conftest import ROOT
 
 # Inside radhpc a file imports only from its own floor or from lower ones.
 FLOORS = (
-    ("errors", "files", "sample", "manifest", "recipe", "run_dir"),
-    ("dist", "heartbeat", "log", "stop", "remote", "store", "board", "ledger", "cache"),
+    ("errors", "files", "sample", "manifest", "recipe", "run_dir", "fingerprint"),
+    ("dist", "heartbeat", "log", "stop", "remote", "store", "board", "ledger", "cache", "probe"),
     ("order", "transforms", "processors", "models", "tokenizer", "source", "fetch", "collate", "stream", "objective",
-     "adapters", "engine"),
-    ("checkpoint", "metrics", "generate", "evaluate", "export", "audit", "parts", "loop", "straggler", "hooks"),
+     "adapters", "engine", "allocations"),
+    ("checkpoint", "metrics", "generate", "evaluate", "export", "audit", "parts", "loop", "straggler", "hooks", "plan"),
     ("worker",),
 )  # fmt: skip
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
@@ -96,7 +96,7 @@ def test_shards_know_the_torch_free_contract_alone(path: Path) -> None:
 
 @pytest.mark.parametrize("path", files("slurm"), ids=lambda path: str(path.relative_to(ROOT)))
 def test_slurm_knows_no_tensors(path: Path) -> None:
-    allowed = {None, "errors", "files", "recipe", "run_dir", "log"}
+    allowed = {None, "errors", "files", "recipe", "run_dir", "log", "fingerprint"}
     for module in imports(path, top_level=True):
         assert module.split(".")[0] not in ("shards", "torch", "launch"), module
         assert noun(module) in allowed, module

@@ -24,6 +24,10 @@ class ModelFamily(Protocol):
         """The whole model on the CPU, in float32 and in evaluation mode."""
         ...
 
+    def build_empty(self) -> torch.nn.Module:
+        """The same without values, on the meta device; of a local folder it needs the configuration alone."""
+        ...
+
     def prompt(self, text: str, images: int) -> str:
         """The chat-formatted prompt for a number of images, up to where the answer begins."""
         ...

@@ -118,6 +118,12 @@ class Family:
         model.generation_config.pad_token_id = self.tokenizer.pad_token_id
         return model.eval()
 
+    def build_empty(self) -> torch.nn.Module:
+        """The architecture alone, in float32 as build() gives it."""
+        self.config._attn_implementation = self._recipe.attention
+        with torch.device("meta"):
+            return MllamaForConditionalGeneration(self.config).eval()
+
     def _initialise(self, model: torch.nn.Module) -> None:
         """Start the gates and the position embeddings where the recipe says, not where upstream does."""
         gates, positions = self._recipe.gates, self._recipe.positions

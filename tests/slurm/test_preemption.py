@@ -9,7 +9,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,8 @@ LONGER = ["stages.scratch.steps=30", "stages.adapt.epochs=5", "stages.refine.ste
 EVERY = 10
 
 
-def start(launch: Launch, recipe: Path, profile: Path, run: Path) -> str:
-    launch("train", recipe, *LONGER, f"checkpoint.every={EVERY}", "--on", profile, "--run", run)
+def start(launch: Launch, recipe: Path, profile: Path, run: Path, changes: Sequence[str] = LONGER) -> str:
+    launch("train", recipe, *changes, f"checkpoint.every={EVERY}", "--on", profile, "--run", run)
     return events(run, "submitted")[-1]["job"]  # type: ignore[no-any-return]
 
 

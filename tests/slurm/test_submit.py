@@ -28,7 +28,11 @@ def test_every_profile_loads_and_describes_its_job(name: str, run: RunDir) -> No
         return
     script = _make_sbatch_string("python", run.path, **slurm_parameters(run, profile, "python"))
     assert f"#SBATCH --nodes={profile.nodes}" in script
-    assert f"#SBATCH --ntasks-per-node={profile.tasks_per_node}" in script
+    if profile.least_nodes < profile.most_nodes:
+        assert f"#SBATCH --ntasks={profile.world}\n" in script
+        assert "#SBATCH --overcommit\n" in script
+    else:
+        assert f"#SBATCH --ntasks-per-node={profile.tasks_per_node}\n" in script
     assert "#SBATCH --requeue" in script
     assert f"--signal=USR2@{profile.signal_seconds}" in script
     assert "--kill-on-bad-exit=1" in script

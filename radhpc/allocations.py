@@ -1,0 +1,76 @@
+"""How many bytes of tensors are alive, and how many were at most: of real tensors, or of fake ones that have no memory.
+
+    with FakeTensorMode(), Allocations(model.parameters()) as memory:
+        engine.step(...)
+    memory.peak
+
+Counts storages, so views cost nothing, and follows FSDP2, which empties and refills storages in place. Where a program
+asks for a tensor's value, any will do: what is counted depends on shapes alone.
+"""
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of live storages, now and at the peak. One at a time: it watches storages change their size."""
+
+    def __init__(self, before: Iterable[torch.Tensor] = (), made_up_values: bool = False) -> None:
+        """`before`: tensors that were there already; `made_up_values`: for fake tensors, which have none."""
+        super().__init__()
+        self.now = self.peak = 0
+        self._made_up = made_up_values
+        self._held: dict[int, int] = {}  # bytes, by the address of the storage
+        for tensor in before:
+            self._hold(tensor)
+
+    def __enter__(self) -> "Allocations":
+        self._resize = torch.UntypedStorage.resize_
+
+        def resize(storage: torch.UntypedStorage, size: int) -> Any:
+            done = self._resize(storage, size)
+            self._measure(storage)
+            return done
+
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._made_up and func is torch.ops.aten._local_scalar_dense.default:
+            kind = args[0].dtype
+            return False if kind == torch.bool else 1.0 if kind.is_floating_point else 1
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # its local tensors come by next
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, torch.Tensor):
+                self._hold(tensor)
+        return result
+
+    def _hold(self, tensor: torch.Tensor) -> None:
+        storage = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
+        if storage._cdata not in self._held:
+            self._held[storage._cdata] = 0
+            weakref.finalize(storage, self._release, storage._cdata)
+        self._measure(storage)
+
+    def _measure(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata in self._held:
+            size = storage.nbytes()
+            self.now += size - self._held[storage._cdata]
+            self._held[storage._cdata] = size
+            self.peak = max(self.peak, self.now)
+
+    def _release(self, address: int) -> None:
+        self.now -= self._held.pop(address)

@@ -1,0 +1,219 @@
+"""What a recipe will need, before anything is queued: parameters, steps, memory per GPU, size of a checkpoint.
+
+    for stage in foretell(recipe, world=8, gpus=True):
+        print(stage.name, stage.trainable, stage.gigabytes_per_gpu)
+
+Nothing is estimated by a formula. The stage's real model is built without values, sharded by the real engine over as
+many pretended ranks, and one real optimizer step is traced on fake tensors over the largest micro-batch that the data
+holds. Of a local model folder its config.json is enough. What comes on top on a GPU, the CUDA context, workspaces of
+libraries and fragmentation, is not in these figures.
+"""
+
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from radhpc import adapters, models, tokenizer
+from radhpc.allocations import Allocations
+from radhpc.collate import IGNORE, Batch, Encoded, Encoder, conversation
+from radhpc.dist import Ranks
+from radhpc.engine import Engine
+from radhpc.errors import UserError
+from radhpc.recipe import Recipe, Stage
+from radhpc.source import Source
+from radhpc.stream import stage_samples, stage_steps
+
+LONGEST = 32  # samples with the longest descriptions that are encoded to find the longest text
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage, foretold. Gigabytes and megabytes are decimal."""
+
+    name: str
+    steps: int
+    samples: int  # that it trains on, with repetitions
+    epoch_samples: int
+    parameters: int
+    trainable: int
+    micro_batch: int  # samples per rank and forward pass
+    tokens: int  # of the longest sample
+    views: int  # of the sample that has most
+    gigabytes_per_gpu: float  # tensors at the peak of a step, on rank 0
+    host_gigabytes: float  # of a rank's weights on the CPU, before they are sharded or moved
+    checkpoint_megabytes: float
+
+
+class PretendedRanks(Ranks):
+    """Rank 0 of so many, without peers and on the CPU."""
+
+    def __init__(self, world: int) -> None:
+        super().__init__()
+        assert self.world == 1, "a plan is no job of its own"
+        self.world, self.device = world, torch.device("cpu")
+
+    def _reduce(self, values: Sequence[float], operation: Any) -> list[float]:
+        return list(values)
+
+
+def foretell(recipe: Recipe, world: int, gpus: bool = False) -> list[StagePlan]:
+    """Every stage of a recipe on `world` ranks; `gpus`: whether the ranks compute on GPUs.
+
+    Raises UserError for what cannot be trained at all, as the job would.
+    """
+    with tempfile.TemporaryDirectory(prefix="radhpc-plan-") as folder:
+        sources = [Source(recipe.shards_of(stage), "train") for stage in recipe.stages]
+        for stage, source in zip(recipe.stages, sources, strict=True):
+            if not len(source):
+                raise UserError(f"stage '{stage.name}': no sample of split 'train' in its shards")
+        family, stand_in = _family(recipe, sources[0], Path(folder))
+        encoder = Encoder(family, recipe.text, recipe.images)
+        return [
+            _stage(recipe, stage, source, encoder, world, gpus, stand_in)
+            for stage, source in zip(recipe.stages, sources, strict=True)
+        ]
+
+
+def _family(recipe: Recipe, source: Source, folder: Path) -> tuple[models.ModelFamily, bool]:
+    """The model family, and whether its tokenizer is a stand-in, so that texts cannot be measured with it."""
+    given = recipe.model.tokenizer.folder or recipe.model.weights
+    if given is not None and (
+        recipe.model.tokenizer.folder is not None or any((Path(given) / name).exists() for name in TOKENIZER_FILES)
+    ):
+        return models.family(recipe.model, given), False
+    texts = [recipe.text.prompt] if given else (conversation(sample, recipe.text) for sample in source.samples())
+    tokenizer.train(texts, recipe.model.tokenizer.train_vocabulary or 300, folder)
+    return models.family(recipe.model, str(folder)), given is not None
+
+
+def _stage(
+    recipe: Recipe, stage: Stage, source: Source, encoder: Encoder, world: int, gpus: bool, stand_in: bool
+) -> StagePlan:
+    size = min(stage.micro_batch or stage.batch, -(-stage.batch // world))
+    rows, tokens, views = _largest_rows(recipe, source, encoder, size, stand_in)
+    rounds = -(-stage.batch // (size * world))
+    with _pretended_group(world):
+        engine, mode = fake_engine(recipe, stage, encoder.family, PretendedRanks(world))
+        for group in engine.optimizer.param_groups:
+            group["foreach"] = gpus and world == 1  # as PyTorch does by itself for plain tensors on a GPU
+        weights = [*engine.model.parameters(), *engine.model.buffers()]
+        batch = {name: mode.from_tensor(tensor) for name, tensor in encoder.batch(rows).items()}
+        with mode, Allocations([*weights, *batch.values()], made_up_values=True) as memory:
+            # From the second micro-batch of a step on, the gradients of the first are there, too.
+            peak = trace(engine, [batch] * min(2, rounds), memory)
+        state = [value for values in engine.optimizer.state.values() for value in values.values()]
+        trained = list(engine.trained.values())
+        return StagePlan(
+            name=stage.name,
+            steps=stage_steps(stage, len(source)),
+            samples=stage_samples(stage, len(source)),
+            epoch_samples=len(source),
+            parameters=sum(parameter.numel() for parameter in engine.model.parameters()),
+            trainable=sum(parameter.numel() for parameter in trained),
+            micro_batch=size,
+            tokens=tokens,
+            views=views,
+            gigabytes_per_gpu=peak / 1e9,
+            host_gigabytes=_bytes(weights) / 1e9,
+            checkpoint_megabytes=_bytes([*trained, *state]) / 1e6,
+        )
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def trace(engine: Engine, batches: list[Batch], memory: Allocations) -> int:
+    """The most bytes that one optimizer step has alive, the optimizer's state being there already."""
+    for parameter in engine.trained.values():
+        parameter.grad = torch.zeros_like(parameter)
+    engine.optimizer.step()
+    engine.optimizer.zero_grad(set_to_none=True)
+    memory.peak = memory.now
+    engine.step(batches, supervised=1, schedule=1.0)
+    return memory.peak
+
+
+def fake_engine(
+    recipe: Recipe, stage: Stage, family: models.ModelFamily, ranks: Ranks
+) -> tuple[Engine, FakeTensorMode]:
+    """The engine of a stage, all of whose tensors are fake, and the mode that they belong to."""
+    model = family.build_empty()
+    if stage.lora is not None:
+        with torch.device("meta"):
+            adapters.attach(model, stage.lora, recipe.seed)
+    adapters.choose_trained(model, stage)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    _replace_tensors(model, mode)
+    model.to = lambda *_, **__: model  # type: ignore[method-assign,assignment]  # they lie where they should
+    return Engine(model, recipe, stage.optimizer, family.blocks, ranks), mode
+
+
+def _replace_tensors(model: nn.Module, mode: FakeTensorMode) -> None:
+    """Fake tensors on the CPU for those without values; tied ones stay tied."""
+    fakes: dict[int, torch.Tensor] = {}
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in fakes:
+            with mode:
+                made = torch.empty(tensor.shape, dtype=tensor.dtype)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            fakes[id(tensor)] = nn.Parameter(made, tensor.requires_grad) if is_parameter else made
+        return fakes[id(tensor)]
+
+    keep = [*model.parameters(), *model.buffers()]  # so that no address comes twice
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    tensors[name] = fake(tensor)  # type: ignore[assignment]
+    del keep
+
+
+def _largest_rows(
+    recipe: Recipe, source: Source, encoder: Encoder, size: int, stand_in: bool
+) -> tuple[list[Encoded], int, int]:
+    """A micro-batch of samples that are each as long as the longest and have as many views as the one with most."""
+    sizes = source.sizes(np.arange(len(source)))
+    views = int(min(sizes[:, 0].max(), recipe.images.limit or sizes[:, 0].max()))
+    picture = Image.new("L", (64, 64))
+    prompt = encoder.encode_prompt("", None, [picture] * views)
+    if stand_in:
+        tokens = recipe.text.max_tokens
+    else:
+        longest = np.argsort(-sizes[:, 1], kind="stable")[:LONGEST]
+        texts = [encoder.encode("", sample, [picture] * views) for sample in source.samples(np.sort(longest))]
+        tokens = max((text.length for text in texts), default=recipe.text.max_tokens)
+    ids = np.resize(prompt.input_ids, max(tokens, prompt.length))
+    ids[: prompt.length] = prompt.input_ids
+    ids[prompt.length :] = encoder.family.tokenizer.eos_token_id
+    labels = ids.copy()
+    labels[: prompt.length] = IGNORE
+    shown = 1 if recipe.images.stitch else views
+    return [Encoded("", ids, labels, prompt.images)] * size, len(ids), shown
+
+
+@contextmanager
+def _pretended_group(world: int) -> Iterator[None]:
+    """A process group of so many ranks, of which only this one is there: collectives return at once."""
+    if world == 1:
+        yield
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,181 @@
+"""What a cluster says of itself: its configuration, partitions and nodes, by scontrol. Asks, and changes nothing.
+
+cluster = Cluster.ask(profile.environment)
+cluster.partition(None).fields["GraceTime"]         # of the default partition
+"""
+
+import os
+import re
+import socket
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from radhpc.errors import UserError, first_line
+
+# File systems that only this machine sees. What another node writes there is not here.
+NODE_LOCAL = frozenset(
+    ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "jfs", "overlay", "tmpfs", "ramfs")
+)
+
+# Memory that PyTorch finds on a GPU, in bytes, by what sites call it in gres types and node features. The first match
+# counts; an A100 is taken for the smaller one unless its name says 80.
+_GIB = 1 << 30
+GPUS: tuple[tuple[str, str, float], ...] = (
+    (r"h200", "H200", 139.8),
+    (r"h100", "H100 80GB", 79.1),
+    (r"b200", "B200", 178.3),
+    (r"a100.*80", "A100 80GB", 79.1),
+    (r"a100", "A100 40GB", 39.4),
+    (r"l40s?\b", "L40S", 44.4),
+    (r"a40\b", "A40", 44.4),
+    (r"a6000", "RTX A6000", 47.4),
+    (r"v100.*32", "V100 32GB", 31.7),
+    (r"v100", "V100 16GB", 15.8),
+    (r"4090", "RTX 4090", 23.6),
+    (r"3090", "RTX 3090", 23.6),
+    (r"(^|[^a-z0-9])a10\b", "A10", 22.1),
+    (r"(^|[^a-z0-9])l4\b", "L4", 22.0),
+    (r"(^|[^a-z0-9])t4\b", "T4", 14.7),
+)
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node, as scontrol shows it."""
+
+    name: str
+    host: str
+    partitions: frozenset[str]
+    cpus: int
+    megabytes: int
+    gres: str  # such as gpu:a100:4(S:0-1)
+    features: frozenset[str]
+    state: str
+
+    @property
+    def gpus(self) -> dict[str, int]:
+        """How many of each type; "" is the type of those without a name."""
+        found: dict[str, int] = {}
+        for kind, count in re.findall(r"gpu:(?:([^:,()]+):)?(\d+)", self.gres):
+            found[kind] = found.get(kind, 0) + int(count)
+        return found
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The answers of one moment."""
+
+    config: dict[str, str]
+    partitions: dict[str, dict[str, str]]
+    nodes: tuple[Node, ...]
+
+    @classmethod
+    def ask(cls, environment: Mapping[str, str]) -> "Cluster":
+        """Raises UserError where there is no SLURM, or where it does not answer."""
+        lines = call(["scontrol", "show", "config"], environment).splitlines()
+        config = {
+            key.strip(): value.strip() for key, equals, value in (line.partition("=") for line in lines) if equals
+        }
+        rows = call(["scontrol", "--oneliner", "show", "partition"], environment).splitlines()
+        partitions = [dict(re.findall(r"(\S+?)=(\S*)", row)) for row in rows]
+        rows = call(["scontrol", "--oneliner", "show", "node"], environment).splitlines()
+        nodes = tuple(_node(dict(re.findall(r"(\S+?)=(\S*)", row))) for row in rows if "NodeName=" in row)
+        return cls(config, {row["PartitionName"]: row for row in partitions if "PartitionName" in row}, nodes)
+
+    def is_here(self, partition: str | None) -> bool:
+        """Whether all nodes are this machine, as on a workstation with a SLURM of its own: every folder is shared."""
+        here = socket.gethostname().partition(".")[0]
+        return all(node.host.partition(".")[0] in (here, "localhost") for node in self.nodes_of(partition))
+
+    @cached_property
+    def default(self) -> str | None:
+        return next((name for name, row in self.partitions.items() if row.get("Default") == "YES"), None)
+
+    def nodes_of(self, partition: str | None) -> list[Node]:
+        """The nodes that a job for this partition (None: the default one) may get."""
+        names = (partition or self.default or "").split(",")
+        return [node for node in self.nodes if node.partitions.intersection(names)]
+
+    def seconds(self, key: str) -> int | None:
+        """A number at the start of a value of the configuration, such as `10 sec`."""
+        found = re.match(r"\d+", self.config.get(key, ""))
+        return int(found[0]) if found else None
+
+    def grace_seconds(self, partition: str | None) -> int | None:
+        """Between the first signal of a preemption and SIGKILL, at least; None where nothing is ever preempted.
+
+        A partition's GraceTime; without one SLURM kills at once, and KillWait is what lies between TERM and KILL.
+        """
+        row = self.partitions.get(partition or self.default or "", {})
+        if not preempts(self.config, row):
+            return None
+        return int(row.get("GraceTime", "0")) or self.seconds("KillWait")
+
+
+def preempts(config: Mapping[str, str], partition: Mapping[str, str]) -> bool:
+    """Whether jobs of this partition may be preempted."""
+    mode = partition.get("PreemptMode", config.get("PreemptMode", "OFF")).upper()
+    return config.get("PreemptType", "preempt/none") != "preempt/none" and mode not in ("OFF", "")
+
+
+def call(command: list[str], environment: Mapping[str, str]) -> str:
+    """One question to the scheduler. Raises UserError where it is missing or refuses."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=60, check=False, env={**os.environ, **environment}
+        )
+    except FileNotFoundError as error:
+        raise UserError(f"{command[0]} is not found: this is no login node of a SLURM cluster") from error
+    except subprocess.TimeoutExpired as error:
+        raise UserError(f"{' '.join(command)}: no answer in 60 s; does slurmctld run?") from error
+    if done.returncode:
+        raise UserError(f"{' '.join(command)}: {first_line(RuntimeError(done.stderr))}")
+    return done.stdout
+
+
+def minutes(text: str) -> float | None:
+    """A time limit of SLURM, [days-]hours:minutes:seconds; None for one without a limit."""
+    found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
+    if found is None:
+        return None
+    days, hours, mins, seconds = (int(part or 0) for part in found.groups())
+    return days * 1440 + hours * 60 + mins + seconds / 60
+
+
+def known_gpu(names: str) -> tuple[str, float] | None:
+    """A GPU and its bytes by a gres type or node features; None for what is not in the list."""
+    return next(((name, size * _GIB) for match, name, size in GPUS if re.search(match, names.lower())), None)
+
+
+def file_system(path: Path) -> str:
+    """The kind of file system that a path lies on, or will lie on once it is made."""
+    path = Path(os.path.abspath(path))
+    while not path.exists():
+        path = path.parent
+    real, best, kind = os.path.realpath(path), "", "unknown"
+    for line in Path("/proc/mounts").read_text().splitlines():
+        _, mount, name = line.split()[:3]
+        mount = mount.encode().decode("unicode_escape")
+        if (real + "/").startswith(mount.rstrip("/") + "/") and len(mount) >= len(best):
+            best, kind = mount, name
+    return kind
+
+
+def _node(row: Mapping[str, str]) -> Node:
+    return Node(
+        name=row["NodeName"],
+        host=row.get("NodeHostName", row["NodeName"]),
+        partitions=_names(row.get("Partitions", "")),
+        cpus=int(row.get("CPUTot", "0")),
+        megabytes=int(row.get("RealMemory", "0")),
+        gres=row.get("Gres", ""),
+        features=_names(row.get("AvailableFeatures", "")),
+        state=row.get("State", "").lower(),
+    )
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split(",")) - {"", "(null)"}

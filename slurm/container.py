@@ -1,0 +1,88 @@
+"""How ranks start inside a container: the words for Apptainer, and the options of srun for pyxis.
+
+    apptainer exec --nv --pwd RUN --bind RUN:RUN,/data:/data /images/radhpc.sif python3        ranks, by srun
+    srun --container-image=/images/radhpc.sqsh --container-mounts=RUN:RUN,/data:/data ...      likewise
+
+Only ranks are inside. The batch script and slurm.requeue stay on the host, with the Python that launch.py was called
+with (or the profile's `python`): there scontrol works without a bind of it, of SLURM's libraries, its configuration
+and munge's socket, and a decision can be taken when a container cannot start any more. That Python needs no torch.
+
+The run folder, the recipe's local shards, weights and tokenizer are seen inside under their own paths; the rest
+is for `binds`. The image holds Python and the libraries; radhpc itself comes from the run's frozen code.
+"""
+
+import shlex
+from pathlib import Path
+
+from radhpc.errors import UserError
+from radhpc.recipe import Recipe
+from radhpc.run_dir import RunDir
+from slurm.profile import Container, Profile
+
+# For Python inside: the frozen code alone, neither the host's PYTHONPATH nor what `pip install --user` left at home.
+_INSIDE = ("PYTHONSAFEPATH=1", "PYTHONNOUSERSITE=1")
+
+
+def check(container: Container) -> None:
+    """Raise UserError where an image is a path and no file is there."""
+    image = container.apptainer or container.pyxis or ""
+    if image.startswith("/") and not Path(image).is_file():
+        key = "apptainer" if container.apptainer else "pyxis"
+        raise UserError(f"container.{key}: {image}: no such file; jobs must see the image under this path")
+
+
+def needs(run: RunDir) -> list[str]:
+    """The binds that a run asks for by itself: its folder, and what its recipe names on local paths."""
+    inputs = _inputs(run.recipe()) if run.recipe_path.exists() else []  # a probe has none
+    found = {path for path in inputs if path.startswith("/") and not Path(path).is_relative_to(run.path)}
+    return [_bind(str(run.path)), *(f"{_bind(path)}:ro" for path in sorted(found))]
+
+
+def python(profile: Profile, binds: list[str], folder: Path) -> str:
+    """The shell words that start a rank's Python in the container; `folder`: the working directory inside."""
+    container = profile.container
+    assert container is not None
+    if container.pyxis:
+        return container.python
+    words = [*shlex.split(container.command), "exec"]
+    words += [f"--{container.gpus}"] if profile.gpus_per_node else []
+    words += ["--pwd", str(folder), "--bind", ",".join([*binds, *map(_bind, container.binds)])]
+    return shlex.join([*words, *container.options, container.apptainer or "", container.python])
+
+
+def srun(profile: Profile, binds: list[str], folder: Path, code: Path) -> list[str]:
+    """Options of srun: pyxis has all of its own there."""
+    container = profile.container
+    if container is None or not container.pyxis:
+        return []
+    inside = (f"PYTHONPATH={code}", *_INSIDE)
+    return [
+        f"--container-image={container.pyxis}",
+        f"--container-mounts={','.join([*binds, *map(_bind, container.binds)])}",
+        f"--container-workdir={folder}",
+        f"--export={','.join(['ALL', *inside])}",
+        # else values that the image sets for itself would win
+        f"--container-env={','.join(word.split('=')[0] for word in inside)}",
+        *container.options,
+    ]
+
+
+def variables(container: Container | None, code: Path) -> dict[str, str]:
+    """Variables of the host that Apptainer, by either of its names, sets inside."""
+    if container is None or not container.apptainer:
+        return {}
+    inside = [f"PYTHONPATH={code}", *_INSIDE]
+    return dict(f"{prefix}_{word}".split("=", 1) for prefix in ("APPTAINERENV", "SINGULARITYENV") for word in inside)
+
+
+def _inputs(recipe: Recipe) -> list[str]:
+    shards = [url.split("#")[0] for stage in recipe.stages for url in recipe.shards_of(stage)]
+    others = [recipe.model.weights, recipe.model.tokenizer.folder]
+    return shards + [path for path in others if path]
+
+
+def _bind(text: str) -> str:
+    """PATH:INSIDE, as pyxis wants it and Apptainer allows it."""
+    if "," in text:
+        raise UserError(f"{text}: a container's binds cannot have a comma")
+    return text if ":" in text else f"{text}:{text}"
