@@ -24,7 +24,7 @@ from tests.radhpc.test_training import wait_for
 from tests.slurm.test_preemption import events, finish, step
 
 Launch = Callable[..., Any]
-QUICK = ["evaluation.every=null", "evaluation.samples=2"]
+QUICK = ["evaluation.every=null", "evaluation.samples=2", "checkpoint.every=100"]
 LONG = ["stages.scratch.steps=60", *QUICK]
 LONGER = ["stages.scratch.steps=200", *QUICK]  # one rank is quick
 
