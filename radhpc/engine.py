@@ -140,7 +140,7 @@ class Engine:
         for name, tensor in tensors.items():
             full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # a collective: on all ranks
             if self.ranks.first:
-                whole[name] = full.detach().cpu().contiguous().clone()
+                whole[name] = full.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         return whole
 
 

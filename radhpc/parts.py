@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from radhpc import adapters, models, tokenizer
-from radhpc.checkpoint import Checkpoints, Cursor, read_cursor, read_tensors, sha256, verify
+from radhpc.checkpoint import Checkpoints, Cursor, sha256
 from radhpc.collate import Encoder, conversation
 from radhpc.dist import Ranks
 from radhpc.engine import Engine
@@ -27,7 +27,7 @@ class Parts:
 
     def __init__(self, run: RunDir, recipe: Recipe, ranks: Ranks) -> None:
         self.run, self.recipe, self.ranks = run, recipe, ranks
-        self.checkpoints = Checkpoints(run.folder("checkpoints"))
+        self.checkpoints = Checkpoints.of(run.path, recipe)
         self._sources: dict[tuple[int, str], Source] = {}
         self.base_hash = ""  # known once a model was built
 
@@ -51,25 +51,25 @@ class Parts:
         self.base_hash = self._base_hash(model)
 
         def saved(earlier: int) -> adapters.Tensors:
-            path = self.checkpoints.folder / lineage[earlier]
-            if fault := verify(path):
-                stage_name = self.recipe.stages[earlier].name
-                raise UserError(f"{path}: {fault}; without the end of stage '{stage_name}' the run cannot go on")
-            return read_tensors(path, moments=False)
+            name = lineage[earlier]
+            if fault := self.checkpoints.verify(name):
+                where, stage_name = self.checkpoints.storage.where(name), self.recipe.stages[earlier].name
+                raise UserError(f"{where}: {fault}; without the end of stage '{stage_name}' the run cannot go on")
+            return self.checkpoints.tensors(name, moments=False)
 
         adapters.prepare(model, self.recipe.stages, stage, saved, self.recipe.seed)
         return Engine(model, self.recipe, self.recipe.stages[stage].optimizer, self.family.blocks, self.ranks)
 
     def restored_engine(self) -> tuple[Engine, Cursor]:
         """The model of the newest checkpoint that verifies. Raises UserError where there is none."""
-        path, skipped = self.checkpoints.newest()
-        if path is None:
+        newest, skipped = self.checkpoints.newest()
+        if newest is None:
             why = "".join(f"; {name}: {fault}" for name, fault in skipped)
             raise UserError(f"{self.run.path}: no checkpoint to load{why}")
-        cursor = read_cursor(path)
+        cursor = self.checkpoints.cursor(newest)
         engine = self.engine(cursor.stage, cursor.lineage)
         self.check(cursor)
-        engine.load(read_tensors(path, moments=False), steps=0)
+        engine.load(self.checkpoints.tensors(newest, moments=False), steps=0)
         return engine, cursor
 
     def check(self, cursor: Cursor) -> None:

@@ -19,7 +19,7 @@ import torch
 
 from radhpc import hooks, log as logs
 from radhpc.board import Board
-from radhpc.checkpoint import Cursor, read_cursor, read_tensors
+from radhpc.checkpoint import Cursor, name_of
 from radhpc.dist import Ranks, lost_peer
 from radhpc.engine import Engine
 from radhpc.errors import UserError, first_line
@@ -29,6 +29,7 @@ from radhpc.log import Bar
 from radhpc.loop import Hook, Position, Quarantine, train
 from radhpc.parts import Parts
 from radhpc.run_dir import RunDir
+from radhpc.saving import Ending, Saving
 from radhpc.stop import Interrupted, Stop
 from radhpc.stream import Stream, stage_samples, stage_steps
 
@@ -111,11 +112,18 @@ def _run(run: RunDir, ranks: Ranks, stop: Stop) -> Outcome:
             run.record("finished", step=sum(steps))
         return Outcome("finished", step=sum(steps))
     except Interrupted as interrupted:
-        step = position.step if position else 0
+        ending: Ending = interrupted.ending or _before_training(parts, stop)
+        step = position.step if position else ending.committed_step or 0
         if ranks.first:
-            run.record("interrupted", cause=interrupted.cause, step=step)
-        log.info("interrupted by %s at step %d", interrupted.cause, step)
+            run.record("interrupted", cause=interrupted.cause, step=step, **asdict(ending))
+        log.info("interrupted by %s at step %d: %s", interrupted.cause, step, ending)
         return Outcome("interrupted", interrupted.cause, step)
+
+
+def _before_training(parts: Parts, stop: Stop) -> Ending:
+    """Nothing is lost by an interruption of the start-up: the next life goes on from what is committed."""
+    steps = [int(name.removeprefix("step-")) for name in parts.checkpoints.committed()] if parts.ranks.first else []
+    return Ending(max(steps, default=None), "last checkpoint", stop.margin)
 
 
 def _run_stage(
@@ -135,14 +143,15 @@ def _run_stage(
     engine = parts.engine(number, lineage)
     if cursor is not None:
         parts.check(cursor)
-        path = parts.checkpoints.folder / f"step-{cursor.step:06d}"
-        engine.load(read_tensors(path, moments=True), cursor.stage_step)
+        engine.load(parts.checkpoints.tensors(name_of(cursor.step), moments=True), cursor.stage_step)
     stop.check(ranks.max)
     _describe(engine, position, parts)
-    saving = hooks.Saving(parts, engine, board, lineage)
-    # A stage begins where a checkpoint stands: its own, or the last one of the stage before, which must not be written
-    # over with this stage's untrained state when a signal comes before the first step.
-    saving.saved_step = position.step if cursor is not None or number else -1
+    saving = Saving(parts, engine, board, stop, lineage)
+    saving.expect(number)
+    if cursor is not None or number:
+        # A stage begins where a checkpoint stands: its own, or the last one of the stage before, which must not be
+        # written over with this stage's untrained state when a signal comes before the first step.
+        saving.start_at(position.step)
     evaluating = hooks.Evaluating(parts, engine, board, stop)
     stream = Stream(
         parts.source(number, "train"), parts.encoder, stage, number, recipe.stream, recipe.seed,
@@ -160,20 +169,20 @@ def _run_stage(
                 if cursor is not None and position.step % every == 0 and not position.stage_done:
                     evaluating(position)  # that the interruption prevented, or nothing where the scores are there
             train(stream, engine, stage, position, calls, ledger, quarantine, stop, ranks, recipe.seed)
-        saving(position)
+        saving.finish(position)
         hooks.export_adapter(parts, engine, position)
         if ranks.first and _last_finished(parts.run) < number:
             parts.run.record("stage_finished", stage=stage.name, number=number, step=position.step)
         last = number == len(recipe.stages) - 1
         evaluating(position, split="test" if last else None)
     except Interrupted as interrupted:
-        saving(position)
+        interrupted.ending = saving.interrupted(position)
         board.event(position.step, "interrupted", interrupted.cause)
         board.close()
         raise
     finally:
         stream.close()
-    return f"step-{position.step:06d}"
+    return name_of(position.step)
 
 
 def _agree_on_data(parts: Parts, steps: list[int]) -> None:
@@ -210,15 +219,14 @@ def _restore(parts: Parts, run: RunDir, ranks: Ranks) -> Cursor | None:
     """The cursor of the newest checkpoint that verifies, on all ranks; names those that were skipped."""
     name = None
     if ranks.first:
-        path, skipped = parts.checkpoints.newest()
+        name, skipped = parts.checkpoints.newest()
         for torn, fault in skipped:
             log.warning("checkpoint %s is skipped: %s", torn, fault)
             run.record("skipped_checkpoint", name=torn, fault=fault)
-        name = path.name if path else None
-        if path is not None:
-            run.record("resumed", checkpoint=path.name, step=read_cursor(path).step)
+        if name is not None:
+            run.record("resumed", checkpoint=name, step=parts.checkpoints.cursor(name).step)
     name = ranks.broadcast(name)
-    return None if name is None else read_cursor(parts.checkpoints.folder / name)
+    return None if name is None else parts.checkpoints.cursor(name)
 
 
 def _describe(engine: Engine, position: Position, parts: Parts) -> None:

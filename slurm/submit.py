@@ -145,6 +145,9 @@ def environment(profile: Profile) -> Iterator[None]:
     """The profile's variables, for submitit's own calls of sbatch and for the processes it starts."""
     threads = profile.threads or profile.cpus_per_task
     wanted = {**profile.environment, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+    if profile.cluster == "slurm":  # elsewhere nobody kills after a signal
+        wanted |= {"RADHPC_GRACE_SECONDS": str(profile.grace_seconds)}
+        wanted |= {"RADHPC_SIGNAL_SECONDS": str(profile.signal_seconds)}
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:

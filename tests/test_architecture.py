@@ -13,10 +13,10 @@ from tests.conftest import ROOT
 # Inside radhpc a file imports only from its own floor or from lower ones.
 FLOORS = (
     ("errors", "files", "sample", "manifest", "recipe", "run_dir"),
-    ("dist", "log", "stop", "remote", "store", "board", "ledger", "cache"),
+    ("dist", "log", "stop", "remote", "store", "board", "ledger", "cache", "grace", "storage"),
     ("order", "transforms", "processors", "models", "tokenizer", "source", "fetch", "collate", "stream", "objective",
      "adapters", "engine"),
-    ("checkpoint", "metrics", "generate", "evaluate", "export", "audit", "parts", "loop", "hooks"),
+    ("checkpoint", "metrics", "generate", "evaluate", "export", "audit", "parts", "loop", "hooks", "saving"),
     ("worker",),
 )  # fmt: skip
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
@@ -32,6 +32,9 @@ TORCH_FREE = {
     "transforms",
     "processors",
     "metrics",
+    "grace",
+    "storage",
+    "checkpoint",
 }
 
 
