@@ -48,7 +48,14 @@ class Evaluating:
 
             training = parts.source(position.stage, "train")
             result = evaluate.evaluate(
-                self.engine, parts.encoder, held_out, training, parts.recipe.evaluation, parts.ranks, check
+                self.engine,
+                parts.encoder,
+                held_out,
+                training,
+                parts.recipe.evaluation,
+                parts.ranks,
+                check,
+                self.stop,
             )
             bar.update(share)
         if parts.ranks.first:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from radhpc import adapters, models, tokenizer
+from radhpc.background import beside, on_first
 from radhpc.checkpoint import Checkpoints, Cursor, sha256
 from radhpc.collate import Encoder, conversation
 from radhpc.dist import Ranks
@@ -20,13 +21,15 @@ from radhpc.recipe import Recipe
 from radhpc.run_dir import RunDir
 from radhpc.sample import Split
 from radhpc.source import Source
+from radhpc.stop import Stop
 
 
 class Parts:
     """Everything that training, evaluation and generation share."""
 
-    def __init__(self, run: RunDir, recipe: Recipe, ranks: Ranks) -> None:
-        self.run, self.recipe, self.ranks = run, recipe, ranks
+    def __init__(self, run: RunDir, recipe: Recipe, ranks: Ranks, stop: Stop | None = None) -> None:
+        """`stop`: ends long work by Interrupted, on all ranks together."""
+        self.run, self.recipe, self.ranks, self.stop = run, recipe, ranks, stop or Stop()
         self.checkpoints = Checkpoints.of(run.path, recipe)
         self._sources: dict[tuple[int, str], Source] = {}
         self.base_hash = ""  # known once a model was built
@@ -47,7 +50,9 @@ class Parts:
 
     def engine(self, stage: int, lineage: tuple[str, ...]) -> Engine:
         """The model at the start of a stage, ready to train. `lineage` names the checkpoints of the stages before."""
-        model = self.family.build(self.recipe.seed)
+        family = self.family
+        model = beside(lambda: family.build(self.recipe.seed), self.ranks, self.stop)
+        assert model is not None
         self.base_hash = self._base_hash(model)
 
         def saved(earlier: int) -> adapters.Tensors:
@@ -91,22 +96,24 @@ class Parts:
         if model.tokenizer.train_vocabulary is None:
             return str(model.tokenizer.folder or model.weights)
         folder = self.run.path / "tokenizer"
-        if self.ranks.first and not folder.exists():
+        vocabulary = model.tokenizer.train_vocabulary
+
+        def train() -> None:
             temporary = self.run.path / ".tokenizer.writing"
             shutil.rmtree(temporary, ignore_errors=True)
             texts = (conversation(sample, self.recipe.text) for sample in self.source(0, "train").samples())
-            tokenizer.train(texts, model.tokenizer.train_vocabulary, temporary)
+            tokenizer.train(texts, vocabulary, temporary)
             temporary.rename(folder)
-        self.ranks.barrier()
+
+        on_first(lambda: None if folder.exists() else train(), self.ranks, self.stop)
         return str(folder)
 
     def _base_hash(self, model: torch.nn.Module) -> str:
         """Identity of the base: of the weights' files, or of the random values themselves."""
-        digest = ""
-        if self.ranks.first:
-            weights = self.recipe.model.weights
-            digest = _hash_files(Path(weights), self.run.path / "base.json") if weights else _hash_tensors(model)
-        return str(self.ranks.broadcast(digest))
+        weights, remembered = self.recipe.model.weights, self.run.path / "base.json"
+        return on_first(
+            lambda: _hash_files(Path(weights), remembered) if weights else _hash_tensors(model), self.ranks, self.stop
+        )
 
 
 def _hash_tensors(model: torch.nn.Module) -> str:

@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 
 from radhpc import hooks, log as logs
+from radhpc.background import beside, on_first
 from radhpc.board import Board
 from radhpc.checkpoint import Cursor, name_of
 from radhpc.dist import Ranks, lost_peer
@@ -45,8 +46,11 @@ class Outcome:
     step: int = 0
 
 
-def run(path: str) -> Outcome:
-    """Work on a run until it is finished or interrupted. Errors are recorded for this rank, then raised."""
+def run(path: str, stop: Stop | None = None) -> Outcome:
+    """Work on a run until it is finished or interrupted. Errors are recorded for this rank, then raised.
+
+    `stop`: a flag that listens already, since before this module was imported.
+    """
     run_dir = RunDir.open(path)
     rank = int(os.environ.get("RANK", "0"))
     logs.start(rank, int(os.environ.get("WORLD_SIZE", "1")))
@@ -54,7 +58,8 @@ def run(path: str) -> Outcome:
         torch.set_num_threads(int(threads))
     ranks: Ranks | None = None
     _end_path(run_dir, rank).unlink(missing_ok=True)  # of the life before
-    with Stop(run_dir if rank == 0 else None) as stop:
+    with contextlib.nullcontext(stop) if stop else Stop() as stop:
+        stop.run = run_dir if rank == 0 else None
         try:
             ranks = Ranks()
             outcome = _run(run_dir, ranks, stop)
@@ -77,16 +82,15 @@ def _run(run: RunDir, ranks: Ranks, stop: Stop) -> Outcome:
     if ranks.first:
         job = os.environ.get("SLURM_JOB_ID", "")
         run.record("started", life=life, job=job, world=ranks.world, engine=recipe.engine, host=socket.gethostname())
-    parts = Parts(run, recipe, ranks)
+    parts = Parts(run, recipe, ranks, stop)
     position: Position | None = None
     try:
-        lengths = [len(parts.source(n, "train")) for n in range(len(recipe.stages))]
+        lengths = beside(lambda: [len(parts.source(n, "train")) for n in range(len(recipe.stages))], ranks, stop) or []
         for n, length in enumerate(lengths):
             if not length:
                 raise UserError(f"stage '{recipe.stages[n].name}': no sample of split 'train' in its shards")
         steps = [stage_steps(stage, length) for stage, length in zip(recipe.stages, lengths, strict=True)]
         _agree_on_data(parts, steps)
-        stop.check(ranks.max)
         cursor = _restore(parts, run, ranks)
         board = Board(run.path / "tensorboard" if ranks.first else None, cursor.step if cursor else 0)
         board.event(cursor.step if cursor else 0, "resumed" if cursor else "started", _history(run))
@@ -143,7 +147,11 @@ def _run_stage(
     engine = parts.engine(number, lineage)
     if cursor is not None:
         parts.check(cursor)
-        engine.load(parts.checkpoints.tensors(name_of(cursor.step), moments=True), cursor.stage_step)
+        name = name_of(cursor.step)
+        tensors = beside(lambda: parts.checkpoints.tensors(name, moments=True), ranks, stop)
+        assert tensors is not None
+        engine.load(tensors, cursor.stage_step)
+        del tensors
     stop.check(ranks.max)
     _describe(engine, position, parts)
     saving = Saving(parts, engine, board, stop, lineage)
@@ -156,6 +164,7 @@ def _run_stage(
     stream = Stream(
         parts.source(number, "train"), parts.encoder, stage, number, recipe.stream, recipe.seed,
         ranks.rank, ranks.world, position.samples, pin=ranks.device.type == "cuda",
+        told=stop.poll,
     )  # fmt: skip
     every = recipe.evaluation.every
     try:
@@ -196,15 +205,7 @@ def _agree_on_data(parts: Parts, steps: list[int]) -> None:
                     f"stage '{parts.recipe.stages[n].name}': rank {rank} sees other shards than rank {ranks.rank}: "
                     f"{theirs[n][1]} steps there, {steps[n]} here; all nodes must read the same manifests"
                 )
-    problem = None
-    if ranks.first:
-        try:
-            for n in stages:
-                parts.source(n, "train").check_sizes()
-        except UserError as error:
-            problem = str(error)
-    if (problem := ranks.broadcast(problem)) is not None:
-        raise UserError(problem)
+    on_first(lambda: [parts.source(n, "train").check_sizes() for n in stages] and None, ranks, parts.stop)
 
 
 def _quarantined(run: RunDir) -> Callable[[str, str], None]:
@@ -217,15 +218,13 @@ def _quarantined(run: RunDir) -> Callable[[str, str], None]:
 
 def _restore(parts: Parts, run: RunDir, ranks: Ranks) -> Cursor | None:
     """The cursor of the newest checkpoint that verifies, on all ranks; names those that were skipped."""
-    name = None
+    name, skipped = on_first(parts.checkpoints.newest, ranks, parts.stop)
     if ranks.first:
-        name, skipped = parts.checkpoints.newest()
         for torn, fault in skipped:
             log.warning("checkpoint %s is skipped: %s", torn, fault)
             run.record("skipped_checkpoint", name=torn, fault=fault)
         if name is not None:
             run.record("resumed", checkpoint=name, step=parts.checkpoints.cursor(name).step)
-    name = ranks.broadcast(name)
     return None if name is None else parts.checkpoints.cursor(name)
 
 

@@ -22,10 +22,13 @@ def main(run: str) -> Any:
             MASTER_ADDR=address(environment.hostnames[0]),
             MASTER_PORT=str(port(environment.raw_job_id)),
         )
-    import radhpc.worker  # the one import of what needs torch, inside the job
+    from radhpc.stop import Stop
 
     try:
-        return radhpc.worker.run(run)
+        with Stop() as stop:  # what comes while PyTorch is imported must not meet submitit's handlers
+            import radhpc.worker  # the one import of what needs torch, inside the job
+
+            return radhpc.worker.run(run, stop)
     except UserError as error:
         if environment is None:
             raise

@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 # Inside radhpc a file imports only from its own floor or from lower ones.
 FLOORS = (
     ("errors", "files", "sample", "manifest", "recipe", "run_dir"),
-    ("dist", "log", "stop", "remote", "store", "board", "ledger", "cache", "grace", "storage"),
+    ("dist", "log", "stop", "remote", "store", "board", "ledger", "cache", "grace", "storage", "background"),
     ("order", "transforms", "processors", "models", "tokenizer", "source", "fetch", "collate", "stream", "objective",
      "adapters", "engine"),
     ("checkpoint", "metrics", "generate", "evaluate", "export", "audit", "parts", "loop", "hooks", "saving"),
