@@ -35,6 +35,7 @@ class Ending:
     committed_step: int | None  # the next life goes on from here; None: from the beginning
     planned: Plan
     margin_seconds: float | None  # that were left until the kill once all was committed; None: nobody kills
+    waited_seconds: float  # from the first signal until the ranks could leave
 
     def __str__(self) -> str:
         margin = "" if self.margin_seconds is None else f", {self.margin_seconds:.1f} s before the kill"
@@ -183,7 +184,8 @@ class Saving:
     def interrupted(self, position: Position) -> Ending:
         """Commit what the grace allows, at a step boundary. Raises UserError when a save failed."""
         ranks = self.parts.ranks
-        left = -ranks.max([-self.stop.left])[0]
+        negative, waited = ranks.max([-self.stop.left, self.stop.waited])
+        left = -negative
         deadline = time.monotonic() + left
         until = deadline - RESERVE
         plan = ranks.broadcast(self._plan(position, left))
@@ -195,7 +197,7 @@ class Saving:
             self._save.given_up.set()
             self._save.join(max(0.0, min(_UNWIND, deadline - time.monotonic())))
         margin = None if math.isinf(left) else round(deadline - time.monotonic(), 3)
-        return Ending(self.committed_step, plan, margin)
+        return Ending(self.committed_step, plan, margin, round(waited, 3))
 
     def _plan(self, position: Position, left: float) -> Plan:
         """Rank 0's choice."""

@@ -80,6 +80,11 @@ class Stop:
         return deadline - time.monotonic()
 
     @property
+    def waited(self) -> float:
+        """Seconds since the first signal here; 0 without one."""
+        return 0.0 if self.since is None else time.monotonic() - self.since
+
+    @property
     def margin(self) -> float | None:
         """The same for a record: None where no kill is to come."""
         return None if math.isinf(self.left) else round(self.left, 3)

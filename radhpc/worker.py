@@ -20,7 +20,7 @@ import torch
 from radhpc import hooks, log as logs
 from radhpc.background import beside, on_first
 from radhpc.board import Board
-from radhpc.checkpoint import Cursor, name_of
+from radhpc.checkpoint import Checkpoints, Cursor, name_of
 from radhpc.dist import Ranks, lost_peer
 from radhpc.engine import Engine
 from radhpc.errors import UserError, first_line
@@ -91,7 +91,7 @@ def _run(run: RunDir, ranks: Ranks, stop: Stop) -> Outcome:
                 raise UserError(f"stage '{recipe.stages[n].name}': no sample of split 'train' in its shards")
         steps = [stage_steps(stage, length) for stage, length in zip(recipe.stages, lengths, strict=True)]
         _agree_on_data(parts, steps)
-        cursor = _restore(parts, run, ranks)
+        cursor = _restore(parts, run, life, ranks)
         board = Board(run.path / "tensorboard" if ranks.first else None, cursor.step if cursor else 0)
         board.event(cursor.step if cursor else 0, "resumed" if cursor else "started", _history(run))
         ledger = Ledger(run.folder("ledger"), life, ranks.rank) if recipe.stream.audit else None
@@ -127,7 +127,7 @@ def _run(run: RunDir, ranks: Ranks, stop: Stop) -> Outcome:
 def _before_training(parts: Parts, stop: Stop) -> Ending:
     """Nothing is lost by an interruption of the start-up: the next life goes on from what is committed."""
     steps = [int(name.removeprefix("step-")) for name in parts.checkpoints.committed()] if parts.ranks.first else []
-    return Ending(max(steps, default=None), "last checkpoint", stop.margin)
+    return Ending(max(steps, default=None), "last checkpoint", stop.margin, round(stop.waited, 3))
 
 
 def _run_stage(
@@ -216,9 +216,20 @@ def _quarantined(run: RunDir) -> Callable[[str, str], None]:
     return record
 
 
-def _restore(parts: Parts, run: RunDir, ranks: Ranks) -> Cursor | None:
+def _own(parts: Parts, life: int) -> Checkpoints:
+    """The run's checkpoints. An object store may still hold those of a run of the same name whose folder is gone."""
+    checkpoints = parts.checkpoints
+    if life == 1 and parts.recipe.checkpoint.url is not None and (others := checkpoints.names()):
+        raise UserError(
+            f"{checkpoints.storage.where(others[0])}: a checkpoint of another run lies where this one will write; "
+            "name another run folder with --run, or delete it"
+        )
+    return checkpoints
+
+
+def _restore(parts: Parts, run: RunDir, life: int, ranks: Ranks) -> Cursor | None:
     """The cursor of the newest checkpoint that verifies, on all ranks; names those that were skipped."""
-    name, skipped = on_first(parts.checkpoints.newest, ranks, parts.stop)
+    name, skipped = on_first(lambda: _own(parts, life).newest(), ranks, parts.stop)
     if ranks.first:
         for torn, fault in skipped:
             log.warning("checkpoint %s is skipped: %s", torn, fault)
