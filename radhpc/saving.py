@@ -17,7 +17,7 @@ from radhpc.board import Board
 from radhpc.checkpoint import Cursor, Dropped
 from radhpc.engine import Engine
 from radhpc.errors import UserError
-from radhpc.grace import RESERVE, Longest, Plan, choose
+from radhpc.grace import RESERVE, SAFETY, Longest, Plan, choose
 from radhpc.loop import Position, Report
 from radhpc.parts import Parts
 from radhpc.stop import CAUSES, Interrupted, Stop
@@ -38,8 +38,9 @@ class Ending:
     waited_seconds: float  # from the first signal until the ranks could leave
 
     def __str__(self) -> str:
-        margin = "" if self.margin_seconds is None else f", {self.margin_seconds:.1f} s before the kill"
-        return f"committed is {self.planned}, {self.committed_step}{margin}"
+        margin = "" if self.margin_seconds is None else f", with {self.margin_seconds:.1f} s left before the kill"
+        step = "nothing" if self.committed_step is None else f"step {self.committed_step}"
+        return f"committed is {step} ({self.planned}){margin}"
 
 
 class _Save(threading.Thread):
@@ -72,6 +73,8 @@ class _Save(threading.Thread):
         times = {**self._times, "seconds": self._times["blocked_seconds"] + seconds}
         rounded = {name: round(value, 3) for name, value in times.items()}
         parts.run.record("saved", step=cursor.step, stage=cursor.stage, bytes=size, **rounded)
+        if self.given_up.is_set():
+            return  # it landed after all, and nobody listens any more
         saving.board.scalars(
             cursor.step, {"checkpoint/megabytes": size / 1e6, **{f"checkpoint/{n}": s for n, s in times.items()}}
         )
@@ -89,7 +92,8 @@ class Saving:
         self.saved_step = -1  # the newest one that was copied
         self.committed_step: int | None = None
         self._save: _Save | None = None
-        self.copying, self.writing = Longest(), Longest()
+        self.stepping, self.copying, self.writing = Longest(), Longest(), Longest()
+        self._warned = False
 
     def start_at(self, step: int) -> None:
         """The run goes on from a checkpoint of this step, which must not be written over."""
@@ -105,10 +109,26 @@ class Saving:
 
     def __call__(self, position: Position, report: Report) -> None:
         """The hook: what comes due is copied and left to the background."""
+        self.stepping.add(report.seconds)
         if not position.stage_done:  # the end of a stage saves by finish()
             self._begin(position)
+            self._warn()
             if not self.parts.recipe.checkpoint.asynchronous:
                 self._wait()
+
+    def _warn(self) -> None:
+        """Say once that a preemption will cost steps, while something can still be done about it."""
+        grace = self.stop.grace
+        need = RESERVE + SAFETY * (self.stepping.seconds + self.copying.seconds + self.writing.seconds)
+        if self.parts.ranks.first and grace is not None and need > grace and not self._warned:
+            self._warned = True
+            log.warning(
+                "a step of %.1f s and a save of %.1f s do not fit into the grace of %.0f s: a preemption goes back to "
+                "the last checkpoint; a smaller checkpoint.every makes that less (grace_seconds is in the profile)",
+                self.stepping.seconds,
+                self.copying.seconds + self.writing.seconds,
+                grace,
+            )
 
     def finish(self, position: Position) -> None:
         """The end of a stage: nothing goes on before it is committed."""

@@ -74,6 +74,12 @@ class Stop:
         self.code = max(self.code, CAUSES.index(cause))
 
     @property
+    def grace(self) -> float | None:
+        """Seconds from SIGTERM to the kill; None where nobody kills."""
+        grace = os.environ.get(_GRACE["SIGTERM"])
+        return float(grace) if grace else None
+
+    @property
     def left(self) -> float:
         """Seconds until the kill, as far as this rank knows; infinite where none is to come."""
         deadline = next((self._deadlines[cause] for cause in _GRACE if cause in self._deadlines), math.inf)
