@@ -244,8 +244,9 @@ def resume(
         raise UserError(f"{run}: the run is finished; evaluate or generate with it, or train a new one")
     frozen = run_dir.path / "profile.yaml"
     profile = profiles.load(on or (str(frozen) if frozen.exists() else "inline"))
+    chosen = _choose_checkpoint(run_dir, profile, as_json)
     _submit(run_dir, profile, watch, lambda run, job: _announce(run, job, as_json), current_code)
-    _emit({"run": str(run_dir.path), "job": (run_dir.job() or {}).get("id")}, as_json)
+    _emit({"run": str(run_dir.path), "job": (run_dir.job() or {}).get("id"), **chosen}, as_json)
 
 
 @app.command()
@@ -606,6 +607,21 @@ def _submit(
             raise typer.Exit(1)
     elif watch:
         _watch(run)
+
+
+def _choose_checkpoint(run: "RunDir", profile: "Profile", as_json: bool) -> dict[str, Any]:
+    """Say before anything is submitted from which checkpoint the run will go on, and which are skipped and why."""
+    from radhpc.checkpoint import Checkpoints
+    from slurm import scheduler, submit
+
+    scheduler.refuse_if_alive(run)
+    with submit.environment(profile):  # it may hold the keys of an object store
+        checkpoints = Checkpoints.of(run.path, run.recipe())
+        name, skipped = checkpoints.newest()
+    for torn, fault in skipped:
+        _say(f"checkpoint {torn} is skipped: {fault}", as_json)
+    _say(f"goes on from {checkpoints.storage.where(name)}" if name else "no checkpoint: begins anew", as_json)
+    return {"checkpoint": name, "skipped": [{"checkpoint": torn, "fault": fault} for torn, fault in skipped]}
 
 
 def _watch(run: "RunDir") -> None:

@@ -1,34 +1,40 @@
 """Checkpoints: trained parameters and their optimizer state, whole or not at all.
 
-    checkpoints/step-000120/
+    checkpoints/step-000120/     or, with checkpoint.url, s3://bucket/prefix/RUN/step-000120/
         state.safetensors    name, exp_avg/name, exp_avg_sq/name: one format for every engine and world size
         cursor.json          where the run stands: stage, step, samples consumed, lineage, hashes
         manifest.json        size and sha256 of the two
-        COMMITTED            the sha256 of manifest.json, written last, after every rank has agreed
+        COMMITTED            the sha256 of manifest.json, written last
 
-A folder without a true marker does not count: it is skipped, by name, and never blocks a resume or a deletion.
-Random numbers need no state here: every step seeds them anew (loop.py).
+A checkpoint without a true marker does not count: it is skipped, by name, and never blocks a resume or a deletion.
+Random numbers need no state here: every step seeds them anew (loop.py). Without torch until tensors are read.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
-import os
-import re
-import shutil
+import threading
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-
-from radhpc.adapters import Tensors
-from radhpc.dist import Ranks
 from radhpc.errors import UserError
-from radhpc.files import sync, write_atomically
+from radhpc.storage import Bucket, Buffer, Folder, Storage
+from radhpc.store import PART
+
+if TYPE_CHECKING:
+    from radhpc.adapters import Tensors
+    from radhpc.recipe import Recipe
 
 FORMAT = 1
-_MARKER = "COMMITTED"
+_STATE, _CURSOR, _MANIFEST, _MARKER = "state.safetensors", "cursor.json", "manifest.json", "COMMITTED"
+_FILES = (_MARKER, _MANIFEST, _CURSOR, _STATE)  # in the order of their deletion
+
+
+class Dropped(Exception):
+    """A save was given up before its commit; nothing of it is left."""
 
 
 @dataclass(frozen=True)
@@ -49,124 +55,179 @@ class Cursor:
     format: int = FORMAT
 
 
+def name_of(step: int) -> str:
+    return f"step-{step:06d}"
+
+
 class Checkpoints:
-    """The checkpoints of one run."""
+    """The checkpoints of one run. One process writes; any may read."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
 
-    def save(self, tensors: Tensors, cursor: Cursor, ranks: Ranks) -> Path:
-        """Write and commit; all ranks call it, rank 0 has the tensors. Raises UserError on all ranks alike."""
-        path = self.folder / f"step-{cursor.step:06d}"
-        problem = None
-        if ranks.first:
-            try:
-                self._write(path, tensors, cursor)
-            except OSError as error:
-                problem = f"{path}: the checkpoint could not be written: {error.strerror or error}"
-                if error.errno == errno.ENOSPC:
-                    problem += "; free some space, then 'launch.py resume'"
-        problem = ranks.broadcast(problem)
-        if problem is not None:
-            raise UserError(problem)
-        return path
+    @classmethod
+    def of(cls, run: Path, recipe: "Recipe") -> "Checkpoints":
+        """Those of a run folder: in it, or under its name where checkpoint.url points."""
+        url = recipe.checkpoint.url
+        if url is not None:
+            return cls(Bucket(f"{url.rstrip('/')}/{run.name}"))
+        (run / "checkpoints").mkdir(mode=0o700, exist_ok=True)
+        return cls(Folder(run / "checkpoints"))
 
-    def _write(self, path: Path, tensors: Tensors, cursor: Cursor) -> None:
-        temporary = path.with_name(f".{path.name}.writing")
-        shutil.rmtree(temporary, ignore_errors=True)
-        remove(path)  # a torn one of an earlier life
+    def save(self, tensors: "Tensors", cursor: Cursor, given_up: threading.Event | None = None) -> tuple[str, int]:
+        """Write and commit; the name and the bytes. Raises UserError, or Dropped soon after `given_up` is set. In both
+        cases, as after a kill, the checkpoint does not count.
+        """
+        name, storage = name_of(cursor.step), self.storage
+        files: dict[str, dict[str, str | int]] = {}
+
+        def put(file: str, pieces: Iterable[Buffer]) -> None:
+            digest, size = hashlib.sha256(), 0
+
+            def seen() -> Iterator[Buffer]:
+                nonlocal size
+                for piece in pieces:
+                    if given_up is not None and given_up.is_set():
+                        raise Dropped(name)
+                    digest.update(piece)
+                    size += len(piece)
+                    yield piece
+
+            storage.put(name, file, seen())
+            files[file] = {"size": size, "sha256": digest.hexdigest()}
+
         try:
-            temporary.mkdir(mode=0o700)
-            _save_tensors(tensors, temporary / "state.safetensors", cursor.stage_step)
-            sync(temporary / "state.safetensors")
-            write_atomically(temporary / "cursor.json", json.dumps(asdict(cursor), indent=1).encode())
-            files = {
-                name: {"size": (temporary / name).stat().st_size, "sha256": sha256(temporary / name)}
-                for name in ("state.safetensors", "cursor.json")
-            }
-            write_atomically(temporary / "manifest.json", json.dumps(files, indent=1).encode())
-            sync(temporary)
-            temporary.rename(path)
-            sync(self.folder)
-            write_atomically(path / _MARKER, sha256(path / "manifest.json").encode())
-            sync(path)
-        except OSError:
-            shutil.rmtree(temporary, ignore_errors=True)
-            remove(path)
+            storage.remove(name, _FILES)  # a torn one of an earlier life
+            storage.begin(name)
+            put(_STATE, _serialised(tensors, {"step": str(cursor.stage_step)}))
+            put(_CURSOR, [json.dumps(asdict(cursor), indent=1).encode()])
+            manifest = json.dumps(files, indent=1).encode()
+            put(_MANIFEST, [manifest])
+            storage.commit(name, _MARKER, hashlib.sha256(manifest).hexdigest().encode())
+        except BaseException as error:
+            with contextlib.suppress(OSError, UserError):
+                storage.remove(name, _FILES)
+            if isinstance(error, OSError):
+                problem = f"{storage.where(name)}: the checkpoint could not be written: {error.strerror or error}"
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    problem += "; free some space, then 'launch.py resume'"
+                raise UserError(problem) from error
             raise
+        return name, sum(int(entry["size"]) for entry in files.values())
 
-    def steps(self) -> list[Path]:
-        """All checkpoint folders, torn ones too, newest first."""
-        found = [path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-        return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    def names(self) -> list[str]:
+        """All of them, torn ones too, newest first."""
+        return sorted(self.storage.names(), key=lambda name: int(name.removeprefix("step-")), reverse=True)
 
-    def newest(self) -> tuple[Path | None, list[tuple[str, str]]]:
+    def committed(self) -> list[str]:
+        """Those with a marker, newest first; whether it is true is not looked at."""
+        return [name for name in self.names() if self.storage.has(name, _MARKER)]
+
+    def newest(self) -> tuple[str | None, list[tuple[str, str]]]:
         """The newest one that verifies, and (name, fault) of each newer one that was skipped."""
         skipped = []
-        for path in self.steps():
-            fault = verify(path)
+        for name in self.names():
+            fault = self.verify(name)
             if fault is None:
-                return path, skipped
-            skipped.append((path.name, fault))
+                return name, skipped
+            skipped.append((name, fault))
         return None, skipped
 
     def prune(self, keep: int) -> list[str]:
         """Delete all but the newest `keep` committed ones, and torn ones behind the newest; the last one of each
         stage stays. Returns the names.
         """
-        committed = [path for path in self.steps() if (path / _MARKER).exists()]
-        torn = [path for path in self.steps() if path not in committed and committed and path.name < committed[0].name]
-        old = [path for path in committed[keep:] if not read_cursor(path).stage_done]
-        for path in old + torn:
-            remove(path)
-        return [path.name for path in old]
+        committed = self.committed()
+        torn = [name for name in self.names() if name not in committed and committed and name < committed[0]]
+        old = [name for name in committed[keep:] if not self._ends_a_stage(name)]
+        for name in old + torn:
+            self.storage.remove(name, _FILES)
+        self.storage.sweep()
+        return old
 
+    def _ends_a_stage(self, name: str) -> bool:
+        """Also of one whose cursor cannot be read: what may be the only end of a stage is not deleted."""
+        try:
+            return self.cursor(name).stage_done
+        except (OSError, ValueError, TypeError, KeyError, UserError):
+            return True
 
-def verify(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None: the marker, then size and sha256 of every file."""
-    try:
-        marker = (path / _MARKER).read_text()
-        if marker != sha256(path / "manifest.json"):
-            return "manifest.json differs from the commit marker"
-        for name, wanted in json.loads((path / "manifest.json").read_bytes()).items():
-            if (path / name).stat().st_size != wanted["size"]:
-                return f"{name} has {(path / name).stat().st_size} of {wanted['size']} bytes"
-            if sha256(path / name) != wanted["sha256"]:
-                return f"{name}: checksum differs"
-    except FileNotFoundError as error:
-        name = Path(error.filename).name
-        return "not committed" if name == _MARKER else f"{name} is missing"
-    return None
+    def verify(self, name: str) -> str | None:
+        """What is wrong with a checkpoint, or None: the marker, then size and sha256 of every file."""
+        try:
+            marker = self._read(name, _MARKER).decode(errors="replace")
+        except FileNotFoundError:
+            return "not committed"
+        file = _MANIFEST
+        try:
+            manifest = self._read(name, file)
+            if marker != hashlib.sha256(manifest).hexdigest():
+                return "manifest.json differs from the commit marker"
+            for file, wanted in json.loads(manifest).items():
+                size, digest = 0, hashlib.sha256()
+                for piece in self.storage.pieces(name, file):
+                    size += len(piece)
+                    digest.update(piece)
+                if size != wanted["size"]:
+                    return f"{file} has {size} of {wanted['size']} bytes"
+                if digest.hexdigest() != wanted["sha256"]:
+                    return f"{file}: checksum differs"
+        except FileNotFoundError:
+            return f"{file} is missing"
+        except OSError as error:
+            return f"{file} cannot be read: {error.strerror or error}"
+        return None
+
+    def cursor(self, name: str) -> Cursor:
+        data = json.loads(self._read(name, _CURSOR))
+        if data.get("format") != FORMAT:
+            where = self.storage.where(name)
+            raise UserError(f"{where}: format {data.get('format')}, this version reads {FORMAT}")
+        return Cursor(**{**data, "lineage": tuple(data["lineage"]), "data": tuple(data["data"])})
+
+    def tensors(self, name: str, moments: bool) -> "Tensors":
+        """The parameters of a checkpoint, with Adam's moments or without."""
+        from safetensors.torch import load, load_file
+
+        if isinstance(self.storage, Folder):
+            tensors: Tensors = load_file(self.storage.path / name / _STATE)
+        else:
+            tensors = load(self._read(name, _STATE))
+        return tensors if moments else {name: tensor for name, tensor in tensors.items() if "/" not in name}
+
+    def _read(self, name: str, file: str) -> bytes:
+        return b"".join(self.storage.pieces(name, file))
 
 
 def read_cursor(path: Path) -> Cursor:
-    data = json.loads((path / "cursor.json").read_bytes())
-    if data.get("format") != FORMAT:
-        raise UserError(f"{path}: format {data.get('format')}, this version reads {FORMAT}")
-    return Cursor(**{**data, "lineage": tuple(data["lineage"]), "data": tuple(data["data"])})
+    """That of one checkpoint in a folder."""
+    return Checkpoints(Folder(path.parent)).cursor(path.name)
 
 
-def read_tensors(path: Path, moments: bool) -> Tensors:
-    """The parameters of a checkpoint, with Adam's moments or without."""
-    tensors: Tensors = load_file(path / "state.safetensors")
-    return tensors if moments else {name: tensor for name, tensor in tensors.items() if "/" not in name}
+_DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
-def remove(path: Path) -> None:
-    """Delete a checkpoint, the marker first: a deletion that is cut short leaves a torn one, never a false one."""
-    (path / _MARKER).unlink(missing_ok=True)
-    shutil.rmtree(path, ignore_errors=True)
+def _serialised(tensors: "Tensors", metadata: dict[str, str]) -> Iterator[Buffer]:
+    """The safetensors format (8 bytes of the header's length, the header, the tensors), without a second copy of them:
+    the library's own writer makes either a file or one string of bytes, and this goes to a store and into a checksum.
+    """
+    import torch
 
-
-def _save_tensors(tensors: Tensors, path: Path, step: int) -> None:
-    """safetensors reports the system's errors as its own kind, with the number in the text."""
-    try:
-        save_file(tensors, path, {"step": str(step)})
-    except SafetensorError as error:
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, object] = {"__metadata__": metadata}
+    end = 0
+    for name in order:
+        tensor, start = tensors[name], end
+        end += tensor.numel() * tensor.element_size()
+        dtype = _DTYPES[str(tensor.dtype).removeprefix("torch.")]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in order:
+        if tensors[name].numel():
+            data = memoryview(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy())
+            yield from (data[start : start + PART] for start in range(0, len(data), PART))
 
 
 def sha256(path: Path) -> str:

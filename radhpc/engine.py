@@ -8,7 +8,7 @@ give the same step up to the order of floating-point sums.
 import contextlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,13 +62,24 @@ class Engine:
             _groups(self.trained, stage), lr=stage.learning_rate, betas=stage.betas, eps=stage.epsilon
         )
 
-    def step(self, batches: Sequence[Batch], supervised: int, schedule: float) -> StepReport:
+    def step(
+        self,
+        batches: Sequence[Batch],
+        supervised: int,
+        schedule: float,
+        check: Callable[[], None] = lambda: None,
+    ) -> StepReport:
         """One step over this rank's micro-batches. `supervised`: tokens of the whole global batch; `schedule`: the
         factor on every learning rate. Every rank must give as many batches as its peers.
+
+        `check` is called between two micro-batches, on all ranks alike, and may raise to end the step: parameters and
+        moments are then those before it.
         """
         self.model.train()
         total = torch.zeros((), dtype=torch.float64)
         for n, batch in enumerate(batches):
+            if n:
+                check()
             if isinstance(self.model, FSDPModule):
                 self.model.set_requires_gradient_sync(n == len(batches) - 1)
             with self._autocast:
@@ -140,7 +151,7 @@ class Engine:
         for name, tensor in tensors.items():
             full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # a collective: on all ranks
             if self.ranks.first:
-                whole[name] = full.detach().cpu().contiguous().clone()
+                whole[name] = full.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         return whole
 
 

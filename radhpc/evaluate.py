@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from radhpc import order
+from radhpc.background import beside
 from radhpc.board import panel
-from radhpc.collate import Encoder
+from radhpc.collate import Encoded, Encoder
 from radhpc.dist import Ranks
 from radhpc.engine import Engine
 from radhpc.errors import UserError
@@ -27,6 +28,7 @@ from radhpc.metrics.bootstrap import interval
 from radhpc.recipe import Evaluation
 from radhpc.sample import Sample
 from radhpc.source import BadSample, Source, Study
+from radhpc.stop import Stop
 
 log = logging.getLogger("radhpc")
 
@@ -71,13 +73,19 @@ def evaluate(
     recipe: Evaluation,
     ranks: Ranks,
     check: Callable[[int], None] = lambda done: None,
+    stop: Stop | None = None,
 ) -> Result:
-    """Generate for the chosen studies, on all ranks, and score on rank 0."""
+    """Generate for the chosen studies, on all ranks, and score on rank 0. `stop` ends it by Interrupted."""
+    stop = stop or Stop()
     numbers = chosen(held_out, recipe.samples)
-    mine, bad = _read(held_out, numbers[ranks.rank :: ranks.world])
-    prompts = [encoder.encode_prompt(key, sample.question, views) for key, sample, views in mine]
+
+    def read() -> tuple[list[Study], list[str], list[Encoded]]:
+        mine, bad = _read(held_out, numbers[ranks.rank :: ranks.world])
+        return mine, bad, [encoder.encode_prompt(key, sample.question, views) for key, sample, views in mine]
+
+    mine, bad, prompts = beside(read, ranks, stop) or ([], [], [])
     generated = generate(engine, encoder, prompts, recipe.batch, recipe.max_new_tokens, ranks, check)
-    loss, tokens = _loss(engine, encoder, mine, recipe.batch, ranks)
+    loss, tokens = _loss(engine, encoder, mine, recipe.batch, ranks, stop)
     rows = [
         Row(key, sample.patient, encoder.answer(sample), text, known_findings(sample))
         for (key, sample, _), text in zip(mine, generated, strict=True)
@@ -93,14 +101,18 @@ def evaluate(
         raise UserError(
             f"evaluation: none of {len(numbers)} studies could be read; 'launch.py verify' names every fault"
         )
-    if not ranks.first:
-        return Result({}, {}, [], [], [])
-    scores = {"loss": _score(loss / max(1, tokens), None, "nats per supervised token"), **score(rows)}
-    baselines = {
-        name: score([Row(r.key, r.patient, r.reference, text, r.findings) for r, text in zip(rows, texts, strict=True)])
-        for name, texts in trivial(encoder, training, len(rows)).items()
-    }
-    return Result(scores, baselines, rows, pictures, bad)
+
+    def scored() -> Result:
+        scores = {"loss": _score(loss / max(1, tokens), None, "nats per supervised token"), **score(rows)}
+        baselines = {
+            name: score(
+                [Row(r.key, r.patient, r.reference, text, r.findings) for r, text in zip(rows, texts, strict=True)]
+            )
+            for name, texts in trivial(encoder, training, len(rows)).items()
+        }
+        return Result(scores, baselines, rows, pictures, bad)
+
+    return beside(scored if ranks.first else None, ranks, stop) or Result({}, {}, [], [], [])
 
 
 def _read(source: Source, numbers: list[int]) -> tuple[list[Study], list[str]]:
@@ -196,11 +208,14 @@ def _score(value: float, limits: tuple[float, float] | None, convention: str) ->
     return {"value": value, "low": low, "high": high, "convention": convention}
 
 
-def _loss(engine: Engine, encoder: Encoder, studies: list[Study], batch: int, ranks: Ranks) -> tuple[float, float]:
+def _loss(
+    engine: Engine, encoder: Encoder, studies: list[Study], batch: int, ranks: Ranks, stop: Stop
+) -> tuple[float, float]:
     """Summed loss and supervised tokens over all ranks, with as many forward passes on each."""
     (rounds,) = ranks.max([float(-(-len(studies) // batch))])
     loss, tokens = 0.0, 0
     for n in range(int(rounds)):
+        stop.check(ranks.max)
         rows = [encoder.encode(*study) for study in studies[n * batch : (n + 1) * batch]] or [encoder.empty()]
         loss += engine.loss_sum(encoder.batch(rows))
         tokens += sum(row.supervised for row in rows)

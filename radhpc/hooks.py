@@ -1,4 +1,7 @@
-"""What happens beside the steps: saving, evaluating, the board and the progress bar. Each is a hook of the loop."""
+"""What happens beside the steps: evaluating, the board and the progress bar.
+
+Each is a hook of the loop, as is saving.py.
+"""
 
 import logging
 import time
@@ -9,7 +12,6 @@ import torch
 
 from radhpc import adapters, evaluate
 from radhpc.board import Board
-from radhpc.checkpoint import Cursor
 from radhpc.engine import Engine
 from radhpc.export import write_adapter
 from radhpc.log import Bar
@@ -20,41 +22,6 @@ from radhpc.stop import Stop
 from radhpc.straggler import Stragglers
 
 log = logging.getLogger("radhpc")
-
-
-class Saving:
-    """Writes checkpoints, says so, and deletes old ones."""
-
-    def __init__(self, parts: Parts, engine: Engine, board: Board, lineage: tuple[str, ...]) -> None:
-        self.parts, self.engine, self.board, self.lineage = parts, engine, board, lineage
-        self.saved_step = -1
-
-    def __call__(self, position: Position, report: Report | None = None) -> None:
-        if position.step == self.saved_step or (report is not None and position.stage_done):
-            return  # the end of a stage saves by itself
-        parts, started = self.parts, time.perf_counter()
-        parts.ranks.heart.beat("saving", slow=True)
-        cursor = Cursor(
-            stage=position.stage,
-            step=position.step,
-            stage_step=position.stage_step,
-            samples=position.samples,
-            stage_done=position.stage_done,
-            lineage=self.lineage,
-            recipe=parts.recipe.hash,
-            base=parts.base_hash,
-            data=parts.source(position.stage, "train").hashes,
-            world=parts.ranks.world,
-            engine=parts.recipe.engine,
-        )
-        path = parts.checkpoints.save(self.engine.state(), cursor, parts.ranks)
-        self.saved_step = position.step
-        seconds = time.perf_counter() - started
-        if parts.ranks.first:
-            size = sum(file.stat().st_size for file in path.iterdir())
-            parts.run.record("saved", step=position.step, seconds=round(seconds, 3), bytes=size)
-            self.board.scalars(position.step, {"checkpoint/seconds": seconds, "checkpoint/megabytes": size / 1e6})
-            parts.checkpoints.prune(parts.recipe.checkpoint.keep)
 
 
 class Evaluating:
@@ -85,7 +52,14 @@ class Evaluating:
 
             training = parts.source(position.stage, "train")
             result = evaluate.evaluate(
-                self.engine, parts.encoder, held_out, training, parts.recipe.evaluation, parts.ranks, check
+                self.engine,
+                parts.encoder,
+                held_out,
+                training,
+                parts.recipe.evaluation,
+                parts.ranks,
+                check,
+                self.stop,
             )
             bar.update(share)
         if parts.ranks.first:

@@ -6,7 +6,7 @@ anybody has been told to stop. If so, all save and leave before the step, not af
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from radhpc.errors import UserError
 from radhpc.ledger import Ledger
 from radhpc.recipe import Stage
 from radhpc.stop import CAUSES, Interrupted, Stop
-from radhpc.stream import Step, Stream
+from radhpc.stream import GivenUp, Step, Stream
 
 NAMED = 20  # bad samples in the message that ends a run
 
@@ -110,7 +110,7 @@ def train(
     first = position.step  # slow: readers and kernels start
     ranks.heart.beat(f"data of step {first + 1}", first, slow=True)
     begun, waited = time.perf_counter(), ranks.waited()
-    for step in stream:
+    for step in _or_given_up(stream, position):
         ranks.heart.beat(f"step {position.step + 1}", position.step + 1, slow=position.step == first)
         assert step.number == position.stage_step
         now_traffic = stream.traffic()
@@ -121,7 +121,7 @@ def train(
         # Random numbers are a function of the step: nothing to save, and what ran in between leaves no trace.
         torch.manual_seed(_seed(seed, position.stage, position.stage_step, ranks.rank))
         factor = schedule(stage.optimizer, position.stage_step, position.stage_steps)
-        done = engine.step(step.micro_batches, supervised, factor)
+        done = engine.step(step.micro_batches, supervised, factor, lambda: stop.check(ranks.max))
         position.step += 1
         position.stage_step += 1
         position.samples = min(position.samples + stage.batch, position.stage_samples)
@@ -145,6 +145,14 @@ def train(
         ranks.heart.beat(f"data of step {position.step + 1}")
         begun, waited = time.perf_counter(), ranks.waited()
     assert position.stage_done
+
+
+def _or_given_up(stream: Stream, position: Position) -> Iterator[Step]:
+    """The steps; after a stream that has given up, an empty one in which the ranks agree to stop."""
+    try:
+        yield from stream
+    except GivenUp:
+        yield Step(position.stage_step, [], [])
 
 
 @dataclass(frozen=True)

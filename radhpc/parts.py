@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from radhpc import adapters, models, tokenizer
-from radhpc.checkpoint import Checkpoints, Cursor, read_cursor, read_tensors, sha256, verify
+from radhpc.background import beside, on_first
+from radhpc.checkpoint import Checkpoints, Cursor, sha256
 from radhpc.collate import Encoder, conversation
 from radhpc.dist import Ranks
 from radhpc.engine import Engine
@@ -20,14 +21,16 @@ from radhpc.recipe import Recipe
 from radhpc.run_dir import RunDir
 from radhpc.sample import Split
 from radhpc.source import Source
+from radhpc.stop import Stop
 
 
 class Parts:
     """Everything that training, evaluation and generation share."""
 
-    def __init__(self, run: RunDir, recipe: Recipe, ranks: Ranks) -> None:
-        self.run, self.recipe, self.ranks = run, recipe, ranks
-        self.checkpoints = Checkpoints(run.folder("checkpoints"))
+    def __init__(self, run: RunDir, recipe: Recipe, ranks: Ranks, stop: Stop | None = None) -> None:
+        """`stop`: ends long work by Interrupted, on all ranks together."""
+        self.run, self.recipe, self.ranks, self.stop = run, recipe, ranks, stop or Stop()
+        self.checkpoints = Checkpoints.of(run.path, recipe)
         self._sources: dict[tuple[int, str], Source] = {}
         self.base_hash = ""  # known once a model was built
 
@@ -47,29 +50,31 @@ class Parts:
 
     def engine(self, stage: int, lineage: tuple[str, ...]) -> Engine:
         """The model at the start of a stage, ready to train. `lineage` names the checkpoints of the stages before."""
-        model = self.family.build(self.recipe.seed)
+        family = self.family
+        model = beside(lambda: family.build(self.recipe.seed), self.ranks, self.stop)
+        assert model is not None
         self.base_hash = self._base_hash(model)
 
         def saved(earlier: int) -> adapters.Tensors:
-            path = self.checkpoints.folder / lineage[earlier]
-            if fault := verify(path):
-                stage_name = self.recipe.stages[earlier].name
-                raise UserError(f"{path}: {fault}; without the end of stage '{stage_name}' the run cannot go on")
-            return read_tensors(path, moments=False)
+            name = lineage[earlier]
+            if fault := self.checkpoints.verify(name):
+                where, stage_name = self.checkpoints.storage.where(name), self.recipe.stages[earlier].name
+                raise UserError(f"{where}: {fault}; without the end of stage '{stage_name}' the run cannot go on")
+            return self.checkpoints.tensors(name, moments=False)
 
         adapters.prepare(model, self.recipe.stages, stage, saved, self.recipe.seed)
         return Engine(model, self.recipe, self.recipe.stages[stage].optimizer, self.family.blocks, self.ranks)
 
     def restored_engine(self) -> tuple[Engine, Cursor]:
         """The model of the newest checkpoint that verifies. Raises UserError where there is none."""
-        path, skipped = self.checkpoints.newest()
-        if path is None:
+        newest, skipped = self.checkpoints.newest()
+        if newest is None:
             why = "".join(f"; {name}: {fault}" for name, fault in skipped)
             raise UserError(f"{self.run.path}: no checkpoint to load{why}")
-        cursor = read_cursor(path)
+        cursor = self.checkpoints.cursor(newest)
         engine = self.engine(cursor.stage, cursor.lineage)
         self.check(cursor)
-        engine.load(read_tensors(path, moments=False), steps=0)
+        engine.load(self.checkpoints.tensors(newest, moments=False), steps=0)
         return engine, cursor
 
     def check(self, cursor: Cursor) -> None:
@@ -91,22 +96,24 @@ class Parts:
         if model.tokenizer.train_vocabulary is None:
             return str(model.tokenizer.folder or model.weights)
         folder = self.run.path / "tokenizer"
-        if self.ranks.first and not folder.exists():
+        vocabulary = model.tokenizer.train_vocabulary
+
+        def train() -> None:
             temporary = self.run.path / ".tokenizer.writing"
             shutil.rmtree(temporary, ignore_errors=True)
             texts = (conversation(sample, self.recipe.text) for sample in self.source(0, "train").samples())
-            tokenizer.train(texts, model.tokenizer.train_vocabulary, temporary)
+            tokenizer.train(texts, vocabulary, temporary)
             temporary.rename(folder)
-        self.ranks.barrier()
+
+        on_first(lambda: None if folder.exists() else train(), self.ranks, self.stop)
         return str(folder)
 
     def _base_hash(self, model: torch.nn.Module) -> str:
         """Identity of the base: of the weights' files, or of the random values themselves."""
-        digest = ""
-        if self.ranks.first:
-            weights = self.recipe.model.weights
-            digest = _hash_files(Path(weights), self.run.path / "base.json") if weights else _hash_tensors(model)
-        return str(self.ranks.broadcast(digest))
+        weights, remembered = self.recipe.model.weights, self.run.path / "base.json"
+        return on_first(
+            lambda: _hash_files(Path(weights), remembered) if weights else _hash_tensors(model), self.ranks, self.stop
+        )
 
 
 def _hash_tensors(model: torch.nn.Module) -> str:

@@ -235,6 +235,17 @@ class Checkpoint(Section):
 
     every: int = Field(100, ge=1, description="steps")
     keep: int = Field(2, ge=1)
+    asynchronous: bool = Field(True, description="written in the background: steps wait for the copy alone")
+    url: str | None = Field(
+        None, description="an object store's prefix, such as s3://bucket/checkpoints; default: the run folder"
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _url(cls, value: str | None) -> str | None:
+        if value is not None and not re.match(r"[a-z0-9]+://.", value):
+            raise ValueError(f"checkpoint.url '{value}': allowed are URLs such as s3://bucket/prefix, or null")
+        return value
 
 
 class Evaluation(Section):

@@ -1,22 +1,30 @@
-"""Signals and requests to stop: a handler only raises a flag, and the loop reads it at a step boundary.
+"""Signals and requests to stop: a handler only raises a flag, and the ranks read it together wherever they can leave.
 
 SIGTERM is what SLURM sends when it preempts, cancels or kills; SIGUSR2 what submitit asks it to send before the time
 limit. Which of them it was is not for a rank to guess: the ranks save and end, and slurm.requeue, which can ask
 the scheduler, decides. Ranks learn of a signal at different moments, so they agree on the largest code.
+
+The first signal of a kind starts the clock: after SIGTERM the kill comes in RADHPC_GRACE_SECONDS, after SIGUSR2 in
+RADHPC_SIGNAL_SECONDS. slurm.submit sets both from the profile; where they are not set, nobody kills.
 """
 
+import math
+import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
 from radhpc.run_dir import RunDir
 
-# By increasing weight: a user's request outweighs the scheduler's.
-CAUSES = ("", "SIGUSR2", "SIGTERM", "SIGINT", "stop")
+# By increasing weight: a user's request outweighs the scheduler's, and a save that failed ends the run in any case.
+CAUSES = ("", "SIGUSR2", "SIGTERM", "SIGINT", "stop", "save failed")
 _SIGNALS = {signal.SIGUSR2: "SIGUSR2", signal.SIGTERM: "SIGTERM", signal.SIGINT: "SIGINT"}
+_GRACE = {"SIGTERM": "RADHPC_GRACE_SECONDS", "SIGUSR2": "RADHPC_SIGNAL_SECONDS"}  # the surer kill first
+
+Agree = Callable[[Sequence[float]], list[float]]  # Ranks.max
 
 
 class Interrupted(Exception):
@@ -25,15 +33,18 @@ class Interrupted(Exception):
     def __init__(self, cause: str) -> None:
         super().__init__(cause)
         self.cause = cause
+        self.ending: Any = None  # what was committed since, see saving.py
 
 
 class Stop:
     """The flag. Use as a context: the handlers before it are put back at the end."""
 
     def __init__(self, run: RunDir | None = None, poll_seconds: float = 1.0) -> None:
+        """`run`: whose request file is looked at, on one rank."""
         self.code = 0
-        self.since: float | None = None  # time.monotonic() of the first signal: the grace runs from here
-        self._run, self._poll_seconds, self._polled = run, poll_seconds, 0.0
+        self.since: float | None = None  # time.monotonic() of the first signal
+        self.run, self._poll_seconds, self._polled = run, poll_seconds, 0.0
+        self._deadlines: dict[str, float] = {}  # time.monotonic() of the kill, by signal
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Stop":
@@ -51,21 +62,48 @@ class Stop:
         name = _SIGNALS[signal.Signals(number)]
         if name == "SIGINT" and self.code == CAUSES.index("SIGINT"):
             raise KeyboardInterrupt  # the second Ctrl-C does not wait for a save
-        self._raise_flag(name)
+        self.tell(name)
 
-    def _raise_flag(self, cause: str) -> None:
-        self.since = self.since or time.monotonic()
+    def tell(self, cause: str) -> None:
+        """Raise the flag, from any thread. SLURM repeats its signals: the clock of the first one runs on."""
+        now = time.monotonic()
+        self.since = self.since or now
+        grace = os.environ.get(_GRACE.get(cause, ""))
+        if grace:
+            self._deadlines.setdefault(cause, now + float(grace))
         self.code = max(self.code, CAUSES.index(cause))
+
+    @property
+    def grace(self) -> float | None:
+        """Seconds from SIGTERM to the kill; None where nobody kills."""
+        grace = os.environ.get(_GRACE["SIGTERM"])
+        return float(grace) if grace else None
+
+    @property
+    def left(self) -> float:
+        """Seconds until the kill, as far as this rank knows; infinite where none is to come."""
+        deadline = next((self._deadlines[cause] for cause in _GRACE if cause in self._deadlines), math.inf)
+        return deadline - time.monotonic()
+
+    @property
+    def waited(self) -> float:
+        """Seconds since the first signal here; 0 without one."""
+        return 0.0 if self.since is None else time.monotonic() - self.since
+
+    @property
+    def margin(self) -> float | None:
+        """The same for a record: None where no kill is to come."""
+        return None if math.isinf(self.left) else round(self.left, 3)
 
     def poll(self) -> int:
         """The code now; the run folder's request file is looked at once a second."""
-        if self._run is not None and time.monotonic() - self._polled > self._poll_seconds:
+        if self.run is not None and time.monotonic() - self._polled > self._poll_seconds:
             self._polled = time.monotonic()
-            if self._run.stop_requested():
-                self._raise_flag("stop")
+            if self.run.stop_requested():
+                self.tell("stop")
         return self.code
 
-    def check(self, agree: Callable[[list[float]], list[float]]) -> None:
+    def check(self, agree: Agree) -> None:
         """Raise Interrupted on all ranks together when any of them has to stop. `agree` is Ranks.max."""
         code = int(agree([float(self.poll())])[0])
         if code:

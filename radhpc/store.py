@@ -20,7 +20,7 @@ import mmap
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -162,6 +162,21 @@ class Store:
             return sorted(path.name for path in self.folder.iterdir() if path.is_file()) if self.folder.exists() else []
         with self._explain(""):
             return sorted(entry["path"] for entry in self._remote.list_with_delimiter()["objects"])
+
+    def folders(self) -> list[str]:
+        """The names of the folders, or prefixes, right below."""
+        if self.folder is not None:
+            return sorted(path.name for path in self.folder.iterdir() if path.is_dir()) if self.folder.exists() else []
+        with self._explain(""):
+            return sorted(prefix.rsplit("/", 1)[-1] for prefix in self._remote.list_with_delimiter()["common_prefixes"])
+
+    def write_pieces(self, name: str, pieces: Iterable[bytes | memoryview]) -> None:
+        """Put an object whose content comes piece by piece; it appears complete or, when an error ends the pieces, not
+        at all.
+        """
+        assert self.folder is None
+        with self._explain(name):
+            self._remote.put(name, iter(pieces), chunk_size=PART)
 
     def write(self, name: str, data: bytes) -> None:
         """Write a whole file; it appears under its name complete or not at all."""

@@ -24,8 +24,8 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -42,6 +42,7 @@ from radhpc.sample import SPLITS, Split
 from radhpc.source import BadSample, Raw, Source
 
 _TASK = 16  # samples that one task decodes
+_PATIENCE = 0.2  # seconds between two looks at whether the run has to stop
 _DEALT = 4096  # samples, of all ranks, whose order is computed at a time
 
 
@@ -59,6 +60,10 @@ class Reader(Protocol):
     def batch(self, rows: Sequence[Any]) -> Any:
         """One micro-batch."""
         ...
+
+
+class GivenUp(Exception):
+    """The run was told to stop while it waited for data."""
 
 
 @dataclass
@@ -146,13 +151,17 @@ class Stream:
         world: int = 1,
         cursor: int = 0,
         pin: bool = False,
+        told: Callable[[], object] = lambda: False,
     ) -> None:
-        """`cursor`: samples of this stage that were trained on; `pin`: leave batches in memory that a GPU reads."""
+        """`cursor`: samples of this stage that were trained on; `pin`: leave batches in memory that a GPU reads.
+
+        `told`: whether the run has to stop. While data are slow to come it is asked, and if so GivenUp is raised.
+        """
         samples = stage_samples(stage, len(source))
         assert cursor % stage.batch == 0 or cursor == samples, cursor
         most = -(-stage.batch // world)
         self.deal = Deal(samples, stage.batch, min(stage.micro_batch or most, most), world)
-        self._source, self._reader, self._rank, self._pin = source, reader, rank, pin
+        self._source, self._reader, self._rank, self._pin, self._told = source, reader, rank, pin, told
         self._order = order_of(source, stage_number, recipe, seed)
         self._first, self._prefetch = -(-cursor // stage.batch), recipe.prefetch
         self.ahead = Ahead(source, self._turns(), recipe, world, samples / max(1, len(source)))
@@ -170,9 +179,18 @@ class Stream:
                 turn += count
             pending.append(self._assembler.submit(self._assemble, number, tasks))
             if len(pending) > self._prefetch:
-                yield _awaited(pending.popleft())
+                yield self._awaited(pending.popleft())
         while pending:
-            yield _awaited(pending.popleft())
+            yield self._awaited(pending.popleft())
+
+    def _awaited(self, future: "Future[Step]") -> Step:
+        started = time.perf_counter()
+        while wait([future], _PATIENCE).not_done:
+            if self._told():
+                raise GivenUp
+        step = future.result()
+        step.wait_seconds = time.perf_counter() - started
+        return step
 
     def close(self) -> None:
         """Drop what was read ahead."""
@@ -229,13 +247,6 @@ class Stream:
             batch = self._reader.batch(rows)
             step.micro_batches.append({name: t.pin_memory() for name, t in batch.items()} if self._pin else batch)
         return step
-
-
-def _awaited(future: "Future[Step]") -> Step:
-    started = time.perf_counter()
-    step = future.result()
-    step.wait_seconds = time.perf_counter() - started
-    return step
 
 
 def main(arguments: Sequence[str]) -> None:

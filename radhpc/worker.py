@@ -18,8 +18,9 @@ from typing import Any, Literal
 import torch
 
 from radhpc import fingerprint, hooks, log as logs
+from radhpc.background import beside, on_first
 from radhpc.board import Board
-from radhpc.checkpoint import Cursor, read_cursor, read_tensors
+from radhpc.checkpoint import Checkpoints, Cursor, name_of
 from radhpc.dist import Ranks, lost_peer
 from radhpc.engine import Engine
 from radhpc.errors import UserError, first_line
@@ -30,6 +31,7 @@ from radhpc.log import Bar
 from radhpc.loop import Hook, Position, Quarantine, train
 from radhpc.parts import Parts
 from radhpc.run_dir import RunDir, node_name
+from radhpc.saving import Ending, Saving
 from radhpc.stop import Interrupted, Stop
 from radhpc.straggler import Stragglers
 from radhpc.stream import Stream, stage_samples, stage_steps
@@ -46,8 +48,11 @@ class Outcome:
     step: int = 0
 
 
-def run(path: str) -> Outcome:
-    """Work on a run until it is finished or interrupted. Errors are recorded for this rank, then raised."""
+def run(path: str, stop: Stop | None = None) -> Outcome:
+    """Work on a run until it is finished or interrupted. Errors are recorded for this rank, then raised.
+
+    `stop`: a flag that listens already, since before this module was imported.
+    """
     run_dir = RunDir.open(path)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     logs.start(rank, world)
@@ -60,7 +65,8 @@ def run(path: str) -> Outcome:
         _record_end(run_dir, rank, Outcome(state, cause, step), culprits=culprits)
 
     heart = Heartbeat(run_dir, rank, world, Limits.from_environment(), end)
-    with Stop(run_dir if rank == 0 else None) as stop:
+    with contextlib.nullcontext(stop) if stop else Stop() as stop:
+        stop.run = run_dir if rank == 0 else None
         try:
             ranks = Ranks(heart)
             outcome = _run(run_dir, ranks, stop)
@@ -87,17 +93,16 @@ def _run(run: RunDir, ranks: Ranks, stop: Stop) -> Outcome:
         nodes = os.environ.get("SLURM_JOB_NODELIST", socket.gethostname())
         run.record("started", life=life, job=job, world=ranks.world, engine=recipe.engine, nodes=nodes)
     _agree_on_environment(run, ranks)
-    parts = Parts(run, recipe, ranks)
+    parts = Parts(run, recipe, ranks, stop)
     position: Position | None = None
     try:
-        lengths = [len(parts.source(n, "train")) for n in range(len(recipe.stages))]
+        lengths = beside(lambda: [len(parts.source(n, "train")) for n in range(len(recipe.stages))], ranks, stop) or []
         for n, length in enumerate(lengths):
             if not length:
                 raise UserError(f"stage '{recipe.stages[n].name}': no sample of split 'train' in its shards")
         steps = [stage_steps(stage, length) for stage, length in zip(recipe.stages, lengths, strict=True)]
         _agree_on_data(parts, steps)
-        stop.check(ranks.max)
-        cursor = _restore(parts, run, ranks)
+        cursor = _restore(parts, run, life, ranks)
         board = Board(run.path / "tensorboard" if ranks.first else None, cursor.step if cursor else 0)
         board.event(cursor.step if cursor else 0, "resumed" if cursor else "started", _history(run))
         ledger = Ledger(run.folder("ledger"), life, ranks.rank) if recipe.stream.audit else None
@@ -122,11 +127,18 @@ def _run(run: RunDir, ranks: Ranks, stop: Stop) -> Outcome:
             run.record("finished", step=sum(steps))
         return Outcome("finished", step=sum(steps))
     except Interrupted as interrupted:
-        step = position.step if position else 0
+        ending: Ending = interrupted.ending or _before_training(parts, stop)
+        step = position.step if position else ending.committed_step or 0
         if ranks.first:
-            run.record("interrupted", cause=interrupted.cause, step=step)
-        log.info("interrupted by %s at step %d", interrupted.cause, step)
+            run.record("interrupted", cause=interrupted.cause, step=step, **asdict(ending))
+        log.info("interrupted by %s at step %d: %s", interrupted.cause, step, ending)
         return Outcome("interrupted", interrupted.cause, step)
+
+
+def _before_training(parts: Parts, stop: Stop) -> Ending:
+    """Nothing is lost by an interruption of the start-up: the next life goes on from what is committed."""
+    steps = [int(name.removeprefix("step-")) for name in parts.checkpoints.committed()] if parts.ranks.first else []
+    return Ending(max(steps, default=None), "last checkpoint", stop.margin, round(stop.waited, 3))
 
 
 def _run_stage(
@@ -147,18 +159,24 @@ def _run_stage(
     engine = parts.engine(number, lineage)
     if cursor is not None:
         parts.check(cursor)
-        path = parts.checkpoints.folder / f"step-{cursor.step:06d}"
-        engine.load(read_tensors(path, moments=True), cursor.stage_step)
+        name = name_of(cursor.step)
+        tensors = beside(lambda: parts.checkpoints.tensors(name, moments=True), ranks, stop)
+        assert tensors is not None
+        engine.load(tensors, cursor.stage_step)
+        del tensors
     stop.check(ranks.max)
     _describe(engine, position, parts)
-    saving = hooks.Saving(parts, engine, board, lineage)
-    # A stage begins where a checkpoint stands: its own, or the last one of the stage before, which must not be written
-    # over with this stage's untrained state when a signal comes before the first step.
-    saving.saved_step = position.step if cursor is not None or number else -1
+    saving = Saving(parts, engine, board, stop, lineage)
+    saving.expect(number)
+    if cursor is not None or number:
+        # A stage begins where a checkpoint stands: its own, or the last one of the stage before, which must not be
+        # written over with this stage's untrained state when a signal comes before the first step.
+        saving.start_at(position.step)
     evaluating = hooks.Evaluating(parts, engine, board, stop)
     stream = Stream(
         parts.source(number, "train"), parts.encoder, stage, number, recipe.stream, recipe.seed,
         ranks.rank, ranks.world, position.samples, pin=ranks.device.type == "cuda",
+        told=stop.poll,
     )  # fmt: skip
     every = recipe.evaluation.every
     try:
@@ -173,20 +191,20 @@ def _run_stage(
                 if cursor is not None and position.step % every == 0 and not position.stage_done:
                     evaluating(position)  # that the interruption prevented, or nothing where the scores are there
             train(stream, engine, stage, position, calls, ledger, quarantine, stop, ranks, recipe.seed)
-        saving(position)
+        saving.finish(position)
         hooks.export_adapter(parts, engine, position)
         if ranks.first and _last_finished(parts.run) < number:
             parts.run.record("stage_finished", stage=stage.name, number=number, step=position.step)
         last = number == len(recipe.stages) - 1
         evaluating(position, split="test" if last else None)
     except Interrupted as interrupted:
-        saving(position)
+        interrupted.ending = saving.interrupted(position)
         board.event(position.step, "interrupted", interrupted.cause)
         board.close()
         raise
     finally:
         stream.close()
-    return f"step-{position.step:06d}"
+    return name_of(position.step)
 
 
 def _agree_on_environment(run: RunDir, ranks: Ranks) -> None:
@@ -218,15 +236,7 @@ def _agree_on_data(parts: Parts, steps: list[int]) -> None:
                     f"stage '{parts.recipe.stages[n].name}': rank {rank} sees other shards than rank {ranks.rank}: "
                     f"{theirs[n][1]} steps there, {steps[n]} here; all nodes must read the same manifests"
                 )
-    problem = None
-    if ranks.first:
-        try:
-            for n in stages:
-                parts.source(n, "train").check_sizes()
-        except UserError as error:
-            problem = str(error)
-    if (problem := ranks.broadcast(problem)) is not None:
-        raise UserError(problem)
+    on_first(lambda: [parts.source(n, "train").check_sizes() for n in stages] and None, ranks, parts.stop)
 
 
 def _quarantined(run: RunDir) -> Callable[[str, str], None]:
@@ -237,19 +247,27 @@ def _quarantined(run: RunDir) -> Callable[[str, str], None]:
     return record
 
 
-def _restore(parts: Parts, run: RunDir, ranks: Ranks) -> Cursor | None:
+def _own(parts: Parts, life: int) -> Checkpoints:
+    """The run's checkpoints. An object store may still hold those of a run of the same name whose folder is gone."""
+    checkpoints = parts.checkpoints
+    if life == 1 and parts.recipe.checkpoint.url is not None and (others := checkpoints.names()):
+        raise UserError(
+            f"{checkpoints.storage.where(others[0])}: a checkpoint of another run lies where this one will write; "
+            "name another run folder with --run, or delete it"
+        )
+    return checkpoints
+
+
+def _restore(parts: Parts, run: RunDir, life: int, ranks: Ranks) -> Cursor | None:
     """The cursor of the newest checkpoint that verifies, on all ranks; names those that were skipped."""
-    name = None
+    name, skipped = on_first(lambda: _own(parts, life).newest(), ranks, parts.stop)
     if ranks.first:
-        path, skipped = parts.checkpoints.newest()
         for torn, fault in skipped:
             log.warning("checkpoint %s is skipped: %s", torn, fault)
             run.record("skipped_checkpoint", name=torn, fault=fault)
-        name = path.name if path else None
-        if path is not None:
-            run.record("resumed", checkpoint=path.name, step=read_cursor(path).step)
-    name = ranks.broadcast(name)
-    return None if name is None else read_cursor(parts.checkpoints.folder / name)
+        if name is not None:
+            run.record("resumed", checkpoint=name, step=parts.checkpoints.cursor(name).step)
+    return None if name is None else parts.checkpoints.cursor(name)
 
 
 def _describe(engine: Engine, position: Position, parts: Parts) -> None:

@@ -172,7 +172,7 @@ class _Books:
             took = event.get("seconds", 0.0)
             self.pass_until(at - took)
             self.keep(event["step"])
-            self.pass_beside(at - took + event.get("blocked", took))
+            self.pass_beside(at - took + event.get("blocked_seconds", took))
         elif name == "evaluated":
             self.pass_until(at - event.get("seconds", 0.0))
             self.pass_beside(at)

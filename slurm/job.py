@@ -15,10 +15,13 @@ from slurm import logs, requeue
 def main(run: str) -> Any:
     """Run one rank. Raises UserError inline; elsewhere it ends the process with status 2 after one line."""
     inside = join(RunDir(run))
-    import radhpc.worker  # the one import of what needs torch, inside the job
+    from radhpc.stop import Stop
 
     try:
-        return radhpc.worker.run(run)
+        with Stop() as stop:  # what comes while PyTorch is imported must not meet submitit's handlers
+            import radhpc.worker  # the one import of what needs torch, inside the job
+
+            return radhpc.worker.run(run, stop)
     except UserError as error:
         if not inside:
             raise

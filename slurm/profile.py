@@ -73,6 +73,9 @@ class Profile(Section):
     signal_seconds: int = Field(
         120, ge=1, description="warning before the time limit (SIGUSR2); longer than a save takes"
     )
+    grace_seconds: float = Field(
+        30, gt=0, description="from SIGTERM to the kill: the partition's GraceTime, or the site's KillWait"
+    )
     partition: str | None = None
     account: str | None = None
     qos: str | None = None

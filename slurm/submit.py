@@ -239,6 +239,9 @@ def environment(profile: Profile, more: dict[str, str] | None = None) -> Iterato
         "RADHPC_HANG_SLOW_SECONDS": str(profile.hang_slow_seconds),
     }
     wanted = limits | profile.environment | ({"OMP_NUM_THREADS": str(threads)} if threads else {}) | (more or {})
+    if profile.cluster == "slurm":  # elsewhere nobody kills after a signal
+        wanted |= {"RADHPC_GRACE_SECONDS": str(profile.grace_seconds)}
+        wanted |= {"RADHPC_SIGNAL_SECONDS": str(profile.signal_seconds)}
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:

@@ -13,10 +13,12 @@ from tests.conftest import ROOT
 # Inside radhpc a file imports only from its own floor or from lower ones.
 FLOORS = (
     ("errors", "files", "sample", "manifest", "recipe", "run_dir", "fingerprint"),
-    ("dist", "heartbeat", "log", "stop", "remote", "store", "board", "ledger", "cache", "probe"),
+    ("dist", "heartbeat", "log", "stop", "remote", "store", "board", "ledger", "cache", "probe", "grace", "storage",
+     "background"),
     ("order", "transforms", "processors", "models", "tokenizer", "source", "fetch", "collate", "stream", "objective",
      "adapters", "engine", "allocations"),
-    ("checkpoint", "metrics", "generate", "evaluate", "export", "audit", "parts", "loop", "straggler", "hooks", "plan"),
+    ("checkpoint", "metrics", "generate", "evaluate", "export", "audit", "parts", "loop", "straggler", "hooks",
+     "saving", "plan"),
     ("worker",),
 )  # fmt: skip
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
@@ -33,6 +35,9 @@ TORCH_FREE = {
     "transforms",
     "processors",
     "metrics",
+    "grace",
+    "storage",
+    "checkpoint",
 }
 
 
