@@ -105,7 +105,7 @@ ROWS = st.lists(
         st.builds(lambda step: ("resumed", {"step": step}), st.integers(0, 50)),
         st.builds(lambda step: ("first_step", {"step": step, "seconds": 1.0}), st.integers(0, 50)),
         st.builds(
-            lambda step, took, part: ("saved", {"step": step, "seconds": took, "blocked": took * part}),
+            lambda step, took, part: ("saved", {"step": step, "seconds": took, "blocked_seconds": took * part}),
             st.integers(0, 50), st.floats(0, 1000), st.floats(0, 1),
         ),
         st.builds(lambda took: ("evaluated", {"step": 1, "seconds": took}), st.floats(0, 1000)),
