@@ -32,12 +32,12 @@ def show_job(job_id: str, environment: dict[str, str] | None = None) -> dict[str
 
 
 def hostnames(nodes: str) -> list[str]:
-    """`box[1-2]` -> box1, box2."""
+    """`node[1-2]` -> node1, node2."""
     return _asked(["scontrol", "show", "hostnames", nodes]).split() if nodes else []
 
 
 def down(nodes: str) -> list[str]:
-    """Those of `box[1-2]` that are down, or that the controller cannot reach (a star after the state)."""
+    """Those of `node[1-2]` that are down, or that the controller cannot reach (a star after the state)."""
     lines = (
         _asked(["sinfo", "--noheader", "--Node", f"--nodes={nodes}", "--format=%N %T"]).splitlines() if nodes else []
     )

@@ -325,12 +325,16 @@ def test_a_job_that_dies_or_waits_says_why(
         wait_for(lambda: launch_json("status", path)["state"] == "failed", 40)
         return launch_json("status", path)
 
-    found = ended(submit("no-python", "python: /no/such/python"))
+    python = tmp_path / "python"  # that the login node has, and the nodes, a little later, have not
+    python.symlink_to(sys.executable)
+    run = submit("no-python", f"python: {python}\nsbatch: {{begin: now+5}}")
+    python.unlink()
+    found = ended(run)
     assert "before it started" in found["why"]
-    assert "/no/such/python: No such file or directory" in found["why"]
+    assert f"{python}: No such file or directory" in found["why"]
     assert "exit " in found["why"]
     said = launch("logs", tmp_path / "no-python").stdout.splitlines()
-    assert "/no/such/python" in said[0], "the error stands first"
+    assert str(python) in said[0], "the error stands first"
     profile = tmp_path / "bad-module.yaml"
     profile.write_text(box_profile.read_text() + "setup: ['module load no-such-module || exit 3']\n")
     run = tmp_path / "bad-module"
