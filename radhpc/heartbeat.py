@@ -261,9 +261,11 @@ class Heartbeat:
     def _declare(self, culprits: list[Culprit], beats: dict[int, Beat]) -> None:
         """Write the verdict, unless another rank was first; the next tick follows the one that is there."""
         silent = [culprit.rank for culprit in culprits if culprit.silent]
+        # Where all have stopped by themselves, at a store that is down for instance, no node is to blame.
+        blamed = [] if len(culprits) == self.world > 1 else culprits
         verdict = {
             "cause": describe(culprits, beats),
-            "culprits": [{"rank": culprit.rank, "host": culprit.host} for culprit in culprits],
+            "culprits": [{"rank": culprit.rank, "host": culprit.host} for culprit in blamed],
             "silent": silent,
             "step": self._said[1],
         }

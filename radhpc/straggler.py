@@ -8,7 +8,6 @@ all its seconds, a rank's own are t - c, and its share of a transfer that costs 
 """
 
 import logging
-import socket
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from radhpc.board import Board
 from radhpc.dist import Ranks
 from radhpc.loop import Pace, Position, Report
-from radhpc.run_dir import RunDir
+from radhpc.run_dir import RunDir, node_name
 
 log = logging.getLogger("radhpc")
 
@@ -68,7 +67,7 @@ class Stragglers:
             statistics.median(pace.data_seconds for pace in self._paces),
         )
         self._paces.clear()
-        told = self.ranks.gather((socket.gethostname(), mine))
+        told = self.ranks.gather((node_name(), mine))
         found, own = slowest([host for host, _ in told], [pace for _, pace in told])
         self.slowest, self.ranks.heart.seconds = found, own[self.ranks.rank]
         self.board.scalars(position.step, {"speed/slowest_rank": float(found.rank), "speed/spread": found.ratio})

@@ -144,7 +144,9 @@ def _cause(
         if cause == "crashed":
             return Verdict("crashed", True, why, fingerprint=fingerprint(said[0].get("traceback", "")))
         if cause == "hung":
-            return Verdict("hung", True, why, tuple(sorted({one["host"] for one in said[0].get("culprits", ())})))
+            # A rank that never started has no host.
+            hosts = {one["host"] for one in said[0].get("culprits", ())} - {""}
+            return Verdict("hung", True, why, tuple(sorted(hosts)))
         return Verdict("failed", False, why)
     if states == {"interrupted"} and len(ends) == world:
         return Verdict("preempted" if preempted or "SIGUSR2" not in causes else "time_limit", True)

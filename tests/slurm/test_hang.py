@@ -30,9 +30,13 @@ def test_a_stopped_rank_ends_the_life_and_the_job_comes_back(
     assert time.monotonic() - stopped < 40
     end = json.loads((run / "logs" / "end.rank-00000.json").read_text())
     assert end["state"] == "hung"
-    assert [culprit["rank"] for culprit in end["culprits"]] == [1]
+    (culprit,) = end["culprits"]
+    assert culprit["rank"] == 1
+    assert culprit["host"] in slurm("sinfo", "--noheader", "--Node", "--format=%N").split(), "no node of SLURM"
     assert "no sign of life" in end["cause"]
     assert not Path(f"/proc/{pid}").exists(), "the stopped rank is still there"
+    (hung,) = events(run, "hung")
+    assert hung["nodes"] == [culprit["host"]]
     names = [event["event"] for event in events(run)]
     assert names.index("stuck") < names.index("requeued")
     slurm("scancel", job)
