@@ -15,8 +15,9 @@ used, neither useful nor lost.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
 
 # How a life ends, as slurm.requeue, the ranks or `stop` record it, and what `status` calls a run that ended so.
@@ -52,10 +53,16 @@ class Account:
     useful: float = 0.0
     lost: float = 0.0
     beside: float = 0.0  # evaluation, blocking saves, and the way out
+    lives: list[Life] = field(default_factory=list)
 
     @property
     def used(self) -> float:
         return self.useful + self.lost + self.beside
+
+    @property
+    def restarts(self) -> Counter[str]:
+        """How often the same job came back, by what had ended its life; "unknown" where nobody recorded that."""
+        return Counter(life.cause or "unknown" for life in self.lives if life.came_back)
 
     @property
     def goodput(self) -> float | None:
@@ -65,9 +72,13 @@ class Account:
 
 def lives(events: Events, now: float | None = None) -> list[Life]:
     """The lives, oldest first; `now` where the last one still lives."""
+    return _lives(_one_start(events), now)
+
+
+def _lives(events: Events, now: float | None) -> list[Life]:
     found: list[Life] = []
     inside = False
-    for event in _one_start(events):
+    for event in events:
         name, at = event["event"], seconds(event)
         if name == "started":
             if found and not found[-1].came_back:
@@ -88,7 +99,7 @@ def lives(events: Events, now: float | None = None) -> list[Life]:
 
 def restarts(events: Events) -> Counter[str]:
     """How often the same job came back, by what had ended its life; "unknown" where nobody recorded that."""
-    return Counter(life.cause or "unknown" for life in lives(events) if life.came_back)
+    return account(events).restarts
 
 
 def account(events: Events, now: float | None = None) -> Account:
@@ -99,7 +110,8 @@ def account(events: Events, now: float | None = None) -> Account:
     marked = any(event["event"] == "first_step" for event in events)  # runs of an earlier release have none
     books = _Books()
     events = _one_start(events)
-    begun = iter(lives(events, now))
+    books.account.lives = _lives(events, now)
+    begun = iter(books.account.lives)
     for event in events:
         if event["event"] == "started":
             books.close()
@@ -221,4 +233,9 @@ class _Books:
 
 def seconds(event: dict[str, Any]) -> float:
     """The time of an event, in seconds since 1970."""
-    return datetime.fromisoformat(event["time"]).timestamp()
+    return _seconds(event["time"])
+
+
+@lru_cache(100_000)
+def _seconds(text: str) -> float:
+    return datetime.fromisoformat(text).timestamp()

@@ -55,7 +55,7 @@ def files(run: RunDir, job: str | None = None) -> list[Log]:
         match = re.fullmatch(r"(\d+(?:_\d+)?)_(\d+)_log\.(out|err)", path.name)
         if match and job in (None, match[1]):
             found.append(Log(path, match[1], int(match[2]), match[3]))
-    order = {event["job"]: number for number, event in enumerate(run.events("submitted"))}
+    order = {event["job"]: number for number, event in enumerate(run.events("submitted"))} if job is None else {}
     return sorted(found, key=lambda log: (order.get(log.job, -1), log.job, log.rank, log.kind))
 
 
@@ -150,7 +150,11 @@ def first_error(run: RunDir) -> list[Text]:
     end = culprit(run)
     job = run.job()
     if end is None:
-        words = "" if job is None or scheduler.state(job) else last_words(run, job["id"])
+        words = (
+            ""
+            if job is None or scheduler.state(job)
+            else last_words(run, job["id"], first=last[-1]["event"] == "submitted" if last else True)
+        )
         return [Text(words, style="bold red")] if words else []
     title = Text(f"rank {end['rank']} on {end['host']}: {end['cause']}", style="bold red")
     return [title, Text(end["traceback"])] if end.get("traceback") else [title]
@@ -167,13 +171,12 @@ def culprit(run: RunDir) -> dict[str, Any] | None:
     return min(found, key=lambda one: one[:2])[2] if found else None
 
 
-def last_words(run: RunDir, job: str) -> str:
+def last_words(run: RunDir, job: str, first: bool) -> str:
     """The line of a job's logs that says best why it died, or "".
 
-    The first one that names an error, as what follows follows from it; of a job that had started, and so has earlier
-    errors or lives in the same files, the last one.
+    `first`: the first one that names an error, as what follows follows from it. Otherwise the last one: a job that had
+    started has earlier errors and lives in the same files.
     """
-    first = all(event["job"] != job for event in run.events("started"))
     for kind in ("err", "out"):
         for log in files(run, job):
             if log.kind == kind and (line := _telling(tail(log.path), first)):

@@ -5,6 +5,7 @@ look = Statuses([RunDir.open(path) for path in paths])
 look.now()                                      # of all of them, in their order; again a second later, cheaply
 """
 
+import json
 import os
 import time
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from typing import Any
 from radhpc.files import read_json
 from radhpc.run_dir import RunDir
 from slurm import goodput, logs, reasons, scheduler
-from slurm.goodput import ENDS, Life
+from slurm.goodput import ENDS, Account as Books, Life
 from slurm.scheduler import Found
 
 _WAITING = {"PENDING", "REQUEUED", "CONFIGURING", "REQUEUE_HOLD", "SPECIAL_EXIT"}
@@ -43,6 +44,7 @@ class _Read:
     events: list[dict[str, Any]] = field(default_factory=list)
     size: int = -1
     evaluation: dict[str, Any] | None = None
+    books: Books | None = None  # of these events, for a run that does not live
 
     def read(self) -> None:
         self.job, self.progress = self.run.job(), self.run.progress()
@@ -51,7 +53,8 @@ class _Read:
         except FileNotFoundError:
             size = 0
         if size != self.size:
-            self.size, self.events = size, self.run.events()
+            self.size, self.events = size, _events(self.run)
+            self.books = None
             self.evaluation = _newest_evaluation(self.run)
 
 
@@ -89,8 +92,8 @@ def _describe(read: _Read, found: Found, now: float) -> dict[str, Any]:
     events, progress = read.events, read.progress
     state, why = _state(read, found)
     living = state == "running"
-    lives = goodput.lives(events)
-    books = goodput.account(events, now if living else None)
+    books = read.books = (None if living else read.books) or goodput.account(events, now if living else None)
+    lives = books.lives
     stepping = living and bool(lives) and progress.get("time", 0.0) >= lives[-1].started
     if living:
         why = why or _running(lives, progress, now)
@@ -118,7 +121,7 @@ def _describe(read: _Read, found: Found, now: float) -> dict[str, Any]:
         "eta_seconds": _eta(progress, now) if stepping else None,
         "checkpoint_step": saved["step"] if saved else None,
         "checkpoint_age_seconds": round(now - goodput.seconds(saved), 1) if saved else None,
-        "restarts": dict.fromkeys(_RESTARTS, 0) | goodput.restarts(events),
+        "restarts": dict.fromkeys(_RESTARTS, 0) | books.restarts,
         "goodput": None if books.goodput is None else round(books.goodput, 3),
         "gpu_hours": round(books.used / 3600, 4),
         "gpu_hours_lost": round(books.lost / 3600, 4),
@@ -155,7 +158,7 @@ def _gone(read: _Read, found: Found, started: bool, stepped: bool) -> tuple[str,
     when = "" if stepped else "before its first step: " if started else "before it started: "
     said = [reasons.words(found.reason)] if found.reason not in ("", "None") else []
     said += [found.status] if found.status else []
-    if words := logs.last_words(read.run, read.job["id"]):
+    if words := logs.last_words(read.run, read.job["id"], first=not started):
         said.append(words)
     return "failed", when + (", ".join(said) or "its job is gone without a word; see 'launch.py logs'")
 
@@ -178,6 +181,17 @@ def _eta(progress: dict[str, Any], now: float) -> float | None:
         return None
     left: float = (progress["steps"] - progress["step"]) * progress["step_seconds"] - (now - progress["time"])
     return round(max(0.0, left), 1)
+
+
+def _events(run: RunDir) -> list[dict[str, Any]]:
+    """All events, parsed in one go: there may be a thousand runs with hundreds of checkpoints each."""
+    try:
+        data = (run.path / "events.jsonl").read_text()
+    except FileNotFoundError:
+        return []
+    whole = data[: data.rfind("\n") + 1].split("\n")  # a last line that was cut by a crash is left out
+    found: list[dict[str, Any]] = json.loads(f"[{','.join(filter(None, whole))}]")
+    return found
 
 
 def _newest_evaluation(run: RunDir) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.padding import Padding
 from rich.progress_bar import ProgressBar
@@ -58,7 +59,7 @@ class Runs:
             room = self.height - _FRAME - self._lines(notes, console, options)
             if len(shown) > room:
                 shown = sorted(shown, key=lambda result: _ORDER.index(result["state"]))[: max(1, room)]
-        table, left_out = self._fit(shown, console, options)
+        table, left_out = self._fit(shown, options)
         yield table
         if notes:
             yield self._grid(notes)
@@ -68,19 +69,20 @@ class Runs:
             said_out = f" not shown in {options.max_width} columns: {', '.join(left_out)}"
             yield Text(said_out, style="dim")
 
-    def _fit(
-        self, shown: Sequence[dict[str, Any]], console: Console, options: ConsoleOptions
-    ) -> tuple[Table, list[str]]:
+    def _fit(self, shown: Sequence[dict[str, Any]], options: ConsoleOptions) -> tuple[Table, list[str]]:
         """The table with as many columns as fit, and the titles of those that do not. Empty ones are not missed."""
-        wide = options.update(width=10_000)
         for brief in (False, True):
-            columns = _columns(self.results, options.max_width // 3, brief)
-            columns = [column for column in columns if any(column.cell(result) for result in self.results)]
+            widths = {}
+            for column in _columns(self.results, options.max_width // 3, brief):
+                width = max((_width(column.cell(result)) for result in self.results), default=0)
+                if width:
+                    widths[column] = max(width, len(column.title))
             chosen: list[_Column] = []
-            for column in sorted(columns, key=lambda column: -column.worth):
-                more = [other for other in columns if other in (*chosen, column)]
-                if len(chosen) < 2 or console.measure(_table(more, shown), options=wide).maximum <= options.max_width:
+            for column in sorted(widths, key=lambda column: -column.worth):
+                wanted = sum(widths[other] + _GAP for other in (*chosen, column))
+                if len(chosen) < 2 or wanted <= options.max_width:
                     chosen.append(column)
+            columns = list(widths)
             if len(chosen) == len(columns):
                 break
         left_out = [column.title for column in columns if column not in chosen and column.title]
@@ -166,6 +168,14 @@ def _table(columns: Sequence[_Column], results: Sequence[dict[str, Any]]) -> Tab
     return table
 
 
+_GAP = 2  # between columns
+_BAR = 12  # columns of a bar
+
+
+def _width(cell: RenderableType) -> int:
+    return _BAR if isinstance(cell, ProgressBar) else cell_len(str(cell))
+
+
 def name(result: dict[str, Any]) -> str:
     """A run's name: its folder's, and of a trial its sweep's before it."""
     path = Path(result["run"])
@@ -218,7 +228,7 @@ def _restarts(counts: dict[str, int], brief: bool) -> str:
 def _bar(result: dict[str, Any]) -> RenderableType:
     if result["state"] != "running" or not result["steps"]:
         return ""
-    return ProgressBar(total=result["steps"], completed=result["step"], width=12)
+    return ProgressBar(total=result["steps"], completed=result["step"], width=_BAR)
 
 
 def audit(results: list[dict[str, Any]]) -> Table:
