@@ -17,15 +17,16 @@ from radhpc import fingerprint
 from radhpc.errors import UserError
 from radhpc.recipe import load as load_recipe
 from radhpc.run_dir import RunDir
-from slurm import code, profile as profiles
+from slurm import code, profile as profiles, scheduler
 from slurm.submit import setup_lines, slurm_parameters
 from tests.conftest import ROOT
 from tests.radhpc.test_training import wait_for
 from tests.slurm.test_preemption import events, finish, step
 
 Launch = Callable[..., Any]
-QUICK = ["evaluation.every=null", "evaluation.samples=2"]
+QUICK = ["evaluation.every=null", "evaluation.samples=2", "checkpoint.every=100"]
 LONG = ["stages.scratch.steps=60", *QUICK]
+LONGER = ["stages.scratch.steps=200", *QUICK]  # one rank is quick
 
 
 @pytest.fixture
@@ -53,16 +54,17 @@ def launch_from(checkout: Path, *arguments: object) -> None:
 
 @pytest.mark.timeout(240)
 def test_a_resume_runs_the_submitted_code_until_it_is_told_otherwise(
-    checkout: Path, recipe_file: Path, tmp_path: Path, local_profile: Callable[[int], Path], launch_json: Launch
+    checkout: Path, recipe_file: Path, tmp_path: Path, local_profile: Callable[[int], Path]
 ) -> None:
     run, profile = tmp_path / "run", local_profile(1)
 
     def stop_at(number: int) -> None:
         wait_for(lambda: step(run) >= number)
-        launch_from(checkout, "stop", run)
-        wait_for(lambda: launch_json("status", run)["state"] == "stopped")
+        RunDir.open(run).request_stop()
+        wait_for(lambda: not scheduler.state(RunDir.open(run).job()))
+        assert events(run)[-1]["event"] == "interrupted", "it had ended before it was asked to: nothing is tested"
 
-    launch_from(checkout, "train", recipe_file, *LONG, "--on", profile, "--run", run)
+    launch_from(checkout, "train", recipe_file, *LONGER, "--on", profile, "--run", run)
     stop_at(3)
     about = code.environment(run / "code")
     assert about["code"] == fingerprint.code_hash(checkout) == fingerprint.code_hash(run / "code")
@@ -183,7 +185,7 @@ def test_ranks_that_differ_are_refused_and_a_changed_library_is_recorded(
         f"rank 1 runs something else than rank 0: simplejpeg 99.0 there, {found} on rank 0; all nodes must be set up "
         "alike",
     )
-    wait_for(lambda: not Path(f"/proc/{RunDir.open(run).job()['pid']}/cmdline").exists())  # type: ignore[index]
+    wait_for(lambda: not scheduler.state(RunDir.open(run).job()))
     frozen = code.environment(run / "code")
     assert "libraries" not in frozen, "nobody can know at the submission what another Python has"
     (run / "code" / "environment.json").write_text(json.dumps({**frozen, **fingerprint.versions()}))
