@@ -1,4 +1,4 @@
-"""A job of one minute that sees what only a job can see: `launch.py doctor --on PROFILE --probe`.
+"""A job of two minutes that sees what only a job can see: `launch.py doctor --on PROFILE --probe`.
 
     checks = probe(profile, Path("runs"), urls=["s3://bucket/padchest"], preempt_with="urgent")
 
@@ -26,6 +26,7 @@ from slurm.profile import Profile
 from slurm.submit import executor, explain, host_python, slurm_parameters, starting
 
 Check = dict[str, Any]
+MINUTES = 2  # SLURM may send the warning a minute early, and the ranks want half a minute to be ready for it
 WARNING = 30  # seconds before the time limit at which --signal asks for SIGUSR2
 URGENT_MINUTES = 1
 CLOCK_SECONDS = 1.0  # by which the nodes' clocks may differ
@@ -49,7 +50,7 @@ def probe(
             f"--preempt-with {preempt_with}: only SLURM preempts; the profile's cluster is {profile.cluster}"
         )
     run = _prepare(profile, folder, urls)
-    short = profile.model_copy(update={"minutes": 1, "signal_seconds": WARNING, "requeue": False})
+    short = profile.model_copy(update={"minutes": MINUTES, "signal_seconds": WARNING, "requeue": False})
     with starting(run, short), explain():
         job = _submit(run, short)
     owner = {"cluster": profile.cluster, "id": str(job.job_id), "environment": profile.environment}
@@ -218,7 +219,11 @@ def _signals(ranks: dict[str, list[dict[str, Any]]], preempt_with: str | None) -
         ended += any(line["what"] == "ended" for line in lines)
         if first is not None and not any(line["what"] == "ended" for line in lines):
             graces.append(lines[-1]["time"] - begin - first)
-    how = f"the urgent job in partition {preempt_with}" if preempt_with else "the time limit of one minute"
+    how = (
+        f"the urgent job in partition {preempt_with}"
+        if preempt_with
+        else f"the time limit of {MINUTES} minutes, --signal=USR2@{WARNING}"
+    )
     least = min(graces, default=0.0)
     checks = [
         check(
