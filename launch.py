@@ -422,7 +422,7 @@ def doctor(
 ) -> None:
     """Will a signal arrive before a job is killed, do ranks see each other, and what to ask the administrators for.
 
-    Reads what SLURM says of itself. With --probe it also submits a job of two minutes, of all the profile's ranks: their
+    Reads what SLURM says of itself. With --probe it also submits a two-minute job of all the profile's ranks: their
     all-reduce, clocks, scontrol, free space, the store's speed, and which signals come after how long.
     """
     from radhpc import recipe as recipes
