@@ -210,32 +210,36 @@ def _signals(ranks: dict[str, list[dict[str, Any]]], preempt_with: str | None) -
     """Which signals came, how long after the start, and how long SIGKILL took from the first SIGTERM."""
     from slurm.doctor import check
 
-    told, graces, ended = [], [], 0
+    rows: list[
+        tuple[float, float, str]
+    ] = []  # seconds from the first signal and from SIGTERM to SIGKILL, and the signals
     for lines in ranks.values():
         begin = next((line["time"] for line in lines if line["what"] == "started"), 0.0)
         signals = [(line["name"], line["time"] - begin) for line in lines if line["what"] == "signal"]
-        told.append(", ".join(f"{name} {seconds:.0f} s" for name, seconds in signals))
-        first = next((seconds for name, seconds in signals if name in ("SIGTERM", "SIGUSR2")), None)
-        ended += any(line["what"] == "ended" for line in lines)
-        if first is not None and not any(line["what"] == "ended" for line in lines):
-            graces.append(lines[-1]["time"] - begin - first)
+        asks = [seconds for name, seconds in signals if name in ("SIGTERM", "SIGUSR1", "SIGUSR2")]
+        terms = [seconds for name, seconds in signals if name == "SIGTERM"]
+        if asks and lines[-1]["what"] != "ended":
+            end = lines[-1]["time"] - begin
+            told = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in signals)
+            rows.append((end - asks[0], end - terms[0] if terms else 0.0, told))
     how = (
         f"the urgent job in partition {preempt_with}"
         if preempt_with
         else f"the time limit of {MINUTES} minutes, --signal=USR2@{WARNING}"
     )
-    least = min(graces, default=0.0)
+    least, after_term, told = min(rows, default=(0.0, 0.0, "nothing"))
     checks = [
         check(
             "probe: warning",
-            len(graces) == len(ranks) > 0,
-            f"{how}; after the start came {'; '.join(sorted(set(told))) or 'nothing'}",
+            len(rows) == len(ranks) > 0,
+            f"{how}; after the start came {told}",
             "a signal on every rank before SIGKILL",
         ),
         check(
             "probe: seconds to save",
             least >= 10,
-            f"{least:.1f} s between the first signal and SIGKILL, on the rank that had least",
+            f"{least:.1f} s between the first signal and SIGKILL, {after_term:.1f} s after the first SIGTERM, on the "
+            "rank that had least",
             "10 s or more, and longer than a step and a save take",
         ),
     ]
