@@ -55,13 +55,30 @@ def probe(
         job = _submit(run, short)
     owner = {"cluster": profile.cluster, "id": str(job.job_id), "environment": profile.environment}
     submitted = time.time()
+    urgent: list[str] = []
+    why = ""
     try:
-        _wait(run, owner, job, preempt_with, profile, patience, progress)
+        _wait(run, owner, job, preempt_with, urgent, profile, patience, progress)
     finally:
         (run.path / "probe" / "end").touch()  # should a rank still live
-        if profile.cluster == "slurm" and scheduler.state(owner):
-            scheduler.cancel(owner)
-    return judge(_lines(run), profile, submitted, preempt_with)
+        if profile.cluster == "slurm":
+            why = _why_not_preempted(owner, urgent)
+            for left in (owner, *({**owner, "id": job_id} for job_id in urgent)):
+                if scheduler.state(left):
+                    scheduler.cancel(left)
+    checks = judge(_lines(run), profile, submitted, None if why else preempt_with)
+    if why:
+        checks[-1] = {**checks[-1], "ok": False, "found": why, "wanted": "a partition whose jobs preempt these"}
+    return checks
+
+
+def _why_not_preempted(owner: dict[str, Any], urgent: list[str]) -> str:
+    """Why an urgent job did not preempt the probe; "" where it did, or where there was none."""
+    environment = owner["environment"]
+    if not urgent or scheduler.show_job(owner["id"], environment).get("PreemptTime", "None") != "None":
+        return ""
+    shown = scheduler.show_job(urgent[0], environment)
+    return f"not preempted: the urgent job is {shown.get('JobState', 'gone')}, {shown.get('Reason', '')}"
 
 
 def _prepare(profile: Profile, folder: Path, urls: Sequence[str]) -> RunDir:
@@ -93,12 +110,13 @@ def _wait(
     owner: dict[str, Any],
     job: submitit.Job[Any],
     preempt_with: str | None,
+    urgent: list[str],
     profile: Profile,
     patience: float,
     progress: Callable[[str], None],
 ) -> None:
-    """Until the job is gone; the urgent one is sent as soon as all ranks have measured."""
-    deadline, urgent = time.monotonic() + patience, ""
+    """Until the job is gone; the urgent one is sent as soon as all ranks have measured, its id goes into `urgent`."""
+    deadline = time.monotonic() + patience
     while True:
         lines = _lines(run)
         measured = sum(any(line["what"] == "measured" for line in rank) for rank in lines.values())
@@ -109,7 +127,7 @@ def _wait(
         if measured == profile.world and profile.cluster != "slurm":
             (run.path / "probe" / "end").touch()
         if measured == profile.world and preempt_with is not None and not urgent:
-            urgent = _preempt(profile, preempt_with)
+            urgent.append(_preempt(profile, preempt_with))
         if not lines and time.monotonic() > deadline:
             reason = scheduler.show_job(owner["id"], profile.environment).get("Reason", "?")
             raise UserError(f"the probe did not start in {patience:.0f} s: job {owner['id']} waits for {reason}")
