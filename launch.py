@@ -425,9 +425,7 @@ def plan(
 @app.command(epilog="Example: python launch.py doctor --on a100_preemptible --probe --recipe recipes/image_text.yaml")
 def doctor(
     on: On = "inline",
-    probe: Annotated[
-        bool, typer.Option("--probe", help="Submit a job of one minute that measures on the nodes.")
-    ] = False,
+    probe: Annotated[bool, typer.Option("--probe", help="Submit a job of two minutes that measures on nodes.")] = False,
     recipe: Annotated[Path | None, typer.Option(help="With --probe: read from the shards of this recipe.")] = None,
     preempt_with: Annotated[
         str | None,
@@ -438,7 +436,7 @@ def doctor(
 ) -> None:
     """Will a signal arrive before a job is killed, do ranks see each other, and what to ask the administrators for.
 
-    Reads what SLURM says of itself. With --probe it also submits a job of one minute, of all the profile's ranks: their
+    Reads what SLURM says of itself. With --probe it also submits a two-minute job of all the profile's ranks: their
     all-reduce, clocks, scontrol, free space, the store's speed, and which signals come after how long.
     """
     from radhpc import recipe as recipes

@@ -159,12 +159,14 @@ def test_doctor_reads_the_cluster(launch: Launch, launch_json: Launch, gpu_profi
 @pytest.mark.box
 @pytest.mark.timeout(280)
 def test_the_probe_is_preempted_and_says_how_long_it_had(
-    launch_json: Launch, gpu_profile: Callable[..., Path], recipe_file: Path, tmp_path: Path
+    launch_json: Launch, gpu_box: str, gpu_profile: Callable[..., Path], recipe_file: Path, tmp_path: Path
 ) -> None:
+    scontrol(gpu_box, "update", "PartitionName=urgent", "AllowAccounts=ALL")
     found = launch_json(
         "doctor", "--on", gpu_profile(), "--probe", "--recipe", recipe_file, "--preempt-with", "urgent",
         "--run", tmp_path, status=1,
     )  # fmt: skip
+    assert "JobState=PENDING" not in scontrol(gpu_box, "show", "job"), "the urgent job is left behind"
     checks = {check["name"].removeprefix("probe: "): check for check in found["checks"]}
     assert checks["ranks started"]["found"].startswith("2 on ")
     assert "all-reduce over 2 rank(s)" in checks["ranks see each other"]["found"]
