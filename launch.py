@@ -251,10 +251,51 @@ def resume(
     run_dir = RunDir.open(run)
     if run_dir.events() and run_dir.events()[-1]["event"] == "finished":
         raise UserError(f"{run}: the run is finished; evaluate or generate with it, or train a new one")
+    if run_dir.events("pruned"):
+        raise UserError(f"{run}: its sweep has ended the run early; train {run}/recipe.yaml as a run of its own")
     frozen = run_dir.path / "profile.yaml"
     profile = profiles.load(on or (str(frozen) if frozen.exists() else "inline"))
     _submit(run_dir, profile, watch, lambda run, job: _announce(run, job, as_json))
     _emit({"run": str(run_dir.path), "job": (run_dir.job() or {}).get("id")}, as_json)
+
+
+@app.command(epilog="Example: python launch.py sweep recipes/sweeps/quickstart.yaml --on local")
+def sweep(
+    sweep: Annotated[Path, typer.Argument(help="A YAML file, such as those in recipes/sweeps/.")],
+    on: On = "inline",
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--sweep", metavar="DIR", help="Its folder; default: the newest of this sweep in runs/, or a new one."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a recipe many times with other values of its keys: one job array, each trial a run that may be preempted.
+
+    Said again, it submits what is missing, failed or was cancelled, and nothing else.
+    """
+    from slurm import profile as profiles, sweep as sweeps, trials
+    from slurm.study import Study
+
+    profile, (wanted, base) = profiles.load(on), sweeps.load(sweep)
+    for recipe in sweeps.distinct_data(wanted, base, sweep):
+        _check_data(recipe, recipe.evaluation.split)
+    study = Study.create(
+        folder or trials.newest(Path("runs"), sweep.stem, wanted, base) or _new_sweep(sweep), wanted, base
+    )
+    _say(f"sweep {study.path}", as_json)
+    whole = True
+    if profile.cluster == "slurm":
+        job = trials.submit(study, profile)
+        _say(f"job {job}" if job else "nothing to submit: every trial runs, waits or is done", as_json)
+    else:
+        whole = trials.run_here(study, profile, lambda line: _say(line, as_json))
+    standing = study.standing()
+    _print_sweep(standing, as_json)
+    _emit(standing, as_json)
+    failed = profile.cluster != "slurm" and any(trial["state"] == "failed" for trial in standing["trials"])
+    raise typer.Exit(0 if whole and not failed else 1)
 
 
 @app.command()
@@ -287,7 +328,15 @@ def status(
     """State, stage, step, loss, speed, age of the last checkpoint, restarts by cause."""
     from radhpc.run_dir import RunDir
     from slurm.status import status as run_status
+    from slurm.study import Study, is_sweep
 
+    if runs and any(map(is_sweep, runs)) and not audit:
+        if len(runs) > 1:
+            raise UserError(f"{' '.join(map(str, runs))}: a sweep is shown alone")
+        standing = Study.open(runs[0]).standing()
+        _print_sweep(standing, as_json)
+        _emit(standing, as_json)
+        return
     chosen = [RunDir.open(path) for path in runs or sorted(p.parent for p in Path("runs").glob("*/recipe.yaml"))]
     if audit:
         from radhpc.audit import audit as run_audit
@@ -375,8 +424,13 @@ def board(
     import subprocess
 
     from radhpc.run_dir import RunDir
+    from slurm.study import is_sweep
 
-    chosen = [RunDir.open(path).path for path in runs or sorted(p.parent for p in Path("runs").glob("*/recipe.yaml"))]
+    inside = [
+        sorted(p.parent for p in path.glob("trials/*/recipe.yaml")) if is_sweep(path) else [path] for path in runs or []
+    ]
+    named = [path for paths in inside for path in paths]
+    chosen = [RunDir.open(path).path for path in named or sorted(p.parent for p in Path("runs").glob("*/recipe.yaml"))]
     if not chosen:
         raise UserError("no run in runs/: name one")
     names = ",".join(f"{path.name}:{path / 'tensorboard'}" for path in chosen)
@@ -400,6 +454,10 @@ def board(
 
 def _new_run(name: str) -> Path:
     return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def _new_sweep(sweep: Path) -> Path:
+    return _new_run(f"sweep-{sweep.stem}")
 
 
 def _build(
@@ -497,8 +555,8 @@ def _train(
     return run
 
 
-def _check_data(recipe: "Recipe") -> None:
-    """Say here, in seconds, what would otherwise fail in the queue."""
+def _check_data(recipe: "Recipe", *also: str) -> None:
+    """Say here, in seconds, what would otherwise fail in the queue; `also` names further splits that are needed."""
     from radhpc.manifest import Manifest
     from radhpc.store import Store
 
@@ -506,8 +564,9 @@ def _check_data(recipe: "Recipe") -> None:
         store = Store(url)
         manifest = Manifest.load(store)
         manifest.check_sizes(store)
-        if not manifest.splits.get("train"):
-            raise UserError(f"{url}: no sample of split 'train'; it has {manifest.splits}")
+        for split in ("train", *also):
+            if not manifest.splits.get(split):
+                raise UserError(f"{url}: no sample of split '{split}'; it has {manifest.splits}")
     if recipe.model.weights is not None and not (Path(recipe.model.weights) / "config.json").exists():
         raise UserError(f"model.weights: {recipe.model.weights}: no config.json there; a local folder is wanted")
 
@@ -640,6 +699,26 @@ def _print_status(results: list[dict[str, Any]], as_json: bool) -> None:
             "" if result["goodput"] is None else f"{result['goodput']:.0%}",
         )
     (console if as_json else Console()).print(table)
+
+
+def _print_sweep(standing: dict[str, Any], as_json: bool) -> None:
+    keys = list(dict.fromkeys(key for trial in standing["trials"] for key in trial["parameters"]))
+    title = f"{Path(standing['sweep']).name}: {standing['metric']}, {standing['direction']}"
+    table = Table("trial", "state", standing["metric"], "step", *keys, title=title)
+    for trial in standing["trials"]:
+        why = f": {trial['why']}" if trial["state"] == "failed" and trial["why"] else ""
+        values = [_short(trial["parameters"].get(key)) for key in keys]
+        value = "" if trial["value"] is None else f"{trial['value']:.4f}"
+        table.add_row(
+            Path(trial["run"]).name, trial["state"] + why, value, f"{trial['step']}/{trial['steps'] or '?'}", *values
+        )
+    (console if as_json else Console()).print(table)
+    if standing["best"]:
+        _say(f"best so far: trial {Path(standing['best']['run']).name}, {standing['best_recipe']}", as_json)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
 def _print_audit(results: list[dict[str, Any]], as_json: bool) -> None:

@@ -27,6 +27,7 @@ Event = Literal[
     "quarantined",
     "interrupted", "preempted", "requeued", "rank_lost", "time_limit", "cancelled", "stopped", "crashed", "failed",
     "finished",
+    "pruned",
 ]  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from radhpc.run_dir import RunDir
 
 # By increasing weight: a user's request outweighs the scheduler's.
 CAUSES = ("", "SIGUSR2", "SIGTERM", "SIGINT", "stop")
+PRUNED = "pruned"  # the cause where no signal came, but a sweep has seen enough
 _SIGNALS = {signal.SIGUSR2: "SIGUSR2", signal.SIGTERM: "SIGTERM", signal.SIGINT: "SIGINT"}
 
 

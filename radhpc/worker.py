@@ -27,9 +27,9 @@ from radhpc.files import write_atomically
 from radhpc.ledger import Ledger
 from radhpc.log import Bar
 from radhpc.loop import Hook, Position, Quarantine, train
-from radhpc.parts import Parts
+from radhpc.parts import Parts, Trial
 from radhpc.run_dir import RunDir
-from radhpc.stop import Interrupted, Stop
+from radhpc.stop import PRUNED, Interrupted, Stop
 from radhpc.stream import Stream, stage_samples, stage_steps
 
 log = logging.getLogger("radhpc")
@@ -39,13 +39,16 @@ log = logging.getLogger("radhpc")
 class Outcome:
     """How a rank's life ended."""
 
-    state: Literal["finished", "interrupted", "mistake", "lost_peer", "crashed"]
+    state: Literal["finished", "interrupted", "pruned", "mistake", "lost_peer", "crashed"]
     cause: str = ""  # a signal's name or "stop"; the first line of an error
     step: int = 0
 
 
-def run(path: str) -> Outcome:
-    """Work on a run until it is finished or interrupted. Errors are recorded for this rank, then raised."""
+def run(path: str, trial: Trial | None = None) -> Outcome:
+    """Work on a run until it is finished or interrupted. Errors are recorded for this rank, then raised.
+
+    `trial`: the sweep that the run belongs to, if any, which may end it early.
+    """
     run_dir = RunDir.open(path)
     rank = int(os.environ.get("RANK", "0"))
     logs.start(rank, int(os.environ.get("WORLD_SIZE", "1")))
@@ -56,7 +59,7 @@ def run(path: str) -> Outcome:
     with Stop(run_dir if rank == 0 else None) as stop:
         try:
             ranks = Ranks()
-            outcome = _run(run_dir, ranks, stop)
+            outcome = _run(run_dir, ranks, stop, trial)
         except BaseException as error:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 where = error.filename or run_dir.path
@@ -70,13 +73,13 @@ def run(path: str) -> Outcome:
     return outcome
 
 
-def _run(run: RunDir, ranks: Ranks, stop: Stop) -> Outcome:
+def _run(run: RunDir, ranks: Ranks, stop: Stop, trial: Trial | None) -> Outcome:
     recipe = run.recipe()
     life = ranks.broadcast(run.lives + 1 if ranks.first else 0)
     if ranks.first:
         job = os.environ.get("SLURM_JOB_ID", "")
         run.record("started", life=life, job=job, world=ranks.world, engine=recipe.engine, host=socket.gethostname())
-    parts = Parts(run, recipe, ranks)
+    parts = Parts(run, recipe, ranks, trial)
     position: Position | None = None
     try:
         lengths = [len(parts.source(n, "train")) for n in range(len(recipe.stages))]
@@ -89,6 +92,8 @@ def _run(run: RunDir, ranks: Ranks, stop: Stop) -> Outcome:
         cursor = _restore(parts, run, ranks)
         board = Board(run.path / "tensorboard" if ranks.first else None, cursor.step if cursor else 0)
         board.event(cursor.step if cursor else 0, "resumed" if cursor else "started", _history(run))
+        if trial is not None and ranks.first:
+            board.hyperparameters(trial.parameters(), f"evaluation/{trial.metric}")
         ledger = Ledger(run.folder("ledger"), life, ranks.rank) if recipe.stream.audit else None
         known = ranks.broadcast([event["key"] for event in run.events("quarantined")] if ranks.first else [])
         quarantine = Quarantine(recipe.stream.max_bad_samples, known, _quarantined(run) if ranks.first else None)
@@ -112,10 +117,11 @@ def _run(run: RunDir, ranks: Ranks, stop: Stop) -> Outcome:
         return Outcome("finished", step=sum(steps))
     except Interrupted as interrupted:
         step = position.step if position else 0
+        state: Literal["interrupted", "pruned"] = "pruned" if interrupted.cause == PRUNED else "interrupted"
         if ranks.first:
-            run.record("interrupted", cause=interrupted.cause, step=step)
+            run.record(state, cause=interrupted.cause, step=step)
         log.info("interrupted by %s at step %d", interrupted.cause, step)
-        return Outcome("interrupted", interrupted.cause, step)
+        return Outcome(state, interrupted.cause, step)
 
 
 def _run_stage(
@@ -165,7 +171,8 @@ def _run_stage(
         if ranks.first and _last_finished(parts.run) < number:
             parts.run.record("stage_finished", stage=stage.name, number=number, step=position.step)
         last = number == len(recipe.stages) - 1
-        evaluating(position, split="test" if last else None)
+        # A sweep chooses by its trials' scores, so that the test split is none of its business.
+        evaluating(position, split="test" if last and parts.trial is None else None)
     except Interrupted as interrupted:
         saving(position)
         board.event(position.step, "interrupted", interrupted.cause)

@@ -8,6 +8,7 @@ from typing import Any
 import submitit
 
 from radhpc.errors import UserError
+from slurm.study import Trial
 
 
 def main(run: str) -> Any:
@@ -25,7 +26,11 @@ def main(run: str) -> Any:
     import radhpc.worker  # the one import of what needs torch, inside the job
 
     try:
-        return radhpc.worker.run(run)
+        trial = Trial.of(run)
+        outcome = radhpc.worker.run(run, trial)
+        if trial is not None and os.environ.get("RANK", "0") == "0":
+            trial.close()
+        return outcome
     except UserError as error:
         if environment is None:
             raise

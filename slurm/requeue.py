@@ -45,6 +45,8 @@ def decide(
     said = next((end["cause"] for end in ends if end["state"] in ("mistake", "crashed")), "")
     if "finished" in states and len(ends) == world and states == {"finished"}:
         return Verdict("finished", False)
+    if len(ends) == world and states == {"pruned"}:
+        return Verdict("pruned", False)
     if job.get("JobState") in ("COMPLETING", "CANCELLED"):
         if int(job.get("Restarts", "0")) > restarts:
             return Verdict("preempted", False, "SLURM has put the job back into the queue by itself")
@@ -82,7 +84,7 @@ def main(run_path: str, exit_status: int) -> None:
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     verdict = decide(scheduler.show_job(job_id), found, profile.world, exit_status, profile, losses(run) + 1, restarts)
     step = max((end["step"] for end in found), default=0)
-    if verdict.cause != "finished":
+    if verdict.cause not in ("finished", "pruned"):
         run.record(verdict.cause, job=job_id, step=step, why=verdict.why)
     print(f"slurm.requeue: {verdict.cause} {verdict.why}", file=sys.stderr, flush=True)
     if not verdict.comes_back:

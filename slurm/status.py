@@ -11,6 +11,7 @@ from slurm import scheduler
 _ENDED = {
     "finished": "finished", "stopped": "stopped", "cancelled": "stopped", "failed": "failed", "crashed": "failed",
     "interrupted": "stopped", "rank_lost": "failed", "preempted": "stopped", "time_limit": "stopped",
+    "pruned": "stopped",
 }  # fmt: skip
 _RESTARTS = ("preempted", "time_limit", "rank_lost")
 
