@@ -302,8 +302,14 @@ def sweep(
 def stop(run: RunPath, as_json: Json = False) -> None:
     """Save at the next step and end for good; a job that still waits in the queue is taken out of it."""
     from radhpc.run_dir import RunDir
-    from slurm import scheduler
+    from slurm import scheduler, trials
+    from slurm.study import Study, is_sweep
 
+    if is_sweep(run):
+        jobs = trials.stop(Study.open(run))
+        _say(f"{run}: {len(jobs)} job(s) were asked to stop; 'launch.py sweep' goes on", as_json)
+        _emit({"sweep": str(run.absolute()), "jobs": jobs}, as_json)
+        return
     run_dir = RunDir.open(run)
     job = run_dir.job()
     state = scheduler.state(job)
@@ -331,11 +337,13 @@ def status(
     from slurm.study import Study, is_sweep
 
     if runs and any(map(is_sweep, runs)) and not audit:
-        if len(runs) > 1:
-            raise UserError(f"{' '.join(map(str, runs))}: a sweep is shown alone")
-        standing = Study.open(runs[0]).standing()
-        _print_sweep(standing, as_json)
-        _emit(standing, as_json)
+        standings = [Study.open(path).standing() for path in runs if is_sweep(path)]
+        for standing in standings:
+            _print_sweep(standing, as_json)
+        alone = [run_status(RunDir.open(path)) for path in runs if not is_sweep(path)]
+        if alone:
+            _print_status(alone, as_json)
+        _emit(standings[0] if len(runs) == 1 else {"runs": alone, "sweeps": standings}, as_json)
         return
     chosen = [RunDir.open(path) for path in runs or sorted(p.parent for p in Path("runs").glob("*/recipe.yaml"))]
     if audit:
@@ -704,10 +712,10 @@ def _print_status(results: list[dict[str, Any]], as_json: bool) -> None:
 def _print_sweep(standing: dict[str, Any], as_json: bool) -> None:
     keys = list(dict.fromkeys(key for trial in standing["trials"] for key in trial["parameters"]))
     title = f"{Path(standing['sweep']).name}: {standing['metric']}, {standing['direction']}"
-    table = Table("trial", "state", standing["metric"], "step", *keys, title=title)
+    table = Table("trial", "state", standing["metric"], "step", *map(_tail, keys, [keys] * len(keys)), title=title)
     for trial in standing["trials"]:
-        why = f": {trial['why']}" if trial["state"] == "failed" and trial["why"] else ""
-        values = [_short(trial["parameters"].get(key)) for key in keys]
+        why = f": {trial['why']}" if trial["state"] in ("failed", "missing") and trial["why"] else ""
+        values = [_short(trial["labels"].get(key)) for key in keys]
         value = "" if trial["value"] is None else f"{trial['value']:.4f}"
         table.add_row(
             Path(trial["run"]).name, trial["state"] + why, value, f"{trial['step']}/{trial['steps'] or '?'}", *values
@@ -715,6 +723,13 @@ def _print_sweep(standing: dict[str, Any], as_json: bool) -> None:
     (console if as_json else Console()).print(table)
     if standing["best"]:
         _say(f"best so far: trial {Path(standing['best']['run']).name}, {standing['best_recipe']}", as_json)
+
+
+def _tail(key: str, keys: list[str]) -> str:
+    """The last words of a key that tell it from the others."""
+    parts = key.split(".")
+    tails = (".".join(parts[-n:]) for n in range(1, len(parts) + 1))
+    return next(tail for tail in tails if sum(other == key or other.endswith(f".{tail}") for other in keys) == 1)
 
 
 def _short(value: Any) -> str:

@@ -3,7 +3,7 @@
     sweep.yaml    the frozen sweep             trials/0007/  an ordinary run folder for each trial
     base.yaml     the recipe they start from   jobs.json     the job that each trial was given last
     journal.log   Optuna's study               logs/         of the array's batch scripts
-    best.yaml     the best recipe so far       profile.yaml  where it was submitted to last
+    best.yaml     the best recipe so far       profiles/     where it was submitted to, each time
 
 Optuna decides what to try and what to end early; the run folders are the truth about what came of it, and the study is
 told from them again and again, so that a job killed anywhere loses nothing. All processes of all nodes share the
@@ -14,6 +14,7 @@ journal: a file, locked by a link, which NFS has made atomically since its secon
     study.standing()["best"]
 """
 
+import contextlib
 import math
 import os
 import re
@@ -33,6 +34,7 @@ from slurm.sweep import Scalar, Sweep
 if TYPE_CHECKING:
     import optuna
 
+_NAME = "sweep"  # of the one study in the journal
 _CHANGEABLE = ("concurrent", "trials")  # keys that a sweep may change in its life; trials upwards
 
 
@@ -130,17 +132,16 @@ class Study:
             pruner = optuna.pruners.SuccessiveHalvingPruner(
                 min_resource=asha.min_steps, reduction_factor=asha.reduction, min_early_stopping_rate=0
             )
-        return optuna.create_study(
-            study_name="sweep",
-            storage=self._storage,
-            sampler=sampler,
-            pruner=pruner,
-            direction="maximize" if self.sweep.maximizes else "minimize",
-            load_if_exists=True,
-        )
+        return optuna.load_study(study_name=_NAME, storage=self._storage, sampler=sampler, pruner=pruner)
 
     def _fill(self) -> None:
         """Give every trial its place in the study; those of a grid their parameters, too."""
+        import optuna
+
+        with contextlib.suppress(optuna.exceptions.DuplicatedStudyError):
+            directions = optuna.study.StudyDirection
+            direction = directions.MAXIMIZE if self.sweep.maximizes else directions.MINIMIZE
+            optuna.create_study(study_name=_NAME, storage=self._storage, direction=direction)
         study, grid = self._optuna(), self.sweep.grid() if self.sweep.method == "grid" else None
         for number in range(len(study.get_trials(deepcopy=False)), self.sweep.count):
             study.enqueue_trial(grid[number] if grid else {})
@@ -174,6 +175,12 @@ class Study:
 
     def report(self, number: int) -> None:
         """Tell the study what the run folder says: every score so far, and how the trial ended if it has."""
+        from optuna.exceptions import UpdateFinishedTrialError
+
+        with contextlib.suppress(UpdateFinishedTrialError):  # another job has settled it at this moment
+            self._report(number)
+
+    def _report(self, number: int) -> None:
         from optuna.trial import TrialState
 
         study, values = self._optuna(), scores(self.run_path(number), self.sweep.metric, self.base.evaluation.split)
@@ -187,11 +194,11 @@ class Study:
         if "finished" in ends:
             last = list(values.values())[-1] if values else math.nan
             if math.isnan(last):
-                study.tell(number, state=TrialState.FAIL)  # it has come to its end, but to no score
+                study.tell(number, state=TrialState.FAIL, skip_if_finished=True)  # at its end, but without a score
             else:
-                study.tell(number, last)
+                study.tell(number, last, skip_if_finished=True)
         elif "pruned" in ends:
-            study.tell(number, state=TrialState.PRUNED)
+            study.tell(number, state=TrialState.PRUNED, skip_if_finished=True)
 
     def should_prune(self, number: int, step: int) -> bool:
         """Whether the trial shall end at this step. A yes is kept: a job killed before it has saved asks again."""
@@ -257,6 +264,7 @@ class Study:
             "step": progress.get("step", 0),
             "steps": progress.get("steps"),
             "parameters": {key: self.sweep.space[key].given(value) for key, value in parameters.items()},
+            "labels": {key: self.sweep.space[key].label(value) for key, value in parameters.items()},
             "recipe": str(run.recipe_path) if run.recipe_path.exists() else None,
         }
 
@@ -271,16 +279,22 @@ class Study:
         if living:
             return ("pending" if living in ("PENDING", "REQUEUED", "CONFIGURING") else "running"), ""
         if not run.recipe_path.exists():
-            return "missing", ""
+            job = self.given.get(run.path.name, {}).get("id")
+            return "missing", f"job {job} ended before it began; logs/{job}_0_log.err says why" if job else ""
         last = next((event for event in reversed(events) if event["event"] in (*_ENDS, "submitted", "started")), None)
         if last is None or last["event"] not in _ENDS:
             return "failed", "its job is gone without a word"
         why = str(last.get("why") or last.get("cause") or last["event"])
         return ("stopped" if last["event"] in _STOPPED else "failed"), why
 
+    @property
+    def given(self) -> dict[str, dict[str, Any]]:
+        """The job that each trial was given last, by the name of its folder."""
+        return read_json(self.path / "jobs.json") or {}
+
     def living(self) -> dict[int, str]:
         """Number and SLURM's state of each trial whose job is in the queue or runs."""
-        given: dict[str, dict[str, Any]] = read_json(self.path / "jobs.json") or {}
+        given = self.given
         queues: dict[tuple[tuple[str, str], ...], dict[str, str]] = {}
         found = {}
         for number in range(self.sweep.count):
@@ -344,7 +358,9 @@ class Trial:
         return self._study.sweep.metric
 
     def parameters(self) -> dict[str, Scalar]:
-        return self._study.parameters(self._number)
+        """By key, in the words of a table."""
+        drawn = self._study.parameters(self._number)
+        return {key: self._study.sweep.space[key].label(value) for key, value in drawn.items()}
 
     def should_prune(self, step: int) -> bool:
         """Report, and ask whether to save and end here; called on rank 0 after an evaluation."""

@@ -95,6 +95,15 @@ class Axis(Section):
             return kept
         return next(value for value in self.values if _kept(value) == kept and type(_kept(value)) is type(kept))
 
+    def label(self, kept: Scalar) -> Scalar:
+        """A short name of the value for tables: of a section what tells it from the list's other sections."""
+        value = self.given(kept)
+        if not isinstance(value, dict):
+            return kept
+        others = [other for other in self.values or () if isinstance(other, dict)]
+        told = {key: text for key, text in value.items() if any(other.get(key) != text for other in others)}
+        return ", ".join(f"{key} {text}" for key, text in told.items()) or kept
+
 
 class Pruner(Section):
     """Which trials end early. ASHA: Li et al., 2018, asynchronous successive halving."""
@@ -185,10 +194,6 @@ def load(path: Path) -> tuple[Sweep, Recipe]:
     """
     sweep = validate(Sweep, read_yaml(path), path)
     base = recipes.load(path.parent / sweep.recipe, sweep.overrides)
-    if base.evaluation.split == "test":
-        raise UserError(
-            f"{path}: evaluation.split: a sweep chooses by held-out studies that are not the test's: validate"
-        )
     check(sweep, base, path)
     return sweep, base
 
@@ -202,14 +207,15 @@ def check(sweep: Sweep, base: Recipe, path: Path) -> list[Recipe]:
     for key in sweep.space:
         _refuse_new_free_key(data, key, path)
     found = []
-    for parameters in corners(sweep, data):
-        overrides = (
-            sweep.trial_overrides(parameters)
-            if len(parameters) == len(sweep.space)
-            else [f"{key}={_yaml(sweep.space[key].given(value))}" for key, value in parameters.items()]
-        )
-        where = Path(f"{path}: space: {', '.join(overrides)}")
-        recipe = recipes.build(copy.deepcopy(data), overrides, where)
+    for parameters in corners(sweep):
+        overrides = [f"{key}={_yaml(sweep.space[key].given(value))}" for key, value in parameters.items()]
+        where = f"{path}: space: {', '.join(overrides)}"
+        try:
+            recipe = recipes.build(copy.deepcopy(data), overrides, Path(where))
+        except UserError as error:
+            raise UserError(str(error) if str(error).startswith(where) else f"{path}: space: {error}") from error
+        if recipe.evaluation.split == "test":
+            raise UserError(f"{path}: evaluation.split: a sweep chooses by studies that are not the test's: validate")
         if sweep.pruner is not None and recipe.evaluation.every is None:
             raise UserError(
                 f"{path}: pruner: trials are compared where they are evaluated; "
@@ -230,7 +236,7 @@ def distinct_data(sweep: Sweep, base: Recipe, path: Path) -> list[Recipe]:
     return list(found.values())
 
 
-def corners(sweep: Sweep, data: dict[str, Any]) -> list[dict[str, Scalar]]:
+def corners(sweep: Sweep) -> list[dict[str, Scalar]]:
     axes = {key: axis.corners() for key, axis in sweep.space.items()}
     if math.prod(map(len, axes.values())) <= CORNERS:
         return [dict(zip(axes, corner, strict=True)) for corner in itertools.product(*axes.values())]

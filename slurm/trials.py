@@ -3,7 +3,7 @@
     submit(study, profile)       # all that are missing or failed, and none that runs, waits or is done
 
 An element of the array is a job like any other: its ranks, its requeue. Before its ranks start, its batch script calls
-`python -m slurm.trials SWEEP NUMBER`, which draws the trial's parameters, or finds the run as a life before left it.
+`python -m slurm.trials SWEEP NUMBER PROFILE`, which draws the trial's parameters or finds them drawn.
 """
 
 import json
@@ -19,7 +19,7 @@ import submitit
 import yaml
 
 from radhpc.errors import UserError, first_line
-from radhpc.files import read_json, write_atomically
+from radhpc.files import write_atomically
 from radhpc.recipe import Recipe
 from radhpc.run_dir import RunDir
 from slurm import job as slurm_job, profile as profiles, scheduler
@@ -29,7 +29,7 @@ from slurm.submit import environment, explain, slurm_parameters, submit as submi
 from slurm.sweep import Sweep
 
 ENDED = 3  # exit status of `python -m slurm.trials` where there is nothing left to train
-_ANY = "/trial"  # stands for the run folder in the one batch script of all elements
+_ANY = "/the-run-folder-of-this-element"  # in the one batch script of all; no shell would quote it
 
 
 def newest(runs: Path, name: str, sweep: Sweep, base: Recipe) -> Path | None:
@@ -57,16 +57,20 @@ def submit(study: Study, profile: Profile) -> str | None:
     numbers = due(study)
     if not numbers:
         return None
-    write_atomically(study.path / "profile.yaml", yaml.safe_dump(profile.model_dump(mode="json")).encode(), 0o600)
+    # A file of its own for each array: an older one may still wait, with other nodes.
+    folder = study.path / "profiles"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    frozen = folder / f"{len(list(folder.iterdir())):03d}.yaml"
+    write_atomically(frozen, _yaml(profile), 0o600)
     python = profile.python or shlex.quote(sys.executable)
     with environment(profile), explain():
         try:
             executor = submitit.SlurmExecutor(study.path / "logs", python=python)
         except RuntimeError as error:
             raise UserError("srun is not found: submit from a login node of the cluster") from error
-        executor.update_parameters(**_array_parameters(study, profile, python, numbers))
+        executor.update_parameters(**_array_parameters(study, profile, python, numbers, frozen))
         jobs = executor.map_array(slurm_job.main, [str(study.run_path(number)) for number in numbers])
-    given = read_json(study.path / "jobs.json") or {}
+    given = study.given
     owners = {number: _owner(str(job.job_id), profile) for number, job in zip(numbers, jobs, strict=True)}
     given |= {study.run_path(number).name: owner for number, owner in owners.items()}
     write_atomically(study.path / "jobs.json", json.dumps(given).encode(), 0o600)
@@ -76,9 +80,25 @@ def submit(study: Study, profile: Profile) -> str | None:
     return str(jobs[0].job_id).split("_")[0]
 
 
+def stop(study: Study) -> list[str]:
+    """Cancel the jobs of all trials that wait or run: those save and end, and come back when the sweep is submitted
+    again. Returns the jobs' ids.
+    """
+    given = study.given
+    cancelled = []
+    for number in study.living():
+        run = RunDir(study.run_path(number))
+        job = (run.job() if run.path.exists() else None) or given[run.path.name]
+        if job["cluster"] == "slurm":
+            scheduler.cancel(job)
+        else:
+            run.request_stop()
+        cancelled.append(str(job["id"]))
+    return cancelled
+
+
 def run_here(study: Study, profile: Profile, say: Any) -> bool:
     """Work off what is due one after the other, on this machine; returns whether it was not interrupted."""
-    write_atomically(study.path / "profile.yaml", yaml.safe_dump(profile.model_dump(mode="json")).encode(), 0o600)
     for number in due(study):
         run = study.prepare(number)
         say(f"trial {run.path.name}")
@@ -108,7 +128,7 @@ def _wait(run: RunDir) -> bool:
         return False
 
 
-def _array_parameters(study: Study, profile: Profile, python: str, numbers: list[int]) -> dict[str, Any]:
+def _array_parameters(study: Study, profile: Profile, python: str, numbers: list[int], frozen: Path) -> dict[str, Any]:
     """What submitit shall put into the batch script: that of one run, with the run a variable of the shell."""
     parameters = slurm_parameters(RunDir(_ANY), profile, python)
     for part in ("setup", "teardown"):
@@ -120,7 +140,8 @@ def _array_parameters(study: Study, profile: Profile, python: str, numbers: list
         "number=${trials[${SLURM_ARRAY_TASK_ID:-0}]}",
         f'trial={folder}/trials/"$number"',
         *parameters["setup"],
-        f"{python} -m slurm.trials {folder} $number; case $? in 0) ;; {ENDED}) exit 0 ;; *) exit 1 ;; esac",
+        f"{python} -m slurm.trials {folder} $number {frozen.name}",
+        f"case $? in 0) ;; {ENDED}) exit 0 ;; *) exit 1 ;; esac",
     ]
     return {**parameters, "job_name": study.path.name, "array_parallelism": study.sweep.concurrent}
 
@@ -134,9 +155,13 @@ def _own(run: RunDir, owner: dict[str, Any], profile: Profile) -> None:
     if (run.job() or {}).get("id") == owner["id"]:
         return
     run.clear_stop()
-    write_atomically(run.path / "profile.yaml", yaml.safe_dump(profile.model_dump(mode="json")).encode(), 0o600)
+    write_atomically(run.path / "profile.yaml", _yaml(profile), 0o600)
     run.write_job(**owner)
     run.record("submitted", job=owner["id"], cluster="slurm", nodes=profile.nodes, world=profile.world)
+
+
+def _yaml(profile: Profile) -> bytes:
+    return yaml.safe_dump(profile.model_dump(mode="json")).encode()
 
 
 def _stopped_by_user(study: Study, number: int) -> bool:
@@ -144,7 +169,7 @@ def _stopped_by_user(study: Study, number: int) -> bool:
     return bool(events) and (events[-1]["event"] == "stopped" or events[-1].get("cause") == "stop")
 
 
-def main(folder: str, number: int) -> int:
+def main(folder: str, number: int, frozen: str) -> int:
     """In the batch script of an element, before its ranks start."""
     study = Study.open(folder)
     study.settle()
@@ -156,7 +181,7 @@ def main(folder: str, number: int) -> int:
     owner = run.job()
     if owner is not None and owner["id"] != job_id and scheduler.state(owner):
         raise UserError(f"{run.path}: in use by job {owner['id']}")
-    profile = profiles.load(str(study.path / "profile.yaml"))
+    profile = profiles.load(str(study.path / "profiles" / frozen))
     _own(run, _owner(job_id, profile), profile)
     for left in (study.path / "logs").glob(f"{job_id}_*.save_tmp"):
         left.unlink()  # submitit refuses to write a result where a killed rank left half of one
@@ -171,7 +196,7 @@ def main(folder: str, number: int) -> int:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main(sys.argv[1], int(sys.argv[2])))
+        sys.exit(main(sys.argv[1], int(sys.argv[2]), sys.argv[3]))
     except UserError as error:
         print(error, file=sys.stderr, flush=True)
         sys.exit(2)
