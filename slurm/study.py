@@ -282,7 +282,9 @@ class Study:
             job = self.given.get(run.path.name, {}).get("id")
             return "missing", f"job {job} ended before it began; logs/{job}_0_log.err says why" if job else ""
         last = next((event for event in reversed(events) if event["event"] in (*_ENDS, "submitted", "started")), None)
-        if last is None or last["event"] not in _ENDS:
+        if last is None:
+            return "missing", "its parameters are drawn, but no job was given to it"
+        if last["event"] not in _ENDS:
             return "failed", "its job is gone without a word"
         why = str(last.get("why") or last.get("cause") or last["event"])
         return ("stopped" if last["event"] in _STOPPED else "failed"), why

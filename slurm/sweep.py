@@ -98,6 +98,8 @@ class Axis(Section):
     def label(self, kept: Scalar) -> Scalar:
         """A short name of the value for tables: of a section what tells it from the list's other sections."""
         value = self.given(kept)
+        if isinstance(value, list):
+            return ", ".join(map(str, value)) or kept
         if not isinstance(value, dict):
             return kept
         others = [other for other in self.values or () if isinstance(other, dict)]

@@ -214,7 +214,7 @@ def test_pruning_is_decided_once_and_told_once(write: Callable[..., Path], tmp_p
     RunDir(study.run_path(2)).record("finished", step=14)
     standing = study.standing()
     assert [(trial["number"], trial["state"], trial["value"]) for trial in standing["trials"]] == [
-        (2, "finished", 0.5), (0, "failed", 1.0), (1, "pruned", 2.0), (3, "missing", None)
+        (2, "finished", 0.5), (0, "missing", 1.0), (1, "pruned", 2.0), (3, "missing", None)
     ]  # fmt: skip
     assert standing["best"]["number"] == 2
     assert study.standing() == standing, "told twice"
