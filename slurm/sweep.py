@@ -103,8 +103,14 @@ class Axis(Section):
         if not isinstance(value, dict):
             return kept
         others = [other for other in self.values or () if isinstance(other, dict)]
-        told = {key: text for key, text in value.items() if any(other.get(key) != text for other in others)}
-        return ", ".join(f"{key} {text}" for key, text in told.items()) or kept
+        told = [key for key in value if any(key not in other for other in others) and not _plain(value[key])]
+        for key, leaf in _leaves(value).items():
+            if any(
+                _leaves(other).get(key, leaf) != leaf or (_plain(value.get(key)) and key not in other)
+                for other in others
+            ):
+                told.append(f"{key.split('.')[-1]} {leaf}")
+        return ", ".join(told) or kept
 
 
 class Pruner(Section):
@@ -258,9 +264,21 @@ def _refuse_new_free_key(data: dict[str, Any], key: str, path: Path) -> None:
         here = here[part]
 
 
+def _plain(value: Any) -> bool:
+    return isinstance(value, bool | int | float | str)
+
+
+def _leaves(section: dict[str, Any], before: str = "") -> dict[str, Any]:
+    """A section's values by dotted key."""
+    found: dict[str, Any] = {}
+    for key, value in section.items():
+        found |= _leaves(value, f"{before}{key}.") if isinstance(value, dict) else {f"{before}{key}": value}
+    return found
+
+
 def _kept(value: Any) -> Scalar:
     """A value as a study keeps it: plain ones as they are, lists and mappings as JSON."""
-    return value if isinstance(value, bool | int | float | str) or value is None else json.dumps(value)
+    return value if _plain(value) or value is None else json.dumps(value)
 
 
 def _yaml(value: Any) -> str:

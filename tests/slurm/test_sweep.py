@@ -123,6 +123,19 @@ def test_the_ready_sweeps_hold(path: Path) -> None:
     assert base.name
 
 
+def test_a_label_tells_a_section_from_the_others() -> None:
+    def labels(name: str, key: str) -> list[Any]:
+        axis = sweeps.load(ROOT / "recipes" / "sweeps" / f"{name}.yaml")[0].space[key]
+        return [axis.label(value) for value in axis.corners()]
+
+    assert labels("views", "images") == ["views 1", "views 2", "views 3", "views 4"]
+    assert labels("lora_or_full", "stages.adapt")[1:] == [
+        "lora, rank 32, alpha 64, learning_rate 0.001",
+        "train, learning_rate 0.0001",
+    ]
+    assert labels("sections", "text.sections") == ["findings", "impression"]
+
+
 def test_what_the_command_refuses(launch: Launch, write: Callable[..., Path], tmp_path: Path) -> None:
     message = launch("sweep", write(space={"stages.scratch.stops": [1]}), "--sweep", tmp_path / "s", status=2).stderr
     assert "unknown key 'stops' (did you mean 'steps'?)" in message
