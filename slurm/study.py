@@ -59,7 +59,7 @@ class Study:
         else:
             try:
                 study.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-                if any(study.path.iterdir()):
+                if {file.name for file in study.path.iterdir()} - {"base.yaml", "trials", "logs"}:  # half made
                     raise UserError(f"{path}: the folder is not empty, and no sweep; name another one with --sweep")
                 study.path.chmod(0o700)
             except OSError as error:
@@ -121,7 +121,7 @@ class Study:
         """
         import optuna
 
-        seed = self.sweep.seed * 1_000_003 + number
+        seed = (self.sweep.seed * 1_000_003 + number) % 2**32
         sampler: optuna.samplers.BaseSampler
         if self.sweep.method == "tpe":
             sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)  # trials side by side keep apart
@@ -296,6 +296,10 @@ class Study:
 
     def living(self) -> dict[int, str]:
         """Number and SLURM's state of each trial whose job is in the queue or runs."""
+        return {number: state for number, (_, state) in self.jobs().items()}
+
+    def jobs(self) -> dict[int, tuple[dict[str, Any], str]]:
+        """The job, as in job.json, and SLURM's state of each trial whose job is in the queue or runs."""
         given = self.given
         queues: dict[tuple[tuple[str, str], ...], dict[str, str]] = {}
         found = {}
@@ -313,7 +317,7 @@ class Study:
                 else:
                     state = scheduler.state(job)
                 if state:
-                    found[number] = state
+                    found[number] = job, state
                     break
         return found
 

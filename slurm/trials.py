@@ -84,17 +84,13 @@ def stop(study: Study) -> list[str]:
     """Cancel the jobs of all trials that wait or run: those save and end, and come back when the sweep is submitted
     again. Returns the jobs' ids.
     """
-    given = study.given
-    cancelled = []
-    for number in study.living():
-        run = RunDir(study.run_path(number))
-        job = (run.job() if run.path.exists() else None) or given[run.path.name]
+    jobs = study.jobs()
+    for number, (job, _) in jobs.items():
         if job["cluster"] == "slurm":
             scheduler.cancel(job)
         else:
-            run.request_stop()
-        cancelled.append(str(job["id"]))
-    return cancelled
+            RunDir(study.run_path(number)).request_stop()
+    return [str(job["id"]) for job, _ in jobs.values()]
 
 
 def run_here(study: Study, profile: Profile, say: Any) -> bool:

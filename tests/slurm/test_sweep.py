@@ -17,7 +17,7 @@ from radhpc.errors import UserError
 from radhpc.files import read_lines
 from radhpc.metrics import score_names
 from radhpc.run_dir import RunDir
-from slurm import sweep as sweeps, trials
+from slurm import profile as profiles, sweep as sweeps, trials
 from slurm.study import Study, Trial, scores
 from tests.conftest import ROOT
 from tests.radhpc.test_training import wait_for
@@ -284,9 +284,7 @@ def test_two_ranks_prune_together_and_save_before_it(
     assert "ended the run early" in launch("resume", bad, status=2).stderr
     assert Trial.of(str(good)) is not None
     assert Trial.of(str(tmp_path)) is None
-    before = [events(run) for run in (good, bad)]
-    launch("sweep", path, "--sweep", folder, "--on", local_profile(2))
-    assert [events(run) for run in (good, bad)] == before, "what was done was done again"
+    assert trials.due(Study.open(folder)) == [], "what was done would be done again"
 
 
 def hyperparameters(run: Path) -> dict[str, Any]:
@@ -302,6 +300,30 @@ def hyperparameters(run: Path) -> dict[str, Any]:
     assert "evaluation/loss" in accumulator.Tags()["scalars"]
     session = metadata.parse_session_start_info_plugin_data(content[metadata.SESSION_START_INFO_TAG])
     return {name: value.number_value for name, value in session.hparams.items()}
+
+
+@pytest.mark.box
+def test_what_waits_in_the_queue_is_left_there_until_it_is_stopped(
+    slurm: Callable[..., str], box_profile: Path, write: Callable[..., Path], tmp_path: Path
+) -> None:
+    box_profile.write_text(box_profile.read_text() + "sbatch: {hold: true}\n")
+    profile, study = profiles.load(str(box_profile)), create(write(concurrent=3), tmp_path / "a sweep's folder")
+    array = trials.submit(study, profile)
+    assert "ArrayTaskId=0-3%3" in slurm("scontrol", "show", "job", str(array))
+    assert study.living() == dict.fromkeys(range(4), "PENDING")
+    assert [trial["state"] for trial in study.standing()["trials"]] == ["pending"] * 4
+    assert trials.submit(study, profile) is None
+    slurm("scancel", f"{array}_2")
+    assert trials.due(study) == [2]
+    again = trials.submit(study, profile)
+    assert study.given["0002"]["id"] == again, "one call is a plain job, not an array"
+    assert study.given["0003"]["id"] == f"{array}_3"
+    assert trials.due(study) == []
+    assert sorted(trials.stop(study)) == sorted([*(f"{array}_{n}" for n in (0, 1, 3)), str(again)])
+    wait_for(lambda: not study.living(), 30)
+    assert [trial["state"] for trial in study.standing()["trials"]] == ["missing"] * 4
+    assert "ended before it began" in study.standing()["trials"][0]["why"]
+    assert trials.due(study) == [0, 1, 2, 3]
 
 
 @pytest.mark.box
@@ -365,7 +387,8 @@ def test_an_array_whose_elements_are_killed_and_preempted(
     assert standing["best"] == standing["trials"][0]
     for log in (runs[2] / "logs").glob("*_log.*"):
         assert log.resolve().exists()
-    launch("train", standing["best_recipe"], "stages.scratch.steps=2", "--run", tmp_path / "best")
+    short = [f"stages.{stage}.steps=2" for stage in ("scratch", "adapt", "refine")]
+    launch("train", standing["best_recipe"], *short, "--run", tmp_path / "best")
     assert events(tmp_path / "best", "finished")
 
 
