@@ -242,6 +242,8 @@ def resume(
     run_dir = RunDir.open(run)
     if run_dir.events() and run_dir.events()[-1]["event"] == "finished":
         raise UserError(f"{run}: the run is finished; evaluate or generate with it, or train a new one")
+    if run_dir.events("pruned"):
+        raise UserError(f"{run}: its sweep has ended the run early; train {run}/recipe.yaml as a run of its own")
     frozen = run_dir.path / "profile.yaml"
     profile = profiles.load(on or (str(frozen) if frozen.exists() else "inline"))
     chosen = _choose_checkpoint(run_dir, profile, as_json)
@@ -249,12 +251,57 @@ def resume(
     _emit({"run": str(run_dir.path), "job": (run_dir.job() or {}).get("id"), **chosen}, as_json)
 
 
+@app.command(epilog="Example: python launch.py sweep recipes/sweeps/quickstart.yaml --on local")
+def sweep(
+    sweep: Annotated[Path, typer.Argument(help="A YAML file, such as those in recipes/sweeps/.")],
+    on: On = "inline",
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--sweep", metavar="DIR", help="Its folder; default: the newest of this sweep in runs/, or a new one."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a recipe many times with other values of its keys: one job array, each trial a run that may be preempted.
+
+    Said again, it submits what is missing, failed or was cancelled, and nothing else.
+    """
+    from slurm import profile as profiles, sweep as sweeps, trials
+    from slurm.study import Study
+
+    profile, (wanted, base) = profiles.load(on), sweeps.load(sweep)
+    for recipe in sweeps.distinct_data(wanted, base, sweep):
+        _check_data(recipe, recipe.evaluation.split)
+    study = Study.create(
+        folder or trials.newest(Path("runs"), sweep.stem, wanted, base) or _new_sweep(sweep), wanted, base
+    )
+    _say(f"sweep {study.path}", as_json)
+    whole = True
+    if profile.cluster == "slurm":
+        job = trials.submit(study, profile)
+        _say(f"job {job}" if job else "nothing to submit: every trial runs, waits or is done", as_json)
+    else:
+        whole = trials.run_here(study, profile, lambda line: _say(line, as_json))
+    standing = study.standing()
+    _say(tables.sweep(standing), as_json)
+    _emit(standing, as_json)
+    failed = profile.cluster != "slurm" and any(trial["state"] == "failed" for trial in standing["trials"])
+    raise typer.Exit(0 if whole and not failed else 1)
+
+
 @app.command()
 def stop(run: RunPath, as_json: Json = False) -> None:
     """Save at the next step and end for good; a job that still waits in the queue is taken out of it."""
     from radhpc.run_dir import RunDir
-    from slurm import scheduler
+    from slurm import scheduler, trials
+    from slurm.study import Study, is_sweep
 
+    if is_sweep(run):
+        jobs = trials.stop(Study.open(run))
+        _say(f"{run}: {len(jobs)} job(s) were asked to stop; 'launch.py sweep' goes on", as_json)
+        _emit({"sweep": str(run.absolute()), "jobs": jobs}, as_json)
+        return
     run_dir = RunDir.open(run)
     job = run_dir.job()
     state = scheduler.state(job)
@@ -283,6 +330,7 @@ def status(
     into steps that were made again.
     """
     from slurm.status import Statuses, find_runs
+    from slurm.study import Study, is_sweep
 
     if watch and (audit or as_json):
         raise UserError(f"--watch: not together with {'--audit' if audit else '--json'}")
@@ -290,6 +338,15 @@ def status(
         from slurm.watch import watch as watch_runs
 
         watch_runs(lambda: find_runs(runs), Console(highlight=False))
+        return
+    if runs and any(map(is_sweep, runs)) and not audit:
+        standings = [Study.open(path).standing() for path in runs if is_sweep(path)]
+        for standing in standings:
+            _say(tables.sweep(standing), as_json)
+        alone = Statuses(find_runs(others)).now() if (others := [p for p in runs if not is_sweep(p)]) else []
+        if alone:
+            _say(tables.Runs(alone), as_json)
+        _emit(standings[0] if len(runs) == 1 else {"runs": alone, "sweeps": standings}, as_json)
         return
     chosen = find_runs(runs)
     if audit:
@@ -407,7 +464,7 @@ def plan(
     """
     from radhpc import recipe as recipes
     from radhpc.run_dir import RunDir
-    from slurm import plan as plans, profile as profiles, tables
+    from slurm import plan as plans, profile as profiles
 
     chosen, profile = recipes.load(recipe, overrides or []), profiles.load(on)
     earlier = RunDir.open(like) if like else None
@@ -440,7 +497,7 @@ def doctor(
     all-reduce, clocks, scontrol, free space, the store's speed, and which signals come after how long.
     """
     from radhpc import recipe as recipes
-    from slurm import doctor as doctors, profile as profiles, tables
+    from slurm import doctor as doctors, profile as profiles
     from slurm.probe import probe as run_probe
 
     if (recipe or preempt_with) and not probe:
@@ -470,8 +527,13 @@ def board(
     import subprocess
 
     from radhpc.run_dir import RunDir
+    from slurm.study import is_sweep
 
-    chosen = [RunDir.open(path).path for path in runs or sorted(p.parent for p in Path("runs").glob("*/recipe.yaml"))]
+    inside = [
+        sorted(p.parent for p in path.glob("trials/*/recipe.yaml")) if is_sweep(path) else [path] for path in runs or []
+    ]
+    named = [path for paths in inside for path in paths]
+    chosen = [RunDir.open(path).path for path in named or sorted(p.parent for p in Path("runs").glob("*/recipe.yaml"))]
     if not chosen:
         raise UserError("no run in runs/: name one")
     names = ",".join(f"{path.name}:{path / 'tensorboard'}" for path in chosen)
@@ -495,6 +557,10 @@ def board(
 
 def _new_run(name: str) -> Path:
     return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def _new_sweep(sweep: Path) -> Path:
+    return _new_run(f"sweep-{sweep.stem}")
 
 
 def _build(
@@ -564,8 +630,8 @@ def _train(
     return run
 
 
-def _check_data(recipe: "Recipe") -> None:
-    """Say here, in seconds, what would otherwise fail in the queue."""
+def _check_data(recipe: "Recipe", *also: str) -> None:
+    """Say here, in seconds, what would otherwise fail in the queue; `also` names further splits that are needed."""
     from radhpc.manifest import Manifest
     from radhpc.store import Store
 
@@ -573,8 +639,9 @@ def _check_data(recipe: "Recipe") -> None:
         store = Store(url)
         manifest = Manifest.load(store)
         manifest.check_sizes(store)
-        if not manifest.splits.get("train"):
-            raise UserError(f"{url}: no sample of split 'train'; it has {manifest.splits}")
+        for split in ("train", *also):
+            if not manifest.splits.get(split):
+                raise UserError(f"{url}: no sample of split '{split}'; it has {manifest.splits}")
     if recipe.model.weights is not None and not (Path(recipe.model.weights) / "config.json").exists():
         raise UserError(f"model.weights: {recipe.model.weights}: no config.json there; a local folder is wanted")
 

@@ -2,7 +2,7 @@
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,16 @@ class Board:
         """Show a picture of shape (height, width, 3)."""
         if self._writer is not None:
             self._writer.add_image(name, picture, step, dataformats="HWC")
+
+    def hyperparameters(self, values: Mapping[str, bool | int | float | str | None], metric: str) -> None:
+        """What this run is in a sweep, for TensorBoard's HParams; `metric` is the curve that it is ranked by."""
+        if self._writer is not None:
+            from torch.utils.tensorboard.summary import hparams
+
+            known = {name: "null" if value is None else value for name, value in values.items()}
+            experiment, session, _ = hparams(known, {metric: 0.0})  # type: ignore[no-untyped-call]
+            for summary in (experiment, session):
+                self._writer.file_writer.add_summary(summary)
 
     def flush(self) -> None:
         if self._writer is not None:

@@ -18,7 +18,7 @@ from radhpc.log import Bar
 from radhpc.loop import Position, Report
 from radhpc.parts import Parts
 from radhpc.recipe import Split
-from radhpc.stop import Stop
+from radhpc.stop import PRUNED, Interrupted, Stop
 from radhpc.straggler import Stragglers
 
 log = logging.getLogger("radhpc")
@@ -36,6 +36,7 @@ class Evaluating:
         split = split or parts.recipe.evaluation.split
         folder = parts.run.path / "evaluation" / f"step-{position.step:06d}"
         if parts.ranks.broadcast((folder / "scores.json").exists()):
+            self._prune(position)
             return
         held_out = parts.source(position.stage, split)
         if not len(held_out):
@@ -72,6 +73,17 @@ class Evaluating:
             self.board.flush()
             seconds = round(time.perf_counter() - started, 1)
             parts.run.record("evaluated", step=position.step, split=split, samples=len(result.rows), seconds=seconds)
+        self._prune(position)
+
+    def _prune(self, position: Position) -> None:
+        """End here, on all ranks, if the sweep says so; the last step of all is no place to end early."""
+        parts = self.parts
+        if parts.trial is None:
+            return
+        last = position.stage_done and position.stage == len(parts.recipe.stages) - 1
+        prune = parts.trial.should_prune(position.step) and not last if parts.ranks.first else False
+        if parts.ranks.broadcast(prune):
+            raise Interrupted(PRUNED)
 
 
 def board_hook(board: Board, parts: Parts) -> Callable[[Position, Report], None]:

@@ -4,8 +4,10 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -24,12 +26,27 @@ from radhpc.source import Source
 from radhpc.stop import Stop
 
 
+class Trial(Protocol):
+    """The sweep that a run belongs to, as far as the job has to know it; called on rank 0 alone."""
+
+    @property
+    def metric(self) -> str: ...
+
+    def parameters(self) -> Mapping[str, bool | int | float | str | None]: ...
+
+    def should_prune(self, step: int) -> bool:
+        """Whether to save and end at this step, now that it was evaluated."""
+
+
 class Parts:
     """Everything that training, evaluation and generation share."""
 
-    def __init__(self, run: RunDir, recipe: Recipe, ranks: Ranks, stop: Stop | None = None) -> None:
+    def __init__(
+        self, run: RunDir, recipe: Recipe, ranks: Ranks, stop: Stop | None = None, trial: Trial | None = None
+    ) -> None:
         """`stop`: ends long work by Interrupted, on all ranks together."""
         self.run, self.recipe, self.ranks, self.stop = run, recipe, ranks, stop or Stop()
+        self.trial = trial
         self.checkpoints = Checkpoints.of(run.path, recipe)
         self._sources: dict[tuple[int, str], Source] = {}
         self.base_hash = ""  # known once a model was built

@@ -339,7 +339,11 @@ class Recipe(Section):
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read, override and validate a recipe. Raises UserError with the key, its value and what is allowed."""
-    data = read_yaml(path)
+    return build(read_yaml(path), overrides, path)
+
+
+def build(data: dict[str, Any], overrides: Sequence[str], path: Path) -> Recipe:
+    """Override, in place, and validate what was read from `path`."""
     for override in overrides:
         _apply(data, override)
     recipe = validate(Recipe, data, path)

@@ -33,6 +33,7 @@ Event = Literal[
     "stuck",  # a rank found who hangs: cause, culprits
     "straggler",  # a rank is slower than the others: rank, host, ratio
     "code_replaced", "environment_changed",
+    "pruned",
 ]  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from radhpc.run_dir import RunDir
 
 # By increasing weight: a user's request outweighs the scheduler's, and a save that failed ends the run in any case.
 CAUSES = ("", "SIGUSR2", "SIGTERM", "SIGINT", "stop", "save failed")
+PRUNED = "pruned"  # the cause where no signal came, but a sweep has seen enough
 _SIGNALS = {signal.SIGUSR2: "SIGUSR2", signal.SIGTERM: "SIGTERM", signal.SIGINT: "SIGINT"}
 _GRACE = {"SIGTERM": "RADHPC_GRACE_SECONDS", "SIGUSR2": "RADHPC_SIGNAL_SECONDS"}  # the surer kill first
 

@@ -29,10 +29,10 @@ from radhpc.heartbeat import Heartbeat, Limits
 from radhpc.ledger import Ledger
 from radhpc.log import Bar
 from radhpc.loop import Hook, Position, Quarantine, train
-from radhpc.parts import Parts
+from radhpc.parts import Parts, Trial
 from radhpc.run_dir import RunDir, node_name
 from radhpc.saving import Ending, Saving
-from radhpc.stop import Interrupted, Stop
+from radhpc.stop import PRUNED, Interrupted, Stop
 from radhpc.straggler import Stragglers
 from radhpc.stream import Stream, stage_samples, stage_steps
 
@@ -43,15 +43,16 @@ log = logging.getLogger("radhpc")
 class Outcome:
     """How a rank's life ended."""
 
-    state: Literal["finished", "interrupted", "mistake", "lost_peer", "crashed", "hung"]
+    state: Literal["finished", "interrupted", "mistake", "pruned", "lost_peer", "crashed", "hung"]
     cause: str = ""  # a signal's name or "stop"; the first line of an error; who hangs, and where
     step: int = 0
 
 
-def run(path: str, stop: Stop | None = None) -> Outcome:
+def run(path: str, stop: Stop | None = None, trial: Trial | None = None) -> Outcome:
     """Work on a run until it is finished or interrupted. Errors are recorded for this rank, then raised.
 
     `stop`: a flag that listens already, since before this module was imported.
+    `trial`: the sweep that the run belongs to, if any, which may end it early.
     """
     run_dir = RunDir.open(path)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -69,7 +70,7 @@ def run(path: str, stop: Stop | None = None) -> Outcome:
         stop.run = run_dir if rank == 0 else None
         try:
             ranks = Ranks(heart)
-            outcome = _run(run_dir, ranks, stop)
+            outcome = _run(run_dir, ranks, stop, trial)
         except BaseException as error:
             heart.give_way()
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -85,7 +86,7 @@ def run(path: str, stop: Stop | None = None) -> Outcome:
     return outcome
 
 
-def _run(run: RunDir, ranks: Ranks, stop: Stop) -> Outcome:
+def _run(run: RunDir, ranks: Ranks, stop: Stop, trial: Trial | None) -> Outcome:
     recipe = run.recipe()
     life = ranks.broadcast(run.lives + 1 if ranks.first else 0)
     if ranks.first:
@@ -93,7 +94,7 @@ def _run(run: RunDir, ranks: Ranks, stop: Stop) -> Outcome:
         nodes = os.environ.get("SLURM_JOB_NODELIST", socket.gethostname())
         run.record("started", life=life, job=job, world=ranks.world, engine=recipe.engine, nodes=nodes)
     _agree_on_environment(run, ranks)
-    parts = Parts(run, recipe, ranks, stop)
+    parts = Parts(run, recipe, ranks, stop, trial)
     position: Position | None = None
     try:
         lengths = beside(lambda: [len(parts.source(n, "train")) for n in range(len(recipe.stages))], ranks, stop) or []
@@ -105,6 +106,8 @@ def _run(run: RunDir, ranks: Ranks, stop: Stop) -> Outcome:
         cursor = _restore(parts, run, life, ranks)
         board = Board(run.path / "tensorboard" if ranks.first else None, cursor.step if cursor else 0)
         board.event(cursor.step if cursor else 0, "resumed" if cursor else "started", _history(run))
+        if trial is not None and ranks.first:
+            board.hyperparameters(trial.parameters(), f"evaluation/{trial.metric}")
         ledger = Ledger(run.folder("ledger"), life, ranks.rank) if recipe.stream.audit else None
         known = ranks.broadcast([event["key"] for event in run.events("quarantined")] if ranks.first else [])
         quarantine = Quarantine(recipe.stream.max_bad_samples, known, _quarantined(run) if ranks.first else None)
@@ -129,10 +132,11 @@ def _run(run: RunDir, ranks: Ranks, stop: Stop) -> Outcome:
     except Interrupted as interrupted:
         ending: Ending = interrupted.ending or _before_training(parts, stop)
         step = position.step if position else ending.committed_step or 0
+        state: Literal["interrupted", "pruned"] = "pruned" if interrupted.cause == PRUNED else "interrupted"
         if ranks.first:
-            run.record("interrupted", cause=interrupted.cause, step=step, **asdict(ending))
-        log.info("interrupted by %s at step %d: %s", interrupted.cause, step, ending)
-        return Outcome("interrupted", interrupted.cause, step)
+            run.record(state, cause=interrupted.cause, step=step, **asdict(ending))
+        log.info("%s by %s at step %d: %s", state, interrupted.cause, step, ending)
+        return Outcome(state, interrupted.cause, step)
 
 
 def _before_training(parts: Parts, stop: Stop) -> Ending:
@@ -196,7 +200,8 @@ def _run_stage(
         if ranks.first and _last_finished(parts.run) < number:
             parts.run.record("stage_finished", stage=stage.name, number=number, step=position.step)
         last = number == len(recipe.stages) - 1
-        evaluating(position, split="test" if last else None)
+        # A sweep chooses by its trials' scores, so that the test split is none of its business.
+        evaluating(position, split="test" if last and parts.trial is None else None)
     except Interrupted as interrupted:
         interrupted.ending = saving.interrupted(position)
         board.event(position.step, "interrupted", interrupted.cause)

@@ -10,6 +10,7 @@ import submitit
 from radhpc.errors import UserError
 from radhpc.run_dir import RunDir
 from slurm import logs, requeue
+from slurm.study import Trial
 
 
 def main(run: str) -> Any:
@@ -21,7 +22,11 @@ def main(run: str) -> Any:
         with Stop() as stop:  # what comes while PyTorch is imported must not meet submitit's handlers
             import radhpc.worker  # the one import of what needs torch, inside the job
 
-            return radhpc.worker.run(run, stop)
+            trial = Trial.of(run)
+            outcome = radhpc.worker.run(run, stop, trial)
+            if trial is not None and os.environ.get("RANK", "0") == "0":
+                trial.close()
+            return outcome
     except UserError as error:
         if not inside:
             raise

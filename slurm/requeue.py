@@ -128,6 +128,8 @@ def _cause(
     preempted = job.get("PreemptTime", "None") != "None"
     if states == {"finished"} and len(ends) == world:
         return Verdict("finished", False)
+    if len(ends) == world and states == {"pruned"}:
+        return Verdict("pruned", False)
     if job.get("JobState") in ("COMPLETING", "CANCELLED"):
         if int(job.get("Restarts", "0")) > restarts:
             why = "SLURM has put the job back into the queue by itself"
@@ -225,7 +227,7 @@ def main(run_path: str, exit_status: int) -> None:
     world = int(os.environ["SLURM_JOB_NUM_NODES"]) * profile.tasks_per_node  # of this life: `nodes` may be a range
     verdict = decide(job, found, world, exit_status, profile, before, restarts, down)
     step = max((end["step"] for end in found.values()), default=0)
-    if verdict.cause != "finished":
+    if verdict.cause not in ("finished", "pruned"):
         more: dict[str, Any] = {"nodes": verdict.nodes} if verdict.nodes else {}
         more |= {"fingerprint": verdict.fingerprint} if verdict.fingerprint else {}
         run.record(verdict.cause, job=job_id, step=step, why=verdict.why, **more)

@@ -299,3 +299,31 @@ def checks(found: list[dict[str, Any]]) -> Iterator[str]:
         yield f"{'[green]ok[/]' if check['ok'] else '[red]NO[/]'}  [bold]{check['name']}[/]: {check['found']}"
         if not check["ok"]:
             yield f"    wanted: {check['wanted']}"
+
+
+def sweep(standing: dict[str, Any]) -> Iterator[RenderableType]:
+    """The trials of a sweep, the best first."""
+    keys = list(dict.fromkeys(key for trial in standing["trials"] for key in trial["parameters"]))
+    title = f"{Path(standing['sweep']).name}: {standing['metric']}, {standing['direction']}"
+    columns = ("trial", "state", standing["metric"], "step", *(_tail(key, keys) for key in keys))
+    table = Table(*columns, title=title, title_justify="left", box=SIMPLE_HEAD)
+    for trial in standing["trials"]:
+        why = f": {trial['why']}" if trial["state"] in ("failed", "missing") and trial["why"] else ""
+        value = "" if trial["value"] is None else f"{trial['value']:.4f}"
+        steps = f"{trial['step']}/{trial['steps'] or '?'}"
+        labels = (_label(trial["labels"].get(key)) for key in keys)
+        table.add_row(Path(trial["run"]).name, trial["state"] + why, value, steps, *labels)
+    yield table
+    if standing["best"]:
+        yield f"best so far: trial {Path(standing['best']['run']).name}, {standing['best_recipe']}"
+
+
+def _tail(key: str, keys: list[str]) -> str:
+    """The last words of a key that tell it from the others."""
+    parts = key.split(".")
+    tails = (".".join(parts[-n:]) for n in range(1, len(parts) + 1))
+    return next(tail for tail in tails if sum(other == key or other.endswith(f".{tail}") for other in keys) == 1)
+
+
+def _label(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)

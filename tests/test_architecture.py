@@ -101,7 +101,7 @@ def test_shards_know_the_torch_free_contract_alone(path: Path) -> None:
 
 @pytest.mark.parametrize("path", files("slurm"), ids=lambda path: str(path.relative_to(ROOT)))
 def test_slurm_knows_no_tensors(path: Path) -> None:
-    allowed = {None, "errors", "files", "recipe", "run_dir", "log", "fingerprint"}
+    allowed = {None, "errors", "files", "recipe", "run_dir", "log", "fingerprint", "metrics"}
     for module in imports(path, top_level=True):
         assert module.split(".")[0] not in ("shards", "torch", "launch"), module
         assert noun(module) in allowed, module

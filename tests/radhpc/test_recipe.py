@@ -8,7 +8,7 @@ from radhpc.errors import UserError
 from radhpc.recipe import load
 from tests.conftest import ROOT
 
-RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

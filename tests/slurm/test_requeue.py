@@ -47,6 +47,8 @@ def ends(*states: str, cause: str = "") -> list[dict[str, Any]]:
             True,
         ),
         (RUNNING, ends("interrupted", "interrupted", cause="stop"), 0, 1, 0, "stopped", False),
+        (PREEMPTED, ends("pruned", "pruned", cause="pruned"), 0, 1, 0, "pruned", False),
+        ({**CANCELLED, "Restarts": "1"}, ends("pruned", "pruned", cause="pruned"), 0, 1, 0, "pruned", False),
         (RUNNING, ends("lost_peer"), 137, 1, 0, "rank_lost", True),
         (RUNNING, ends("lost_peer"), 137, 3, 0, "rank_lost", True),
         (RUNNING, ends("lost_peer"), 137, 4, 0, "rank_lost", False),
