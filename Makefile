@@ -43,6 +43,13 @@ slurm:
 	@# SLURM listens on the address of this machine's name; Debian's 127.0.1.1 and a container's own address do not serve.
 	@[ "$$(id -u)" != 0 ] || getent ahostsv4 "$$(hostname)" | grep -q '^127\.0\.0\.1 ' || echo "127.0.0.1 $$(hostname)" >> /etc/hosts
 
+# What moves the clock of a job (bench/chaos.py), likewise.
+faketime:
+	@test -e /usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1 || { \
+		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+			apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends libfaketime >/dev/null; \
+		else echo "libfaketime is not installed and may not be installed here: bench.chaos will say so"; fi; }
+
 # A real S3 gateway for the tests (bench/gateway.py), likewise.
 ceph:
 	@command -v ceph-mon >/dev/null && command -v ceph-mgr >/dev/null && command -v ceph-osd >/dev/null && command -v radosgw >/dev/null || { \
@@ -50,8 +57,8 @@ ceph:
 			apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends ceph-mon ceph-mgr ceph-osd radosgw >/dev/null; \
 		else echo "Ceph is not installed and may not be installed here: its tests will be skipped"; fi; }
 
-test: install slurm ceph
-	$(BIN)/python -m pytest
+test: install slurm ceph faketime
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

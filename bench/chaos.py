@@ -261,6 +261,7 @@ def cluster(folder: Path, seed: int) -> Iterator[tuple[Cluster, str]]:
 
     if not FAKETIME.exists():
         raise UserError(f"{FAKETIME} is missing: install the system's package libfaketime")
+    folder.mkdir(exist_ok=True)
     local = folder / "shards"
     build("phantom", None, str(local), {"studies": "60", "size": "96"}, Settings(workers=1, longest_side=56, shard_samples=16), lambda done, total: None)  # fmt: skip  # noqa: E501
     with contextlib.ExitStack() as stack:
@@ -406,7 +407,6 @@ def main() -> None:
         troubles.append(chance.choice(TROUBLES))
     chance.shuffle(troubles)
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="radhpc-chaos-"))
-    folder.mkdir(exist_ok=True)
     ratios, figures = chaos(folder, troubles, arguments.seed, 40 * len(troubles))
     shutil.rmtree(folder)
     report.show(f"{len(troubles)} troubles, seed {arguments.seed}", ratios, figures, NOTES, arguments.json)

@@ -167,9 +167,8 @@ def _write_files(place: Path, settings: dict[str, int], address: str) -> None:
         f"NodeName={name} NodeHostname={host} NodeAddr={address} Port={port} {size}"
         for name, port in zip(names, ports, strict=True)
     )
-    # Run folders remember job ids, so a later box must not give out the same ones: they follow the clock, one
-    # a second, and stay below SLURM's largest (67,043,328).
-    first_job = int(time.time()) % 60_000_000 + 1
+    # Run folders remember job ids, so another box should not give out the same ones. SLURM's largest is 67,043,328.
+    first_job = secrets.randbelow(60_000_000) + 1
     (place / "slurm.conf").write_text(f"""\
 ClusterName=box
 SlurmctldHost={host}({address})
