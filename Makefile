@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install wheels install-offline quickstart test lint bench slurm ceph clean
+.PHONY: install wheels install-offline quickstart test lint bench slurm ceph faketime clean
 
 install: .venv/ready
 
@@ -65,7 +65,7 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: install ceph
+bench: install slurm ceph faketime
 	$(BIN)/python -m bench.build
 	$(BIN)/python -m bench.stream
 	$(BIN)/python -m bench.guarantees

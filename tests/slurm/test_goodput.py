@@ -81,7 +81,8 @@ def test_a_fall_back_to_an_older_checkpoint_undoes_what_counted() -> None:
 
 
 def test_an_asynchronous_save_holds_the_steps_before_its_snapshot() -> None:
-    rows = [*life(0), row(60, "saved", step=10, seconds=30.0, blocked_seconds=1.0), row(70, "rank_lost"), row(70, "requeued")]
+    saved = row(60, "saved", step=10, seconds=30.0, blocked_seconds=1.0)
+    rows = [*life(0), saved, row(70, "rank_lost"), row(70, "requeued")]
     found = account(rows)
     assert found.useful == 2 * 20
     assert found.beside == 2 * 1
