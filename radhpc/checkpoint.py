@@ -125,7 +125,7 @@ class Checkpoints:
 
     def newest(self) -> tuple[str | None, list[tuple[str, str]]]:
         """The newest one that verifies, and (name, fault) of each newer one that was skipped."""
-        skipped = []
+        skipped: list[tuple[str, str]] = []
         for name in self.names():
             fault = self.verify(name)
             if fault is None:
@@ -226,7 +226,7 @@ def _serialised(tensors: "Tensors", metadata: dict[str, str]) -> Iterator[Buffer
     yield len(text).to_bytes(8, "little") + text
     for name in order:
         if tensors[name].numel():
-            data = memoryview(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy())
+            data = tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data
             yield from (data[start : start + PART] for start in range(0, len(data), PART))
 
 
