@@ -160,7 +160,7 @@ def _own(run: RunDir, owner: dict[str, Any], profile: Profile) -> None:
 
 
 def _yaml(profile: Profile) -> bytes:
-    return yaml.safe_dump(profile.model_dump(mode="json")).encode()
+    return yaml.safe_dump({"cluster": profile.cluster, **profile.model_dump(mode="json", exclude_defaults=True)}).encode()
 
 
 def _stopped_by_user(study: Study, number: int) -> bool:
