@@ -78,7 +78,9 @@ def _why_not_preempted(owner: dict[str, Any], urgent: list[str]) -> str:
     if not urgent or scheduler.show_job(owner["id"], environment).get("PreemptTime", "None") != "None":
         return ""
     shown = scheduler.show_job(urgent[0], environment)
-    return f"not preempted: the urgent job is {shown.get('JobState', 'gone')}, {shown.get('Reason', '')}"
+    if shown.get("JobState") == "PENDING":
+        return f"not preempted: the urgent job waits for {shown.get('Reason', '?')}"
+    return "not preempted: the urgent job got its nodes only when the probe was over"
 
 
 def _prepare(profile: Profile, folder: Path, urls: Sequence[str]) -> RunDir:
