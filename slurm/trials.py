@@ -160,7 +160,8 @@ def _own(run: RunDir, owner: dict[str, Any], profile: Profile) -> None:
 
 
 def _yaml(profile: Profile) -> bytes:
-    return yaml.safe_dump({"cluster": profile.cluster, **profile.model_dump(mode="json", exclude_defaults=True)}).encode()
+    settings = profile.model_dump(mode="json", exclude_defaults=True)  # so that older frozen code reads it
+    return yaml.safe_dump({"cluster": profile.cluster, **settings}).encode()
 
 
 def _stopped_by_user(study: Study, number: int) -> bool:
