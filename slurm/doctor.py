@@ -86,7 +86,7 @@ def _preemption(profile: Profile, cluster: Cluster) -> list[Check]:
             "20 s or more, and longer than a step and a save take (see `plan`): ask for GraceTime=120 on the partition",
         ),
     ]
-    stated = getattr(profile, "grace_seconds", None)
+    stated = profile.grace_seconds
     if stated is not None:
         checks.append(
             check(
