@@ -86,16 +86,14 @@ def _preemption(profile: Profile, cluster: Cluster) -> list[Check]:
             "20 s or more, and longer than a step and a save take (see `plan`): ask for GraceTime=120 on the partition",
         ),
     ]
-    stated = profile.grace_seconds
-    if stated is not None:
-        checks.append(
-            check(
-                "grace that the profile states",
-                stated <= (grace or wait),
-                f"grace_seconds {stated:g}; the site gives {grace or wait} s",
-                f"grace_seconds {grace or wait}: a run that counts on more is killed while it saves",
-            )
+    checks.append(
+        check(
+            "grace that the profile states",
+            profile.grace_seconds <= (grace or wait),
+            f"grace_seconds {profile.grace_seconds:g}; the site gives {grace or wait} s",
+            f"grace_seconds {grace or wait}: a run that counts on more is killed while it saves",
         )
+    )
     told = "preempt_send_user_signal" in config.get("SlurmctldParameters", "") or "send_user_signal" in config.get(
         "PreemptParameters", ""
     )
