@@ -175,22 +175,6 @@ def _status(code: str) -> str:
     return f"signal {killed}" if killed else f"exit {number}" if number else ""
 
 
-def queue(environment: dict[str, str] | None = None) -> dict[str, str]:
-    """The state of each of this user's jobs in the queue, by id; an array's elements one by one, as 12_3."""
-    command = ["squeue", "--me", "--noheader", "--array", "--format=%i %T"]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=60, env={**os.environ, **(environment or {})}
-        )
-    except FileNotFoundError as error:
-        raise UserError("squeue is not found: ask from a login node of the cluster") from error
-    except subprocess.TimeoutExpired as error:
-        raise UserError("squeue does not answer; try again") from error
-    if done.returncode:
-        raise UserError(f"squeue: {done.stderr.strip()}")
-    return dict(line.split(maxsplit=1) for line in done.stdout.splitlines() if line.strip())
-
-
 def refuse_if_alive(run: RunDir) -> None:
     """Raise UserError while a job still works, or waits to work, on the run."""
     job = run.job()

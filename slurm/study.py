@@ -301,26 +301,19 @@ class Study:
 
     def jobs(self) -> dict[int, tuple[dict[str, Any], str]]:
         """The job, as in job.json, and SLURM's state of each trial whose job is in the queue or runs."""
-        given = self.given
-        queues: dict[tuple[tuple[str, str], ...], dict[str, str]] = {}
-        found = {}
+        candidates = []
         for number in range(self.sweep.count):
             run = RunDir(self.run_path(number))
-            for job in (run.job() if run.path.exists() else None, given.get(run.path.name)):
-                if job is None:
-                    continue
-                if job["cluster"] == "slurm":
-                    environment = job.get("environment", {})
-                    key = tuple(sorted(environment.items()))
-                    if key not in queues:
-                        queues[key] = scheduler.queue(environment)
-                    state = queues[key].get(job["id"], "")
-                else:
-                    state = scheduler.state(job)
-                if state:
-                    found[number] = job, state
-                    break
-        return found
+            for job in (run.job() if run.path.exists() else None, self.given.get(run.path.name)):
+                if job is not None:
+                    candidates.append((number, job))
+        living: dict[int, tuple[dict[str, Any], str]] = {}
+        for (number, job), found in zip(candidates, scheduler.states([job for _, job in candidates]), strict=True):
+            if found.problem and job["cluster"] == "slurm":
+                raise UserError(found.problem)  # who does not know what lives must not submit it again
+            if found.living:
+                living.setdefault(number, (job, found.state))
+        return living
 
 
 _ENDS = tuple(ENDS)
