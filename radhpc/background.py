@@ -53,16 +53,19 @@ def beside(work: Callable[[], T] | None, ranks: Ranks, stop: Stop) -> T | None:
     if work is not None:
         thread = Background(work)
         thread.start()
-    while True:
-        if thread is not None:
-            thread.join(POLL)
-        busy, code = ranks.max([float(thread is not None and thread.is_alive()), float(stop.poll())])
-        if code:
-            if thread is not None and thread.is_alive():
-                atexit.register(_leave, thread)
-            raise Interrupted(CAUSES[int(code)])
-        if not busy:
-            return thread.result() if thread is not None else None
+    with ranks.heart.poll():
+        while True:
+            if thread is not None:
+                thread.join(POLL)
+            working = thread is not None and thread.is_alive()
+            ranks.heart.polling = not working
+            busy, code = ranks.max([float(working), float(stop.poll())])
+            if code:
+                if thread is not None and thread.is_alive():
+                    atexit.register(_leave, thread)
+                raise Interrupted(CAUSES[int(code)])
+            if not busy:
+                return thread.result() if thread is not None else None
 
 
 def on_first(work: Callable[[], T], ranks: Ranks, stop: Stop) -> T:

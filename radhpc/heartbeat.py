@@ -148,6 +148,9 @@ class Heartbeat:
         self.rank, self.world = rank, world
         self.collectives: Callable[[], int] = lambda: 0  # Ranks sets it once it has met its peers
         self.waiting = False
+        # In a loop of agreements beside long work, which are no progress: whether this rank only waits for its peers.
+        self.polling: bool | None = None
+        self._counted = 0
         self.seconds = 0.0
         self._run, self._end = run, end
         self._said = ("starting", 0, self.limits.slow)
@@ -185,6 +188,17 @@ class Heartbeat:
             yield
         finally:
             self.waiting = False
+
+    @contextlib.contextmanager
+    def poll(self) -> Iterator[None]:
+        """Around a loop of agreements while work goes on in another thread; say in `polling` who only waits."""
+        self.beat(self._said[0], slow=True)
+        self._counted = self.collectives()
+        self.polling = True
+        try:
+            yield
+        finally:
+            self.polling = None
 
     def meet(self, processes: list[tuple[int, str, int, str]]) -> None:
         """The (rank, host, pid, start of the process) of all ranks: those on this host can be seen to die."""
@@ -233,7 +247,9 @@ class Heartbeat:
         if now - self._ticked > 5 * self.interval + 1:
             self._progressed, self._before = now, None  # the whole process stood still, a suspended job for instance
         self._ticked = now
-        if (seen := (self._beats, self.collectives())) != self._seen:
+        if self.polling is None:
+            self._counted = self.collectives()
+        if (seen := (self._beats, self._counted)) != self._seen:
             self._seen, self._progressed, self._before = seen, now, None
         age = now - self._progressed
         self._miss_neighbours(now)
@@ -345,7 +361,7 @@ class Heartbeat:
         host, pid, start = self._mine
         beat = Beat(
             self.rank, host, pid, start, time.time(), self._ticks, phase, step, round(age, 2), limit,
-            self.collectives(), self.waiting, round(self.seconds, 6),
+            self._counted, self.waiting if self.polling is None else self.polling, round(self.seconds, 6),
         )  # fmt: skip
         path = self._path("heartbeat", "json")
         temporary = path.with_name(f".{path.name}")

@@ -175,22 +175,24 @@ class Saving:
 
         Raises UserError on all ranks when it failed, and Interrupted, with `poll`, when any is told to stop.
         """
-        while True:
-            if self._save is not None:
-                self._save.join(max(0.0, min(_POLL, until - time.monotonic())))
-            busy = self._save is not None and self._save.is_alive()
-            failed = self._save is not None and not busy and self._save.problem is not None
-            flags = [float(busy), float(failed), float(time.monotonic() > until), float(self.stop.poll())]
-            any_busy, any_failed, over, code = self.parts.ranks.max(flags)
-            if any_failed:
-                self._fail()
-            if not any_busy:
-                self._save = None
-                return True
-            if over:
-                return False
-            if poll and code:
-                raise Interrupted(CAUSES[int(code)])
+        with self.parts.ranks.heart.poll():
+            while True:
+                if self._save is not None:
+                    self._save.join(max(0.0, min(_POLL, until - time.monotonic())))
+                busy = self._save is not None and self._save.is_alive()
+                self.parts.ranks.heart.polling = not busy
+                failed = self._save is not None and not busy and self._save.problem is not None
+                flags = [float(busy), float(failed), float(time.monotonic() > until), float(self.stop.poll())]
+                any_busy, any_failed, over, code = self.parts.ranks.max(flags)
+                if any_failed:
+                    self._fail()
+                if not any_busy:
+                    self._save = None
+                    return True
+                if over:
+                    return False
+                if poll and code:
+                    raise Interrupted(CAUSES[int(code)])
 
     def _fail(self) -> None:
         """End all ranks in the same way."""

@@ -109,6 +109,16 @@ def long_pieces() -> None:
     slow(evaluate, "trivial", "0")
 
 
+def endless_load() -> None:
+    """In a thread of its own, while the main threads agree again and again whether to stop."""
+    from radhpc.models.mllama import Family
+
+    def weights_that_never_come(self: Family, seed: int) -> Any:
+        time.sleep(600)
+
+    Family.build = weights_that_never_come  # type: ignore[method-assign]
+
+
 def one_slow_rank() -> None:
     """A step of 0.3 s on both, and on rank 1 of 1.2 s after two windows. Sleep is the same on a busy machine."""
     from radhpc import straggler
@@ -123,6 +133,7 @@ TROUBLES: dict[str, tuple[int | None, Callable[[], None]]] = {
     "loop": (1, lambda: at_step(4, endless_loop)),
     "lock": (1, lambda: at_step(4, holding_the_lock)),
     "away": (0, lambda: at_step(4, lambda: time.sleep(600))),
+    "load": (1, endless_load),
     "slow": (None, one_slow_rank),
     "long": (None, long_pieces),
 }
@@ -198,6 +209,15 @@ def test_a_stopped_rank_is_named_and_nothing_is_left(start: START, tmp_path: Pat
     assert "in _reduce" in stacks(run, 0) or "radhpc/engine.py" in stacks(run, 0), "where rank 0 waits"
     (event,) = told(run, "stuck")
     assert event["cause"] == found["cause"]
+
+
+def test_a_load_that_hangs_is_named_although_the_main_threads_go_on(start: START, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert ended(start("load", slow=LIMIT), 60) == [EXIT_STATUS, EXIT_STATUS]
+    found = end(run, 0)
+    assert found is not None
+    assert re.fullmatch(rf"rank 1 on {HOST}: no progress for \d+ s in loading stage scratch", found["cause"])
+    assert "weights_that_never_come" in stacks(run, 1)
 
 
 @pytest.mark.parametrize(
