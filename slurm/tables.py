@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.padding import Padding
@@ -245,7 +246,8 @@ def audit(results: list[dict[str, Any]]) -> Table:
     """What radhpc.audit says of each run, epoch by epoch."""
     mixed = any("dataset" in epoch for result in results for epoch in result["epochs"])
     dataset = ["dataset"] if mixed else []
-    table = Table("run", "stage", *dataset, "epoch", "due", "of", "seen", "missing", "repeated", "exactly once")
+    titles = ("run", "stage", *dataset, "epoch", "due", "of", "seen", "missing", "repeated", "exactly once")
+    table = Table(*titles, box=SIMPLE_HEAD)
     for result in results:
         for epoch in result["epochs"]:
             numbers = [str(epoch[key]) for key in ("epoch", "expected", "of", "seen")]
