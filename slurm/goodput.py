@@ -89,7 +89,7 @@ def _lives(events: Events, now: float | None) -> list[Life]:
             inside = False
         elif inside:
             found[-1].ended = max(found[-1].ended, at)
-            found[-1].came_back = name == "requeued"
+            found[-1].came_back = name == "requeued" or (found[-1].came_back and name not in ENDS)
             if name in ENDS:
                 found[-1].cause = name
     if now is not None and found:

@@ -1,7 +1,7 @@
 """What people read of the verbs about runs: their JSON objects in, Rich's tables out. Nothing is printed here."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,6 @@ from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.padding import Padding
-from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -35,7 +34,7 @@ class _Column:
 
     title: str
     worth: int
-    cell: Callable[[dict[str, Any]], RenderableType]
+    cell: Callable[[dict[str, Any]], str | Text]
     right: bool = True
 
 
@@ -69,7 +68,7 @@ class Runs:
             said_out = f" not shown in {options.max_width} columns: {', '.join(left_out)}"
             yield Text(said_out, style="dim")
 
-    def _fit(self, shown: Sequence[dict[str, Any]], options: ConsoleOptions) -> tuple[Table, list[str]]:
+    def _fit(self, shown: Sequence[dict[str, Any]], options: ConsoleOptions) -> tuple[Text, list[str]]:
         """The table with as many columns as fit, and the titles of those that do not. Empty ones are not missed."""
         for brief in (False, True):
             widths = {}
@@ -86,7 +85,7 @@ class Runs:
             if len(chosen) == len(columns):
                 break
         left_out = [column.title for column in columns if column not in chosen and column.title]
-        return _table([column for column in columns if column in chosen], shown), left_out
+        return _lines_of({column: widths[column] for column in columns if column in chosen}, shown), left_out
 
     def _notes(self) -> list[tuple[str, str, str]]:
         """(state, runs, sentence) of those that have something to say, the same sentence once."""
@@ -159,21 +158,32 @@ def line(result: dict[str, Any]) -> str:
     return ", ".join([f"{result['state']}{why}", *filter(None, parts)])
 
 
-def _table(columns: Sequence[_Column], results: Sequence[dict[str, Any]]) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    for column in columns:
-        table.add_column(column.title, justify="right" if column.right else "left", no_wrap=True)
-    for result in results:
-        table.add_row(*(column.cell(result) for column in columns))
-    return table
-
-
 _GAP = 2  # between columns
-_BAR = 12  # columns of a bar
 
 
-def _width(cell: RenderableType) -> int:
-    return _BAR if isinstance(cell, ProgressBar) else cell_len(str(cell))
+def _lines_of(widths: Mapping[_Column, int], results: Sequence[dict[str, Any]]) -> Text:
+    """The head, a rule and a line for each result. Not a table of Rich's, which takes seconds for a thousand rows."""
+    total = sum(widths.values()) + _GAP * (len(widths) - 1)
+    text = Text("\n ", no_wrap=True, overflow="ellipsis")
+    text.append_text(_line([Text(column.title, style="bold") for column in widths], widths))
+    text.append(f"\n {'─' * total}\n")
+    for result in results:
+        text.append(" ").append_text(_line([column.cell(result) for column in widths], widths)).append("\n")
+    return text
+
+
+def _line(cells: Sequence[str | Text], widths: Mapping[_Column, int]) -> Text:
+    line = Text()
+    for cell, (column, width) in zip(cells, widths.items(), strict=True):
+        space = " " * (width - _width(cell))
+        line.append(" " * _GAP if line else "").append(space if column.right else "")
+        line.append_text(cell) if isinstance(cell, Text) else line.append(cell)
+        line.append("" if column.right else space)
+    return line
+
+
+def _width(cell: str | Text) -> int:
+    return cell_len(cell if isinstance(cell, str) else cell.plain)
 
 
 def name(result: dict[str, Any]) -> str:
@@ -225,17 +235,19 @@ def _restarts(counts: dict[str, int], brief: bool) -> str:
     return ", ".join(f"{count} {cause.replace('_', ' ')}" for cause, count in counts.items() if count)
 
 
-def _bar(result: dict[str, Any]) -> RenderableType:
+def _bar(result: dict[str, Any]) -> Text:
     if result["state"] != "running" or not result["steps"]:
-        return ""
-    return ProgressBar(total=result["steps"], completed=result["step"], width=_BAR)
+        return Text("")
+    done = min(12, 12 * result["step"] // result["steps"])
+    return Text.assemble(("━" * done, "green"), ("─" * (12 - done), "bright_black"))
 
 
 def audit(results: list[dict[str, Any]]) -> Table:
     """What radhpc.audit says of each run, epoch by epoch."""
     mixed = any("dataset" in epoch for result in results for epoch in result["epochs"])
     dataset = ["dataset"] if mixed else []
-    table = Table("run", "stage", *dataset, "epoch", "due", "of", "seen", "missing", "repeated", "exactly once")
+    titles = ("run", "stage", *dataset, "epoch", "due", "of", "seen", "missing", "repeated", "exactly once")
+    table = Table(*titles, box=SIMPLE_HEAD)
     for result in results:
         for epoch in result["epochs"]:
             numbers = [str(epoch[key]) for key in ("epoch", "expected", "of", "seen")]

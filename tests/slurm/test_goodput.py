@@ -71,6 +71,12 @@ def test_steps_that_are_made_again_are_lost_and_causes_are_counted() -> None:
     assert restarts(rows) == {"rank_lost": 1, "preempted": 1}
 
 
+def test_what_is_recorded_after_a_requeue_does_not_undo_it() -> None:
+    rows = [*life(0), row(20, "node_lost"), row(21, "requeued", cause="node_lost"), row(22, "excluded", nodes=["n1"])]
+    assert restarts(rows) == {"node_lost": 1}
+    assert restarts([*rows, row(23, "failed", why="scontrol requeue: refused")]) == {}
+
+
 def test_a_fall_back_to_an_older_checkpoint_undoes_what_counted() -> None:
     rows = [*life(0), row(21, "saved", step=10, seconds=1.0), row(32, "saved", step=20, seconds=1.0)]
     before = account(rows)
