@@ -300,16 +300,16 @@ class Simulated:
     def __init__(self, archive: Archive, requests: list[Request]) -> None:
         self._requests = requests
         self.places = archive.places
-        store = SimpleNamespace(on_local_disk=False, url="", view_range=self._view_range)
-        self.parts = [SimpleNamespace(store=store, manifest=SimpleNamespace(shards=_Shards()))]
+        store = SimpleNamespace(on_local_disk=False, url="")
+        self.parts = [SimpleNamespace(store=store, manifest=SimpleNamespace(shards=_Shards()), read=self._read)]
 
     def check(self, place: Place, data: memoryview) -> Raw:
         assert len(data) == place.stop - place.start
         return Raw(place.key, [])
 
-    def _view_range(self, name: str, offset: int, length: int, given_up: object) -> memoryview:
-        self._requests.append(Request(int(name), offset, offset + length))
-        return memoryview(ZEROS)[:length]
+    def _read(self, shard: int, start: int, stop: int, given_up: object) -> memoryview:
+        self._requests.append(Request(shard, start, stop))
+        return memoryview(ZEROS)[: stop - start]
 
 
 class _Shards:

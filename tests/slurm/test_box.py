@@ -235,11 +235,13 @@ def test_a_daemon_that_does_not_start_is_named_with_the_end_of_its_log(folder: P
 
 @pytest.mark.box
 @pytest.mark.timeout(60)
-def test_mistakes_end_in_one_line_and_touch_nothing(running: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "thesis.txt").write_text("important")
+def test_mistakes_end_in_one_line_and_touch_nothing(running: dict[str, Any]) -> None:
+    folder = tempfile.mkdtemp()  # short, as a box's folder must be
+    thesis = Path(folder) / "thesis.txt"
+    thesis.write_text("important")
     mistakes = {
         ("--nodes", "3", "--folder", str(Path(running["conf"]).parent)): "already up with other settings",
-        ("--folder", str(tmp_path)): "holds other files",
+        ("--folder", folder): "holds other files",
         ("--folder", "/tmp/with space"): "allowed are",
         ("--folder", "/tmp/" + "long" * 20): "allowed are",
     }
@@ -248,8 +250,9 @@ def test_mistakes_end_in_one_line_and_touch_nothing(running: dict[str, Any], tmp
         assert (done.returncode, done.stdout) == (2, "")
         assert reason in done.stderr
         assert len(done.stderr.splitlines()) == 1
-    assert report("down", "--folder", str(tmp_path))["state"] == "down"
-    assert (tmp_path / "thesis.txt").read_text() == "important"
+    assert report("down", "--folder", folder)["state"] == "down"
+    assert thesis.read_text() == "important"
+    shutil.rmtree(folder)
 
 
 def test_without_slurm_the_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -186,10 +186,10 @@ def test_a_mistake_stays_down(
     assert not events(run, "requeued")
 
 
-def test_sbatch_says_no_in_one_line(launch: Launch, box_profile: Path, recipe_file: Path, tmp_path: Path) -> None:
+def test_a_wrong_partition_is_one_line(launch: Launch, box_profile: Path, recipe_file: Path, tmp_path: Path) -> None:
     box_profile.write_text(box_profile.read_text().replace("partition: preemptible", "partition: imaginary"))
     message = launch("train", recipe_file, "--on", box_profile, "--run", tmp_path / "run", status=2).stderr
-    assert "invalid partition" in message.lower()
+    assert "partition 'imaginary': no such partition; there are preemptible, urgent" in message
     assert "Traceback" not in message
 
 
