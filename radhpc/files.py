@@ -4,6 +4,7 @@ And folders that one command at a time works in.
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -58,6 +59,14 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     for line in data.split(b"\n")[:-1]:
         if line:
             yield json.loads(line)
+
+
+def append(descriptor: int, line: bytes) -> None:
+    """Append a line, or nothing: half of one, as a full disk would leave it, is taken back. Raises OSError."""
+    written = os.write(descriptor, line)
+    if written < len(line):
+        os.ftruncate(descriptor, os.fstat(descriptor).st_size - written)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def own_folder(folder: Path, longest: int) -> Path:

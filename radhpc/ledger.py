@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from radhpc.files import read_lines
+from radhpc.files import append, read_lines
 
 
 class Ledger:
@@ -28,7 +28,7 @@ class Ledger:
     def append(self, stage: int, step: int, keys: list[str], bad: list[tuple[str, str]]) -> None:
         """Record one step: global step number (from 1), keys trained on, and those that could not be read, and why."""
         line = json.dumps({"stage": stage, "step": step, "keys": keys, "bad": bad}) + "\n"
-        os.write(self._descriptor, line.encode())
+        append(self._descriptor, line.encode())
 
     def close(self) -> None:
         os.close(self._descriptor)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from radhpc.errors import UserError, nearest
-from radhpc.files import read_json, read_lines, write_atomically
+from radhpc.files import append, read_json, read_lines, write_atomically
 from radhpc.recipe import Recipe, load
 
 Event = Literal[
@@ -97,7 +97,7 @@ class RunDir:
         line = json.dumps({"time": now(), "event": event, **details}) + "\n"
         descriptor = os.open(self.path / "events.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:
-            os.write(descriptor, line.encode())
+            append(descriptor, line.encode())
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
