@@ -73,6 +73,8 @@ bench: install slurm ceph faketime
 	$(BIN)/python -m bench.resume
 	$(BIN)/python -m bench.gateway_reads
 	$(BIN)/python -m bench.decode
+	$(BIN)/python -m bench.status
+	$(BIN)/python -m bench.chaos
 
 clean:
 	rm -rf .venv .venv-peers .venv-wheels *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

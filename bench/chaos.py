@@ -27,9 +27,9 @@ import contextlib
 import json
 import os
 import random
-import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -38,34 +38,25 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from bench import report
 from radhpc.errors import UserError
-from radhpc.files import read_lines
-from slurm import box
+from radhpc.ledger import consumed
+from radhpc.run_dir import Event, RunDir
+from slurm import box, scheduler
+from slurm.goodput import seconds as moment
 from slurm.profile import FOLDER as PROFILES
 
 ROOT = Path(__file__).resolve().parent.parent
 FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
-SAID = ("finished", "failed", "gave_up", "cancelled", "stopped")
+SAID: tuple[Event, ...] = ("finished", "failed", "gave_up", "cancelled", "stopped")
 TROUBLES = ("urgent", "kill", "cancel", "torn", "flipped", "full", "store", "clock", "node")
-RECIPE = """
-name: chaos
-shards: ['{shards}']
-model:
-  gates: 0.7
-  tokenizer: {{train_vocabulary: 400}}
-  config:
-    text: {{hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2,
-           num_key_value_heads: 1, cross_attention_layers: [1], max_position_embeddings: 512,
-           rope_parameters: {{rope_type: default, rope_theta: 10000.0}}}}
-    vision: {{hidden_size: 32, attention_heads: 2, intermediate_size: 64, num_hidden_layers: 2, num_global_layers: 1,
-             image_size: 56, patch_size: 14, max_num_tiles: 1, supported_aspect_ratios: [[1, 1]],
-             intermediate_layers_indices: [0], vision_output_dim: 64}}
+STAGES = """
 stages:
-  - {{name: scratch, steps: {scratch}, batch: 6, micro_batch: 2, train: ['.*'], optimizer: {{learning_rate: 1.0e-3}}}}
+  - {{name: scratch, steps: {steps}, batch: 6, micro_batch: 2, train: ['.*'], optimizer: {{learning_rate: 1.0e-3}}}}
   - name: adapt
-    epochs: {epochs}
+    epochs: 3
     batch: 6
     lora: {{rank: 2, alpha: 4, dropout: 0.1, targets: '.*language_model.*(q|v)_proj'}}
     optimizer: {{learning_rate: 1.0e-3, schedule: linear}}
@@ -76,7 +67,7 @@ NOTES = """\
 steps repeated: trained again because a hard kill, a lost node or a broken checkpoint had undone them.
 goodput: the time of the steps that count, at the pace of the undisturbed run, over the time from the first submission
 to the end. SLURM holds a requeued job back for some ten seconds here; a person who resumes is quick.
-seconds from requeue to the first new step: from the decision in the batch script to the first step of the next life."""
+seconds from requeue to resume: from the decision in the batch script until the next life has found its checkpoint."""
 
 
 @dataclass
@@ -101,44 +92,30 @@ class Cluster:
         return done.stdout
 
 
-@dataclass
-class Run:
-    """A run folder, as anybody may read it."""
-
-    path: Path
-
-    def events(self, *names: str) -> list[dict[str, Any]]:
-        found = read_lines(self.path / "events.jsonl")
-        return [event for event in found if not names or event["event"] in names]
-
-    @property
-    def job(self) -> str:
-        return str(self.events("submitted")[-1]["job"])
-
-    @property
-    def step(self) -> int:
-        """The step that a rank last finished."""
-        found = (line["step"] for path in (self.path / "ledger").glob("*.jsonl") for line in read_lines(path))
-        return max(found, default=0)
-
-    @property
-    def lives(self) -> int:
-        return len(self.events("started"))
+def job_id(run: RunDir) -> str:
+    job = run.job()
+    assert job is not None
+    return str(job["id"])
 
 
-def disturb(kind: str, run: Run, cluster: Cluster) -> None:
+def step(run: RunDir) -> int:
+    """The step that a rank last finished."""
+    return max(consumed(run.path / "ledger").steps, default=0)
+
+
+def disturb(kind: str, run: RunDir, cluster: Cluster) -> None:
     """Do one kind of trouble to a run that trains, and see that its next life begins."""
     lives = run.lives
     if kind == "urgent":
         urgent(cluster)
     elif kind == "kill":
-        os.kill(rank_pid(run.job, cluster.chance.randrange(2)), signal.SIGKILL)
+        os.kill(rank_pid(job_id(run), cluster.chance.randrange(2)), signal.SIGKILL)
     elif kind == "node":
-        with frozen("box2", run.job, cluster.conf):
-            wait(lambda: state(cluster, run.job) == "PENDING", 150, "the lost node was not noticed")
+        with frozen("box2", job_id(run), cluster.conf):
+            wait(lambda: scheduler.state(run.job()) == "PENDING", 150, "the lost node was not noticed")
     elif kind == "cancel":
-        cluster.call("scancel", run.job)
-        wait(lambda: state(cluster, run.job) in ("CANCELLED", ""), 90, "the cancelled job goes on")
+        cluster.call("scancel", job_id(run))
+        wait(lambda: not scheduler.state(run.job()), 90, "the cancelled job goes on")
         cluster.launch("resume", run.path)
     elif kind in ("torn", "flipped"):
         before = len(run.events("requeued"))
@@ -152,10 +129,12 @@ def disturb(kind: str, run: Run, cluster: Cluster) -> None:
                 file.write(bytes(1 << 20))
                 file.flush()
         wait(
-            lambda: run.events()[-1]["event"] in SAID or not state(cluster, run.job), 120, "a full disk is not noticed"
+            lambda: run.events()[-1]["event"] in SAID or not scheduler.state(run.job()),
+            120,
+            "a full disk is not noticed",
         )
         filler.unlink()
-        wait(lambda: not state(cluster, run.job), 60, "the job of the full disk goes on")
+        wait(lambda: not scheduler.state(run.job()), 60, "the job of the full disk goes on")
         cluster.launch("resume", run.path)
     elif kind == "store":
         cluster.faults.inject("503", chance=0.3, when=lambda method, path: method == "GET")
@@ -165,12 +144,12 @@ def disturb(kind: str, run: Run, cluster: Cluster) -> None:
         urgent(cluster)
     else:
         raise AssertionError(kind)
-    wait(lambda: run.lives > lives, 200, f"no life after '{kind}'")
-
-
-def settle(cluster: Cluster) -> None:
-    """The store is well again."""
-    cluster.faults.clear()
+    try:
+        wait(lambda: run.lives > lives, 200, f"no life after '{kind}'")
+    except AssertionError:
+        queue = cluster.call("scontrol", "show", "job", job_id(run))
+        print(*run.events()[-12:], queue, sep="\n", file=sys.stderr)
+        raise
 
 
 def urgent(cluster: Cluster) -> None:
@@ -179,7 +158,7 @@ def urgent(cluster: Cluster) -> None:
     cluster.call("sbatch", *options, "--wrap", "sleep 2")
 
 
-def spoil(run: Run, kind: str, chance: random.Random) -> None:
+def spoil(run: RunDir, kind: str, chance: random.Random) -> None:
     """Damage the newest checkpoint, as a failing disk does."""
     newest = max((run.path / "checkpoints").glob("step-*"))
     path = newest / "state.safetensors"
@@ -193,16 +172,6 @@ def spoil(run: Run, kind: str, chance: random.Random) -> None:
             byte = file.read(1)[0]
             file.seek(at)
             file.write(bytes([byte ^ 1 << chance.randrange(8)]))
-
-
-def state(cluster: Cluster, job: str) -> str:
-    """The state of a job; "" once it is forgotten or has ended."""
-    try:
-        found = re.search(r"JobState=(\S+)", cluster.call("scontrol", "show", "job", job))
-    except subprocess.CalledProcessError:
-        return ""
-    assert found
-    return found[1] if found[1] in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING") else ""
 
 
 def rank_pid(job: str, rank: int) -> int:
@@ -258,61 +227,30 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
 def cluster(folder: Path, seed: int) -> Iterator[tuple[Cluster, str]]:
     """A SLURM, a store behind a proxy that does harm, a clock, a disk; and the URL of shards in that store."""
     from shards.build import Settings, build
+    from tests.conftest import moto_server
     from tests.faults import Faults
 
     if not FAKETIME.exists():
         raise UserError(f"{FAKETIME} is missing: install the system's package libfaketime")
     folder.mkdir(exist_ok=True)
-    local = folder / "shards"
-    build("phantom", None, str(local), {"studies": "60", "size": "96"}, Settings(workers=1, longest_side=56, shard_samples=16), lambda done, total: None)  # fmt: skip  # noqa: E501
     with contextlib.ExitStack() as stack:
-        moto = stack.enter_context(_moto())
-        faults = stack.enter_context(Faults("127.0.0.1", moto))
-        keys = {"AWS_ACCESS_KEY_ID": "chaos", "AWS_SECRET_ACCESS_KEY": "chaos", "AWS_REGION": "us-east-1"}
-        keys |= {"AWS_ENDPOINT_URL": faults.url, "AWS_ALLOW_HTTP": "true"}
-        before = {name: os.environ.get(name) for name in keys}
-        os.environ.update(keys)
-        stack.callback(lambda: [os.environ.pop(n, None) if v is None else os.environ.update({n: v}) for n, v in before.items()])  # fmt: skip  # noqa: E501
-        _upload(local, faults.url)
+        moto = stack.enter_context(moto_server())
+        faults = stack.enter_context(Faults("127.0.0.1", moto.port))
+        stack.enter_context(mock.patch.dict(os.environ, {**moto.environment, "AWS_ENDPOINT_URL": faults.url}))
+        url = f"{moto.bucket('chaos')}/shards"
+        settings = Settings(workers=1, longest_side=56, shard_samples=16, work=folder / "work")
+        build("phantom", None, url, {"studies": "60", "size": "96"}, settings, lambda done, total: None)
         disk = stack.enter_context(small_disk(folder / "disk", 400))
         stack.callback(box.down, folder / "box")
         conf = box.up(folder / "box", nodes=2, grace=20)["conf"]
         clock = folder / "clock"
         clock.write_text("+0")
-        profile = folder / "chaos.yaml"
+        profile = folder / "profile.yaml"
         text = (PROFILES / "box.yaml").read_text().replace("/tmp/radhpc-box/slurm.conf", conf)
         preload = f"export LD_PRELOAD={FAKETIME} FAKETIME_TIMESTAMP_FILE={clock} FAKETIME_CACHE_DURATION=1"
         only = "FAKETIME_DONT_FAKE_MONOTONIC=1 FAKETIME_DONT_RESET=1"
         profile.write_text(text + f'setup: ["{preload} {only}"]\n')
-        yield Cluster(conf, profile, clock, disk, faults, random.Random(seed)), "s3://chaos/shards"
-
-
-@contextlib.contextmanager
-def _moto() -> Iterator[int]:
-    from slurm.box import free_ports
-
-    (port,) = free_ports("127.0.0.1", 1)
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        try:
-            yield port
-        finally:
-            process.kill()
-
-
-def _upload(local: Path, endpoint: str) -> None:
-    import urllib.request
-
-    from radhpc.store import Store
-
-    for attempt in range(100):
-        with contextlib.suppress(OSError):
-            urllib.request.urlopen(urllib.request.Request(f"{endpoint}/chaos", method="PUT"), timeout=5).close()
-            break
-        time.sleep(0.1 + 0.01 * attempt)
-    store = Store("s3://chaos/shards")
-    for path in sorted(local.iterdir()):
-        store.upload(path, path.name)
+        yield Cluster(conf, profile, clock, disk, faults, random.Random(seed)), url
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -328,26 +266,28 @@ def losses(run: Path) -> dict[int, float]:
 
 def chaos(folder: Path, troubles: list[str], seed: int, steps: int) -> tuple[dict[str, float], dict[str, float]]:
     """Ratios and figures; raises AssertionError where anything was lost."""
+    from tests.conftest import TINY_MODEL
+
     with cluster(folder, seed) as (here, shards), _kept(here.disk, folder / "left"):
-        recipe = folder / "chaos.yaml.recipe.yaml"
-        recipe.write_text(RECIPE.format(shards=shards, scratch=steps, epochs=3))
-        calm, wild = Run(here.disk / "calm"), Run(here.disk / "wild")
+        recipe = folder / "recipe.yaml"
+        recipe.write_text(f"name: chaos\nshards: ['{shards}']\nmodel:\n{TINY_MODEL}{STAGES.format(steps=steps)}")
+        calm, wild = RunDir(here.disk / "calm"), RunDir(here.disk / "wild")
         here.launch("train", recipe, "--on", here.profile, "--run", calm.path, "--watch")
         started = time.time()
         here.launch("train", recipe, "--on", here.profile, "--run", wild.path)
         for number, kind in enumerate(troubles):
-            goal = wild.step + here.chance.randrange(3, 14)
-            wait(lambda goal=goal: wild.step >= goal or bool(wild.events("finished")), 200, "the run stands still")  # type: ignore[misc]
+            goal = step(wild) + here.chance.randrange(3, 14)
+            wait(lambda goal=goal: step(wild) >= goal or bool(wild.events("finished")), 200, "the run stands still")  # type: ignore[misc]
             if wild.events("finished"):
                 raise UserError(f"bench.chaos: the run finished before trouble {number + 1}; give it more steps")
             print(
-                f"{time.time() - started:6.0f} s  step {wild.step:4d}  {number + 1:2d} {kind}",
+                f"{time.time() - started:6.0f} s  step {step(wild):4d}  {number + 1:2d} {kind}",
                 file=sys.stderr,
                 flush=True,
             )
             disturb(kind, wild, here)
             if here.chance.random() < 0.5:
-                settle(here)
+                here.faults.clear()
         wait(lambda: bool(wild.events("finished")), 300, "the run does not finish")
         seconds = time.time() - started
         audit = json.loads(here.launch("status", wild.path, "--audit", "--json").splitlines()[-1])
@@ -372,11 +312,11 @@ def _kept(disk: Path, folder: Path) -> Iterator[None]:
         raise
 
 
-def _figures(wild: Run, calm: Run, audit: dict[str, Any], seconds: float) -> tuple[dict[str, float], dict[str, float]]:
-    def moments(run: Run, name: str) -> list[float]:
-        from datetime import datetime
-
-        return [datetime.fromisoformat(event["time"]).timestamp() for event in run.events(name)]
+def _figures(
+    wild: RunDir, calm: RunDir, audit: dict[str, Any], seconds: float
+) -> tuple[dict[str, float], dict[str, float]]:
+    def moments(run: RunDir, name: Event) -> list[float]:
+        return [moment(event) for event in run.events(name)]
 
     pace = moments(calm, "finished")[0] - moments(calm, "started")[0]
     waits = []
@@ -391,7 +331,7 @@ def _figures(wild: Run, calm: Run, audit: dict[str, Any], seconds: float) -> tup
         "checkpoints skipped": len(wild.events("skipped_checkpoint")),
         "seconds of the undisturbed run": pace,
         "seconds": seconds,
-        "median seconds from requeue to the next life's checkpoint": sorted(waits)[len(waits) // 2],
+        "median seconds from requeue to resume": statistics.median(waits),
         **{f"requeued, {cause}": causes.count(cause) for cause in sorted(set(causes))},
     }
 
@@ -414,8 +354,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as mistake:
-        print(mistake, file=sys.stderr)
-        sys.exit(2)
+    report.run(main)

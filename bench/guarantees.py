@@ -509,8 +509,4 @@ def compare(place: Path, names: tuple[str, ...], quick: bool) -> dict[str, Cells
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as mistake:
-        print(mistake, file=sys.stderr)
-        sys.exit(2)
+    report.run(main)

@@ -4,12 +4,15 @@ import argparse
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+from radhpc.errors import UserError
 
 
 def parser(name: str, description: str | None, quick: str) -> argparse.ArgumentParser:
@@ -18,6 +21,15 @@ def parser(name: str, description: str | None, quick: str) -> argparse.ArgumentP
     found.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     found.add_argument("--quick", action="store_true", help=quick)
     return found
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a measurement as a command: a mistake of the user's is one line and exit status 2."""
+    try:
+        main()
+    except UserError as mistake:
+        print(mistake, file=sys.stderr)
+        sys.exit(2)
 
 
 def machine() -> str:

@@ -291,8 +291,4 @@ def _say(what: str) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as mistake:
-        print(mistake, file=sys.stderr)
-        sys.exit(2)
+    report.run(main)

@@ -1,6 +1,6 @@
 """Small files, written so that no half file ever has the final name, and read so that a cut last line is no error.
 
-And folders that one command at a time works in.
+And folders: on which kind of disk they lie, and one command at a time working in them.
 """
 
 import contextlib
@@ -15,6 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from radhpc.errors import UserError
+
+# File systems that only this machine sees. What another node writes there is not here.
+NODE_LOCAL = frozenset(
+    ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "jfs", "overlay", "tmpfs", "ramfs")
+)
 
 
 def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
@@ -93,3 +98,17 @@ def alone(place: Path) -> Iterator[None]:
         raise UserError(f"{place}: another `up` or `down` is at work here; try again") from None
     finally:
         os.close(descriptor)
+
+
+def file_system(path: Path) -> str:
+    """The kind of file system that a path lies on, or will lie on once it is made."""
+    path = Path(os.path.abspath(path))
+    while not path.exists():
+        path = path.parent
+    real, best, kind = os.path.realpath(path), "", "unknown"
+    for line in Path("/proc/mounts").read_text().splitlines():
+        _, mount, name = line.split()[:3]
+        mount = mount.encode().decode("unicode_escape")
+        if (real + "/").startswith(mount.rstrip("/") + "/") and len(mount) >= len(best):
+            best, kind = mount, name
+    return kind

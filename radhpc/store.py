@@ -27,7 +27,7 @@ from typing import Any
 
 from radhpc import remote
 from radhpc.errors import UserError
-from radhpc.files import write_atomically
+from radhpc.files import NODE_LOCAL, file_system, write_atomically
 from radhpc.remote import Traffic
 
 __all__ = ["Store", "Traffic", "write_atomically"]
@@ -39,12 +39,6 @@ _SUBSET = re.compile(r"(?P<url>.*)#(?P<subset>[a-z][a-z0-9_-]*)", re.DOTALL)
 MODE = 0o640  # of files in a folder: owner and group may read patients' data, others not
 PART = 16 << 20  # bytes of one part of an upload
 MAPS = 160  # shards that are mapped at a time
-
-# File systems of this machine alone: their files are mapped. A network's may fail in mid-read, which a mapping answers
-# with SIGBUS; those are read into memory.
-LOCAL = frozenset(
-    ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "jfs", "overlay", "tmpfs", "ramfs")
-)
 
 
 class Store:
@@ -147,7 +141,8 @@ class Store:
     @cached_property
     def on_local_disk(self) -> bool:
         """Whether these are files of this machine alone."""
-        return self.folder is not None and _file_system(self.folder) in LOCAL
+        # Those are mapped. A network may fail in mid-read, which a mapping answers with SIGBUS.
+        return self.folder is not None and file_system(self.folder) in NODE_LOCAL
 
     def size(self, name: str) -> int:
         """The size in bytes. Raises FileNotFoundError."""
@@ -231,15 +226,3 @@ class Store:
                 os.close(descriptor)
             self._descriptors.clear()
             self._maps.clear()
-
-
-def _file_system(folder: Path) -> str:
-    """The type of the file system that a folder lies on: that of the longest mount point above it."""
-    path, best = os.path.realpath(folder), ("", "")
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        fields = line.split()
-        kind = fields[fields.index("-") + 1]
-        point = fields[4].encode().decode("unicode_escape")
-        if (path + "/").startswith(point.rstrip("/") + "/") and len(point) >= len(best[0]):
-            best = (point, kind)
-    return best[1]

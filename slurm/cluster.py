@@ -11,14 +11,9 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 from radhpc.errors import UserError, first_line
-
-# File systems that only this machine sees. What another node writes there is not here.
-NODE_LOCAL = frozenset(
-    ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "jfs", "overlay", "tmpfs", "ramfs")
-)
+from slurm.scheduler import fields
 
 # Memory that PyTorch finds on a GPU, in bytes, by what sites call it in gres types and node features. The first match
 # counts; an A100 is taken for the smaller one unless its name says 80.
@@ -80,9 +75,9 @@ class Cluster:
             key.strip(): value.strip() for key, equals, value in (line.partition("=") for line in lines) if equals
         }
         rows = call(["scontrol", "--oneliner", "show", "partition"], environment).splitlines()
-        partitions = [dict(re.findall(r"(\S+?)=(\S*)", row)) for row in rows]
+        partitions = [fields(row) for row in rows]
         rows = call(["scontrol", "--oneliner", "show", "node"], environment).splitlines()
-        nodes = tuple(_node(dict(re.findall(r"(\S+?)=(\S*)", row))) for row in rows if "NodeName=" in row)
+        nodes = tuple(_node(fields(row)) for row in rows if "NodeName=" in row)
         return cls(config, {row["PartitionName"]: row for row in partitions if "PartitionName" in row}, nodes)
 
     def is_here(self, partition: str | None) -> bool:
@@ -148,20 +143,6 @@ def minutes(text: str) -> float | None:
 def known_gpu(names: str) -> tuple[str, float] | None:
     """A GPU and its bytes by a gres type or node features; None for what is not in the list."""
     return next(((name, size * _GIB) for match, name, size in GPUS if re.search(match, names.lower())), None)
-
-
-def file_system(path: Path) -> str:
-    """The kind of file system that a path lies on, or will lie on once it is made."""
-    path = Path(os.path.abspath(path))
-    while not path.exists():
-        path = path.parent
-    real, best, kind = os.path.realpath(path), "", "unknown"
-    for line in Path("/proc/mounts").read_text().splitlines():
-        _, mount, name = line.split()[:3]
-        mount = mount.encode().decode("unicode_escape")
-        if (real + "/").startswith(mount.rstrip("/") + "/") and len(mount) >= len(best):
-            best, kind = mount, name
-    return kind
 
 
 def _node(row: Mapping[str, str]) -> Node:

@@ -12,9 +12,10 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from radhpc.files import file_system
 from radhpc.run_dir import RunDir
 from slurm import precheck
-from slurm.cluster import Cluster, call, file_system, minutes, preempts
+from slurm.cluster import Cluster, call, minutes, preempts
 from slurm.plan import write_rate
 from slurm.profile import Profile
 from slurm.submit import slurm_parameters

@@ -63,7 +63,7 @@ def join(run: RunDir | None = None) -> bool:
 def _begin(run: RunDir, environment: submitit.JobEnvironment) -> None:
     """Record that a life begins, long before "started", for which all ranks and their libraries must be there."""
     if "SLURM_JOB_ID" in os.environ:
-        requeue.account_for_the_dead(run, os.environ["SLURM_JOB_ID"])
+        requeue.account_for_the_dead(run)
     nodes = os.environ.get("SLURM_JOB_NODELIST", socket.gethostname())
     run.record("starting", job=environment.job_id, world=environment.num_tasks, nodes=nodes)
 

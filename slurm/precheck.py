@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from radhpc.errors import UserError, nearest
+from radhpc.files import NODE_LOCAL, file_system
 from radhpc.run_dir import RunDir
-from slurm.cluster import NODE_LOCAL, Cluster, call, file_system, minutes
+from slurm.cluster import Cluster, call, minutes
 from slurm.profile import Profile
 
 # Of a cluster that is busy or partly down sbatch --test-only says so, but a job may well wait for it.

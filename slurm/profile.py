@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from pydantic import Field, field_validator, model_validator
 
 from radhpc.errors import UserError, nearest
@@ -137,6 +138,11 @@ class Profile(Section):
     def world(self) -> int:
         """Ranks at the most; a life on a range of nodes may have fewer, and its "started" event says how many."""
         return self.most_nodes * self.tasks_per_node
+
+    def to_yaml(self) -> bytes:
+        """A file that load() reads: only what is no default, so that frozen code reads what a newer radhpc writes."""
+        settings = self.model_dump(mode="json", exclude_defaults=True)
+        return yaml.safe_dump({"cluster": self.cluster, **settings}).encode()
 
 
 def load(name: str) -> Profile:

@@ -27,7 +27,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -109,9 +109,7 @@ def decide(
     if not verdict.comes_back:
         return verdict
     refusal = _refusal(verdict, profile, before)
-    return Verdict(
-        verdict.cause, refusal is None, verdict.why, verdict.nodes, verdict.fingerprint, gave_up=refusal or ""
-    )
+    return replace(verdict, comes_back=refusal is None, gave_up=refusal or "")
 
 
 def _cause(
@@ -197,19 +195,22 @@ def excluded(job: Mapping[str, str], verdict: Verdict, before: Past, profile: Pr
     return ",".join(sorted(bad)) if bad > named and len(set(usable) - bad) >= profile.least_nodes else ""
 
 
-def account_for_the_dead(run: RunDir, job_id: str) -> None:
-    """At the start of a life: record the end of the one before, where the batch script was killed with its ranks."""
-    events = run.events("starting", "started", *ENDS, "finished")
-    if not events or events[-1]["event"] not in ("starting", "started") or events[-1]["job"] != job_id:
+def account_for_the_dead(run: RunDir) -> None:
+    """At the start of a life: record the end of the one before, where the batch script was killed with its ranks.
+
+    Nobody has submitted the run since, so it is this very job that SLURM has started again.
+    """
+    events = run.events("submitted", "starting", "started", *ENDS, "finished")
+    if not events or events[-1]["event"] not in ("starting", "started"):
         return
     last = events[-1]
     nodes = scheduler.hostnames(last.get("nodes", ""))
     since = datetime.fromisoformat(last["time"])
     gone = tuple(node for node in nodes if scheduler.restarted(node, since))
     if gone:
-        run.record("node_lost", job=job_id, why="and with it whoever could have said so", nodes=gone)
+        run.record("node_lost", job=last["job"], why="and with it whoever could have said so", nodes=gone)
     else:
-        run.record("preempted", job=job_id, why="killed before it could say so: the grace was too short")
+        run.record("preempted", job=last["job"], why="the batch script was killed before it could say so")
 
 
 def main(run_path: str, exit_status: int) -> None:

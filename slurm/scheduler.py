@@ -28,7 +28,7 @@ _LIVING = {
 
 def show_job(job_id: str, environment: dict[str, str] | None = None) -> dict[str, str]:
     """The fields of `scontrol show job`, such as JobState and PreemptTime; empty where the job is forgotten."""
-    return _fields(_asked(["scontrol", "show", "job", "--oneliner", job_id], environment))
+    return fields(_asked(["scontrol", "show", "job", "--oneliner", job_id], environment))
 
 
 def hostnames(nodes: str) -> list[str]:
@@ -52,11 +52,11 @@ def usable(partition: str) -> list[str]:
 
 def restarted(node: str, since: datetime) -> bool:
     """Whether a node is down, or its slurmd was started after `since`."""
-    fields = _fields(_asked(["scontrol", "show", "node", "--oneliner", node]))
-    if fields.get("State", "").startswith("DOWN") or fields.get("State", "").endswith("*"):
+    found = fields(_asked(["scontrol", "show", "node", "--oneliner", node]))
+    if found.get("State", "").startswith("DOWN") or found.get("State", "").endswith("*"):
         return True
     with contextlib.suppress(KeyError, ValueError):  # "None" for one that has never answered
-        return datetime.fromisoformat(fields["SlurmdStartTime"]).astimezone() > since
+        return datetime.fromisoformat(found["SlurmdStartTime"]).astimezone() > since
     return False
 
 
@@ -78,7 +78,8 @@ def _asked(command: list[str], environment: dict[str, str] | None = None) -> str
     return done.stdout if done.returncode == 0 else ""
 
 
-def _fields(line: str) -> dict[str, str]:
+def fields(line: str) -> dict[str, str]:
+    """What scontrol writes as KEY=VALUE in one line."""
     return dict(re.findall(r"(\S+?)=(\S*)", line))
 
 

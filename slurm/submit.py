@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import submitit
-import yaml
 
 from radhpc.errors import UserError, first_line
 from radhpc.files import write_atomically
@@ -39,9 +38,7 @@ def submit(run: RunDir, profile: Profile, current_code: bool = False) -> submiti
         was, is_now, kept = code.replace(run.code, same_python)
         run.record("code_replaced", was=was, now=is_now, kept=kept)
     frozen = code.freeze(run.code, same_python)
-    # Only what is not a default, so that frozen code reads what a newer radhpc writes.
-    settings = {"cluster": profile.cluster, **profile.model_dump(mode="json", exclude_defaults=True)}
-    write_atomically(run.path / "profile.yaml", yaml.safe_dump(settings).encode(), 0o600)
+    write_atomically(run.path / "profile.yaml", profile.to_yaml(), 0o600)
     if profile.cluster != "inline":
         code.check_profile(run.code, run.path / "profile.yaml")
     run.clear_stop()

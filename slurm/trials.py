@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import submitit
-import yaml
 
 from radhpc.errors import UserError, first_line
 from radhpc.files import write_atomically
@@ -61,7 +60,7 @@ def submit(study: Study, profile: Profile) -> str | None:
     folder = study.path / "profiles"
     folder.mkdir(mode=0o700, exist_ok=True)
     frozen = folder / f"{len(list(folder.iterdir())):03d}.yaml"
-    write_atomically(frozen, _yaml(profile), 0o600)
+    write_atomically(frozen, profile.to_yaml(), 0o600)
     if profile.container is not None:
         raise UserError("container: a sweep's jobs start none; allowed is `python`, installed on the nodes")
     code.freeze(study.path / "code", same_python=profile.python is None)
@@ -154,14 +153,9 @@ def _own(run: RunDir, owner: dict[str, Any], profile: Profile) -> None:
     if (run.job() or {}).get("id") == owner["id"]:
         return
     run.clear_stop()
-    write_atomically(run.path / "profile.yaml", _yaml(profile), 0o600)
+    write_atomically(run.path / "profile.yaml", profile.to_yaml(), 0o600)
     run.write_job(**owner)
     run.record("submitted", job=owner["id"], cluster="slurm", nodes=profile.nodes, world=profile.world)
-
-
-def _yaml(profile: Profile) -> bytes:
-    settings = profile.model_dump(mode="json", exclude_defaults=True)  # so that older frozen code reads it
-    return yaml.safe_dump({"cluster": profile.cluster, **settings}).encode()
 
 
 def _stopped_by_user(study: Study, number: int) -> bool:

@@ -4,6 +4,7 @@ The servers speak S3 and start when a test first asks for them: `moto`, which is
 `ceph`, the gateway that many centres run. A test that takes `any_server` runs on both.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -187,8 +188,8 @@ class Moto:
         return f"s3://{name}"
 
 
-@pytest.fixture(scope="session")
-def moto() -> Iterator[Moto]:
+@contextlib.contextmanager
+def moto_server() -> Iterator[Moto]:
     """A server that is up in a second."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -211,6 +212,12 @@ def moto() -> Iterator[Moto]:
     finally:
         server.kill()
         server.wait()
+
+
+@pytest.fixture(scope="session")
+def moto() -> Iterator[Moto]:
+    with moto_server() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -17,8 +17,5 @@ def test_the_first_batch_and_the_memory() -> None:
 @pytest.mark.timeout(240)
 def test_reads_from_a_gateway(ceph_installed: None) -> None:
     answer = run_quick("bench.gateway_reads")
-    assert set(answer["ratios"]) == {
-        "megabytes per second, radhpc by default / obstore's fastest",
-        "megabytes per second, radhpc at its best / obstore's fastest",
-    }
+    assert answer["ratios"]["megabytes per second, radhpc by default / obstore's fastest"] > 0
     assert 0 < answer["figures"]["bytes read / bytes of the samples"] < 1.5

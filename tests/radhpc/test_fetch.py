@@ -296,7 +296,7 @@ def test_the_nodes_cache_saves_requests_and_is_checked(url: str, faults: Faults,
 
 def test_a_network_file_system_is_read_ahead(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = read(str(corpus), RECIPE)[0]
-    monkeypatch.setattr(stores, "LOCAL", frozenset())
+    monkeypatch.setattr(stores, "NODE_LOCAL", frozenset())
     monkeypatch.setattr(Source, "mapped", lambda *_: None)
     assert read(str(corpus), RECIPE)[0] == expected
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bench.chaos import losses
 from radhpc.files import read_lines
 from radhpc.ledger import consumed
 from radhpc.run_dir import RunDir
@@ -24,17 +25,6 @@ LaunchJson = Callable[..., dict[str, Any]]
 STAGES = {"scratch": 6, "adapt": 9, "refine": 14}  # steps: the adapters see 50 samples once, by six
 STEPS = sum(STAGES.values())
 LAST = f"checkpoints/step-{STEPS:06d}/state.safetensors"
-
-
-def losses(run: Path) -> dict[int, float]:
-    """The loss of every step, as TensorBoard shows it; fails where a step appears twice."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    accumulator = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
-    accumulator.Reload()
-    points = accumulator.Scalars("train/loss")
-    assert len({point.step for point in points}) == len(points), "a step appears twice"
-    return {point.step: point.value for point in points}
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from radhpc.files import file_system
 from radhpc.run_dir import RunDir
 from slurm import box as slurm_box, precheck, profile as profiles
-from slurm.cluster import Cluster, file_system, known_gpu, minutes
+from slurm.cluster import Cluster, known_gpu, minutes
 from slurm.plan import own_gpu
 from slurm.profile import Profile
 

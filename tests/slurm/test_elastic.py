@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
+from bench.chaos import losses
 from radhpc.errors import UserError
 from radhpc.ledger import consumed
 from slurm import profile as profiles
-from tests.radhpc.test_training import losses, wait_for
+from tests.radhpc.test_training import wait_for
 from tests.slurm.test_preemption import events, finish, start, step
 
 Launch = Callable[..., Any]

@@ -1,16 +1,12 @@
 """What brings a run back, by cause, on a real SLURM: a crash while it is a new one, a lost node on another day."""
 
-import contextlib
-import os
-import signal
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from bench.chaos import frozen
 from tests.radhpc.test_training import wait_for
-from tests.slurm.test_preemption import Launch, Slurm, assert_equal, events, finish, job_state, rank_pid, start, step
+from tests.slurm.test_preemption import Launch, Slurm, assert_equal, events, finish, job_state, start, step
 
 pytestmark = [pytest.mark.box, pytest.mark.timeout(400)]
 
@@ -66,25 +62,6 @@ def test_a_crash_comes_back_until_it_repeats_itself(
     launch("resume", run, "--on", box_profile)
     wait_for(lambda: bool(events(run, "finished")), 120)
     assert_equal(run, undisturbed)
-
-
-@contextlib.contextmanager
-def frozen(node: str, job: str, conf: str) -> Iterator[None]:
-    """A node whose every process stands still, as when its power is gone; afterwards it starts anew."""
-    rank = rank_pid(job, 1)
-    assert f"SLURMD_NODENAME={node}".encode() in Path(f"/proc/{rank}/environ").read_bytes()
-    step_daemon = int(Path(f"/proc/{rank}/stat").read_text().rsplit(")", 1)[1].split()[1])
-    daemon = int((Path(conf).parent / f"{node}.pid").read_text())
-    for pid in (daemon, step_daemon, rank):
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        for pid in (daemon, step_daemon, rank):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        path = f"{os.environ['PATH']}:/usr/sbin"
-        subprocess.run(["slurmd", "-N", node, "-f", conf], check=True, env={**os.environ, "PATH": path})
 
 
 def test_a_lost_node_is_named_and_the_run_comes_back(

@@ -15,9 +15,10 @@ from typing import Any
 
 import pytest
 
+from bench.chaos import losses, rank_pid
 from radhpc.files import read_lines
 from radhpc.ledger import consumed
-from tests.radhpc.test_training import losses, wait_for
+from tests.radhpc.test_training import wait_for
 
 pytestmark = [pytest.mark.box, pytest.mark.timeout(400)]
 
@@ -102,20 +103,6 @@ def test_a_killed_rank_costs_at_most_one_checkpoint_interval(
     replayed = consumed(run / "ledger").replayed
     assert len(replayed) <= EVERY
     assert_equal(run, undisturbed)
-
-
-def rank_pid(job: str, rank: int) -> int:
-    """The process of a rank: the one whose environment says so."""
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            variables = (path / "environ").read_bytes().split(b"\0")
-            command = (path / "cmdline").read_bytes()
-        except OSError:
-            continue
-        mine = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode()} <= set(variables)
-        if mine and b"submitit.core._submit" in command:
-            return int(path.name)
-    raise AssertionError(f"rank {rank} of job {job} is not running")
 
 
 def test_a_cancelled_job_never_comes_back_even_after_a_preemption(

@@ -331,7 +331,7 @@ def test_an_array_whose_elements_are_killed_and_preempted(
     launch: Launch, launch_json: Launch, slurm: Callable[..., str], box_profile: Path, write: Callable[..., Path],
     tmp_path: Path,
 ) -> None:  # fmt: skip
-    from tests.slurm.test_preemption import rank_pid
+    from bench.chaos import rank_pid
 
     box_profile.write_text(box_profile.read_text().replace("nodes: 2", "nodes: 1\nretries: 0"))
     long = ["stages.scratch.steps=60", "stages.adapt.epochs=null", "stages.adapt.steps=10", "stages.refine.steps=4"]
