@@ -215,7 +215,7 @@ def train(
     ] = None,
     on: On = "inline",
     run: Annotated[Path | None, typer.Option(help="Folder of the run; default: runs/NAME-DATE.")] = None,
-    engine: Annotated[str | None, typer.Option(help="fsdp or single; as engine=.")] = None,
+    engine: Annotated[str | None, typer.Option(help="fsdp, deepspeed or single; as engine=.")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Follow the job until it ends.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -232,6 +232,7 @@ def resume(
     current_code: Annotated[
         bool, typer.Option("--current-code", help="Replace the code that the run was submitted with by today's.")
     ] = False,
+    engine: Annotated[str | None, typer.Option(help="Go on under fsdp, deepspeed or single.")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Follow the job until it ends.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -247,6 +248,8 @@ def resume(
     frozen = run_dir.path / "profile.yaml"
     profile = profiles.load(on or (str(frozen) if frozen.exists() else "inline"))
     chosen = _choose_checkpoint(run_dir, profile, as_json)
+    if engine is not None:
+        run_dir.change_engine(engine)
     _submit(run_dir, profile, watch, lambda run, job: _announce(run, job, as_json), current_code)
     _emit({"run": str(run_dir.path), "job": (run_dir.job() or {}).get("id"), **chosen}, as_json)
 

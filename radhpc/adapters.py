@@ -8,12 +8,14 @@ resume alike: there is no second path. Parameters have canonical names, the base
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import peft
 import torch
 from torch import nn
 
 from radhpc.errors import UserError, first_line
+from radhpc.placing import change
 from radhpc.recipe import Lora, Stage
 
 Tensors = dict[str, torch.Tensor]
@@ -100,11 +102,10 @@ def merge(model: nn.Module, adapter: Adapter) -> None:
     """Add alpha / rank * B A to the base weights, in place."""
     weights = dict(model.named_parameters())
     scale = adapter.lora.alpha / adapter.lora.rank
-    with torch.no_grad():
-        for name, a in adapter.tensors.items():
-            if ".lora_A." in name:
-                b = adapter.tensors[name.replace(".lora_A.", ".lora_B.")]
-                weights[name.replace(".lora_A.weight", ".weight")] += scale * b @ a
+    for name, a in adapter.tensors.items():
+        if ".lora_A." in name:
+            b = adapter.tensors[name.replace(".lora_A.", ".lora_B.")]
+            change(weights[name.replace(".lora_A.weight", ".weight")], partial(_add, scale, b, a))
 
 
 def choose_trained(model: nn.Module, stage: Stage) -> None:
@@ -123,6 +124,13 @@ def choose_trained(model: nn.Module, stage: Stage) -> None:
 
 def _load(model: nn.Module, tensors: Tensors) -> None:
     parameters = {canonical(name): parameter for name, parameter in model.named_parameters()}
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            parameters[name].copy_(tensor)
+    for name, tensor in tensors.items():
+        change(parameters[name], partial(_copy, tensor))
+
+
+def _add(scale: float, b: torch.Tensor, a: torch.Tensor, weight: torch.Tensor) -> None:
+    weight += scale * b @ a
+
+
+def _copy(value: torch.Tensor, weight: torch.Tensor) -> None:
+    weight.copy_(value)

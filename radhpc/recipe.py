@@ -72,6 +72,9 @@ class Model(Section):
     )
     tokenizer: Tokenizer = Tokenizer()  # type: ignore[call-arg]
     attention: Literal["sdpa", "eager"] = Field("sdpa", description="transformers' attention implementation")
+    quantise: Literal["nf4"] | None = Field(
+        None, description="keep the frozen linear layers of the blocks in four bits, by bitsandbytes"
+    )
     checkpoint_activations: bool = Field(False, description="recompute each layer's activations in the backward pass")
 
     @model_validator(mode="after")
@@ -183,6 +186,11 @@ class Group(Section):
 class Optimizer(Section):
     """AdamW (Loshchilov and Hutter, 2019) and its schedule."""
 
+    kind: Literal["adamw", "adamw_fused", "adamw_8bit", "adamw_paged", "adamw_8bit_paged"] = Field(
+        "adamw",
+        description="fused: one kernel per step; 8bit: moments in a quarter of the memory; paged: moments that go to "
+        "the host where the GPU is full. The last three are bitsandbytes'; they go with engines fsdp and single",
+    )
     learning_rate: float = Field(gt=0)
     weight_decay: float = Field(0.0, ge=0, description="for matrices; biases, norms and gates have none")
     betas: tuple[float, float] = (0.9, 0.95)
@@ -265,13 +273,28 @@ class Board(Section):
     every: int = Field(1, ge=1, description="steps between two points of a curve")
 
 
+class Zero(Section):
+    """Engine deepspeed (Rajbhandari et al., 2020, ZeRO): what is cut into parts, and where they are kept."""
+
+    stage: Literal[2, 3] = Field(3, description="2: gradients and moments, each rank holding the model; 3: the model too")
+    offload: bool = Field(False, description="moments and float32 parameters on the host, and the step there, too")
+
+
 class Recipe(Section):
     """The whole recipe."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
     seed: int = Field(0, ge=0)
-    engine: Literal["fsdp", "single"] = Field("fsdp", description="fsdp: FSDP2 over all ranks; single: one process")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the computation; trained parameters stay fp32")
+    engine: Literal["fsdp", "deepspeed", "single"] = Field(
+        "fsdp", description="fsdp: FSDP2 over all ranks; deepspeed: ZeRO over all ranks; single: one process"
+    )
+    replicate: bool = Field(
+        False, description="of engine fsdp: the whole model on each rank; good where it fits and little is trained"
+    )
+    zero: Zero = Zero()  # type: ignore[call-arg]
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="of the computation and the frozen parameters; trained ones stay fp32. fp16 is for a T4"
+    )
     model: Model
     shards: Shards = Field(
         min_length=1,
@@ -303,6 +326,19 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _engine_can(self) -> "Recipe":
+        for stage in self.stages:
+            where = f"stage '{stage.name}'"
+            if self.engine == "deepspeed" and stage.optimizer.kind not in ("adamw", "adamw_fused"):
+                raise ValueError(f"{where}: optimizer.kind '{stage.optimizer.kind}' goes with engines fsdp and single")
+            if self.model.quantise is not None and stage.adapters == "merge":
+                raise ValueError(
+                    f"{where}: adapters 'merge' with model.quantise '{self.model.quantise}': four bits cannot hold a "
+                    "merged weight, the rounding is larger than what was learnt; allowed are 'grow' and 'keep'"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _stages_join(self) -> "Recipe":
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
@@ -330,8 +366,10 @@ class Recipe(Section):
 
     @property
     def hash(self) -> str:
-        """Identity of the recipe, for checkpoints and to see that all ranks run the same."""
-        return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
+        """Identity of the recipe, for checkpoints and to see that all ranks run the same. The engine is no part of it: a
+        run may go on under another.
+        """
+        return hashlib.sha256(json.dumps(self.model_dump(exclude={"engine"}), sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:
         return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110))

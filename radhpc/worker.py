@@ -276,13 +276,12 @@ def _restore(parts: Parts, run: RunDir, life: int, ranks: Ranks) -> Cursor | Non
 
 
 def _describe(engine: Engine, position: Position, parts: Parts) -> None:
-    trained = sum(parameter.numel() for parameter in engine.trained.values())
-    total = sum(parameter.numel() for parameter in engine.model.parameters())
+    trained = engine.trainable
     log.info(
         "stage %s: %s of %s parameters trained, steps %d to %d, %d rank(s)",
         parts.recipe.stages[position.stage].name,
         f"{trained:,}",
-        f"{total:,}",
+        f"{engine.parameters:,}",
         position.stage_step,
         position.stage_steps,
         parts.ranks.world,
