@@ -42,6 +42,7 @@ from unittest import mock
 
 from bench import report
 from radhpc.errors import UserError
+from radhpc.files import write_atomically
 from radhpc.ledger import consumed
 from radhpc.run_dir import Event, RunDir
 from slurm import box, scheduler
@@ -140,7 +141,8 @@ def disturb(kind: str, run: RunDir, cluster: Cluster) -> None:
         cluster.faults.inject("503", chance=0.3, when=lambda method, path: method == "GET")
         urgent(cluster)
     elif kind == "clock":
-        cluster.clock.write_text(f"+{int(cluster.clock.read_text()[1:].rstrip('h')) + 2}h")
+        hours = int(cluster.clock.read_text()[1:].rstrip("h")) + 2
+        write_atomically(cluster.clock, f"+{hours}h".encode())  # a rank that reads an empty file ends
         urgent(cluster)
     else:
         raise AssertionError(kind)
@@ -210,6 +212,13 @@ def wait(condition: Callable[[], bool], seconds: float, what: str) -> None:
         time.sleep(0.2)
 
 
+def lacking() -> str:
+    """What of the system is missing to move a clock, or ""."""
+    if not FAKETIME.exists():
+        return f"{FAKETIME} is missing: install the system's package libfaketime"
+    return "" if shutil.which("cc") else "no C compiler (cc): install the system's packages gcc and libc6-dev"
+
+
 @contextlib.contextmanager
 def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
     """A file system of its own. Raises UserError where this user may not make one."""
@@ -230,8 +239,8 @@ def cluster(folder: Path, seed: int) -> Iterator[tuple[Cluster, str]]:
     from tests.conftest import moto_server
     from tests.faults import Faults
 
-    if not FAKETIME.exists():
-        raise UserError(f"{FAKETIME} is missing: install the system's package libfaketime")
+    if missing := lacking():
+        raise UserError(f"bench.chaos: {missing}")
     folder.mkdir(exist_ok=True)
     with contextlib.ExitStack() as stack:
         moto = stack.enter_context(moto_server())
@@ -244,10 +253,13 @@ def cluster(folder: Path, seed: int) -> Iterator[tuple[Cluster, str]]:
         stack.callback(box.down, folder / "box")
         conf = box.up(folder / "box", nodes=2, grace=20)["conf"]
         clock = folder / "clock"
-        clock.write_text("+0")
+        write_atomically(clock, b"+0")
+        sleep = folder / "steady_sleep.so"
+        source = Path(__file__).with_name("steady_sleep.c")
+        subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", sleep, source], check=True)
         profile = folder / "profile.yaml"
         text = (PROFILES / "box.yaml").read_text().replace("/tmp/radhpc-box/slurm.conf", conf)
-        preload = f"export LD_PRELOAD={FAKETIME} FAKETIME_TIMESTAMP_FILE={clock} FAKETIME_CACHE_DURATION=1"
+        preload = f"export LD_PRELOAD={sleep}:{FAKETIME} FAKETIME_TIMESTAMP_FILE={clock} FAKETIME_CACHE_DURATION=1"
         only = "FAKETIME_DONT_FAKE_MONOTONIC=1 FAKETIME_DONT_RESET=1"
         profile.write_text(text + f'setup: ["{preload} {only}"]\n')
         yield Cluster(conf, profile, clock, disk, faults, random.Random(seed)), url

@@ -213,8 +213,16 @@ def account_for_the_dead(run: RunDir) -> None:
         run.record("preempted", job=last["job"], why="the batch script was killed before it could say so")
 
 
+def _tried_before(events: Sequence[dict[str, Any]], job_id: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """The events without what a first attempt at this decision recorded before it failed, and the names of that."""
+    begins = ("submitted", "starting", "started", "requeued")
+    begun = max((n for n, event in enumerate(events) if event["event"] in begins), default=0)
+    mine = [event for event in events[begun:] if event["event"] in ENDS and event.get("job") == job_id]
+    return [event for event in events if event not in mine], [event["event"] for event in mine]
+
+
 def main(run_path: str, exit_status: int) -> None:
-    """Decide, record, and requeue if so decided."""
+    """Decide, record, and requeue if so decided. The batch script calls it once more where it fails."""
     run = RunDir.open(run_path)
     profile = load(str(run.path / "profile.yaml"))
     job_id = os.environ["SLURM_JOB_ID"]
@@ -223,12 +231,13 @@ def main(run_path: str, exit_status: int) -> None:
         for path in sorted((run.path / "logs").glob("end.rank-*.json"))
     }
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    job, before = scheduler.show_job(job_id), past(run.events())
+    earlier, recorded = _tried_before(run.events(), job_id)
+    job, before = scheduler.show_job(job_id), past(earlier)
     down = scheduler.down(os.environ.get("SLURM_JOB_NODELIST", ""))
     world = int(os.environ["SLURM_JOB_NUM_NODES"]) * profile.tasks_per_node  # of this life: `nodes` may be a range
     verdict = decide(job, found, world, exit_status, profile, before, restarts, down)
     step = max((end["step"] for end in found.values()), default=0)
-    if verdict.cause not in ("finished", "pruned"):
+    if verdict.cause not in ("finished", "pruned", *recorded):
         more: dict[str, Any] = {"nodes": verdict.nodes} if verdict.nodes else {}
         more |= {"fingerprint": verdict.fingerprint} if verdict.fingerprint else {}
         run.record(verdict.cause, job=job_id, step=step, why=verdict.why, **more)

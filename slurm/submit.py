@@ -112,6 +112,7 @@ def slurm_parameters(run: RunDir, profile: Profile, python: str, frozen: Path | 
     container; `frozen`: the code that the job runs, the run's own by default.
     """
     frozen = frozen or run.code
+    decide = f"{python} -m slurm.requeue {shlex.quote(str(run.path))} $status"
     binds = container.needs(run) if profile.container else []
     fixed: dict[str, Any] = {"ntasks_per_node": profile.tasks_per_node}
     elastic, more, tasks = _elastic(profile) if profile.least_nodes < profile.most_nodes else (fixed, {}, [])
@@ -144,10 +145,10 @@ def slurm_parameters(run: RunDir, profile: Profile, python: str, frozen: Path | 
             # What ranks said at the end of the life before is not for the decision on this one: there may be fewer now.
             f"rm -f {shlex.quote(str(run.path))}/logs/end.rank-*.json",
         ],
-        # From here on a signal must not end the decision half way.
+        # From here on a signal must not end the decision half way; where it fails nevertheless, the run would be lost.
         "teardown": [
             "status=$?; trap '' TERM USR2",
-            f"{python} -m slurm.requeue {shlex.quote(str(run.path))} $status",
+            f"{decide} || {{ sleep 3; {decide}; }}",
         ],
     }
 
