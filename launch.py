@@ -642,8 +642,9 @@ def _check_data(recipe: "Recipe", *also: str) -> None:
         for split in ("train", *also):
             if not manifest.splits.get(split):
                 raise UserError(f"{url}: no sample of split '{split}'; it has {manifest.splits}")
-    if recipe.model.weights is not None and not (Path(recipe.model.weights) / "config.json").exists():
-        raise UserError(f"model.weights: {recipe.model.weights}: no config.json there; a local folder is wanted")
+    for folder in recipe.model.folders.values():
+        if not (Path(folder) / "config.json").exists():
+            raise UserError(f"model.weights: {folder}: no config.json there; a local folder is wanted")
 
 
 def _submit(

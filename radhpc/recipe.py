@@ -19,11 +19,17 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from radhpc.errors import UserError, first_line, nearest
-from radhpc.sample import Split
+from radhpc.sample import CHEXPERT, Split
 
 AnyModel = TypeVar("AnyModel", bound=BaseModel)
 Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Shards = tuple[str, ...] | dict[str, Weight]
+
+
+def families() -> list[str]:
+    """The model families that there are: the files of radhpc/models that have a class Family."""
+    folder = Path(__file__).parent / "models"
+    return sorted(path.stem for path in folder.glob("*.py") if "\nclass Family" in path.read_text(encoding="utf-8"))
 
 
 class Section(BaseModel):
@@ -51,13 +57,47 @@ class Tokenizer(Section):
     )
 
 
+class Connector(Section):
+    """What turns a picture's features into tokens of the language model, where the family leaves a choice."""
+
+    kind: Literal["sasa", "abstractor", "linear"] = Field(
+        "sasa",
+        description="sasa: convolutions, then latents that query them (LightMedVLM); abstractor: convolutions around a "
+        "pooling (Honeybee's C-Abstractor); linear: one token per feature",
+    )
+    latents: int = Field(64, ge=1, description="tokens per study; linear has as many as the vision model has features")
+    heads: int = Field(8, ge=1, description="of sasa's attention")
+    dropout: float = Field(0.1, ge=0, lt=1, description="of sasa's attention")
+    concepts: tuple[str, ...] = Field(
+        CHEXPERT, description="sasa's first latents start from the embeddings of these names"
+    )
+
+    @model_validator(mode="after")
+    def _concepts_fit(self) -> "Connector":
+        if self.kind == "sasa" and len(self.concepts) > self.latents:
+            raise ValueError(f"{len(self.concepts)} 'concepts' in {self.latents} 'latents'")
+        return self
+
+
 class Model(Section):
     """The model: local weights, or random ones from a configuration."""
 
-    family: Literal["mllama"] = Field("mllama", description="which of radhpc.models builds it")
-    weights: str | None = Field(None, description="local folder as transformers saves it; nothing is downloaded")
+    family: str = Field("mllama", description="which file of radhpc/models builds it")
+    weights: str | dict[str, str] | None = Field(
+        None,
+        description="local folder as transformers saves it, or a hub id whose files are here already; of a model that "
+        "is put together, one for each of its parts: {vision: ..., text: ...}",
+    )
     config: dict[str, Any] | None = Field(
-        None, description="instead of weights: keys of transformers' configuration, text and vision apart"
+        None,
+        description="instead of weights, or for the parts that have none: keys of transformers' configuration, text "
+        "and vision apart",
+    )
+    connector: Connector | None = Field(None, description="with family swin: what joins its parts; default: sasa")
+    chat_template: str | None = Field(
+        None,
+        description="in Jinja, as transformers' tokenizers have one; an image is '{{ image_token }}'; default: the "
+        "model's own",
     )
     gates: float | None = Field(
         None,
@@ -76,15 +116,39 @@ class Model(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> "Model":
-        if (self.weights is None) == (self.config is None):
+        if both := sorted(self.folders.keys() & (self.config or {}).keys()):
+            raise ValueError(f"'{both[0]}' has both 'weights' and 'config': give one of them")
+        if (self.weights is None) == (self.config is None) and not isinstance(self.weights, dict):
             raise ValueError("give either 'weights' (a local folder) or 'config' (random weights)")
-        if self.weights is not None and self.tokenizer.train_vocabulary is not None:
+        trained_text = self.weights is not None and (isinstance(self.weights, str) or "text" in self.weights)
+        if trained_text and self.tokenizer.train_vocabulary is not None:
             raise ValueError("'tokenizer.train_vocabulary' goes with 'config': trained weights have their tokenizer")
-        if self.config is not None and (self.tokenizer.folder is None) == (self.tokenizer.train_vocabulary is None):
+        if not trained_text and (self.tokenizer.folder is None) == (self.tokenizer.train_vocabulary is None):
             raise ValueError("with 'config' give either 'tokenizer.folder' or 'tokenizer.train_vocabulary'")
         if self.weights is not None and (self.gates is not None or self.positions is not None):
             raise ValueError("'gates' and 'positions' go with 'config': trained weights have theirs")
         return self
+
+    @field_validator("family")
+    @classmethod
+    def _is_there(cls, value: str) -> str:
+        """A new family is one file, and no list has to name it."""
+        known = families()
+        if value not in known:
+            raise ValueError(f"no such family{nearest(value, known)}; allowed are {', '.join(known)}")
+        return value
+
+    @property
+    def folders(self) -> dict[str, str]:
+        """The weights by part; a model that lies in one folder is the part `model`."""
+        if isinstance(self.weights, str):
+            return {"model": self.weights}
+        return dict(self.weights or {})
+
+    @property
+    def tokenizer_folder(self) -> str | None:
+        """Where the tokenizer lies; None: it is trained on the reports."""
+        return self.tokenizer.folder or self.folders.get("model") or self.folders.get("text")
 
 
 class Text(Section):
@@ -356,7 +420,7 @@ def build(data: dict[str, Any], overrides: Sequence[str], path: Path) -> Recipe:
             ),
             "model": recipe.model.model_copy(
                 update={
-                    "weights": recipe.model.weights and _absolute(recipe.model.weights),
+                    "weights": _absolute_weights(recipe.model.weights),
                     "tokenizer": recipe.model.tokenizer.model_copy(
                         update={"folder": recipe.model.tokenizer.folder and _absolute(recipe.model.tokenizer.folder)}
                     ),
@@ -450,6 +514,19 @@ def _position(items: list[Any], part: str, override: str) -> int:
 def _absolute(path: str) -> str:
     """Paths hold from any folder the job may run in; URLs stay."""
     return path if "://" in path else os.path.abspath(os.path.expanduser(path))
+
+
+def _absolute_weights(weights: str | dict[str, str] | None) -> str | dict[str, str] | None:
+    if isinstance(weights, dict):
+        return {part: absolute_or_hub(path) for part, path in weights.items()}
+    return weights and absolute_or_hub(weights)
+
+
+def absolute_or_hub(path: str) -> str:
+    """A folder's path; what is no folder here and looks like OWNER/NAME stays, as an id of a hub."""
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not os.path.exists(path):
+        return path
+    return _absolute(path)
 
 
 def _absolute_shards(shards: Shards) -> Shards:

@@ -32,6 +32,10 @@ class ModelFamily(Protocol):
         """The chat-formatted prompt for a number of images, up to where the answer begins."""
         ...
 
+    def place_images(self, ids: list[int], images: Arrays) -> list[int]:
+        """A prompt's token ids, with as many image tokens as its images take positions in the text."""
+        ...
+
     def encode_images(self, images: Sequence[Image.Image]) -> Arrays:
         """One study's views as arrays, each with the views as its first axis."""
         ...

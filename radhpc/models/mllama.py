@@ -140,6 +140,9 @@ class Family:
         chat = [{"role": "user", "content": content}]
         return str(self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
 
+    def place_images(self, ids: list[int], images: Arrays) -> list[int]:
+        return ids  # an image is one token, at which nothing stands
+
     def encode_images(self, images: Sequence[Image.Image]) -> Arrays:
         """pixel_values (V, T, 3, S, S), aspect_ratio_ids (V,), aspect_ratio_mask (V, T), num_tiles (V,) of V views."""
         return self.image_processor(images)
