@@ -9,6 +9,7 @@ recipe is frozen into the run folder, so that a run never depends on a file that
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Hashable, Sequence
@@ -58,24 +59,26 @@ class Tokenizer(Section):
 
 
 class Connector(Section):
-    """What turns a picture's features into tokens of the language model, where the family leaves a choice."""
+    """What turns a picture's features into tokens of the language model, with family swin_qwen: models/connector.py."""
 
     kind: Literal["sasa", "abstractor", "linear"] = Field(
         "sasa",
         description="sasa: convolutions, then latents that query them (LightMedVLM); abstractor: convolutions around a "
         "pooling (Honeybee's C-Abstractor); linear: one token per feature",
     )
-    latents: int = Field(64, ge=1, description="tokens per study; linear has as many as the vision model has features")
+    latents: int = Field(64, ge=1, description="tokens per study; linear has as many as there are features")
     heads: int = Field(8, ge=1, description="of sasa's attention")
     dropout: float = Field(0.1, ge=0, lt=1, description="of sasa's attention")
     concepts: tuple[str, ...] = Field(
-        CHEXPERT, description="sasa's first latents start from the embeddings of these names"
+        CHEXPERT, description="sasa's first latents start from the language model's embeddings of these"
     )
 
     @model_validator(mode="after")
-    def _concepts_fit(self) -> "Connector":
+    def _fits(self) -> "Connector":
         if self.kind == "sasa" and len(self.concepts) > self.latents:
-            raise ValueError(f"{len(self.concepts)} 'concepts' in {self.latents} 'latents'")
+            raise ValueError(f"{len(self.concepts)} 'concepts' do not fit into {self.latents} 'latents'")
+        if self.kind == "abstractor" and math.isqrt(self.latents) ** 2 != self.latents:
+            raise ValueError(f"latents {self.latents}: an abstractor pools to a square, such as 64")
         return self
 
 
@@ -93,7 +96,12 @@ class Model(Section):
         description="instead of weights, or for the parts that have none: keys of transformers' configuration, text "
         "and vision apart",
     )
-    connector: Connector | None = Field(None, description="with family swin: what joins its parts; default: sasa")
+    connector: Connector | None = Field(None, description="with family swin_qwen: what joins its parts; default: sasa")
+    max_pixels: int | None = Field(
+        None,
+        ge=4096,
+        description="with family qwen3_vl: of a view; a larger one is shrunk; default: as the weights' folder says",
+    )
     chat_template: str | None = Field(
         None,
         description="in Jinja, as transformers' tokenizers have one; an image is '{{ image_token }}'; default: the "

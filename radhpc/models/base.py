@@ -28,6 +28,7 @@ class InText:
     """The part of radhpc.models.ModelFamily that such families share. A family says what stands here in capitals."""
 
     IMAGE_TOKENS: tuple[str, ...]  # names that the token of an image may have, the usual one first
+    BESIDE_IMAGES: tuple[str, ...] = ()  # tokens that the chat has beside
     VISION, TEXT = "", ""  # model types of the parts where a configuration does not say one
     CHAT_TEMPLATE: str | None = None  # where neither the recipe nor the tokenizer brings one
 
@@ -95,13 +96,10 @@ class InText:
                 return name, known[name]
         name = self.IMAGE_TOKENS[0]
         if "model" in self.recipe.folders:
-            raise UserError(
-                f"{folder}: the tokenizer has no token {name}; it is not that of a {type(self).__module__}".replace(
-                    "radhpc.models.", ""
-                )
-                + " model"
-            )
-        self.tokenizer.add_special_tokens({"additional_special_tokens": [name]}, replace_extra_special_tokens=False)
+            family = type(self).__module__.rpartition(".")[2]
+            raise UserError(f"{folder}: the tokenizer has no token {name}; it is not that of a {family} model")
+        added = [name, *(token for token in self.BESIDE_IMAGES if token not in known)]
+        self.tokenizer.add_tokens(added, special_tokens=True)
         return name, self.tokenizer.convert_tokens_to_ids(name)
 
     # Configurations.
@@ -183,11 +181,16 @@ def read_tokenizer(folder: str) -> Any:
         ) from error
 
 
-def loaded(kind: Any, folder: str, part: str, attention: str) -> Any:
+def loaded(kind: Any, folder: str, part: str, attention: str, config: Any = None) -> Any:
     """A model from a local folder in float32. Raises UserError, also where the folder lacks some of its weights."""
     try:
         model, told = kind.from_pretrained(
-            folder, local_files_only=True, dtype=torch.float32, attn_implementation=attention, output_loading_info=True
+            folder,
+            config=config,
+            local_files_only=True,
+            dtype=torch.float32,
+            attn_implementation=attention,
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"model.weights{part}: {folder}: {first_line(error)}") from error
@@ -217,7 +220,7 @@ def vision_model(folder: str | None, config: Any, kind: Any, attention: str) -> 
     """Of class `kind`, from a folder that may hold more than that, or random."""
     if folder is None:
         return kind._from_config(config, attn_implementation=attention)
-    return loaded(kind, folder, ".vision", attention)
+    return loaded(kind, folder, ".vision", attention, config)
 
 
 def encode_inside_forward(model: Any, parts: Callable[[torch.Tensor, Inputs], dict[str, list[int]]]) -> None:

@@ -26,7 +26,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from radhpc import processors
 from radhpc.models import Arrays
-from radhpc.models.base import InText, Inputs, language_model, loaded, vision_model
+from radhpc.models.base import Inputs, InText, language_model, loaded, vision_model
 from radhpc.processors import ClipImages
 from radhpc.recipe import Model
 
