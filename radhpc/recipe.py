@@ -26,6 +26,8 @@ AnyModel = TypeVar("AnyModel", bound=BaseModel)
 Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Shards = tuple[str, ...] | dict[str, Weight]
 
+HUB = "hub:"  # before the id of a model on a hub
+
 
 def families() -> list[str]:
     """The model families that there are: the files of radhpc/models that have a class Family."""
@@ -88,8 +90,8 @@ class Model(Section):
     family: str = Field("mllama", description="which file of radhpc/models builds it")
     weights: str | dict[str, str] | None = Field(
         None,
-        description="local folder as transformers saves it, or a hub id whose files are here already; of a model that "
-        "is put together, one for each of its parts: {vision: ..., text: ...}",
+        description="local folder as transformers saves it, or hub:OWNER/NAME, whose files 'launch.py weights --online' "
+        "has fetched; of a model that is put together, one for each of its parts: {vision: ..., text: ...}",
     )
     config: dict[str, Any] | None = Field(
         None,
@@ -531,10 +533,17 @@ def _absolute_weights(weights: str | dict[str, str] | None) -> str | dict[str, s
 
 
 def absolute_or_hub(path: str) -> str:
-    """A folder's path; what is no folder here and looks like OWNER/NAME stays, as an id of a hub."""
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not os.path.exists(path):
-        return path
-    return _absolute(path)
+    """A folder's absolute path; of hub:OWNER/NAME the folder of the hub's cache, if it is there, so that a run keeps to
+    this release of the weights.
+    """
+    if not path.startswith(HUB):
+        return _absolute(path)
+    home = os.environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface")
+    name = path.removeprefix(HUB).replace("/", "--")
+    cache = Path(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")) / f"models--{name}"
+    main = cache / "refs" / "main"
+    folder = cache / "snapshots" / (main.read_text().strip() if main.exists() else "none")
+    return str(folder) if folder.is_dir() else path
 
 
 def _absolute_shards(shards: Shards) -> Shards:

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
+from radhpc import weights
 from radhpc.recipe import Model
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -51,6 +52,7 @@ class ModelFamily(Protocol):
 
 def family(model: Model, tokenizer_folder: str) -> ModelFamily:
     """Load a family's file and bind it to a recipe's model and tokenizer."""
+    weights.check_architecture(model)
     module = importlib.import_module(f"radhpc.models.{model.family}")
     result: ModelFamily = module.Family(model, tokenizer_folder)
     return result

@@ -75,7 +75,7 @@ class InText:
         )
         if (found := chat.count(self.image_token)) != images:
             raise UserError(
-                f"model.chat_template: it makes {found} times {self.image_token} of {images} image(s); one each is wanted"
+                f"model.chat_template: {images} image(s) become {found} times {self.image_token}; one each is wanted"
             )
         return chat
 

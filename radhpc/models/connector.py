@@ -84,9 +84,7 @@ class RegBlock(nn.Module):
         self.gate = nn.Sequential(nn.Conv2d(out, squeezed, 1), nn.ReLU(), nn.Conv2d(squeezed, out, 1), nn.Sigmoid())
         self.widen = nn.Sequential(nn.Conv2d(out, out, 1, bias=False), _Norm(out))
         self.around = (
-            nn.Identity()
-            if channels == out
-            else nn.Sequential(nn.Conv2d(channels, out, 1, bias=False), _Norm(out))
+            nn.Identity() if channels == out else nn.Sequential(nn.Conv2d(channels, out, 1, bias=False), _Norm(out))
         )
 
     def forward(self, grid: torch.Tensor) -> torch.Tensor:

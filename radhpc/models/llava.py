@@ -30,7 +30,11 @@ from radhpc.models.base import Inputs, InText, language_model, loaded, vision_mo
 from radhpc.processors import ClipImages
 from radhpc.recipe import Model
 
-WEIGHTS = {"model": ["llava"], "vision": ["clip", "clip_vision_model"], "text": ["llama"]}
+WEIGHTS = {
+    "model": {"types": ("llava",), "hub": "llava-hf/llava-1.5-7b-hf", "image_token": ("<image>", "<|image|>")},
+    "vision": {"types": ("clip", "clip_vision_model"), "hub": "openai/clip-vit-large-patch14-336"},
+    "text": {"types": ("llama",), "hub": "lmsys/vicuna-7b-v1.5"},
+}
 
 
 class Family(InText):

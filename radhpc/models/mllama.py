@@ -28,6 +28,14 @@ from radhpc.models import Arrays
 from radhpc.processors import MllamaImages
 from radhpc.recipe import Model
 
+WEIGHTS = {
+    "model": {
+        "types": ("mllama",),
+        "hub": "meta-llama/Llama-3.2-11B-Vision-Instruct",
+        "image_token": ("<|image|>",),
+    }
+}
+
 
 class Family:
     """Mllama as radhpc.models.ModelFamily wants it."""

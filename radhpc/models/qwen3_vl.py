@@ -26,7 +26,7 @@ from radhpc.models.base import Inputs, InText, loaded
 from radhpc.processors import QwenImages
 from radhpc.recipe import Model
 
-WEIGHTS = {"model": ["qwen3_vl"]}
+WEIGHTS = {"model": {"types": ("qwen3_vl",), "hub": "Qwen/Qwen3-VL-4B-Instruct", "image_token": ("<|image_pad|>",)}}
 
 
 class Family(InText):
@@ -102,7 +102,9 @@ class Family(InText):
         return self.image_processor.show(images)
 
     def collate_images(self, studies: Sequence[Arrays], input_ids: npt.NDArray[np.int64]) -> dict[str, torch.Tensor]:
-        batch = {name: np.concatenate([study[name] for study in studies]) for name in ("pixel_values", "image_grid_thw")}
+        batch = {
+            name: np.concatenate([study[name] for study in studies]) for name in ("pixel_values", "image_grid_thw")
+        }
         batch["mm_token_type_ids"] = (input_ids == self.image_token_id).astype(np.int32)
         return {name: torch.from_numpy(values) for name, values in batch.items()}
 

@@ -34,7 +34,10 @@ from radhpc.models.connector import Abstractor, Sasa
 from radhpc.processors import SwinImages
 from radhpc.recipe import Connector, Model
 
-WEIGHTS = {"vision": ["swin"], "text": ["qwen3", "llama"]}
+WEIGHTS = {
+    "vision": {"types": ("swin",), "hub": "microsoft/swin-base-patch4-window7-224"},
+    "text": {"types": ("qwen3", "llama"), "hub": "Qwen/Qwen3-0.6B"},
+}
 
 
 class SwinQwenModel(LlavaModel):
