@@ -482,6 +482,40 @@ def plan(
     raise typer.Exit(0 if result["fits"] else 1)
 
 
+@app.command(epilog="Example: python launch.py weights recipes/gla.yaml --online")
+def weights(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file, such as those in recipes/.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, such as model.weights=DIR.")
+    ] = None,
+    online: Annotated[bool, typer.Option("--online", help="Download what is missing; else nothing ever is.")] = False,
+    convert: Annotated[bool, typer.Option("--convert", help="Write pytorch_model*.bin as safetensors.")] = False,
+    hashes: Annotated[bool, typer.Option(help="Read every byte and compare its sha256, where it is known.")] = True,
+    as_json: Json = False,
+) -> None:
+    """The files of a recipe's model: where they lie, whether they are whole, and what to put where if they are not.
+
+    A hash is known from FILE.sha256 or SHA256SUMS beside the files, or from the hub's own cache. Exit status 1 where
+    something is missing or damaged.
+    """
+    from radhpc import recipe as recipes, weights as weights_of
+
+    chosen = recipes.load(recipe, overrides or [])
+    if online:
+        for part, hub_id, folder in weights_of.missing(chosen.model):
+            _say(f"{part}: downloads {hub_id}", as_json)
+            weights_of.fetch(hub_id, folder)
+        chosen = recipes.load(recipe, overrides or [])
+    if convert:
+        for folder in chosen.model.folders.values():
+            for path in weights_of.convert(Path(folder)):
+                _say(f"written: {path}", as_json)
+    result = weights_of.report(chosen, hashes)
+    _say(tables.weights(result), as_json)
+    _emit(result, as_json)
+    raise typer.Exit(0 if result["ok"] else 1)
+
+
 @app.command(epilog="Example: python launch.py doctor --on a100_preemptible --probe --recipe recipes/image_text.yaml")
 def doctor(
     on: On = "inline",
@@ -635,6 +669,7 @@ def _train(
 
 def _check_data(recipe: "Recipe", *also: str) -> None:
     """Say here, in seconds, what would otherwise fail in the queue; `also` names further splits that are needed."""
+    from radhpc import weights as weights_of
     from radhpc.manifest import Manifest
     from radhpc.store import Store
 
@@ -645,8 +680,7 @@ def _check_data(recipe: "Recipe", *also: str) -> None:
         for split in ("train", *also):
             if not manifest.splits.get(split):
                 raise UserError(f"{url}: no sample of split '{split}'; it has {manifest.splits}")
-    if recipe.model.weights is not None and not (Path(recipe.model.weights) / "config.json").exists():
-        raise UserError(f"model.weights: {recipe.model.weights}: no config.json there; a local folder is wanted")
+    weights_of.check(recipe)
 
 
 def _submit(

@@ -63,8 +63,7 @@ class Encoder:
 
     def encode(self, key: str, sample: Sample, views: Sequence[Image.Image]) -> Encoded:
         """Encode for training. A study without text has no supervised token: it is passed over, not taught."""
-        views = self._shown(views)
-        prompt = self._prompt(sample.question, len(views))
+        images, prompt = self._asked(sample.question, views)
         answer = self.answer(sample)
         ids = [*self._ids(answer), self.family.tokenizer.eos_token_id] if answer else []
         room = max(1, self.text.max_tokens - len(prompt))
@@ -74,15 +73,15 @@ class Encoder:
             key,
             np.asarray(prompt + ids, np.int64),
             np.asarray([IGNORE] * len(prompt) + ids, np.int64),
-            self.family.encode_images(views),
+            images,
             cut,
         )
 
     def encode_prompt(self, key: str, question: str | None, views: Sequence[Image.Image]) -> Encoded:
         """Encode for generation: the prompt alone."""
-        views = self._shown(views)
-        ids = np.asarray(self._prompt(question, len(views)), np.int64)
-        return Encoded(key, ids, np.full_like(ids, IGNORE), self.family.encode_images(views))
+        images, prompt = self._asked(question, views)
+        ids = np.asarray(prompt, np.int64)
+        return Encoded(key, ids, np.full_like(ids, IGNORE), images)
 
     def empty(self) -> Encoded:
         """A slot without a sample: a black image and a prompt, nothing supervised. Every rank computes as many
@@ -109,6 +108,12 @@ class Encoder:
         """The pictures that the model gets for the views of a study: as many of them as the recipe wants, or one."""
         views = views[: self.images.limit]
         return [stitch(views, self.images.gap, len(views))] if self.images.stitch else views
+
+    def _asked(self, question: str | None, views: Sequence[Image.Image]) -> tuple[Arrays, list[int]]:
+        """The images of a study and the ids of its prompt, with as many image tokens as the images take."""
+        views = self._shown(views)
+        images = self.family.encode_images(views)
+        return images, self.family.place_images(self._prompt(question, len(views)), images)
 
     def _prompt(self, question: str | None, views: int) -> list[int]:
         if question:

@@ -117,7 +117,7 @@ class Parts:
         """Where the tokenizer lies; one that is to be trained is trained once, by rank 0."""
         model = self.recipe.model
         if model.tokenizer.train_vocabulary is None:
-            return str(model.tokenizer.folder or model.weights)
+            return str(model.tokenizer_folder)
         folder = self.run.path / "tokenizer"
         vocabulary = model.tokenizer.train_vocabulary
 
@@ -133,9 +133,11 @@ class Parts:
 
     def _base_hash(self, model: torch.nn.Module) -> str:
         """Identity of the base: of the weights' files, or of the random values themselves."""
-        weights, remembered = self.recipe.model.weights, self.run.path / "base.json"
+        parts, remembered = self.recipe.model, self.run.path / "base.json"
+        folders = [Path(folder) for _, folder in sorted(parts.folders.items())]
+        # What is put together has random values, too: they are a function of the recipe, whose hash is checked beside.
         return on_first(
-            lambda: _hash_files(Path(weights), remembered) if weights else _hash_tensors(model), self.ranks, self.stop
+            lambda: _hash_files(folders, remembered) if folders else _hash_tensors(model), self.ranks, self.stop
         )
 
 
@@ -147,13 +149,15 @@ def _hash_tensors(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _hash_files(folder: Path, remembered: Path) -> str:
+def _hash_files(folders: list[Path], remembered: Path) -> str:
     """sha256 over the weights' files. Twenty gigabytes take some ten seconds, so the result is kept in base.json and
     trusted while sizes and times of change stay the same.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"model.weights: {folder}: no .safetensors file there")
+    files = []
+    for folder in folders:
+        files += (found := sorted(folder.glob("*.safetensors")))
+        if not found:
+            raise UserError(f"model.weights: {folder}: no .safetensors file there")
     seen = [[file.name, os.stat(file).st_size, os.stat(file).st_mtime_ns] for file in files]
     before = read_json(remembered)
     if before and before["files"] == seen:

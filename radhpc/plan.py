@@ -87,7 +87,7 @@ def foretell(recipe: Recipe, world: int, gpus: bool = False) -> list[StagePlan]:
 
 def _family(recipe: Recipe, source: Source, folder: Path) -> tuple[models.ModelFamily, bool]:
     """The model family, and whether its tokenizer is a stand-in, so that texts cannot be measured with it."""
-    given = recipe.model.tokenizer.folder or recipe.model.weights
+    given = recipe.model.tokenizer_folder
     if given is not None and (
         recipe.model.tokenizer.folder is not None or any((Path(given) / name).exists() for name in TOKENIZER_FILES)
     ):

@@ -9,6 +9,7 @@ recipe is frozen into the run folder, so that a run never depends on a file that
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Hashable, Sequence
@@ -19,11 +20,19 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from radhpc.errors import UserError, first_line, nearest
-from radhpc.sample import Split
+from radhpc.sample import CHEXPERT, Split
 
 AnyModel = TypeVar("AnyModel", bound=BaseModel)
 Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Shards = tuple[str, ...] | dict[str, Weight]
+
+HUB = "hub:"  # before the id of a model on a hub
+
+
+def families() -> list[str]:
+    """The model families that there are: the files of radhpc/models that have a class Family."""
+    folder = Path(__file__).parent / "models"
+    return sorted(path.stem for path in folder.glob("*.py") if "\nclass Family" in path.read_text(encoding="utf-8"))
 
 
 class Section(BaseModel):
@@ -51,13 +60,54 @@ class Tokenizer(Section):
     )
 
 
+class Connector(Section):
+    """What turns a picture's features into tokens of the language model, with family swin_qwen: models/connector.py."""
+
+    kind: Literal["sasa", "abstractor", "linear"] = Field(
+        "sasa",
+        description="sasa: convolutions, then latents that query them (LightMedVLM); abstractor: convolutions around a "
+        "pooling (Honeybee's C-Abstractor); linear: one token per feature",
+    )
+    latents: int = Field(64, ge=1, description="tokens per study; linear has as many as there are features")
+    heads: int = Field(8, ge=1, description="of sasa's attention")
+    dropout: float = Field(0.1, ge=0, lt=1, description="of sasa's attention")
+    concepts: tuple[str, ...] = Field(
+        CHEXPERT, description="sasa's first latents start from the language model's embeddings of these"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Connector":
+        if self.kind == "sasa" and len(self.concepts) > self.latents:
+            raise ValueError(f"{len(self.concepts)} 'concepts' do not fit into {self.latents} 'latents'")
+        if self.kind == "abstractor" and math.isqrt(self.latents) ** 2 != self.latents:
+            raise ValueError(f"latents {self.latents}: an abstractor pools to a square, such as 64")
+        return self
+
+
 class Model(Section):
     """The model: local weights, or random ones from a configuration."""
 
-    family: Literal["mllama"] = Field("mllama", description="which of radhpc.models builds it")
-    weights: str | None = Field(None, description="local folder as transformers saves it; nothing is downloaded")
+    family: str = Field("mllama", description="which file of radhpc/models builds it")
+    weights: str | dict[str, str] | None = Field(
+        None,
+        description="local folder as transformers saves it, or hub:OWNER/NAME, whose files 'launch.py weights --online' "
+        "has fetched; of a model that is put together, one for each of its parts: {vision: ..., text: ...}",
+    )
     config: dict[str, Any] | None = Field(
-        None, description="instead of weights: keys of transformers' configuration, text and vision apart"
+        None,
+        description="instead of weights, or for the parts that have none: keys of transformers' configuration, text "
+        "and vision apart",
+    )
+    connector: Connector | None = Field(None, description="with family swin_qwen: what joins its parts; default: sasa")
+    max_pixels: int | None = Field(
+        None,
+        ge=4096,
+        description="with family qwen3_vl: of a view; a larger one is shrunk; default: as the weights' folder says",
+    )
+    chat_template: str | None = Field(
+        None,
+        description="in Jinja, as transformers' tokenizers have one; an image is '{{ image_token }}'; default: the "
+        "model's own",
     )
     gates: float | None = Field(
         None,
@@ -79,15 +129,39 @@ class Model(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> "Model":
-        if (self.weights is None) == (self.config is None):
+        if both := sorted(self.folders.keys() & (self.config or {}).keys()):
+            raise ValueError(f"'{both[0]}' has both 'weights' and 'config': give one of them")
+        if (self.weights is None) == (self.config is None) and not isinstance(self.weights, dict):
             raise ValueError("give either 'weights' (a local folder) or 'config' (random weights)")
-        if self.weights is not None and self.tokenizer.train_vocabulary is not None:
+        trained_text = self.weights is not None and (isinstance(self.weights, str) or "text" in self.weights)
+        if trained_text and self.tokenizer.train_vocabulary is not None:
             raise ValueError("'tokenizer.train_vocabulary' goes with 'config': trained weights have their tokenizer")
-        if self.config is not None and (self.tokenizer.folder is None) == (self.tokenizer.train_vocabulary is None):
+        if not trained_text and (self.tokenizer.folder is None) == (self.tokenizer.train_vocabulary is None):
             raise ValueError("with 'config' give either 'tokenizer.folder' or 'tokenizer.train_vocabulary'")
         if self.weights is not None and (self.gates is not None or self.positions is not None):
             raise ValueError("'gates' and 'positions' go with 'config': trained weights have theirs")
         return self
+
+    @field_validator("family")
+    @classmethod
+    def _is_there(cls, value: str) -> str:
+        """A new family is one file, and no list has to name it."""
+        known = families()
+        if value not in known:
+            raise ValueError(f"no such family{nearest(value, known)}; allowed are {', '.join(known)}")
+        return value
+
+    @property
+    def folders(self) -> dict[str, str]:
+        """The weights by part; a model that lies in one folder is the part `model`."""
+        if isinstance(self.weights, str):
+            return {"model": self.weights}
+        return dict(self.weights or {})
+
+    @property
+    def tokenizer_folder(self) -> str | None:
+        """Where the tokenizer lies; None: it is trained on the reports."""
+        return self.tokenizer.folder or self.folders.get("model") or self.folders.get("text")
 
 
 class Text(Section):
@@ -394,7 +468,7 @@ def build(data: dict[str, Any], overrides: Sequence[str], path: Path) -> Recipe:
             ),
             "model": recipe.model.model_copy(
                 update={
-                    "weights": recipe.model.weights and _absolute(recipe.model.weights),
+                    "weights": _absolute_weights(recipe.model.weights),
                     "tokenizer": recipe.model.tokenizer.model_copy(
                         update={"folder": recipe.model.tokenizer.folder and _absolute(recipe.model.tokenizer.folder)}
                     ),
@@ -488,6 +562,26 @@ def _position(items: list[Any], part: str, override: str) -> int:
 def _absolute(path: str) -> str:
     """Paths hold from any folder the job may run in; URLs stay."""
     return path if "://" in path else os.path.abspath(os.path.expanduser(path))
+
+
+def _absolute_weights(weights: str | dict[str, str] | None) -> str | dict[str, str] | None:
+    if isinstance(weights, dict):
+        return {part: absolute_or_hub(path) for part, path in weights.items()}
+    return weights and absolute_or_hub(weights)
+
+
+def absolute_or_hub(path: str) -> str:
+    """A folder's absolute path; of hub:OWNER/NAME the folder of the hub's cache, if it is there, so that a run keeps to
+    this release of the weights.
+    """
+    if not path.startswith(HUB):
+        return _absolute(path)
+    home = os.environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface")
+    name = path.removeprefix(HUB).replace("/", "--")
+    cache = Path(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")) / f"models--{name}"
+    main = cache / "refs" / "main"
+    folder = cache / "snapshots" / (main.read_text().strip() if main.exists() else "none")
+    return str(folder) if folder.is_dir() else path
 
 
 def _absolute_shards(shards: Shards) -> Shards:

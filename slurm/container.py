@@ -77,7 +77,7 @@ def variables(container: Container | None, code: Path) -> dict[str, str]:
 
 def _inputs(recipe: Recipe) -> list[str]:
     shards = [url.split("#")[0] for stage in recipe.stages for url in recipe.shards_of(stage)]
-    others = [recipe.model.weights, recipe.model.tokenizer.folder]
+    others = [*recipe.model.folders.values(), recipe.model.tokenizer.folder]
     return shards + [path for path in others if path]
 
 

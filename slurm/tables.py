@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -26,6 +26,25 @@ def scores(found: dict[str, Any]) -> Table:
         others = [values.get(name, {}).get("value") for values in found["baselines"].values()]
         table.add_row(name, f"{score['value']:.3f}", limits, *("" if v is None else f"{v:.3f}" for v in others))
     return table
+
+
+def weights(found: dict[str, Any]) -> RenderableType:
+    """The files of a recipe's model, part by part."""
+    if not found["parts"]:
+        return Text(f"family {found['family']}: random weights from the recipe's configuration, no file is needed")
+    table = Table("part", "file", "size", "state", box=SIMPLE_HEAD)
+    table.columns[2].justify = "right"
+    for part, what in found["parts"].items():
+        table.add_row(part, Text(what["folder"], style="bold"), _bytes(what["bytes"]), "")
+        for file in what["files"]:
+            checked = {"as it should be": ", sha256 as it should be", "unknown": ", no sha256 is known"}
+            state = Text(file["fault"], style="red") if file["fault"] else "whole" + checked.get(file["sha256"], "")
+            table.add_row("", file["name"], "" if file["bytes"] is None else _bytes(file["bytes"]), state)
+    return Group(table, Text(found["fault"], style="red")) if found["fault"] else table
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 
 # Inside radhpc a file imports only from its own floor or from lower ones.
 FLOORS = (
-    ("errors", "files", "sample", "manifest", "recipe", "run_dir", "fingerprint"),
+    ("errors", "files", "sample", "manifest", "recipe", "run_dir", "fingerprint", "weights"),
     ("dist", "heartbeat", "log", "stop", "remote", "store", "board", "ledger", "cache", "probe", "grace", "storage",
      "background"),
     ("order", "transforms", "processors", "models", "tokenizer", "source", "fetch", "collate", "stream", "objective",

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
+from radhpc import weights
 from radhpc.recipe import Model
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -32,6 +33,10 @@ class ModelFamily(Protocol):
         """The chat-formatted prompt for a number of images, up to where the answer begins."""
         ...
 
+    def place_images(self, ids: list[int], images: Arrays) -> list[int]:
+        """A prompt's token ids, with as many image tokens as its images take positions in the text."""
+        ...
+
     def encode_images(self, images: Sequence[Image.Image]) -> Arrays:
         """One study's views as arrays, each with the views as its first axis."""
         ...
@@ -47,6 +52,7 @@ class ModelFamily(Protocol):
 
 def family(model: Model, tokenizer_folder: str) -> ModelFamily:
     """Load a family's file and bind it to a recipe's model and tokenizer."""
+    weights.check_architecture(model)
     module = importlib.import_module(f"radhpc.models.{model.family}")
     result: ModelFamily = module.Family(model, tokenizer_folder)
     return result

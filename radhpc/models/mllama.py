@@ -28,6 +28,14 @@ from radhpc.models import Arrays
 from radhpc.processors import MllamaImages
 from radhpc.recipe import Model
 
+WEIGHTS = {
+    "model": {
+        "types": ("mllama",),
+        "hub": "meta-llama/Llama-3.2-11B-Vision-Instruct",
+        "image_token": ("<|image|>",),
+    }
+}
+
 
 class Family:
     """Mllama as radhpc.models.ModelFamily wants it."""
@@ -139,6 +147,9 @@ class Family:
         content = [{"type": "image"}] * images + [{"type": "text", "text": text}]
         chat = [{"role": "user", "content": content}]
         return str(self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+
+    def place_images(self, ids: list[int], images: Arrays) -> list[int]:
+        return ids  # an image is one token, at which nothing stands
 
     def encode_images(self, images: Sequence[Image.Image]) -> Arrays:
         """pixel_values (V, T, 3, S, S), aspect_ratio_ids (V,), aspect_ratio_mask (V, T), num_tiles (V,) of V views."""
