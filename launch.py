@@ -387,6 +387,7 @@ def evaluate(
 
     parts, engine, cursor = _load(run)
     from radhpc.evaluate import chosen, evaluate as evaluate_engine, write
+    from radhpc.evaluation_page import write as write_page
     from radhpc.sample import SPLITS
 
     if split not in SPLITS:
@@ -404,9 +405,10 @@ def evaluate(
         bar.update(count)
     folder = parts.run.path / "evaluation" / f"step-{cursor.step:06d}-{split}"
     write(folder, result, cursor.step, split)
+    page = write_page(folder, held_out)
     scores = read_json(folder / "scores.json")
     _say(tables.scores(scores), as_json)
-    _say(f"written to {folder}", as_json)
+    _say(f"written to {folder}; to look at: {page}", as_json)
     _emit({"run": str(parts.run.path), **{key: scores[key] for key in ("step", "split", "samples", "scores")}}, as_json)
 
 
