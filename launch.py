@@ -390,6 +390,7 @@ def evaluate(
 
     parts, engine, cursor = _load(run)
     from radhpc.evaluate import chosen, evaluate as evaluate_engine, write
+    from radhpc.evaluation_page import write as write_page
     from radhpc.sample import SPLITS
 
     if split not in SPLITS:
@@ -407,41 +408,144 @@ def evaluate(
         bar.update(count)
     folder = parts.run.path / "evaluation" / f"step-{cursor.step:06d}-{split}"
     write(folder, result, cursor.step, split)
+    page = write_page(folder, held_out)
     scores = read_json(folder / "scores.json")
     _say(tables.scores(scores), as_json)
-    _say(f"written to {folder}", as_json)
+    _say(f"written to {folder}; to look at: {page}", as_json)
     _emit({"run": str(parts.run.path), **{key: scores[key] for key in ("step", "split", "samples", "scores")}}, as_json)
 
 
-@app.command(epilog="Example: python launch.py generate RUN --image frontal.dcm --image lateral.png")
+@app.command(
+    epilog="Examples: python launch.py generate RUN --image frontal.dcm --image lateral.png --stream   "
+    "python launch.py generate RUN --folder cases/ --out reports.jsonl"
+)
 def generate(
     run: RunPath,
-    image: Annotated[list[Path], typer.Option(help="JPEG, PNG or DICOM; several are views of one study.")],
+    image: Annotated[
+        list[Path] | None, typer.Option(help="JPEG, PNG or DICOM; several are views of one study.")
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="Each image in it is a study, each subfolder a study of several views.")
+    ] = None,
     question: Annotated[str | None, typer.Option(help="Ask this instead of for a report.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Default: the recipe's.", min=1)] = None,
+    beams: Annotated[int | None, typer.Option(help="Search this many texts at a time.", min=1)] = None,
+    temperature: Annotated[float | None, typer.Option(help="Sample words; below 1 the likelier.", min=1e-3)] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample among the likeliest of this share.", max=1.0)] = None,
+    seed: Annotated[int, typer.Option(help="Of the sampling.", min=0)] = 0,
+    retrieve: Annotated[
+        int, typer.Option(help="Show so many training studies that look alike; needs `launch.py index`.", min=0)
+    ] = 0,
+    batch: Annotated[int, typer.Option(help="Studies of --folder at a time.", min=1)] = 8,
+    out: Annotated[
+        Path | None, typer.Option(help="Append each answer to this file as a JSON line; what it has is not repeated.")
+    ] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Print words as they are written.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a report, or an answer, for one study. Research use only, not for clinical use."""
-    from radhpc.transforms import decode
-    from shards.pixels import BadImage, encode, load
+    """Write a report, or an answer, for one study or a folder of them. Research use only, not for clinical use.
+
+    What does not look like a radiograph gets a warning beside its text.
+    """
+    if (image is None) == (folder is None):
+        raise UserError("give either --image, once or more, or --folder")
+    if stream and (as_json or folder or out):
+        raise UserError("--stream: goes with --image alone, without --json and --out")
+    from shards import views
 
     run_dir, target = _image_settings(run)
-    views = []
-    for path in image:
-        try:
-            encoded = encode(load(path), target)  # what `build` does to an image, so that no view looks different
-        except (BadImage, FileNotFoundError) as error:
-            raise UserError(str(error)) from error
-        views.append(decode(encoded.data, encoded.view))
-    parts, engine, _ = _load(run_dir.path)
-    from radhpc.generate import generate as generate_texts
+    studies = views.studies(folder) if folder else {" ".join(map(str, image or [])): image or []}
+    told = views.answered(out, studies) if out else {}
+    if not folder:  # one broken image of one study: before the model is loaded
+        views.read_study("", next(iter(studies.values())), target)
+    parts = _parts(run_dir.path)
+    from radhpc.answer import Decoding
+    from radhpc.reader import Reader, Study
 
-    prompt = parts.encoder.encode_prompt("", question, views)
-    limit = max_new_tokens or parts.recipe.evaluation.max_new_tokens
-    (text,) = generate_texts(engine, parts.encoder, [prompt], 1, limit, parts.ranks)
+    changes = {"max_new_tokens": max_new_tokens, "beams": beams, "temperature": temperature, "top_p": top_p}
+    reader = Reader(parts, Decoding.of(parts.recipe.evaluation, **changes, seed=seed), retrieve)
+    if stream:
+        ((name, paths),) = studies.items()
+        study = Study(name, *views.read_study(name, paths, target))
+        ((neighbours, far),) = reader.near([study])
+        for warning in [*reader.warnings(study), *far]:
+            console.print(f"[yellow]warning[/] {warning}", soft_wrap=True)
+        for piece in reader.stream(study, question):
+            print(piece, end="", flush=True)
+        print()
+        _say(tables.neighbours([vars(neighbour) for neighbour in neighbours]), as_json)
+        return
+    results, broken = [], 0
+    waiting = [name for name in studies if name not in told]
+    with Bar("generate", len(waiting), unit="studies", hidden=not folder) as bar:
+        for start in range(0, len(waiting), batch):
+            some = []
+            for name in waiting[start : start + batch]:
+                try:
+                    some.append(Study(name, *views.read_study(name, studies[name], target)))
+                except UserError as error:  # one of many: named, and left out
+                    broken += 1
+                    results.append({"name": name, "error": str(error)})
+            for answer in reader.read(some, question, batch):
+                results.append({**answer.to_json(), "images": [str(path) for path in studies[answer.name]]})
+            if out:
+                views.append_answers(out, [result for result in results[-len(some) :] if "text" in result])
+            bar.update(min(start + batch, len(waiting)))
     if not as_json:
-        Console().print(text or "(the model wrote nothing)")
-    _emit({"run": str(run_dir.path), "text": text, "images": [str(path) for path in image]}, as_json)
+        for result in results:
+            tables.answer(result, Console(highlight=False), heading=folder is not None)
+    one = results[0] if not folder and results else {}
+    shown = {"studies": results, "broken": broken, "told_before": len(told)} if folder or not results else {}
+    _emit({"run": str(run_dir.path), **one, **shown}, as_json)
+    raise typer.Exit(1 if broken else 0)
+
+
+@app.command(epilog="Example: python launch.py index runs/quickstart-20261122-101500")
+def index(
+    run: RunPath,
+    samples: Annotated[int | None, typer.Option(help="Studies; default: all of split train.", min=2)] = None,
+    as_json: Json = False,
+) -> None:
+    """Index the training studies by the model's vision features, for `generate --retrieve` and `demo`."""
+    parts, engine, cursor = _load(run)
+    from radhpc.index import build as build_index
+
+    with Bar("index", 1, unit="studies") as bar:
+        made = build_index(parts, engine, cursor, samples, lambda done, total: bar.update(done, total=total))
+    _say(f"{parts.run.path / 'index'}: {made.about['studies']} training studies at step {cursor.step}", as_json)
+    _emit({"run": str(parts.run.path), **{key: made.about[key] for key in ("step", "studies", "left_out")}}, as_json)
+
+
+@app.command(epilog="Example: python launch.py export runs/quickstart-20261122-101500 --out my-model --merge --check")
+def export(
+    run: RunPath,
+    out: Annotated[Path, typer.Option(help="A folder that is not there yet.")],
+    merge: Annotated[bool, typer.Option("--merge", help="Whole weights, adapters added in; default: PEFT.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Load it without radhpc in another process, and compare the logits.")
+    ] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of whole weights: float32, bfloat16 or float16; default: as the base.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the newest checkpoint as an adapter for PEFT, or as whole weights that plain transformers loads.
+
+    Processor, tokenizer, generation settings, a model card and an example lie beside them.
+    """
+    if dtype is not None:
+        _one_of("--dtype", dtype, ("float32", "bfloat16", "float16"))
+    parts = _parts(run)
+    from radhpc import export as exports
+
+    written, probe = exports.export(parts, out.absolute(), merge, dtype)
+    what = {"model": "whole weights", "adapter": f"an adapter for PEFT on {written.base}"}[written.kind]
+    _say(f"{written.out}: {what}, {written.parameters:,} parameters of step {written.step}; see README.md", as_json)
+    difference = exports.check(written, probe) if check else None
+    if difference is not None:
+        _say(f"plain transformers gives the same logits (they differ by {difference:.1g} of the largest)", as_json)
+    result = {"run": str(parts.run.path), **vars(written), "out": str(written.out), "difference": difference}
+    _emit(result, as_json)
 
 
 @app.command(
@@ -746,15 +850,20 @@ def _watch(run: "RunDir") -> None:
 
 def _load(path: Path) -> tuple[Any, Any, Any]:
     """The parts of a run and the model of its newest checkpoint, in this process."""
-    from radhpc.dist import Ranks
-    from radhpc.parts import Parts
-    from radhpc.run_dir import RunDir
-
-    start_log()
-    run = RunDir.open(path)
-    parts = Parts(run, run.recipe(), Ranks())
+    parts = _parts(path)
     engine, cursor = parts.restored_engine()
     return parts, engine, cursor
+
+
+def _parts(path: Path) -> Any:
+    from radhpc.run_dir import RunDir
+
+    run = RunDir.open(path)
+    from radhpc.dist import Ranks
+    from radhpc.parts import Parts
+
+    start_log()
+    return Parts(run, run.recipe(), Ranks())
 
 
 def _image_settings(path: Path) -> tuple["RunDir", "Target"]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from radhpc import adapters, evaluate
+from radhpc import adapters, evaluate, evaluation_page
 from radhpc.board import Board
 from radhpc.engine import Engine
 from radhpc.export import write_adapter
@@ -65,6 +65,7 @@ class Evaluating:
             bar.update(share)
         if parts.ranks.first:
             evaluate.write(folder, result, position.step, split)
+            evaluation_page.write(folder, held_out)
             values = {f"evaluation/{name}": score["value"] for name, score in result.scores.items()}
             self.board.scalars(position.step, values)
             for n, picture in enumerate(result.pictures):

@@ -15,10 +15,10 @@ FLOORS = (
     ("errors", "files", "sample", "manifest", "recipe", "run_dir", "fingerprint", "weights"),
     ("dist", "heartbeat", "log", "stop", "remote", "store", "board", "ledger", "cache", "probe", "grace", "storage",
      "background"),
-    ("order", "transforms", "processors", "models", "tokenizer", "source", "fetch", "collate", "stream", "objective",
-     "adapters", "engine", "zero", "optimizers", "placing", "quantise", "allocations"),
-    ("checkpoint", "metrics", "generate", "evaluate", "export", "audit", "parts", "loop", "straggler", "hooks",
-     "saving", "plan"),
+    ("order", "transforms", "radiograph", "processors", "models", "tokenizer", "source", "fetch", "collate", "stream",
+     "objective", "adapters", "engine", "zero", "optimizers", "placing", "quantise", "allocations"),
+    ("checkpoint", "metrics", "generate", "answer", "index", "reader", "evaluate", "evaluation_page", "plain",
+     "model_card", "export", "audit", "parts", "loop", "straggler", "hooks", "saving", "plan"),
     ("worker",),
 )  # fmt: skip
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

@@ -29,6 +29,10 @@ class ModelFamily(Protocol):
         """The same without values, on the meta device; of a local folder it needs the configuration alone."""
         ...
 
+    def processor(self) -> Any:
+        """transformers' own processor, which `export` lays beside the weights."""
+        ...
+
     def prompt(self, text: str, images: int) -> str:
         """The chat-formatted prompt for a number of images, up to where the answer begins."""
         ...

@@ -77,6 +77,18 @@ class Family:
             )
         return found
 
+    def processor(self) -> Any:
+        """transformers' own processor, equal to what encode_images and prompt do, for those who have no radhpc."""
+        from transformers import MllamaProcessor
+        from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
+
+        if self._recipe.weights is not None and (path := processors.described(Path(self._recipe.weights))):
+            images = MllamaImageProcessorPil.from_pretrained(str(path.parent), local_files_only=True)
+        else:
+            size = {"height": self.image_processor.size, "width": self.image_processor.size}
+            images = MllamaImageProcessorPil(size=size, max_image_tiles=self.max_tiles)
+        return MllamaProcessor(images, self.tokenizer, chat_template=self.tokenizer.chat_template)
+
     def _configuration(self) -> MllamaConfig:
         if self._recipe.weights is not None:
             return MllamaConfig.from_pretrained(self._recipe.weights, local_files_only=True)
