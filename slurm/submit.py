@@ -42,6 +42,10 @@ def submit(run: RunDir, profile: Profile, current_code: bool = False) -> submiti
     if profile.cluster != "inline":
         code.check_profile(run.code, run.path / "profile.yaml")
     run.clear_stop()
+    try:
+        run.hold_back()
+    except OSError as error:
+        raise UserError(f"{run.path}: {error.strerror}") from error
     with starting(run, profile), explain():
         job = executor(run, profile).submit(slurm_job.main, str(run.path))
     pid = os.getpid() if profile.cluster == "inline" else int(job.job_id) if profile.cluster == "local" else None
