@@ -10,6 +10,7 @@ that nobody disturbed. --quick does each trouble but the slowest once.
 | trouble | what is done |
 |---|---|
 | urgent | an urgent job wants both nodes |
+| warning | an urgent job again, and SLURM warns by SIGUSR2 instead of SIGTERM (preempt_send_user_signal) |
 | kill | SIGKILL to a random rank |
 | node | every process of the second node stands still until SLURM has given it up, then it starts anew |
 | cancel | scancel, then resume |
@@ -49,8 +50,10 @@ from slurm.profile import FOLDER as PROFILES
 
 ROOT = Path(__file__).resolve().parent.parent
 FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
+GRACE = 20  # seconds
+GONE: tuple[Event, ...] = ("started", "requeued")
 SAID: tuple[Event, ...] = ("finished", "failed", "gave_up", "cancelled", "stopped")
-TROUBLES = ("urgent", "kill", "cancel", "torn", "flipped", "full", "store", "clock", "decision", "node")
+TROUBLES = ("urgent", "warning", "kill", "cancel", "torn", "flipped", "full", "store", "clock", "decision", "node")
 STAGES = """
 stages:
   - {{name: scratch, steps: {steps}, batch: 6, micro_batch: 2, train: ['.*'], optimizer: {{learning_rate: 1.0e-3}}}}
@@ -110,6 +113,13 @@ def disturb(kind: str, run: RunDir, cluster: Cluster) -> None:
     lives = run.lives
     if kind == "urgent":
         urgent(cluster.conf)
+    elif kind == "warning":
+        with setting(cluster.conf, "SlurmctldParameters=preempt_send_user_signal"):
+            urgent(cluster.conf)
+            wait(lambda: run.events(*GONE)[-1]["event"] == "requeued", 90, "the warned run was not requeued")
+        end = run.events("interrupted")[-1]
+        assert end["cause"] == "SIGUSR2", end
+        assert end["margin_seconds"] < GRACE, end
     elif kind == "kill":
         os.kill(rank_pid(job_id(run), cluster.chance.randrange(2)), signal.SIGKILL)
     elif kind == "node":
@@ -168,6 +178,20 @@ def disturb(kind: str, run: RunDir, cluster: Cluster) -> None:
         queue = call(cluster.conf, "scontrol", "show", "job", job_id(run))
         print(*run.events()[-12:], queue, sep="\n", file=sys.stderr)
         raise
+
+
+@contextlib.contextmanager
+def setting(conf: str, line: str) -> Iterator[None]:
+    """One line more in slurm.conf."""
+    path = Path(conf)
+    before = path.read_text()
+    try:
+        path.write_text(f"{before}{line}\n")
+        call(conf, "scontrol", "reconfigure")
+        yield
+    finally:
+        path.write_text(before)
+        call(conf, "scontrol", "reconfigure")
 
 
 def hasten(conf: str, job: str) -> None:
@@ -286,7 +310,7 @@ def cluster(folder: Path, seed: int) -> Iterator[tuple[Cluster, str]]:
         build("phantom", None, url, {"studies": "60", "size": "96"}, settings, lambda done, total: None)
         disk = stack.enter_context(small_disk(folder / "disk", 400))
         stack.callback(box.down, folder / "box")
-        conf = box.up(folder / "box", nodes=2, grace=20)["conf"]
+        conf = box.up(folder / "box", nodes=2, grace=GRACE)["conf"]
         clock = folder / "clock"
         write_atomically(clock, b"+0")
         sleep = folder / "steady_sleep.so"

@@ -144,6 +144,7 @@ def slurm_parameters(run: RunDir, profile: Profile, python: str, frozen: Path | 
         "setup": [
             # The batch shell outlives the ranks, so that slurm.requeue can decide what follows when all are gone.
             "trap : TERM USR2",
+            "export RADHPC_JOB_STARTED=$(date +%s)",  # radhpc/stop.py
             *setup_lines(profile, frozen),
             *tasks,
             # What ranks said at the end of the life before is not for the decision on this one: there may be fewer now.
@@ -244,6 +245,7 @@ def environment(profile: Profile, more: dict[str, str] | None = None) -> Iterato
     if profile.cluster == "slurm":  # elsewhere nobody kills after a signal
         wanted |= {"RADHPC_GRACE_SECONDS": str(profile.grace_seconds)}
         wanted |= {"RADHPC_SIGNAL_SECONDS": str(profile.signal_seconds)}
+        wanted |= {"RADHPC_LIMIT_SECONDS": str(profile.minutes * 60)}
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:
