@@ -342,14 +342,16 @@ def status(
 
         watch_runs(lambda: find_runs(runs), Console(highlight=False))
         return
-    if runs and any(map(is_sweep, runs)) and not audit:
-        standings = [Study.open(path).standing() for path in runs if is_sweep(path)]
-        for standing in standings:
-            _say(tables.sweep(standing), as_json)
-        alone = Statuses(find_runs(others)).now() if (others := [p for p in runs if not is_sweep(p)]) else []
+    sweeps = [path for path in runs or sorted(Path("runs").glob("*/")) if is_sweep(path)]
+    if sweeps and not audit:
+        standings = [Study.open(path).standing() for path in sweeps]
+        rest = [path for path in runs or sorted(Path("runs").glob("*/")) if path not in sweeps]
+        alone = Statuses(find_runs(rest, strict=bool(runs))).now() if rest else []
         if alone:
             _say(tables.Runs(alone), as_json)
-        _emit(standings[0] if len(runs) == 1 else {"runs": alone, "sweeps": standings}, as_json)
+        for standing in standings:
+            _say(tables.sweep(standing), as_json)
+        _emit(standings[0] if runs and len(runs) == 1 else {"runs": alone, "sweeps": standings}, as_json)
         return
     chosen = find_runs(runs)
     if audit:

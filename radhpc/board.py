@@ -2,6 +2,7 @@
 
 import math
 import textwrap
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
+
+_EVENTS = "events.out.tfevents."  # followed by the time, in ten digits, and who wrote it
 
 
 class Board:
@@ -19,6 +22,7 @@ class Board:
         if folder is not None:
             from torch.utils.tensorboard import SummaryWriter
 
+            _in_order(folder)
             # What an earlier life wrote behind the restored step was lost with it, and will be trained again:
             # purge_step makes TensorBoard drop it, so that no step appears twice.
             purge = resumed_at + 1 if any(folder.glob("events.out.*")) else None
@@ -59,6 +63,18 @@ class Board:
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+
+
+def _in_order(folder: Path) -> None:
+    """Let the files of earlier lives come before the next one, as TensorBoard reads a run's files by name.
+
+    Their names begin with the time. Where a clock was set back, or two lives began within a second, the earlier files
+    get numbers instead, in the order in which they were; elsewhere they keep their names, as somebody may be watching.
+    """
+    names = sorted(path.name for path in folder.glob(f"{_EVENTS}*"))
+    if names and names[-1] >= f"{_EVENTS}{int(time.time()):010d}":
+        for number, name in enumerate(names):
+            (folder / name).rename(folder / f"{_EVENTS}{number:010d}.{name.split('.', 4)[-1]}")
 
 
 def panel(images: Sequence[Image.Image], texts: dict[str, str], height: int = 320) -> npt.NDArray[np.uint8]:

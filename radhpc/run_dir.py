@@ -37,6 +37,8 @@ Event = Literal[
     "pruned",
 ]  # fmt: skip
 
+_RESERVE = 1 << 18  # bytes
+
 
 class RunDir:
     """Paths and small files of one run."""
@@ -112,6 +114,17 @@ class RunDir:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+    def hold_back(self) -> None:
+        """Keep some of the disk for the last words of a life that fills it up. Raises OSError where it is full."""
+        for who in ("ranks", "decision"):
+            if not self.reserve(who).exists():
+                # Random, as some file systems compress.
+                write_atomically(self.reserve(who), os.urandom(_RESERVE), 0o600)
+
+    def reserve(self, who: Literal["ranks", "decision"]) -> Path:
+        """For files.insist: of the ranks, and of slurm.requeue, which decides behind them."""
+        return self.folder("logs") / f"reserve.{who}"
 
     def events(self, *names: Event) -> list[dict[str, Any]]:
         """The events so far, oldest first; a last line that was cut by a crash is left out."""

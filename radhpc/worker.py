@@ -4,7 +4,6 @@ outcome = run("runs/padchest-1")        # on each rank, with RANK, WORLD_SIZE, .
 """
 
 import contextlib
-import errno
 import json
 import logging
 import os
@@ -24,7 +23,7 @@ from radhpc.checkpoint import Checkpoints, Cursor, name_of
 from radhpc.dist import Ranks, lost_peer
 from radhpc.engine import Engine
 from radhpc.errors import UserError, first_line
-from radhpc.files import read_json, write_atomically
+from radhpc.files import FULL, insist, read_json, write_atomically
 from radhpc.heartbeat import Heartbeat, Limits
 from radhpc.ledger import Ledger
 from radhpc.log import Bar
@@ -73,7 +72,7 @@ def run(path: str, stop: Stop | None = None, trial: Trial | None = None) -> Outc
             outcome = _run(run_dir, ranks, stop, trial)
         except BaseException as error:
             heart.give_way()
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if isinstance(error, OSError) and error.errno in FULL:
                 where = error.filename or run_dir.path
                 full = UserError(f"{where}: {error.strerror}; free some space, then 'launch.py resume {run_dir.path}'")
                 raise _recorded(run_dir, rank, full) from error
@@ -93,6 +92,7 @@ def _run(run: RunDir, ranks: Ranks, stop: Stop, trial: Trial | None) -> Outcome:
         job = os.environ.get("SLURM_JOB_ID", "")
         nodes = os.environ.get("SLURM_JOB_NODELIST", socket.gethostname())
         run.record("started", life=life, job=job, world=ranks.world, engine=recipe.engine, nodes=nodes)
+        run.hold_back()
     _agree_on_environment(run, ranks)
     parts = Parts(run, recipe, ranks, stop, trial)
     position: Position | None = None
@@ -315,7 +315,8 @@ def _record_end(
 ) -> None:
     """How this rank's life ended, for slurm.requeue to read once all are gone; a killed rank leaves no such file."""
     data = {**asdict(outcome), "host": node_name(), "traceback": trace, "culprits": list(culprits)}
-    write_atomically(_end_path(run, rank), json.dumps(data).encode(), 0o600)
+    text = json.dumps(data).encode()
+    insist(run.reserve("ranks"), lambda: write_atomically(_end_path(run, rank), text, 0o600))
 
 
 def _end_path(run: RunDir, rank: int) -> Path:

@@ -42,6 +42,10 @@ def submit(run: RunDir, profile: Profile, current_code: bool = False) -> submiti
     if profile.cluster != "inline":
         code.check_profile(run.code, run.path / "profile.yaml")
     run.clear_stop()
+    try:
+        run.hold_back()
+    except OSError as error:
+        raise UserError(f"{run.path}: {error.strerror}") from error
     with starting(run, profile), explain():
         job = executor(run, profile).submit(slurm_job.main, str(run.path))
     pid = os.getpid() if profile.cluster == "inline" else int(job.job_id) if profile.cluster == "local" else None
@@ -140,6 +144,7 @@ def slurm_parameters(run: RunDir, profile: Profile, python: str, frozen: Path | 
         "setup": [
             # The batch shell outlives the ranks, so that slurm.requeue can decide what follows when all are gone.
             "trap : TERM USR2",
+            "export RADHPC_JOB_STARTED=$(date +%s)",  # radhpc/stop.py
             *setup_lines(profile, frozen),
             *tasks,
             # What ranks said at the end of the life before is not for the decision on this one: there may be fewer now.
@@ -240,6 +245,7 @@ def environment(profile: Profile, more: dict[str, str] | None = None) -> Iterato
     if profile.cluster == "slurm":  # elsewhere nobody kills after a signal
         wanted |= {"RADHPC_GRACE_SECONDS": str(profile.grace_seconds)}
         wanted |= {"RADHPC_SIGNAL_SECONDS": str(profile.signal_seconds)}
+        wanted |= {"RADHPC_LIMIT_SECONDS": str(profile.minutes * 60)}
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:

@@ -248,6 +248,18 @@ def script_of(recipe_file: Path, tmp_path: Path, **settings: Any) -> tuple[RunDi
     return run, _make_sbatch_string(f"{python} -u -m x", run.path, **slurm_parameters(run, profile, sys.executable))
 
 
+def test_a_decision_that_fails_is_made_once_more(recipe_file: Path, tmp_path: Path) -> None:
+    """The end of the real batch script, with a Python that is killed the first time."""
+    python, called = tmp_path / "python", tmp_path / "called"
+    python.write_text(f'#!/bin/sh\necho "$@" >> {called}\n[ $(wc -l < {called}) = 2 ] || kill -9 $$\n')
+    python.chmod(0o755)
+    run = RunDir.create(tmp_path / "run", load_recipe(recipe_file))
+    parameters = slurm_parameters(run, profiles.Profile(cluster="slurm"), str(python))
+    end = "\n".join(["(exit 143)", *parameters["teardown"]])
+    assert subprocess.run(["bash", "-c", end], check=False).returncode == 0
+    assert called.read_text() == f"-m slurm.requeue {run.path} 143\n" * 2
+
+
 def test_a_container_by_apptainer(recipe_file: Path, tmp_path: Path) -> None:
     container = {"apptainer": "/images/radhpc.sif", "binds": ["/data", "/scratch:/local:ro"], "options": ["--no-home"]}
     run, script = script_of(recipe_file, tmp_path, container=container)
