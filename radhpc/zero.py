@@ -41,6 +41,7 @@ class ZeroEngine(Engine):
             dist.init_process_group(
                 "nccl" if self.ranks.device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1
             )
+        os.environ.setdefault("LOCAL_RANK", "0")  # it wants this also of one process
         self._library.init_distributed(dist_init_required=False)
         self._autocast = torch.autocast(self.ranks.device.type, enabled=False)
         self._lockstep = recipe.zero.stage == 3

@@ -88,23 +88,22 @@ def train_and_save(life: Life, name: str) -> dict[str, Any]:
     return results
 
 
-def go_on(life: Life, name: str, sources: list[str]) -> dict[str, Any]:
-    """The third step from each of these checkpoints; the state that it ends with is compared by the test."""
+def go_on(life: Life, name: str, sources: list[tuple[str, int]]) -> dict[str, Any]:
+    """The third step from each of these (checkpoint, stage), beside the state that its own run came to."""
     results: dict[str, Any] = {}
-    for stage in (0, 1):
-        for source in sources:
-            tensors = load_file(life.folder / f"{source}.stage{stage}.safetensors")
-            engine = life.engine(stage)
-            engine.load(tensors, 2)
-            before = engine.state()
-            step = life.step(engine, 2)
-            after = engine.state()
-            if life.ranks.first:
-                same = before.keys() == tensors.keys() and all(torch.equal(before[n], tensors[n]) for n in tensors)
-                wanted = load_file(life.folder / f"{source}.stage{stage}.last.safetensors")
-                far = max(float((after[n] - wanted[n]).abs().max()) for n in wanted)
-                exact = all(torch.equal(after[n], wanted[n]) for n in wanted)
-                results[f"{source}.stage{stage}"] = {"same": same, "step": step, "far": far, "exact": exact}
+    for source, stage in sources:
+        tensors = load_file(life.folder / f"{source}.stage{stage}.safetensors")
+        engine = life.engine(stage)
+        engine.load(tensors, 2)
+        before = engine.state()
+        step = life.step(engine, 2)
+        after = engine.state()
+        if life.ranks.first:
+            same = before.keys() == tensors.keys() and all(torch.equal(before[n], tensors[n]) for n in tensors)
+            wanted = load_file(life.folder / f"{source}.stage{stage}.last.safetensors")
+            far = max(float((after[n] - wanted[n]).abs().max()) for n in wanted)
+            exact = all(torch.equal(after[n], wanted[n]) for n in wanted)
+            results[f"{source}.stage{stage}"] = {"same": same, "step": step, "far": far, "exact": exact}
     return results
 
 
