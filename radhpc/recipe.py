@@ -90,8 +90,8 @@ class Model(Section):
     family: str = Field("mllama", description="which file of radhpc/models builds it")
     weights: str | dict[str, str] | None = Field(
         None,
-        description="local folder as transformers saves it, or hub:OWNER/NAME, whose files 'launch.py weights --online' "
-        "has fetched; of a model that is put together, one for each of its parts: {vision: ..., text: ...}",
+        description="local folder as transformers saves it, or hub:OWNER/NAME, which 'launch.py weights --online' has "
+        "fetched; of a model that is put together, one for each of its parts: {vision: ..., text: ...}",
     )
     config: dict[str, Any] | None = Field(
         None,

@@ -1,9 +1,8 @@
 """The files that a recipe's model is made of: where they lie, whether they are whole, and what is missing.
 
-    recipe.model.folders              # by part; of a hub id the files that are on this machine already, see recipe.py
-    check(recipe)                    # raises UserError with one line: before anything is queued, and without torch
-    listing(recipe)                  # every part with its files, sizes and faults, for `launch.py weights`
-    fetch("Qwen/Qwen3-0.6B", None)         # the one place where a network is used, and only when asked for
+    check(recipe)                       # raises UserError with one line: before anything is queued, and without torch
+    listing(recipe)                     # every part's files with sizes and faults, for `launch.py weights`
+    fetch("Qwen/Qwen3-0.6B", folder)    # the one place where a network is used, and only when asked for
 
 Each family says in its file, by the constant WEIGHTS, which parts it has, of which model types, and how a hub calls the
 usual one. It is read there without importing the file: a login node needs no torch.

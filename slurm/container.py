@@ -77,8 +77,14 @@ def variables(container: Container | None, code: Path) -> dict[str, str]:
 
 def _inputs(recipe: Recipe) -> list[str]:
     shards = [url.split("#")[0] for stage in recipe.stages for url in recipe.shards_of(stage)]
-    others = [*recipe.model.folders.values(), recipe.model.tokenizer.folder]
+    others = [*map(_with_blobs, recipe.model.folders.values()), recipe.model.tokenizer.folder]
     return shards + [path for path in others if path]
+
+
+def _with_blobs(folder: str) -> str:
+    """A snapshot in a hub's cache is a folder of links to blobs two folders up."""
+    path = Path(folder)
+    return str(path.parent.parent) if path.parent.name == "snapshots" else folder
 
 
 def _bind(text: str) -> str:
