@@ -19,9 +19,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from radhpc.adapters import Tensors, canonical
+from radhpc.blocks import prepare_blocks
 from radhpc.collate import Batch
 from radhpc.dist import Ranks
 from radhpc.errors import UserError
+from radhpc.host import remember
 from radhpc.objective import NextToken
 from radhpc.recipe import Optimizer, Recipe
 
@@ -49,8 +51,7 @@ class Engine:
         self._clip = stage.clip
         self._autocast: Any = contextlib.nullcontext()
         bf16 = recipe.precision == "bf16"
-        if recipe.model.checkpoint_activations:
-            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        prepare_blocks(model, blocks, recipe.model.checkpoint_activations, recipe.model.compile)
         if ranks.world > 1:
             _shard(model, blocks, ranks, bf16)
         else:
@@ -119,7 +120,8 @@ class Engine:
         return torch.as_tensor(ids)[:, batch["input_ids"].shape[1] :].cpu()
 
     def to_device(self, batch: Batch) -> Batch:
-        return {name: value.to(self.ranks.device, non_blocking=True) for name, value in batch.items()}
+        device = self.ranks.device
+        return {name: remember(value.to(device, non_blocking=True), value) for name, value in batch.items()}
 
     def weights(self) -> Tensors:
         """The trained parameters, whole, on the CPU. All ranks must call it; only rank 0 gets them."""

@@ -16,7 +16,7 @@ FLOORS = (
     ("dist", "heartbeat", "log", "stop", "remote", "store", "board", "ledger", "cache", "probe", "grace", "storage",
      "background"),
     ("order", "transforms", "processors", "models", "tokenizer", "source", "fetch", "collate", "stream", "objective",
-     "adapters", "engine", "allocations"),
+     "adapters", "host", "attention", "blocks", "token_loss", "engine", "allocations"),
     ("checkpoint", "metrics", "generate", "evaluate", "export", "audit", "parts", "loop", "straggler", "hooks",
      "saving", "plan"),
     ("worker",),
