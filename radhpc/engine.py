@@ -28,9 +28,11 @@ from torch.distributed.tensor import DTensor
 
 from radhpc import optimizers
 from radhpc.adapters import Tensors, canonical
+from radhpc.blocks import prepare_blocks
 from radhpc.collate import Batch
 from radhpc.dist import Ranks
 from radhpc.errors import UserError
+from radhpc.host import remember
 from radhpc.objective import NextToken
 from radhpc.placing import place
 from radhpc.recipe import Optimizer, Recipe
@@ -66,8 +68,7 @@ class Engine:
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[recipe.precision]
         self.scaler = LossScale() if recipe.precision == "fp16" else None
         self._clip, self._stage = stage.clip, stage
-        if recipe.model.checkpoint_activations:
-            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        prepare_blocks(model, blocks, recipe.model.checkpoint_activations, recipe.model.compile)
         self._lay_out(recipe, blocks)
         self.trained = {canonical(n): p for n, p in model.named_parameters() if p.requires_grad}
         self._start()
@@ -229,7 +230,8 @@ class Engine:
         return torch.as_tensor(ids)[:, batch["input_ids"].shape[1] :].cpu()
 
     def to_device(self, batch: Batch) -> Batch:
-        return {name: value.to(self.ranks.device, non_blocking=True) for name, value in batch.items()}
+        device = self.ranks.device
+        return {name: remember(value.to(device, non_blocking=True), value) for name, value in batch.items()}
 
     def weights(self) -> Tensors:
         """The trained parameters, whole, on the CPU. All ranks must call it; only rank 0 gets them."""

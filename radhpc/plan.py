@@ -29,6 +29,7 @@ from radhpc.collate import IGNORE, Batch, Encoded, Encoder, conversation
 from radhpc.dist import Ranks
 from radhpc.engine import Engine
 from radhpc.errors import UserError
+from radhpc.host import remember
 from radhpc.recipe import Recipe, Stage
 from radhpc.source import Source
 from radhpc.stream import stage_samples, stage_steps
@@ -108,7 +109,7 @@ def _stage(
         for group in engine.optimizer.param_groups:
             group["foreach"] = gpus and world == 1  # as PyTorch does by itself for plain tensors on a GPU
         weights = [*engine.model.parameters(), *engine.model.buffers()]
-        batch = {name: mode.from_tensor(tensor) for name, tensor in encoder.batch(rows).items()}
+        batch = {name: remember(mode.from_tensor(tensor), tensor) for name, tensor in encoder.batch(rows).items()}
         with mode, Allocations([*weights, *batch.values()], made_up_values=True) as memory:
             # From the second micro-batch of a step on, the gradients of the first are there, too.
             peak = trace(engine, [batch] * min(2, rounds), memory)

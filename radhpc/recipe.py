@@ -121,11 +121,21 @@ class Model(Section):
         "at 0.02 beside patches of about 0.5, so that a random model hardly knows where in the image it looks",
     )
     tokenizer: Tokenizer = Tokenizer()  # type: ignore[call-arg]
-    attention: Literal["sdpa", "eager"] = Field("sdpa", description="transformers' attention implementation")
+    attention: Literal["auto", "segments", "sdpa", "eager"] = Field(
+        "auto",
+        description="segments: without masks, by the fastest kernel there (radhpc/attention.py); sdpa and eager are "
+        "transformers'; auto: segments for Mllama, else sdpa",
+    )
     quantise: Literal["nf4"] | None = Field(
         None, description="keep the frozen linear layers of the blocks in four bits, by bitsandbytes"
     )
-    checkpoint_activations: bool = Field(False, description="recompute each layer's activations in the backward pass")
+    checkpoint_activations: bool | tuple[Literal["text", "cross", "vision"], ...] = Field(
+        False,
+        description="recompute the activations of each layer in the backward pass: of all of them, or of these kinds",
+    )
+    compile: bool = Field(
+        False, description="torch.compile for each layer; what was compiled is kept in the run folder for the next life"
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> "Model":

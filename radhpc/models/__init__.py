@@ -58,5 +58,7 @@ def family(model: Model, tokenizer_folder: str) -> ModelFamily:
     """Load a family's file and bind it to a recipe's model and tokenizer."""
     weights.check_architecture(model)
     module = importlib.import_module(f"radhpc.models.{model.family}")
+    if model.attention == "auto":
+        model = model.model_copy(update={"attention": getattr(module.Family, "attention", "sdpa")})
     result: ModelFamily = module.Family(model, tokenizer_folder)
     return result

@@ -24,7 +24,7 @@ from transformers.models.mllama.processing_mllama import (
 
 from radhpc import processors
 from radhpc.errors import UserError, first_line
-from radhpc.models import Arrays
+from radhpc.models import Arrays, _mllama_attention
 from radhpc.processors import MllamaImages
 from radhpc.recipe import Model
 
@@ -40,6 +40,7 @@ WEIGHTS = {
 class Family:
     """Mllama as radhpc.models.ModelFamily wants it."""
 
+    attention = "segments"
     blocks = (
         upstream.MllamaVisionEncoderLayer,
         upstream.MllamaSelfAttentionDecoderLayer,
@@ -136,13 +137,16 @@ class Family:
             self._initialise(model)
         model.generation_config.eos_token_id = self.tokenizer.eos_token_id
         model.generation_config.pad_token_id = self.tokenizer.pad_token_id
+        _mllama_attention.attach(model)
         return model.eval()
 
     def build_empty(self) -> torch.nn.Module:
         """The architecture alone, in float32 as build() gives it."""
         self.config._attn_implementation = self._recipe.attention
         with torch.device("meta"):
-            return MllamaForConditionalGeneration(self.config).eval()
+            model = MllamaForConditionalGeneration(self.config)
+        _mllama_attention.attach(model)
+        return model.eval()
 
     def _initialise(self, model: torch.nn.Module) -> None:
         """Start the gates and the position embeddings where the recipe says, not where upstream does."""
