@@ -22,8 +22,9 @@ from radhpc.adapters import Tensors, canonical
 from radhpc.collate import Batch
 from radhpc.dist import Ranks
 from radhpc.errors import UserError
-from radhpc.objective import NextToken
-from radhpc.recipe import Optimizer, Recipe
+from radhpc.objective import Objective, random_state, set_random_state
+from radhpc.recipe import Objective as ObjectiveRecipe, Optimizer, Recipe
+from radhpc.sam import ascended
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -32,21 +33,28 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 class StepReport:
     """What one optimizer step was like; the same on every rank."""
 
-    loss: float  # mean over the supervised tokens of the global batch
+    loss: float  # that is minimised, over the global batch: by default the mean over its supervised tokens
     gradient_norm: float
     learning_rates: dict[str, float]  # by group
+    terms: dict[str, float]  # of the objective, by name, without their weights
 
 
 class Engine:
     """The model on its device or devices, with the optimizer of one stage."""
 
     def __init__(
-        self, model: nn.Module, recipe: Recipe, stage: Optimizer, blocks: tuple[type, ...], ranks: Ranks
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        stage: Optimizer,
+        blocks: tuple[type, ...],
+        ranks: Ranks,
+        objective: ObjectiveRecipe = ObjectiveRecipe(),  # type: ignore[call-arg]  # noqa: B008
     ) -> None:
         if recipe.engine == "single" and ranks.world > 1:
             raise UserError(f"engine 'single' on {ranks.world} ranks: allowed is 'fsdp', or a profile with one task")
-        self.model, self.ranks, self._objective = model, ranks, NextToken()
-        self._clip = stage.clip
+        self.model, self.ranks, self._objective = model, ranks, Objective(objective, model)
+        self._clip, self._sharpness = stage.clip, stage.sharpness
         self._autocast: Any = contextlib.nullcontext()
         bf16 = recipe.precision == "bf16"
         if recipe.model.checkpoint_activations:
@@ -76,39 +84,69 @@ class Engine:
         moments are then those before it.
         """
         self.model.train()
-        total = torch.zeros((), dtype=torch.float64)
-        for n, batch in enumerate(batches):
-            if n:
+        random = random_state(self.ranks.device)
+        self._passes(batches, supervised, check)
+        terms = self._objective.values()
+        norm = self._norm()
+        if self._sharpness is not None:
+            with ascended(self.trained, self._sharpness, float(norm)):
                 check()
-            if isinstance(self.model, FSDPModule):
-                self.model.set_requires_gradient_sync(n == len(batches) - 1)
-            with self._autocast:
-                loss = self._objective(self.model, self.to_device(batch))
-            (loss / max(1, supervised)).backward()
-            total += loss.detach().double().cpu()
-        norm = _full(nn.utils.get_total_norm([p.grad for p in self.trained.values() if p.grad is not None]))
+                set_random_state(random, self.ranks.device)
+                self._passes(batches, supervised, check)
+            norm = self._norm()
         if self._clip is not None:
             nn.utils.clip_grads_with_norm_(self.trained.values(), self._clip, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * schedule
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        (loss_sum,) = self.ranks.sum([float(total)])
         rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
-        return StepReport(loss_sum / max(1, supervised), float(norm), rates)
+        return StepReport(self._objective.weighted(terms), float(norm), rates, terms)
+
+    def _passes(self, batches: Sequence[Batch], supervised: int, check: Callable[[], None]) -> None:
+        """Forward and backward over the micro-batches; leaves the gradients."""
+
+        def look(batch: Batch) -> None:
+            check()
+            self._loss(batch)
+
+        self._objective.begin(batches, supervised, self.ranks, look)
+        for n, batch in enumerate(batches):
+            if n:
+                check()
+            if isinstance(self.model, FSDPModule):
+                self.model.set_requires_gradient_sync(n == len(batches) - 1)
+            (self._loss(batch) / max(1, supervised)).backward()
+        self._objective.regularise(self.trained)
+
+    def _loss(self, batch: Batch) -> torch.Tensor:
+        with self._autocast:
+            return self._objective(self.model, self.to_device(batch))
+
+    def _norm(self) -> torch.Tensor:
+        return _full(nn.utils.get_total_norm([p.grad for p in self.trained.values() if p.grad is not None]))
 
     @torch.no_grad()
     def loss_sum(self, batch: Batch) -> float:
         """The summed loss of a batch, without training. Under FSDP all ranks must call it together."""
         self.model.eval()
+        return float(self._loss(batch))
+
+    @torch.no_grad()
+    def findings(self, batch: Batch) -> torch.Tensor | None:
+        """The probability of each finding by the multi-label head, (batch, names); None where the stage has none. As
+        loss_sum().
+        """
+        self.model.eval()
         with self._autocast:
-            return float(self._objective(self.model, self.to_device(batch)))
+            found = self._objective.findings(self.model, self.to_device(batch))
+        return None if found is None else found.float().cpu()
 
     @torch.no_grad()
     def generate(self, batch: Batch, max_new_tokens: int) -> torch.Tensor:
         """Greedy decoding; (batch, new tokens). Under FSDP all ranks call it together, with one batch each."""
         self.model.eval()
-        inputs = {name: value for name, value in self.to_device(batch).items() if name != "labels"}
+        inputs = {n: value for n, value in self.to_device(batch).items() if n not in ("labels", "findings")}
         with self._autocast:
             ids = self.model.generate(  # type: ignore[operator]
                 **inputs,

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from radhpc import adapters, models, tokenizer
+from radhpc import adapters, additions, models, tokenizer
 from radhpc.background import beside, on_first
 from radhpc.checkpoint import Checkpoints, Cursor, sha256
 from radhpc.collate import Encoder, conversation
@@ -50,6 +50,8 @@ class Parts:
         self.checkpoints = Checkpoints.of(run.path, recipe)
         self._sources: dict[tuple[int, str], Source] = {}
         self.base_hash = ""  # known once a model was built
+        self.stage = len(recipe.stages) - 1  # whose prompts and views encoder() has: that of the newest engine
+        self._encoders: dict[int, Encoder] = {}
 
     def source(self, stage: int, split: Split) -> Source:
         """The samples of a split, over a stage's shards."""
@@ -61,9 +63,19 @@ class Parts:
     def family(self) -> models.ModelFamily:
         return models.family(self.recipe.model, self._tokenizer_folder())
 
-    @cached_property
+    @property
     def encoder(self) -> Encoder:
-        return Encoder(self.family, self.recipe.text, self.recipe.images)
+        """That of the stage whose engine was built last."""
+        return self.encoder_of(self.stage)
+
+    def encoder_of(self, number: int) -> Encoder:
+        """Prompts, answers and views as a stage has them."""
+        if number not in self._encoders:
+            recipe, stage = self.recipe, self.recipe.stages[number]
+            text, images = recipe.text_of(stage), recipe.images_of(stage)
+            labelled = bool(stage.objective.clinical)
+            self._encoders[number] = Encoder(self.family, text, images, recipe.findings, recipe.seed, labelled)
+        return self._encoders[number]
 
     def engine(self, stage: int, lineage: tuple[str, ...]) -> Engine:
         """The model at the start of a stage, ready to train. `lineage` names the checkpoints of the stages before."""
@@ -71,16 +83,24 @@ class Parts:
         model = beside(lambda: family.build(self.recipe.seed), self.ranks, self.stop)
         assert model is not None
         self.base_hash = self._base_hash(model)
+        _check_context(model, self.recipe)
+        additions.attach(model, family, self.recipe, self.recipe.seed)
+        adapters.check(model, self.recipe.stages)
+        self.stage = stage
 
         def saved(earlier: int) -> adapters.Tensors:
             name = lineage[earlier]
             if fault := self.checkpoints.verify(name):
                 where, stage_name = self.checkpoints.storage.where(name), self.recipe.stages[earlier].name
                 raise UserError(f"{where}: {fault}; without the end of stage '{stage_name}' the run cannot go on")
+            if self.checkpoints.cursor(name).base != self.base_hash:
+                where = self.checkpoints.storage.where(name)
+                raise UserError(f"{where}: it was trained on another base model than this one")
             return self.checkpoints.tensors(name, moments=False)
 
         adapters.prepare(model, self.recipe.stages, stage, saved, self.recipe.seed)
-        return Engine(model, self.recipe, self.recipe.stages[stage].optimizer, self.family.blocks, self.ranks)
+        here = self.recipe.stages[stage]
+        return Engine(model, self.recipe, here.optimizer, self.family.blocks, self.ranks, here.objective)
 
     def restored_engine(self) -> tuple[Engine, Cursor]:
         """The model of the newest checkpoint that verifies. Raises UserError where there is none."""
@@ -118,7 +138,8 @@ class Parts:
         def train() -> None:
             temporary = self.run.path / ".tokenizer.writing"
             shutil.rmtree(temporary, ignore_errors=True)
-            texts = (conversation(sample, self.recipe.text) for sample in self.source(0, "train").samples())
+            text, findings = self.recipe.text_of(self.recipe.stages[0]), self.recipe.findings
+            texts = (conversation(sample, text, findings) for sample in self.source(0, "train").samples())
             tokenizer.train(texts, vocabulary, temporary)
             temporary.rename(folder)
 
@@ -131,6 +152,19 @@ class Parts:
         return on_first(
             lambda: _hash_files(Path(weights), remembered) if weights else _hash_tensors(model), self.ranks, self.stop
         )
+
+
+def _check_context(model: torch.nn.Module, recipe: Recipe) -> None:
+    """Refuse texts that are longer than the model can read."""
+    config = model.config.get_text_config()  # type: ignore[operator,union-attr]
+    longest = getattr(config, "max_position_embeddings", None)
+    for stage in recipe.stages:
+        tokens = recipe.text_of(stage).max_tokens
+        if longest is not None and tokens > longest:
+            raise UserError(
+                f"stage '{stage.name}': text.max_tokens {tokens} is longer than the model's context; allowed are up to "
+                f"{longest}"
+            )
 
 
 def _hash_tensors(model: torch.nn.Module) -> str:

@@ -34,6 +34,7 @@ Event = Literal[
     "straggler",  # a rank is slower than the others: rank, host, ratio
     "code_replaced", "environment_changed",
     "pruned",
+    "taken_over",  # the run begins where a stage of another ended: origin, checkpoints, step
 ]  # fmt: skip
 
 

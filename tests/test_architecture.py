@@ -15,10 +15,10 @@ FLOORS = (
     ("errors", "files", "sample", "manifest", "recipe", "run_dir", "fingerprint"),
     ("dist", "heartbeat", "log", "stop", "remote", "store", "board", "ledger", "cache", "probe", "grace", "storage",
      "background"),
-    ("order", "transforms", "processors", "models", "tokenizer", "source", "fetch", "collate", "stream", "objective",
-     "adapters", "engine", "allocations"),
+    ("order", "transforms", "processors", "models", "tokenizer", "source", "fetch", "tasks", "collate", "stream",
+     "additions", "objective", "sam", "adapters", "engine", "allocations"),
     ("checkpoint", "metrics", "generate", "evaluate", "export", "audit", "parts", "loop", "straggler", "hooks",
-     "saving", "plan"),
+     "saving", "plan", "lineage", "seam"),
     ("worker",),
 )  # fmt: skip
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
@@ -34,6 +34,8 @@ TORCH_FREE = {
     "order",
     "transforms",
     "processors",
+    "source",
+    "tasks",
     "metrics",
     "grace",
     "storage",
