@@ -216,12 +216,18 @@ def train(
     on: On = "inline",
     run: Annotated[Path | None, typer.Option(help="Folder of the run; default: runs/NAME-DATE.")] = None,
     engine: Annotated[str | None, typer.Option(help="fsdp, deepspeed or single; as engine=.")] = None,
+    stages: Annotated[str | None, typer.Option(help="Of the recipe, by number or name: 2,3; default: all.")] = None,
+    origin: Annotated[
+        Path | None, typer.Option("--from", metavar="RUN", help="The run that has trained the stages before those.")
+    ] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Follow the job until it ends.")] = False,
     as_json: Json = False,
 ) -> None:
     """Validate and freeze a recipe, check its data, and submit it. Prints the run's folder and the job's id."""
     changes = [*(overrides or []), *([f"engine={engine}"] if engine else [])]
-    run_dir = _train(recipe, changes, on, run, watch, lambda run, job: _announce(run, job, as_json))
+    run_dir = _train(
+        recipe, changes, on, run, watch, lambda run, job: _announce(run, job, as_json), stages=stages, origin=origin
+    )
     _emit({"run": str(run_dir.path), "job": (run_dir.job() or {}).get("id")}, as_json)
 
 
@@ -756,18 +762,25 @@ def _train(
     path: Path | None,
     watch: bool = False,
     announce: Callable[["RunDir", str], None] = lambda run, job: None,
+    stages: str | None = None,
+    origin: Path | None = None,
 ) -> "RunDir":
-    from radhpc import recipe as recipes
+    from radhpc import lineage, recipe as recipes
     from radhpc.run_dir import RunDir
     from slurm import profile as profiles
 
     recipe, profile = recipes.load(recipe_path, overrides), profiles.load(on)
+    before, first = RunDir.open(origin) if origin else None, 0
+    if stages or before:
+        recipe, first = lineage.select(recipe, stages, before)
     _check_data(recipe)
     run = RunDir.create(path or _new_run(recipe.name), recipe)
     try:
+        if before is not None:
+            lineage.take_over(run, first, before)
         _submit(run, profile, watch, announce)
     except UserError:
-        if not run.events():  # refused before anything was submitted: the name is free again
+        if not run.events("submitted"):  # refused before anything was submitted: the name is free again
             shutil.rmtree(run.path)
         raise
     return run

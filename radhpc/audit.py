@@ -27,9 +27,12 @@ def audit(run: RunDir) -> dict[str, Any]:
         raise UserError(f"{run.recipe_path}: stream.audit: false, so that the run keeps no ledger; allowed is true")
     seen = consumed(run.path / "ledger")
     epochs = []
-    first = 1
+    # What was taken over from another run was trained on there.
+    first = max((event["step"] for event in run.events("taken_over")), default=0) + 1
     for number, stage in enumerate(recipe.stages):
         steps = [step for step, at in seen.stages.items() if at == number]
+        if not steps and not epochs:
+            continue
         if not steps:
             break
         batches = {step: seen.steps[step] + seen.bad[step] for step in steps}

@@ -53,6 +53,7 @@ class Cursor:
     world: int  # ranks that wrote it
     engine: str
     format: int = FORMAT
+    origin: str = ""  # the run and the checkpoint that it was taken over from, if it was: lineage.py
 
 
 def name_of(step: int) -> str:

@@ -106,6 +106,7 @@ def board_hook(board: Board, parts: Parts) -> Callable[[Position, Report], None]
                 "data/padding": report.padding,
                 **{f"data/{name}": value for name, value in report.traffic.items()},
                 "memory/gigabytes": memory / 1e9,
+                **{f"loss/{name}": value for name, value in report.engine.terms.items()},
                 **{f"learning_rate/{name}": rate for name, rate in report.engine.learning_rates.items()},
             },
         )

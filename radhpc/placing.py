@@ -67,13 +67,14 @@ def change(parameter: torch.Tensor, how: Change) -> None:
         promise.changes.append(how)
 
 
-def build(family: ModelFamily, recipe: Model, seed: int) -> nn.Module:
+def build(family: ModelFamily, recipe: Model, seed: int, whole: bool = False) -> nn.Module:
     """The base model on the CPU: random values as the family makes them, or the promise of a local folder's.
 
-    Raises UserError where the folder lacks a tensor. A folder whose tensors the model takes apart or puts together
+    `whole`: read the values at once, for adapters that start from them. Raises UserError where the folder lacks a tensor.
+    A folder whose tensors the model takes apart or puts together
     anew is read by the family, whole.
     """
-    if recipe.weights is None:
+    if recipe.weights is None or whole:
         return family.build(seed)
     folder = Path(recipe.weights)
     model = family.build_empty()

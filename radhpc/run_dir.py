@@ -35,6 +35,7 @@ Event = Literal[
     "code_replaced", "environment_changed",
     "engine_changed",  # `resume --engine`: was, engine
     "pruned",
+    "taken_over",  # the run begins where a stage of another ended: origin, checkpoints, step
 ]  # fmt: skip
 
 _RESERVE = 1 << 18  # bytes

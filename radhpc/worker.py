@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from radhpc import fingerprint, hooks, log as logs
+from radhpc import fingerprint, hooks, log as logs, seam, tasks
 from radhpc.background import beside, on_first
 from radhpc.board import Board
 from radhpc.checkpoint import Checkpoints, Cursor, name_of
@@ -103,6 +103,8 @@ def _run(run: RunDir, ranks: Ranks, stop: Stop, trial: Trial | None) -> Outcome:
                 raise UserError(f"stage '{recipe.stages[n].name}': no sample of split 'train' in its shards")
         steps = [stage_steps(stage, length) for stage, length in zip(recipe.stages, lengths, strict=True)]
         _agree_on_data(parts, steps)
+        for stage, number in zip(recipe.stages, range(len(steps)), strict=True):
+            on_first(lambda s=stage, n=number: tasks.check(recipe, s, parts.source(n, "train")), ranks, stop)
         cursor = _restore(parts, run, life, ranks)
         board = Board(run.path / "tensorboard" if ranks.first else None, cursor.step if cursor else 0)
         board.event(cursor.step if cursor else 0, "resumed" if cursor else "started", _history(run))
@@ -112,23 +114,26 @@ def _run(run: RunDir, ranks: Ranks, stop: Stop, trial: Trial | None) -> Outcome:
         known = ranks.broadcast([event["key"] for event in run.events("quarantined")] if ranks.first else [])
         quarantine = Quarantine(recipe.stream.max_bad_samples, known, _quarantined(run) if ranks.first else None)
         lineage: tuple[str, ...] = cursor.lineage if cursor else ()
-        for number in range(cursor.stage if cursor else 0, len(recipe.stages)):
+        reached = 0
+        if cursor is not None and cursor.origin:  # the end of a stage that another run has trained
+            lineage, reached = (*lineage, name_of(cursor.step)), cursor.step
+        for number in range(len(lineage), len(recipe.stages)):
             here = cursor if cursor is not None and cursor.stage == number else None
             position = Position(
                 stage=number,
-                step=here.step if here else sum(steps[:number]),
+                step=here.step if here else reached,
                 stage_step=here.stage_step if here else 0,
                 stage_steps=steps[number],
                 samples=here.samples if here else 0,
                 stage_samples=stage_samples(recipe.stages[number], lengths[number]),
             )
             name = _run_stage(parts, position, here, lineage, board, ledger, quarantine, stop, sum(steps))
-            lineage = (*lineage, name)
-        board.event(sum(steps), "finished", "all stages are done")
+            lineage, reached = (*lineage, name), position.step
+        board.event(reached, "finished", "all stages are done")
         board.close()
         if ranks.first:
-            run.record("finished", step=sum(steps))
-        return Outcome("finished", step=sum(steps))
+            run.record("finished", step=reached)
+        return Outcome("finished", step=reached)
     except Interrupted as interrupted:
         ending: Ending = interrupted.ending or _before_training(parts, stop)
         step = position.step if position else ending.committed_step or 0
@@ -168,6 +173,8 @@ def _run_stage(
         assert tensors is not None
         engine.load(tensors, cursor.stage_step)
         del tensors
+    elif number:
+        seam.check(parts, engine, number)
     stop.check(ranks.max)
     _describe(engine, position, parts)
     saving = Saving(parts, engine, board, stop, lineage)
@@ -197,8 +204,10 @@ def _run_stage(
             train(stream, engine, stage, position, calls, ledger, quarantine, stop, ranks, recipe.seed)
         saving.finish(position)
         hooks.export_adapter(parts, engine, position)
-        if ranks.first and _last_finished(parts.run) < number:
-            parts.run.record("stage_finished", stage=stage.name, number=number, step=position.step)
+        if ranks.broadcast(_last_finished(parts.run) < number):
+            loss = seam.probe(parts, engine, number)
+            if ranks.first:
+                parts.run.record("stage_finished", stage=stage.name, number=number, step=position.step, loss=loss)
         last = number == len(recipe.stages) - 1
         # A sweep chooses by its trials' scores, so that the test split is none of its business.
         evaluating(position, split="test" if last and parts.trial is None else None)

@@ -13,7 +13,7 @@ import importlib.util
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -133,7 +133,7 @@ class ZeroEngine(Engine):
         # ZeRO averages over the ranks; the loss is already a part of the global batch's.
         self._started().backward(loss * self.ranks.world)
 
-    def _update(self, scale: float) -> float | None:
+    def _update(self, scale: float, again: Callable[[], None]) -> float | None:
         zero = self._started()
         if self.scaler is not None:
             zero.optimizer.loss_scaler.cur_scale = scale

@@ -1,8 +1,8 @@
 """Model families: one file each, found by name. A new family is one file with a class named `Family`."""
 
 import importlib
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,18 @@ from radhpc import weights
 from radhpc.recipe import Model
 
 Arrays = dict[str, npt.NDArray[Any]]
+
+
+class Taps(NamedTuple):
+    """Where a model's features are, for objectives that need more than its answers. A family that has them says so by
+    a method `taps(model)`; those without it learn by generation alone.
+    """
+
+    image: torch.nn.Module  # gives image tokens
+    text: torch.nn.Module  # gives (batch, length, width) of what is said, before any of it has met an image
+    last: torch.nn.Module  # is called behind both, in each forward pass
+    width: int
+    pool: Callable[[torch.Tensor, dict[str, torch.Tensor]], torch.Tensor]  # image tokens, batch -> (batch, width)
 
 
 class ModelFamily(Protocol):

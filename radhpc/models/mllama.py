@@ -24,7 +24,7 @@ from transformers.models.mllama.processing_mllama import (
 
 from radhpc import processors
 from radhpc.errors import UserError, first_line
-from radhpc.models import Arrays, _mllama_attention
+from radhpc.models import Arrays, Taps, _mllama_attention
 from radhpc.processors import MllamaImages
 from radhpc.recipe import Model
 
@@ -158,6 +158,12 @@ class Family:
                 if positions is not None and name.endswith("gated_positional_embedding.embedding"):
                     parameter.normal_(std=positions)
 
+    def taps(self, model: Any) -> Taps:
+        """Image tokens as the language model gets them; what is said as it is before the first cross-attention."""
+        language, first = model.model.language_model, self.config.text_config.cross_attention_layers[0]
+        text = language.layers[first - 1] if first else language.embed_tokens
+        return Taps(model.model.multi_modal_projector, text, language, self.config.text_config.hidden_size, _pool)
+
     def prompt(self, text: str, images: int) -> str:
         # Text before an image cannot see it, so the images come first.
         content = [{"type": "image"}] * images + [{"type": "text", "text": text}]
@@ -192,3 +198,10 @@ class Family:
         )
         batch["cross_attention_mask"] = torch.from_numpy(mask)
         return batch
+
+
+def _pool(tokens: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """(B, I, T, patches, width) -> the mean over the patches of all tiles that hold a part of a view, (B, width)."""
+    tiles = batch["aspect_ratio_mask"] * (batch["aspect_ratio_ids"] > 0).unsqueeze(-1)
+    share = tiles.to(tokens.dtype) / tiles.sum((1, 2), keepdim=True).clamp_min(1)
+    return torch.einsum("bitpw,bit->bw", tokens, share) / tokens.shape[3]

@@ -146,7 +146,9 @@ class Lives:
             process.start()
         return list(processes)
 
-    def run(self, name: str, spec: str, world: int, work: Callable[..., Any], overrides: list[str] | None = None) -> Any:
+    def run(
+        self, name: str, spec: str, world: int, work: Callable[..., Any], overrides: list[str] | None = None
+    ) -> Any:
         """What rank 0 gives."""
         processes = self.start(name, spec, world, work, overrides)
         for process in processes:

@@ -40,9 +40,7 @@ def test_losses_and_norms_are_equal(trained: dict[str, Any]) -> None:
         wanted = trained["single-1"][stage]
         assert max(norm for _, norm in wanted["steps"]) > {"stage0": 0.5, "stage1": 0.01}[stage]
         for name, found in trained.items():
-            for (loss, norm), (wanted_loss, wanted_norm) in zip(
-                found[stage]["steps"], wanted["steps"], strict=True
-            ):
+            for (loss, norm), (wanted_loss, wanted_norm) in zip(found[stage]["steps"], wanted["steps"], strict=True):
                 assert loss == pytest.approx(wanted_loss, rel=2e-6), (name, stage)
                 assert norm == pytest.approx(wanted_norm, rel=2e-5), (name, stage)
             assert found[stage]["loss_sum"] == pytest.approx(wanted["loss_sum"], rel=2e-6), (name, stage)
