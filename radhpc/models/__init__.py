@@ -41,6 +41,10 @@ class ModelFamily(Protocol):
         """The same without values, on the meta device; of a local folder it needs the configuration alone."""
         ...
 
+    def finish(self, model: torch.nn.Module) -> torch.nn.Module:
+        """A model of build_empty() that has got a folder's values, made ready as build() does."""
+        ...
+
     def processor(self) -> Any:
         """transformers' own processor, which `export` lays beside the weights."""
         ...

@@ -135,18 +135,23 @@ class Family:
             torch.manual_seed(seed)
             model = MllamaForConditionalGeneration(self.config)
             self._initialise(model)
+        return self.finish(model)
+
+    def finish(self, model: Any) -> torch.nn.Module:
+        """What the tokenizer decides, and attention without masks."""
         model.generation_config.eos_token_id = self.tokenizer.eos_token_id
         model.generation_config.pad_token_id = self.tokenizer.pad_token_id
-        _mllama_attention.attach(model)
-        return model.eval()
+        return self._attended(model)
 
     def build_empty(self) -> torch.nn.Module:
         """The architecture alone, in float32 as build() gives it."""
         self.config._attn_implementation = self._recipe.attention
         with torch.device("meta"):
-            model = MllamaForConditionalGeneration(self.config)
+            return self._attended(MllamaForConditionalGeneration(self.config))
+
+    def _attended(self, model: Any) -> torch.nn.Module:
         _mllama_attention.attach(model)
-        return model.eval()
+        return model.eval()  # type: ignore[no-any-return]
 
     def _initialise(self, model: torch.nn.Module) -> None:
         """Start the gates and the position embeddings where the recipe says, not where upstream does."""
