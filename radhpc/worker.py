@@ -128,6 +128,7 @@ def _run(run: RunDir, ranks: Ranks, stop: Stop, trial: Trial | None) -> Outcome:
         board.close()
         if ranks.first:
             run.record("finished", step=sum(steps))
+            run.give_back()
         return Outcome("finished", step=sum(steps))
     except Interrupted as interrupted:
         ending: Ending = interrupted.ending or _before_training(parts, stop)
