@@ -57,8 +57,8 @@ back: from the moment at which the job is in the queue again until the first ste
 as undisturbed: 1 where the losses (the samples) of all steps are those of the same system's undisturbed run.
 SLURM sends SIGTERM to a job that it preempts, unless its administrators have set preempt_send_user_signal: submitit
 passes that signal by and is killed when the grace is over; the Trainer saves on it and ends well, so that SLURM takes
-its job for completed. Of a Mllama it then loads no weight: they were saved under other names than it looks for; it warns
-and goes on."""
+its job for completed. Of a Mllama it then loads no weight: they were saved under other names than it looks for; it
+warns and goes on."""
 
 
 @dataclass

@@ -38,7 +38,9 @@ Event = Literal[
     "taken_over",  # the run begins where a stage of another ended: origin, checkpoints, step
 ]  # fmt: skip
 
-_RESERVE = 1 << 18  # bytes
+_RESERVE = 1 << 16  # bytes
+Speaker = Literal["ranks", "decision"]
+_SPEAKERS: tuple[Speaker, ...] = ("ranks", "decision")
 
 
 class RunDir:
@@ -118,12 +120,17 @@ class RunDir:
 
     def hold_back(self) -> None:
         """Keep some of the disk for the last words of a life that fills it up. Raises OSError where it is full."""
-        for who in ("ranks", "decision"):
+        for who in _SPEAKERS:
             if not self.reserve(who).exists():
                 # Random, as some file systems compress.
                 write_atomically(self.reserve(who), os.urandom(_RESERVE), 0o600)
 
-    def reserve(self, who: Literal["ranks", "decision"]) -> Path:
+    def give_back(self) -> None:
+        """The end of hold_back: nothing is left to be said."""
+        for who in _SPEAKERS:
+            self.reserve(who).unlink(missing_ok=True)
+
+    def reserve(self, who: Speaker) -> Path:
         """For files.insist: of the ranks, and of slurm.requeue, which decides behind them."""
         return self.folder("logs") / f"reserve.{who}"
 

@@ -133,6 +133,7 @@ def _run(run: RunDir, ranks: Ranks, stop: Stop, trial: Trial | None) -> Outcome:
         board.close()
         if ranks.first:
             run.record("finished", step=reached)
+            run.give_back()
         return Outcome("finished", step=reached)
     except Interrupted as interrupted:
         ending: Ending = interrupted.ending or _before_training(parts, stop)
