@@ -70,7 +70,7 @@ class Parts:
         """The model at the start of a stage, ready to train. `lineage` names the checkpoints of the stages before."""
         family = self.family
         recipe = self.recipe
-        check(recipe, recipe.stages[stage].optimizer, self.ranks)
+        check(recipe, self.ranks)
         model = beside(lambda: placing.build(family, recipe.model, recipe.seed), self.ranks, self.stop)
         assert model is not None
         self.base_hash = self._base_hash(model)

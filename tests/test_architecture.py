@@ -18,7 +18,7 @@ FLOORS = (
     ("order", "transforms", "processors", "models", "tokenizer", "source", "fetch", "collate", "stream", "objective",
      "adapters", "engine", "zero", "optimizers", "placing", "quantise", "allocations"),
     ("checkpoint", "metrics", "generate", "evaluate", "export", "audit", "parts", "loop", "straggler", "hooks",
-     "saving", "plan"),
+     "saving", "plan", "exhausted"),
     ("worker",),
 )  # fmt: skip
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
