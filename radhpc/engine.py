@@ -69,7 +69,7 @@ class Engine:
         ranks: Ranks,
         objective: ObjectiveRecipe = ObjectiveRecipe(),  # type: ignore[call-arg]  # noqa: B008
     ) -> None:
-        check(recipe, stage, ranks)
+        check(recipe, ranks)
         self.model, self.ranks, self._objective = model, ranks, Objective(objective, model)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -387,8 +387,9 @@ class LossScale:
         self.value, self._good = float(state[0]), int(state[1])
 
 
-def check(recipe: Recipe, stage: Optimizer, ranks: Ranks) -> None:
+def check(recipe: Recipe, ranks: Ranks) -> None:
     """Refuse what this job or its GPUs cannot do, before anything is loaded. Raises UserError."""
+    recipe.refuse_missing()
     if recipe.engine == "single" and ranks.world > 1:
         raise UserError(
             f"engine 'single' on {ranks.world} ranks: allowed are 'fsdp' and 'deepspeed', or a profile with one task"
@@ -397,8 +398,6 @@ def check(recipe: Recipe, stage: Optimizer, ranks: Ranks) -> None:
         if not torch.cuda.is_bf16_supported(including_emulation=False):
             name = torch.cuda.get_device_name(ranks.device)
             raise UserError(f"precision: bf16: {name} cannot compute in it; allowed here are fp16 and fp32")
-    if recipe.precision == "fp16" and ranks.device.type == "cpu" and recipe.engine == "deepspeed":
-        raise UserError("precision: fp16 with engine 'deepspeed' wants a GPU; on a CPU allowed are fp32 and bf16")
 
 
 def schedule(stage: Optimizer, step: int, steps: int) -> float:

@@ -12,14 +12,12 @@ values that these stand for, and the scales beside them: on as many ranks as bef
 bit; on another number, whose parts have other blocks, the values are quantised anew.
 """
 
-import importlib.util
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from radhpc.errors import UserError
 from radhpc.recipe import Optimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -59,15 +57,10 @@ class Parts(torch.optim.Optimizer):
 
 
 def build(groups: list[dict[str, Any]], stage: Optimizer) -> torch.optim.Optimizer:
-    """The optimizer of a stage. Raises UserError where bitsandbytes is wanted and not installed."""
+    """The optimizer of a stage."""
     options: dict[str, Any] = {"lr": stage.learning_rate, "betas": stage.betas, "eps": stage.epsilon}
     if stage.kind in ("adamw", "adamw_fused"):
         return torch.optim.AdamW(groups, **options, **({"fused": True} if stage.kind == "adamw_fused" else {}))
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(
-            f"optimizer.kind: {stage.kind}: bitsandbytes is not installed; 'pip install radhpc[quantise]' brings it, "
-            "allowed without it are adamw and adamw_fused"
-        )
     import bitsandbytes
 
     kinds = {

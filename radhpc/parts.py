@@ -82,7 +82,7 @@ class Parts:
         """The model at the start of a stage, ready to train. `lineage` names the checkpoints of the stages before."""
         family = self.family
         recipe = self.recipe
-        check(recipe, recipe.stages[stage].optimizer, self.ranks)
+        check(recipe, self.ranks)
         whole = any(each.lora is not None and each.lora.dora for each in recipe.stages)
         model = beside(lambda: placing.build(family, recipe.model, recipe.seed, whole), self.ranks, self.stop)
         assert model is not None

@@ -213,16 +213,25 @@ def place(
         module, name = places[0]
         shape, kind = _target(parameter, places, dtype)
         target = module._parameters[name]
-        if shard is None:
+        if shard is None and _stays(parameter, shape, kind, ranks):
+            target = parameter
+        elif shard is None:
             target = nn.Parameter(torch.empty(shape, dtype=kind, device=ranks.device), parameter.requires_grad)
         assert target is not None
         _put(places, target)
         values = partial(_rows, parameter)
         if isinstance(module, Linear4bit) and name == "weight":
             values = partial(_slice, module.pack(values(0, len(parameter)), ranks.device, kind))
-        _fill(target, values)
+        if target is not parameter:
+            _fill(target, values)
         if placed is not None:
             placed(target)
+
+
+def _stays(parameter: nn.Parameter, shape: torch.Size, kind: torch.dtype, ranks: Ranks) -> bool:
+    """Whether a parameter is already as it is wanted."""
+    same = (parameter.shape, parameter.dtype, parameter.device.type) == (shape, kind, ranks.device.type)
+    return same and not hasattr(parameter, "promise")
 
 
 def _target(

@@ -9,7 +9,6 @@ shards and gathers it like any other, and never converts it:
 """
 
 import copy
-import importlib.util
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -90,10 +89,8 @@ def packed_shape(shape: torch.Size, dtype: torch.dtype) -> tuple[torch.Size, tor
 def quantise(model: nn.Module, blocks: tuple[type[nn.Module], ...], trained: Iterable[str]) -> list[str]:
     """Replace the linear layers inside the model's blocks, in place, but those that a pattern of `trained` names: a
     stage trains them whole. Embeddings, output head, norms and projections between the towers stay as they are. Gives
-    the names. Raises UserError where bitsandbytes is not installed or nothing is left to quantise.
+    the names. Raises UserError where nothing is left to quantise.
     """
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError("model.quantise: nf4: bitsandbytes is not installed; 'pip install radhpc[quantise]' brings it")
     patterns, names = list(trained), []
     inside = {child for module in model.modules() if isinstance(module, blocks) for child in module.modules()}
     for name, module in list(model.named_modules()):

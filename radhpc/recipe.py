@@ -8,6 +8,7 @@ recipe is frozen into the run folder, so that a run never depends on a file that
 """
 
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -660,12 +661,28 @@ class Recipe(Section):
             before = stage.lora
         return self
 
+    def refuse_missing(self) -> None:
+        """Raise UserError where a library that only some recipes need is not installed here."""
+        kinds = [stage.optimizer.kind for stage in self.stages]
+        eight = next((kind for kind in kinds if kind not in ("adamw", "adamw_fused")), None)
+        for library, wanted, key in (
+            ("deepspeed", self.engine == "deepspeed", "engine: deepspeed"),
+            ("bitsandbytes", self.model.quantise is not None, f"model.quantise: {self.model.quantise}"),
+            ("bitsandbytes", eight is not None, f"optimizer.kind: {eight}"),
+        ):
+            if wanted and importlib.util.find_spec(library) is None:
+                raise UserError(f"{key}: {library} is not installed; 'pip install radhpc[engines]' brings it")
+
     @property
     def hash(self) -> str:
         """Identity of the recipe, for checkpoints and to see that all ranks run the same. The engine is no part of it: a
         run may go on under another.
         """
         return hashlib.sha256(json.dumps(self.model_dump(exclude={"engine"}), sort_keys=True).encode()).hexdigest()
+
+    def under(self, engine: str, path: Path) -> "Recipe":
+        """The same under another engine. Raises UserError where there is none of this name or it cannot do this."""
+        return validate(Recipe, {**self.model_dump(), "engine": engine}, path)
 
     def to_yaml(self) -> str:
         return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110))

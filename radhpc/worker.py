@@ -23,6 +23,7 @@ from radhpc.checkpoint import Checkpoints, Cursor, name_of
 from radhpc.dist import Ranks, lost_peer
 from radhpc.engine import Engine
 from radhpc.errors import UserError, first_line
+from radhpc.exhausted import out_of_memory
 from radhpc.files import FULL, insist, read_json, write_atomically
 from radhpc.heartbeat import Heartbeat, Limits
 from radhpc.ledger import Ledger
@@ -72,6 +73,8 @@ def run(path: str, stop: Stop | None = None, trial: Trial | None = None) -> Outc
             outcome = _run(run_dir, ranks, stop, trial)
         except BaseException as error:
             heart.give_way()
+            if isinstance(error, torch.OutOfMemoryError):
+                raise _recorded(run_dir, rank, out_of_memory(run_dir, rank, world)) from error
             if isinstance(error, OSError) and error.errno in FULL:
                 where = error.filename or run_dir.path
                 full = UserError(f"{where}: {error.strerror}; free some space, then 'launch.py resume {run_dir.path}'")

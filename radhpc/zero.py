@@ -9,10 +9,11 @@ put into, the parts that its optimizer holds, by the addresses that it keeps of 
 DeepSpeed copies the weights when it starts, so it starts at the first use: behind load(), if there is one.
 """
 
-import importlib.util
 import logging
+import math
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -135,12 +136,14 @@ class ZeroEngine(Engine):
 
     def _update(self, scale: float, again: Callable[[], None]) -> float | None:
         zero = self._started()
+        before = zero.skipped_steps
         if self.scaler is not None:
             zero.optimizer.loss_scaler.cur_scale = scale
-        before = zero.skipped_steps
         zero.step()
+        if self.scaler is not None:
+            zero.optimizer.loss_scaler.cur_scale = 1.0  # the next loss comes scaled
         norm = float(zero.get_global_grad_norm() or 0.0)
-        return None if zero.skipped_steps > before else norm
+        return norm if zero.skipped_steps == before and math.isfinite(norm) and norm >= 0 else None
 
     def _shape(self, parameter: nn.Parameter) -> torch.Size:
         return self._shapes[parameter]
@@ -210,15 +213,9 @@ class ZeroEngine(Engine):
 
 
 def _deepspeed(device: torch.device) -> Any:
-    """The library. Raises UserError where it is not installed, or is there and cannot start."""
-    if importlib.util.find_spec("deepspeed") is None:
-        raise UserError(
-            "engine: deepspeed: it is not installed; 'pip install radhpc[deepspeed]' brings it, "
-            "allowed without it are fsdp and single"
-        )
+    """The library. Raises UserError where it is there and cannot start."""
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     output = sys.stdout
     sys.stdout = sys.stderr  # what it prints while it is imported is none of a program's output
     try:
@@ -231,4 +228,5 @@ def _deepspeed(device: torch.device) -> Any:
         # Else it compiles a shared-memory collective when a job starts, which a node without a compiler cannot.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)  # names that it will have to change
     return deepspeed

@@ -19,7 +19,8 @@ FLOORS = (
      "stream", "host", "attention", "blocks", "token_loss", "additions", "objective", "sam", "quantise", "placing",
      "adapters", "optimizers", "engine", "zero", "allocations"),
     ("checkpoint", "metrics", "generate", "answer", "index", "reader", "evaluate", "evaluation_page", "plain",
-     "model_card", "export", "audit", "parts", "loop", "straggler", "hooks", "saving", "plan", "lineage", "seam"),
+     "model_card", "export", "audit", "parts", "loop", "straggler", "hooks", "saving", "plan", "lineage", "seam",
+     "exhausted"),
     ("worker",),
 )  # fmt: skip
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import socket
 from collections.abc import Callable
-from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from radhpc import adapters, models, quantise, zero
+from radhpc import adapters, models, placing, quantise, zero
 from radhpc.collate import Batch, Encoder
 from radhpc.dist import Ranks
 from radhpc.engine import Engine
@@ -70,11 +69,13 @@ class Life:
         return report.loss, report.gradient_norm
 
 
-def train_and_save(life: Life, name: str) -> dict[str, Any]:
+def train_and_save(life: Life, name: str, stages: tuple[int, ...] = (0, 1)) -> dict[str, Any]:
     """Two steps, a checkpoint, a third step; for a stage that trains all, and one of adapters."""
     results: dict[str, Any] = {}
-    for stage in (0, 1):
+    for stage in stages:
         engine = life.engine(stage)
+        if engine.scaler is not None:
+            engine.scaler.value = 2.0**40  # which overflows
         steps = [life.step(engine, 0), life.step(engine, 1)]
         state = engine.state()
         steps.append(life.step(engine, 2))
@@ -84,7 +85,16 @@ def train_and_save(life: Life, name: str) -> dict[str, Any]:
             save_file(last, life.folder / f"{name}.stage{stage}.last.safetensors")
         ids = engine.generate(life.encoder.batch(life.rows[:1], left=True), 4).tolist()
         loss = engine.loss_sum(life.encoder.batch(life.rows[:2]))
-        results[f"stage{stage}"] = {"steps": steps, "loss_sum": loss, "ids": ids}
+        kinds = {str(p.dtype) for p in engine.model.parameters() if not p.requires_grad}
+        results[f"stage{stage}"] = {
+            "steps": steps,
+            "loss_sum": loss,
+            "ids": ids,
+            "frozen": sorted(kinds),
+            "trained": sorted({str(tensor.dtype) for tensor in state.values()}) if life.ranks.first else [],
+            "numbers": sum(p.numel() for p in engine.model.parameters() if not p.requires_grad),
+            "scale": engine.scaler.value if engine.scaler is not None else None,
+        }
     return results
 
 
@@ -105,6 +115,56 @@ def go_on(life: Life, name: str, sources: list[tuple[str, int]]) -> dict[str, An
             exact = all(torch.equal(after[n], wanted[n]) for n in wanted)
             results[f"{source}.stage{stage}"] = {"same": same, "step": step, "far": far, "exact": exact}
     return results
+
+
+def train_and_go_on(life: Life, name: str, stage: int) -> dict[str, Any]:
+    """Both, in one life."""
+    return train_and_save(life, name, (stage,)) | go_on(life, name, [(name, stage)])
+
+
+def read_folder(life: Life, name: str) -> dict[str, Any]:
+    """Weights of a folder, with a merged adapter and a changed parameter, beside the family's own way to them."""
+    folder = life.folder / f"{name}.model"
+    if life.ranks.first:
+        life.family.build(3).save_pretrained(folder, max_shard_size="100KB")  # type: ignore[operator]
+    life.ranks.barrier()
+    recipe = life.recipe.model.model_copy(update={"weights": str(folder), "config": None, "gates": None})
+    family: Any = models.family(recipe, str(life.folder / "tokenizer"))
+    lora = life.recipe.stages[1].lora
+    assert lora is not None
+    torch.manual_seed(5)
+    stages = (life.recipe.stages[1], life.recipe.stages[2].model_copy(update={"adapters": "merge"}))
+
+    def prepared(model: torch.nn.Module) -> torch.nn.Module:
+        norm = "model.language_model.norm.weight"
+        wanted = dict(model.named_parameters())[norm].shape
+        before: adapters.Tensors = {norm: torch.linspace(0, 1, wanted[0])}
+        torch.manual_seed(6)
+        for key, weight in model.named_parameters():
+            if (
+                key.endswith("q_proj.weight")
+                and "language_model" in key
+                or key.endswith("v_proj.weight")
+                and "language_model" in key
+            ):
+                before[key.replace(".weight", ".lora_A.weight")] = torch.randn(lora.rank, weight.shape[1])
+                before[key.replace(".weight", ".lora_B.weight")] = torch.randn(weight.shape[0], lora.rank)
+        adapters.prepare(model, stages, 1, lambda _: before, seed=1)
+        return model
+
+    stage = stages[1].optimizer
+    kind = zero.ZeroEngine if life.recipe.engine == "deepspeed" else Engine
+    whole = Engine(prepared(family.build(0)), life.recipe.model_copy(update={"replicate": True, "engine": "fsdp"}),
+                   stage, family.blocks, life.ranks)  # fmt: skip
+    promised = placing.build(family, recipe, 0)
+    assert all(p.untyped_storage().nbytes() <= 4 for p in promised.parameters()), "a value was read"
+    read = kind(prepared(promised), life.recipe, stage, family.blocks, life.ranks)
+    batch = life.encoder.batch(life.rows[:2])
+    buffers = all(torch.equal(a, b) for a, b in zip(whole.model.buffers(), read.model.buffers(), strict=True))
+    same = abs(whole.loss_sum(batch) / read.loss_sum(batch) - 1) < 1e-6
+    return {
+        "same": same and buffers and whole.model.generation_config.to_dict() == read.model.generation_config.to_dict()
+    }  # type: ignore[union-attr,operator]
 
 
 def _main(folder: Path, name: str, spec: str, overrides: list[str], work: Callable[..., Any], rank: int, world: int,
@@ -158,6 +218,3 @@ class Lives:
                 process.kill()
         assert [process.exitcode for process in processes] == [0] * world, name
         return json.loads((self.folder / f"{name}.json").read_text())
-
-
-__all__ = ["SPECS", "Life", "Lives", "go_on", "partial", "train_and_save"]
