@@ -98,6 +98,14 @@ class Engine:
         rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
         return StepReport(loss_sum / max(1, supervised), float(norm), rates)
 
+    def warm_up(self, batch: Batch) -> None:
+        """A forward and a backward pass that leave nothing but what was compiled. All ranks call it alike."""
+        self.model.train()
+        with self._autocast:
+            loss = self._objective(self.model, self.to_device(batch))
+        loss.backward()
+        self.optimizer.zero_grad(set_to_none=True)
+
     @torch.no_grad()
     def loss_sum(self, batch: Batch) -> float:
         """The summed loss of a batch, without training. Under FSDP all ranks must call it together."""

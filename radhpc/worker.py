@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from radhpc import fingerprint, hooks, log as logs
+from radhpc import compiling, fingerprint, hooks, log as logs
 from radhpc.background import beside, on_first
 from radhpc.board import Board
 from radhpc.checkpoint import Checkpoints, Cursor, name_of
@@ -168,6 +168,7 @@ def _run_stage(
         assert tensors is not None
         engine.load(tensors, cursor.stage_step)
         del tensors
+    compiling.warm_up(parts, engine, stage)
     stop.check(ranks.max)
     _describe(engine, position, parts)
     saving = Saving(parts, engine, board, stop, lineage)
