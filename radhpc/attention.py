@@ -7,7 +7,7 @@ implementation of transformers' AttentionInterface, queries (batch, heads, lengt
 many heads or a divisor of them. Leaves: (batch, length, heads, size). Example, two rows of which one has padding:
 
     rows = [np.arange(0, 7), np.arange(7, 12)]
-    mask = segments([Segment(row, row) for row in rows], (14, 14), device, causal=True)
+    mask = segments([Segment(row, row) for row in rows], (2, 7, 7), device, causal=True)
 
 Kernels, the first that is installed and that the device and the type of the numbers allow: the flash-attn package
 (4, 3, 2), torch's variable-length kernel, and scaled_dot_product_attention over equal segments at once, which chooses
@@ -20,7 +20,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,6 +36,7 @@ from radhpc.host import values
 log = logging.getLogger("radhpc")
 
 NAME = "segments"  # of this implementation in transformers, and in a recipe's model.attention
+SMALL = 1 << 20  # entries of a mask
 
 Numbers = npt.NDArray[np.int64]
 
@@ -51,28 +52,56 @@ class Segment(NamedTuple):
 class Segments:
     """What stands in the place of a mask: see segments()."""
 
+    parts: tuple[Segment, ...]
+    shape: tuple[int, int, int]  # rows, and of each the positions of queries and of keys
+    causal: bool  # then a segment's n-th query sees its first n keys
     queries: torch.Tensor | None  # (sum of query_lengths,) int64, positions in the batch; None: all, in their order
     keys: torch.Tensor | None
     query_starts: torch.Tensor  # (segments + 1,) int32: where each segment begins in `queries`, and the end
     key_starts: torch.Tensor
     query_lengths: tuple[int, ...]
     key_lengths: tuple[int, ...]
-    causal: bool  # then a segment's n-th query sees its first n keys
+
+    @cached_property
+    def plainly_causal(self) -> bool:
+        """Whether each segment is the beginning of a row of its own, so that a triangle over the whole rows does it."""
+        _, length, keys = self.shape
+        return self.causal and length == keys and all(
+            len(part.queries) == part.queries[-1] - part.queries[0] + 1 and part.queries[0] % length == 0
+            for part in self.parts
+        )  # fmt: skip
+
+    @cached_property
+    def small_mask(self) -> torch.Tensor | None:
+        """(rows, 1, queries, keys) of bool, where that is so little that cutting and joining would take longer."""
+        rows, length, keys = self.shape
+        if rows * length * keys > SMALL:
+            return None
+        seen = np.zeros((rows * length, keys), bool)
+        for part in self.parts:
+            row = part.queries[0] // length
+            columns = part.keys - row * keys
+            seen[np.ix_(part.queries, columns)] = np.tri(len(columns), dtype=bool) if self.causal else True
+        seen[~seen.any(-1)] = True  # in no segment: whatever is finite
+        return _to(seen.reshape(rows, 1, length, keys), self.query_starts.device)
 
 
-def segments(parts: Sequence[Segment], rows: tuple[int, int], device: torch.device, causal: bool = False) -> Segments:
-    """Segments on a device; `rows`: how many positions queries and keys have over the whole batch.
+def segments(
+    parts: Sequence[Segment], shape: tuple[int, int, int], device: torch.device, causal: bool = False
+) -> Segments:
+    """Segments on a device. `shape`: rows of the batch, and of each the positions of queries and of keys.
 
-    A query that is in no segment gives zeros; it must not be in two.
+    Each segment belongs to one row. A query must not be in two; the attention of one in no segment means nothing.
     """
+    rows, *lengths = shape
     chosen: list[torch.Tensor | None] = []
-    for positions, total in zip(zip(*parts, strict=True), rows, strict=True):
-        joined = np.concatenate(positions)
-        whole = len(joined) == total and bool((joined == np.arange(total)).all())
-        chosen.append(None if whole else _to(joined.astype(np.int64), device))
-    lengths = [tuple(len(part[side]) for part in parts) for side in (0, 1)]
-    starts = [_to(np.cumsum([0, *side], dtype=np.int32), device) for side in lengths]
-    return Segments(chosen[0], chosen[1], starts[0], starts[1], lengths[0], lengths[1], causal)
+    for positions, length in zip(zip(*parts, strict=True), lengths, strict=True):
+        joined = np.concatenate(positions).astype(np.int64)
+        whole = len(joined) == rows * length and bool((joined == np.arange(rows * length)).all())
+        chosen.append(None if whole else _to(joined, device))
+    sizes = [tuple(len(part[side]) for part in parts) for side in (0, 1)]
+    starts = [_to(np.cumsum([0, *side], dtype=np.int32), device) for side in sizes]
+    return Segments(tuple(parts), shape, causal, chosen[0], chosen[1], starts[0], starts[1], sizes[0], sizes[1])
 
 
 def _to(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
@@ -118,11 +147,20 @@ def attend_segments(
     batch, heads, length, size = query.shape
     kind = query.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+    query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
+    chosen = kernel(query.device, dtype, size, dropout)
+    if chosen.call is _by_shape and (mask.plainly_causal or mask.small_mask is not None):
+        key, value = _all_heads(key, value, heads)
+        seen = None if mask.plainly_causal else mask.small_mask
+        output = scaled_dot_product_attention(
+            query, key, value, attn_mask=seen, dropout_p=dropout, is_causal=seen is None, scale=scale
+        )
+        return output.transpose(1, 2)
     # As packed tokens: (positions, heads, size).
-    q, k, v = (tensor.transpose(1, 2).flatten(0, 1).to(dtype) for tensor in (query, key, value))
+    q, k, v = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
     q = q if mask.queries is None else q.index_select(0, mask.queries)
     k, v = (k, v) if mask.keys is None else (k.index_select(0, mask.keys), v.index_select(0, mask.keys))
-    output = kernel(query.device, dtype, size, dropout).call(q, k, v, mask, scale, dropout)
+    output = chosen.call(q, k, v, mask, scale, dropout)
     if mask.queries is not None:
         output = output.new_zeros(batch * length, heads, size).index_copy(0, mask.queries, output)
     return output.view(batch, length, heads, size)
@@ -152,8 +190,8 @@ def text_mask(
     shown = current("attention_mask", attention_mask)
     valid = np.ones_like(positions, bool) if shown is None else shown.astype(bool)
     rows = [row[seen] for row, seen in zip(positions, valid, strict=True)]
-    size = batch_size * q_length
-    return segments([Segment(row, row) for row in rows if len(row)], (size, size), torch.device(device), causal=True)
+    shape = (batch_size, q_length, q_length)
+    return segments([Segment(row, row) for row in rows if len(row)], shape, torch.device(device), causal=True)
 
 
 AttentionInterface.register(NAME, attend)

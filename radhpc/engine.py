@@ -236,6 +236,14 @@ class Engine:
         """What a forward pass is called on."""
         return self.model
 
+    def warm_up(self, batch: Batch) -> None:
+        """A forward and a backward pass that leave nothing but what was compiled. All ranks call it alike."""
+        self.model.train()
+        with self._autocast:
+            loss = self._objective(self.model, self.to_device(batch))
+        loss.backward()
+        self.optimizer.zero_grad(set_to_none=True)
+
     @torch.no_grad()
     def loss_sum(self, batch: Batch) -> float:
         """The summed loss of a batch, without training. In lockstep all ranks must call it together."""

@@ -32,6 +32,7 @@ Event = Literal[
     "starting", "first_step",
     "stuck",  # a rank found who hangs: cause, culprits
     "straggler",  # a rank is slower than the others: rank, host, ratio
+    "compiled",  # the layers of a stage: seconds
     "code_replaced", "environment_changed",
     "engine_changed",  # `resume --engine`: was, engine
     "pruned",

@@ -5,7 +5,7 @@ in float32 a text of 4,096 tokens takes 2.1 GB, and its gradient as much. Here t
 that the model makes to it, takes the supervised positions and goes over them in chunks.
 
 - A frozen head: dL/dh of each chunk is computed right behind its loss, so that the backward pass has nothing to do.
-- A trained or adapted head: each chunk is computed again in the backward pass.
+- A trained or adapted head: each chunk, if there are several, is computed again in the backward pass.
 
 All chunks are within one call of the head through the model, since sharding engines gather its weights once for each
 call, on all ranks alike. Sizes: B rows of S tokens, hidden states (B, S, D), N supervised positions, V entries.
@@ -86,9 +86,11 @@ class _Told:
                 chosen, weight, self.bias, targets, rows, self.smoothing
             )
             return loss
-        total = torch.zeros((), dtype=_wide(chosen.dtype), device=chosen.device)
         rows = _rows(_entries(self))
-        for start in range(0, max(1, len(positions)), rows):  # one at least: a sharded weight wants its gradient
+        if len(positions) <= rows:  # also none at all: a sharded weight wants its gradient
+            return _loss(own, chosen, targets, self.smoothing)
+        total = torch.zeros((), dtype=_wide(chosen.dtype), device=chosen.device)
+        for start in range(0, len(positions), rows):
             part = (chosen[start : start + rows], targets[start : start + rows], self.smoothing)
             total = total + checkpoint(_loss, own, *part, use_reentrant=False)
         return total
@@ -134,7 +136,8 @@ class _Frozen(torch.autograd.Function):
         smoothing: float,
     ) -> torch.Tensor:
         """hidden (N, D), weight (V, D), bias (V,), targets (N,) -> the summed loss."""
-        gradient = torch.empty_like(hidden)
+        gradient = torch.empty_like(hidden, dtype=_wide(hidden.dtype))
+        lift = 1024.0 if weight.dtype == torch.float16 else 1.0  # most of softmax(...) is below what float16 can say
         total = torch.zeros((), dtype=_wide(hidden.dtype), device=hidden.device)
         for start in range(0, len(hidden), rows):
             part, wanted = hidden[start : start + rows], targets[start : start + rows, None]
@@ -148,11 +151,12 @@ class _Frozen(torch.autograd.Function):
             logits.sub_(scale).exp_().scatter_add_(1, wanted, torch.full_like(scale, smoothing - 1))
             if smoothing:
                 logits.sub_(smoothing / logits.shape[1])
-            gradient[start : start + rows] = logits.to(weight.dtype) @ weight
-        ctx.save_for_backward(gradient)
+            gradient[start : start + rows] = logits.mul_(lift).to(weight.dtype) @ weight
+        ctx.save_for_backward(gradient.div_(lift))
+        ctx.dtype = hidden.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, *outward: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * outward[0].to(gradient.dtype), None, None, None, None, None
+        return (gradient * outward[0]).to(ctx.dtype), None, None, None, None, None

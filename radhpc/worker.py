@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from radhpc import fingerprint, hooks, log as logs, seam, tasks
+from radhpc import compiling, fingerprint, hooks, log as logs, seam, tasks
 from radhpc.background import beside, on_first
 from radhpc.board import Board
 from radhpc.checkpoint import Checkpoints, Cursor, name_of
@@ -179,6 +179,7 @@ def _run_stage(
         del tensors
     elif number:
         seam.check(parts, engine, number)
+    compiling.warm_up(parts, engine, stage)
     stop.check(ranks.max)
     _describe(engine, position, parts)
     saving = Saving(parts, engine, board, stop, lineage)

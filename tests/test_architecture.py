@@ -20,7 +20,7 @@ FLOORS = (
      "adapters", "optimizers", "engine", "zero", "allocations"),
     ("checkpoint", "metrics", "generate", "answer", "index", "reader", "evaluate", "evaluation_page", "plain",
      "model_card", "export", "audit", "parts", "loop", "straggler", "hooks", "saving", "plan", "lineage", "seam",
-     "exhausted"),
+     "exhausted", "compiling"),
     ("worker",),
 )  # fmt: skip
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

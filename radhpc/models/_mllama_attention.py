@@ -50,7 +50,7 @@ def _vision(
         if seen.any():
             parts.append(Segment(positions[seen], positions))
         parts.append(Segment(positions[~seen], positions[seen] if seen.any() else positions))
-    return attention.segments(parts, (images * length, images * length), aspect_ratio_mask.device)
+    return attention.segments(parts, (images, length, length), aspect_ratio_mask.device)
 
 
 def _cross(
@@ -76,7 +76,7 @@ def _cross(
             if len(queries):
                 seen = np.flatnonzero(kind.repeat(num_vision_tokens))
                 parts.append(Segment(queries + row * length, seen + row * keys))
-    mask = attention.segments(parts, (rows * length, rows * keys), cross_attention_mask.device)
+    mask = attention.segments(parts, (rows, length, keys), cross_attention_mask.device)
     whole = (cross_attention_mask != 0).flatten(2).any(-1)
     return mask, whole[:, None, :, None].to(dtype)
 

@@ -101,8 +101,12 @@ def outcome(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, d
     return logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize("small", [0, 1 << 20])
 @pytest.mark.parametrize("left", [False, True])
-def test_logits_and_gradients_are_those_of_eager_masks(exact_eager: None, left: bool) -> None:
+def test_logits_and_gradients_are_those_of_eager_masks(
+    exact_eager: None, monkeypatch: pytest.MonkeyPatch, left: bool, small: int
+) -> None:
+    monkeypatch.setattr(attention, "SMALL", small)  # 0: by segments alone, as on a GPU
     batch = mixed_batch(left)
     if left:  # eager attends nowhere in float64 where a row begins with padding, so only causality hides it there
         batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
@@ -135,6 +139,7 @@ def test_no_mask_is_built_and_upstream_keeps_its_own(monkeypatch: pytest.MonkeyP
         return nn.functional.scaled_dot_product_attention(*arguments, attn_mask=attn_mask, **options)
 
     monkeypatch.setattr(attention, "scaled_dot_product_attention", watch)
+    monkeypatch.setattr(attention, "SMALL", 0)
     with torch.no_grad():
         mllama("segments")(**mixed_batch())
     assert len(built) >= 8
@@ -176,16 +181,24 @@ def test_segments_of_one_shape_are_computed_at_once(monkeypatch: pytest.MonkeyPa
         return nn.functional.scaled_dot_product_attention(q, *others, **options)
 
     monkeypatch.setattr(attention, "scaled_dot_product_attention", count)
-    rows = [np.arange(0, 4), np.arange(8, 11), np.arange(4, 8)]
-    mask = attention.segments([Segment(row, row) for row in rows], (12, 12), torch.device("cpu"), causal=True)
-    q, k, v = torch.randn(3, 1, 4, 12, 8, dtype=torch.float64)
+    rows = [np.arange(0, 4), np.arange(9, 12), np.arange(4, 8)]  # the last one is padded on the left
+    monkeypatch.setattr(attention, "SMALL", 0)
+    mask = attention.segments([Segment(row, row) for row in rows], (3, 4, 4), torch.device("cpu"), causal=True)
+    q, k, v = torch.randn(3, 3, 4, 4, 8, dtype=torch.float64)
     found = attention.attend_segments(q, k[:, :2], v[:, :2], mask, 0.3)
     assert sorted(calls) == [(1, 4, 3, 8), (2, 4, 4, 8)]
-    assert not found[0, 11].any(), "a query in no segment gives zeros"
+    calls.clear()
+    monkeypatch.setattr(attention, "SMALL", 1 << 20)
+    mask = attention.segments([Segment(row, row) for row in rows], (3, 4, 4), torch.device("cpu"), causal=True)
+    at_once = attention.attend_segments(q, k[:, :2], v[:, :2], mask, 0.3)
+    assert calls == [(3, 4, 4, 8)]
     for row in rows:
-        kk, vv = (x[:, :2].repeat_interleave(2, 1)[:, :, row] for x in (k, v))
-        wanted = nn.functional.scaled_dot_product_attention(q[:, :, row], kk, vv, is_causal=True, scale=0.3)
-        torch.testing.assert_close(found[:, row], wanted.transpose(1, 2))
+        place, start = row[0] // 4, row[0] % 4
+        kk, vv = (x[place : place + 1, :2].repeat_interleave(2, 1)[:, :, start:] for x in (k, v))
+        part = q[place : place + 1, :, start:]
+        wanted = nn.functional.scaled_dot_product_attention(part, kk, vv, is_causal=True, scale=0.3).transpose(1, 2)
+        torch.testing.assert_close(found[place : place + 1, start:], wanted)
+        torch.testing.assert_close(at_once[place : place + 1, start:], wanted)
 
 
 def test_the_values_of_a_moved_mask_are_read_where_they_were() -> None:
