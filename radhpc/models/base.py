@@ -145,7 +145,7 @@ class InText:
         kind = keys.pop("model_type", kind)
         if kind not in CONFIG_MAPPING:
             raise UserError(
-                f"model.config.{part}.model_type '{kind}': transformers has none{nearest(kind, CONFIG_MAPPING)}"
+                f"model.config.{part}: no 'model_type' of transformers is '{kind}'{nearest(kind, CONFIG_MAPPING)}"
             )
         known = CONFIG_MAPPING[kind]()
         for key in keys:
