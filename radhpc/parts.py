@@ -82,9 +82,9 @@ class Parts:
         adapters.prepare(model, self.recipe.stages, stage, saved, self.recipe.seed)
         return Engine(model, self.recipe, self.recipe.stages[stage].optimizer, self.family.blocks, self.ranks)
 
-    def restored_engine(self) -> tuple[Engine, Cursor]:
-        """The model of the newest checkpoint that verifies. Raises UserError where there is none."""
-        newest, skipped = self.checkpoints.newest()
+    def restored_engine(self, name: str | None = None) -> tuple[Engine, Cursor]:
+        """The model of a checkpoint, or of the newest one that verifies. Raises UserError where there is none."""
+        newest, skipped = (name, []) if name else self.checkpoints.newest()
         if newest is None:
             why = "".join(f"; {name}: {fault}" for name, fault in skipped)
             raise UserError(f"{self.run.path}: no checkpoint to load{why}")

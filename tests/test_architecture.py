@@ -17,8 +17,8 @@ FLOORS = (
      "background"),
     ("order", "transforms", "processors", "models", "tokenizer", "source", "fetch", "collate", "stream", "objective",
      "adapters", "engine", "allocations"),
-    ("checkpoint", "metrics", "generate", "evaluate", "export", "audit", "parts", "loop", "straggler", "hooks",
-     "saving", "plan"),
+    ("checkpoint", "metrics", "generate", "generated", "neighbours", "scoring", "evaluate", "evaluation_job", "export",
+     "audit", "parts", "loop", "straggler", "hooks", "saving", "plan"),
     ("worker",),
 )  # fmt: skip
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
