@@ -408,7 +408,10 @@ def evaluate(
     run_dir, profile = RunDir.open(run), profiles.load(on)
     settings = evaluation.settings_of(run_dir, overrides or [], samples)
     checkpoint, weights = _check_evaluation(run_dir, split, shards or [], settings, against)
-    job = evaluation.prepare(run_dir, checkpoint, weights, split, shards or [], settings, against)
+    chosen = any("conventions=" in change for change in overrides or [])
+    job = evaluation.prepare(
+        run_dir, checkpoint, weights, split, shards or [], settings, against, every_convention=not chosen
+    )
     _submit(job, profile, True, lambda job_dir, number: None)
     folder = job.path.parent
     scores = read_json(folder / "scores.json")

@@ -275,9 +275,11 @@ def table(result: Result, comparison: dict[str, Any] | None = None) -> Iterator[
             yield f"| {name} | {found['difference']:+.3f} | {limits} | {found['p']:.3f} |"
     yield from published_lines(result.scores, {row.dataset for row in result.rows})
     yield from ("", "How each score is made:", "")
-    conventions = {name: found["convention"] for name, found in result.scores.items()}
-    for name, convention in conventions.items():
-        digest = result.scores[name].get("weights")
-        yield f"- {name}: {convention}{f'; weights sha256 {digest}' if digest else ''}"
+    made: dict[str, list[str]] = {}
+    for name, found in result.scores.items():
+        digest = f"; weights sha256 {found['weights']}" if "weights" in found else ""
+        made.setdefault(found["convention"] + digest, []).append(name)
+    for convention, alike in made.items():
+        yield f"- {', '.join(alike)}: {convention}"
     for name, why in result.missing.items():
         yield f"- {name}: not scored: {why}"

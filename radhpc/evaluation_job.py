@@ -39,7 +39,7 @@ def work(job: RunDir, ranks: Ranks, stop: Stop) -> int:
     training = parts.source(cursor.stage, "train")
     held_out = Source(task["shards"], task["split"]) if task["shards"] else parts.source(cursor.stage, task["split"])
     _refuse_unasked(run.path, held_out, training)
-    judge = scoring.Scoring(settings, every_convention=True, device=str(ranks.device))
+    judge = scoring.Scoring(settings, every_convention=task["every_convention"], device=str(ranks.device))
     on_first(lambda: judge.judges.hashes and None, ranks, stop)
     count, recorded = len(evaluate.chosen(held_out, settings.samples)), [0.0]
     with Bar("evaluate", count, unit="studies", hidden=not ranks.first) as bar:

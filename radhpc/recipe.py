@@ -259,10 +259,10 @@ class Scorers(Section):
         None, description="distilbert-base-uncased as transformers saves it, baseline.tsv too"
     )
     clinicalbert: str | None = Field(None, description="Bio_ClinicalBERT as transformers saves it")
-    radgraph: str | None = Field(None, description="radgraph-xl, for the package radeval")
-    radcliq: str | None = Field(None, description="chexbert, radgraph and distilroberta, for the package radeval")
-    ratescore: str | None = Field(None, description="the two models of the package RaTEScore")
-    green: str | None = Field(None, description="GREEN-radllama2-7b, for the package green_score")
+    radgraph: str | None = Field(None, description="radgraph-xl/ and hub/, for the package radeval")
+    radcliq: str | None = Field(None, description="hub/ with its three models, for the package radeval")
+    ratescore: str | None = Field(None, description="hub/ with its two models, for the package radeval")
+    green: str | None = Field(None, description="GREEN-radllama2-7b, for the package radeval")
     sha256: dict[str, str] = Field(default_factory=dict, description="by name: what the weights must be")
 
     @model_validator(mode="after")

@@ -31,6 +31,7 @@ def prepare(
     shards: Sequence[str],
     settings: Evaluation,
     against: Path | None,
+    every_convention: bool = True,
 ) -> RunDir:
     """Make the job's folder. `weights`: the identity of the checkpoint; `shards`: others than the run's own."""
     folder = run.path / "evaluation" / f"{checkpoint}-{split}"
@@ -44,6 +45,7 @@ def prepare(
         "split": split,
         "shards": list(shards),
         "settings": settings.model_dump(mode="json"),
+        "every_convention": every_convention,
         "against": None if against is None else str(RunDir.open(against).path),
     }
     try:

@@ -2,7 +2,7 @@
 
     judges = Judges({"chexbert": "/weights/chexbert"}, {}, "cpu")
     judges.measures(generated, references)          # {"chexbert/micro_f1_14": Measure(..., weights="9f86d0..."), ...}
-    judges.missing()                                # {"radgraph": "put radgraph-xl ... and name it in ..."}
+    judges.missing()                                # {"radgraph": "name in ... a folder with ..."}
 
 Nothing is fetched, and no score is stood in for by another: without its weights a score is left out by name. A score
 carries the sha256 of its weights. Here are names, folders and hashes; torch is imported only where a model is.
@@ -53,7 +53,8 @@ KINDS: dict[str, Kind] = {
     "radgraph": Kind(
         ("radgraph/simple", "radgraph/partial", "radgraph/complete"), "clinical", ("radgraph-xl/*",),
         ("radgraph-xl/*",),
-        "radgraph-xl/ with config.json, vocabulary/ and weights.th, as the package unpacks it", "radeval",
+        "radgraph-xl/ (config.json, vocabulary/, weights.th), and hub/ with the tokenizer that its config.json names",
+        "radeval",
     ),
     "radcliq": Kind(
         ("radcliq/v1",), "clinical", ("*",), ("**/*.pth", "**/*.th", "**/*.safetensors", "**/*.bin"),
@@ -62,11 +63,11 @@ KINDS: dict[str, Kind] = {
     ),
     "ratescore": Kind(
         ("ratescore/mean",), "clinical", ("*",), ("**/*.safetensors", "**/*.bin"),
-        "a Hugging Face cache (hub/) with its two models, as the package fills it", "RaTEScore",
+        "a Hugging Face cache (hub/) with its two models, as the package fills it", "radeval",
     ),
     "green": Kind(
         ("green/mean",), "clinical", ("config.json",), ("*.safetensors", "*.bin"),
-        "GREEN-radllama2-7b as transformers saves it; it wants a GPU", "green_score",
+        "GREEN-radllama2-7b as transformers saves it (it wants a GPU)", "radeval",
     ),
 }  # fmt: skip
 NAMES: dict[str, tuple[str, ...]] = {name: kind.scores for name, kind in KINDS.items()}
@@ -96,7 +97,7 @@ class Judges:
     def missing(self) -> dict[str, str]:
         """By judge: what to put where."""
         return {
-            name: f"put {kind.hint} into a folder, and name it in evaluation.scorers.{name}"
+            name: f"name in evaluation.scorers.{name} a folder with {kind.hint}"
             + (f"; and pip install {kind.package}" if kind.package else "")
             for name, kind in KINDS.items()
             if name not in self.folders
