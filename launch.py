@@ -21,7 +21,7 @@ from radhpc.log import Bar, console, start as start_log
 from slurm import tables
 
 if TYPE_CHECKING:
-    from radhpc.recipe import Recipe
+    from radhpc.recipe import Evaluation, Recipe
     from radhpc.run_dir import RunDir
     from shards.pixels import Target
     from shards.pool import Run
@@ -387,41 +387,50 @@ def logs(
     show(RunDir.open(run), Console(highlight=False), rank, life, follow)
 
 
-@app.command(epilog="Example: python launch.py evaluate runs/quickstart-20261122-101500 --split test")
+@app.command(
+    epilog="Examples: python launch.py evaluate runs/quickstart-20261122-101500 --split test   "
+    "python launch.py evaluate RUN beams=3 scorers.chexbert=/weights/chexbert --against OTHER --on a100_preemptible"
+)
 def evaluate(
     run: RunPath,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe's evaluation, such as beams=3."),
+    ] = None,
     split: Annotated[str, typer.Option(help="train, validate or test.")] = "test",
     samples: Annotated[int | None, typer.Option(help="Studies; default: all of the split.", min=1)] = None,
+    against: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Also test the difference to this run, evaluated before.")
+    ] = None,
+    shards: Annotated[
+        list[str] | None, typer.Option(help="Other shards than the run's: another hospital's, or questions.")
+    ] = None,
+    on: On = "inline",
     as_json: Json = False,
 ) -> None:
-    """Generate for held-out studies with the newest checkpoint, and score beside trivial baselines."""
+    """Generate for held-out studies with the newest checkpoint, and score beside trivial baselines.
+
+    On all ranks of a profile; said again after a preemption, or with more studies, it goes on with what is missing.
+    Every score carries its convention or the hash of its weights, and an interval over patients.
+    """
     from radhpc.files import read_json
+    from radhpc.run_dir import RunDir
+    from slurm import evaluation, profile as profiles
 
-    parts, engine, cursor = _load(run)
-    from radhpc.evaluate import chosen, evaluate as evaluate_engine, write
-    from radhpc.evaluation_page import write as write_page
-    from radhpc.sample import SPLITS
-
-    if split not in SPLITS:
-        raise UserError(f"--split {split}: allowed are {', '.join(SPLITS)}")
-    held_out = parts.source(cursor.stage, split)
-    if not len(held_out):
-        raise UserError(f"--split {split}: no study there")
-    recipe = parts.recipe.evaluation.model_copy(update={"samples": samples})
-    count = len(chosen(held_out, samples))
-    with Bar("evaluate", count, unit="studies") as bar:
-        result = evaluate_engine(
-            engine, parts.encoder, held_out, parts.source(cursor.stage, "train"), recipe, parts.ranks,
-            lambda done: bar.update(min(done, count)),
-        )  # fmt: skip
-        bar.update(count)
-    folder = parts.run.path / "evaluation" / f"step-{cursor.step:06d}-{split}"
-    write(folder, result, cursor.step, split)
-    page = write_page(folder, held_out)
+    run_dir, profile = RunDir.open(run), profiles.load(on)
+    settings = evaluation.settings_of(run_dir, overrides or [], samples)
+    checkpoint, weights = _check_evaluation(run_dir, split, shards or [], settings, against)
+    chosen = any("conventions=" in change for change in overrides or [])
+    job = evaluation.prepare(
+        run_dir, checkpoint, weights, split, shards or [], settings, against, every_convention=not chosen
+    )
+    _submit(job, profile, True, lambda job_dir, number: None)
+    folder = job.path.parent
     scores = read_json(folder / "scores.json")
     _say(tables.scores(scores), as_json)
-    _say(f"written to {folder}; to look at: {page}", as_json)
-    _emit({"run": str(parts.run.path), **{key: scores[key] for key in ("step", "split", "samples", "scores")}}, as_json)
+    _say(f"written to {folder}; to look at: {folder / 'report.html'}", as_json)
+    keys = ("step", "split", "samples", "scores", "baselines", "missing", "comparison")
+    _emit({"run": str(run_dir.path), **{key: scores[key] for key in keys if key in scores}}, as_json)
 
 
 @app.command(
@@ -814,6 +823,36 @@ def _check_data(recipe: "Recipe", *also: str) -> None:
     weights_of.check(recipe)
 
 
+def _check_evaluation(
+    run: "RunDir", split: str, shards: list[str], settings: "Evaluation", against: Path | None
+) -> tuple[str, str]:
+    """Say here what would otherwise fail in the job. The name and the identity of the newest checkpoint."""
+    from radhpc.checkpoint import Checkpoints
+    from radhpc.manifest import Manifest
+    from radhpc.metrics.scorers import Judges
+    from radhpc.sample import SPLITS
+    from radhpc.scoring import newest_evaluation
+    from radhpc.store import Store
+
+    if split not in SPLITS:
+        raise UserError(f"--split {split}: allowed are {', '.join(SPLITS)}")
+    checkpoints = Checkpoints.of(run.path, run.recipe())
+    name, skipped = checkpoints.newest()
+    if name is None:
+        why = "".join(f"; {torn}: {fault}" for torn, fault in skipped)
+        raise UserError(f"{run.path}: no checkpoint to evaluate{why}")
+    stage = run.recipe().stages[checkpoints.cursor(name).stage]
+    counts = [Manifest.load(Store(url)).splits.get(split, 0) for url in shards or run.recipe().shards_of(stage)]
+    if not any(counts):
+        raise UserError(f"--split {split}: no study there")
+    Judges(settings.scorers.folders(), settings.scorers.sha256, "cpu").hashes  # noqa: B018
+    if against is not None:
+        from radhpc.run_dir import RunDir
+
+        newest_evaluation(RunDir.open(against).path, split)
+    return name, checkpoints.identity(name)
+
+
 def _submit(
     run: "RunDir",
     profile: "Profile",
@@ -833,10 +872,8 @@ def _submit(
             raise error
         outcome = job.result()
         if outcome.state == "interrupted":
-            _say(
-                f"interrupted by {outcome.cause} at step {outcome.step}; go on: python launch.py resume {run.path}",
-                False,
-            )
+            again = "say the same again" if run.evaluates else f"python launch.py resume {run.path}"
+            _say(f"interrupted by {outcome.cause} at step {outcome.step}; go on: {again}", False)
             raise typer.Exit(1)
     elif watch:
         _watch(run)

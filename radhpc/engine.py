@@ -261,18 +261,30 @@ class Engine:
         return None if found is None else found.float().cpu()
 
     @torch.no_grad()
-    def generate(self, batch: Batch, max_new_tokens: int) -> torch.Tensor:
-        """Greedy decoding; (batch, new tokens). In lockstep all ranks call it together, with one batch each."""
+    def generate(self, batch: Batch, max_new_tokens: int, **decoding: Any) -> torch.Tensor:
+        """Greedy decoding, unless arguments of transformers' generate() say otherwise; (batch, new tokens). In lockstep
+        all ranks call it together, with one batch each.
+        """
         self.model.eval()
         inputs = {n: value for n, value in self.to_device(batch).items() if n not in ("labels", "findings")}
         with self._autocast:
             ids = self.model.generate(  # type: ignore[operator]
                 **inputs,
                 max_new_tokens=max_new_tokens,
-                do_sample=False,
+                **{"do_sample": False, **decoding},
                 synced_gpus=self.lockstep,  # no rank stops before the last one has
             )
         return torch.as_tensor(ids)[:, batch["input_ids"].shape[1] :].cpu()
+
+    @torch.no_grad()
+    def next_logits(self, batch: Batch) -> torch.Tensor:
+        """Of the token that follows each row of a batch padded on the left: (batch, vocabulary), float32 on the CPU.
+        In lockstep all ranks call it together.
+        """
+        self.model.eval()
+        inputs = {n: value for n, value in self.to_device(batch).items() if n not in ("labels", "findings")}
+        with self._autocast:
+            return torch.as_tensor(self._forward(**inputs).logits)[:, -1].float().cpu()
 
     def to_device(self, batch: Batch) -> Batch:
         device = self.ranks.device

@@ -43,26 +43,28 @@ class Evaluating:
             log.info("no study in split '%s': nothing to evaluate", split)
             return
         started = time.perf_counter()
-        share = -(-len(evaluate.chosen(held_out, parts.recipe.evaluation.samples)) // parts.ranks.world)
-        with Bar(f"evaluate step {position.step}", share, unit="studies", hidden=not parts.ranks.first) as bar:
+        count = len(evaluate.chosen(held_out, parts.recipe.evaluation.samples))
+        with Bar(f"evaluate step {position.step}", count, unit="studies", hidden=not parts.ranks.first) as bar:
 
             def check(done: int) -> None:
                 parts.ranks.heart.beat("evaluating", slow=True)
                 self.stop.check(parts.ranks.max)
-                bar.update(min(done, share))
+                bar.update(done)
 
             training = parts.source(position.stage, "train")
             result = evaluate.evaluate(
-                self.engine,
+                lambda: self.engine,
                 parts.encoder,
                 held_out,
                 training,
                 parts.recipe.evaluation,
                 parts.ranks,
+                folder,
+                f"step {position.step} of this run",
                 check,
                 self.stop,
             )
-            bar.update(share)
+            bar.update(count)
         if parts.ranks.first:
             evaluate.write(folder, result, position.step, split)
             evaluation_page.write(folder, held_out)

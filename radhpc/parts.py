@@ -109,9 +109,9 @@ class Parts:
         kind = zero.ZeroEngine if recipe.engine == "deepspeed" else Engine
         return kind(model, recipe, here.optimizer, family.blocks, self.ranks, here.objective)
 
-    def restored_engine(self) -> tuple[Engine, Cursor]:
-        """The model of the newest checkpoint that verifies. Raises UserError where there is none."""
-        newest, skipped = self.checkpoints.newest()
+    def restored_engine(self, name: str | None = None) -> tuple[Engine, Cursor]:
+        """The model of a checkpoint, or of the newest one that verifies. Raises UserError where there is none."""
+        newest, skipped = (name, []) if name else self.checkpoints.newest()
         if newest is None:
             why = "".join(f"; {name}: {fault}" for name, fault in skipped)
             raise UserError(f"{self.run.path}: no checkpoint to load{why}")

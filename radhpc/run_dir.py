@@ -23,6 +23,8 @@ from radhpc.errors import UserError, nearest
 from radhpc.files import append, read_json, read_lines, write_atomically
 from radhpc.recipe import Recipe, load
 
+EVALUATION = "evaluation.json"  # in the folder of a job that evaluates another run, see evaluation_job.py
+
 Event = Literal[
     "submitted", "started", "resumed", "skipped_checkpoint", "saved", "stage_finished", "evaluated",
     "quarantined",
@@ -98,6 +100,12 @@ class RunDir:
         was = self.recipe().engine
         if name != was:
             self.record("engine_changed", was=was, engine=name)
+
+    @property
+    def evaluates(self) -> "RunDir | None":
+        """The run that a job evaluates whose folder this is; None for a run."""
+        task = read_json(self.path / EVALUATION)
+        return None if task is None else RunDir(task["run"])
 
     def folder(self, name: str) -> Path:
         """A subfolder, made where it is missing."""

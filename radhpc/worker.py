@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from radhpc import compiling, fingerprint, hooks, log as logs, seam, tasks
+from radhpc import compiling, evaluation_job, fingerprint, hooks, log as logs, seam, tasks
 from radhpc.background import beside, on_first
 from radhpc.board import Board
 from radhpc.checkpoint import Checkpoints, Cursor, name_of
@@ -97,6 +97,8 @@ def _run(run: RunDir, ranks: Ranks, stop: Stop, trial: Trial | None) -> Outcome:
         run.record("started", life=life, job=job, world=ranks.world, engine=recipe.engine, nodes=nodes)
         run.hold_back()
     _agree_on_environment(run, ranks)
+    if run.evaluates is not None:
+        return _evaluate(run, ranks, stop)
     parts = Parts(run, recipe, ranks, stop, trial)
     position: Position | None = None
     try:
@@ -146,6 +148,19 @@ def _run(run: RunDir, ranks: Ranks, stop: Stop, trial: Trial | None) -> Outcome:
             run.record(state, cause=interrupted.cause, step=step, **asdict(ending))
         log.info("%s by %s at step %d: %s", state, interrupted.cause, step, ending)
         return Outcome(state, interrupted.cause, step)
+
+
+def _evaluate(job: RunDir, ranks: Ranks, stop: Stop) -> Outcome:
+    """Of a job that evaluates another run; what it has generated is on the disk already when it is interrupted."""
+    try:
+        step = evaluation_job.work(job, ranks, stop)
+    except Interrupted as interrupted:
+        if ranks.first:
+            job.record("interrupted", cause=interrupted.cause, waited_seconds=round(stop.waited, 3))
+        return Outcome("interrupted", interrupted.cause)
+    if ranks.first:
+        job.record("finished", step=step)
+    return Outcome("finished", step=step)
 
 
 def _before_training(parts: Parts, stop: Stop) -> Ending:

@@ -34,8 +34,9 @@ def check(container: Container) -> None:
 def needs(run: RunDir) -> list[str]:
     """The binds that a run asks for by itself: its folder, and what its recipe names on local paths."""
     inputs = _inputs(run.recipe()) if run.recipe_path.exists() else []  # a probe has none
-    found = {path for path in inputs if path.startswith("/") and not Path(path).is_relative_to(run.path)}
-    return [_bind(str(run.path)), *(f"{_bind(path)}:ro" for path in sorted(found))]
+    folder = (run.evaluates or run).path  # an evaluation's job lies in the folder of the run, and writes there
+    found = {path for path in inputs if path.startswith("/") and not Path(path).is_relative_to(folder)}
+    return [_bind(str(folder)), *(f"{_bind(path)}:ro" for path in sorted(found))]
 
 
 def python(profile: Profile, binds: list[str], folder: Path) -> str:

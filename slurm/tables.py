@@ -16,8 +16,8 @@ from rich.text import Text
 SHOWN = 20  # samples that were seen too often or never
 
 
-def scores(found: dict[str, Any]) -> Table:
-    """scores.json of an evaluation beside its baselines."""
+def scores(found: dict[str, Any]) -> Iterator[Table | str]:
+    """scores.json of an evaluation beside its baselines, the difference to another run, and what is missing."""
     table = Table(
         "score", "model", "95% interval", *found["baselines"], title=f"step {found['step']}, {found['split']}"
     )
@@ -25,7 +25,16 @@ def scores(found: dict[str, Any]) -> Table:
         limits = "" if score["low"] is None else f"{score['low']:.3f} to {score['high']:.3f}"
         others = [values.get(name, {}).get("value") for values in found["baselines"].values()]
         table.add_row(name, f"{score['value']:.3f}", limits, *("" if v is None else f"{v:.3f}" for v in others))
-    return table
+    yield table
+    if other := found.get("comparison"):
+        title = f"against {other['against']}: {other['test']}, {other['samples']} studies"
+        differences = Table("score", "difference", "95% interval", "p", title=title)
+        for name, one in other["scores"].items():
+            limits = f"{one['low']:+.3f} to {one['high']:+.3f}"
+            differences.add_row(name, f"{one['difference']:+.3f}", limits, f"{one['p']:.3f}")
+        yield differences
+    for name, why in found.get("missing", {}).items():
+        yield f"{name}: not scored: {why}"
 
 
 def weights(found: dict[str, Any]) -> RenderableType:

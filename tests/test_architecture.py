@@ -18,9 +18,9 @@ FLOORS = (
     ("order", "transforms", "radiograph", "processors", "models", "tokenizer", "source", "fetch", "tasks", "collate",
      "stream", "host", "attention", "blocks", "token_loss", "additions", "objective", "sam", "quantise", "placing",
      "adapters", "optimizers", "engine", "zero", "allocations"),
-    ("checkpoint", "metrics", "generate", "answer", "index", "reader", "evaluate", "evaluation_page", "plain",
-     "model_card", "export", "audit", "parts", "loop", "straggler", "hooks", "saving", "plan", "lineage", "seam",
-     "exhausted", "compiling"),
+    ("checkpoint", "metrics", "generate", "generated", "answer", "index", "reader", "neighbours", "scoring",
+     "evaluate", "evaluation_job", "evaluation_page", "plain", "model_card", "export", "audit", "parts", "loop",
+     "straggler", "hooks", "saving", "plan", "lineage", "seam", "exhausted", "compiling"),
     ("worker",),
 )  # fmt: skip
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
