@@ -497,6 +497,36 @@ def generate(
     raise typer.Exit(1 if broken else 0)
 
 
+@app.command(epilog="Example: python launch.py demo runs/quickstart-20261122-101500 --retrieve 3")
+def demo(
+    run: RunPath,
+    port: Annotated[int, typer.Option(help="On this machine alone; 0: any that is free.", min=0, max=65535)] = 0,
+    retrieve: Annotated[
+        int, typer.Option(help="Show so many training studies that look alike; needs `launch.py index`.", min=0)
+    ] = 0,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Default: the recipe's.", min=1)] = None,
+    beams: Annotated[int | None, typer.Option(help="Several come as a whole, not word by word.", min=1)] = None,
+) -> None:
+    """A web page on this machine alone: drop a radiograph, read the report, ask. Research use only."""
+    from shards import views
+
+    run_dir, target = _image_settings(run)
+    parts = _parts(run_dir.path)
+    from radhpc.answer import Decoding
+    from radhpc.demo import Demo
+    from radhpc.reader import Reader
+
+    decoding = Decoding.of(parts.recipe.evaluation, max_new_tokens=max_new_tokens, beams=beams)
+    with Demo(Reader(parts, decoding, retrieve), lambda data, name: views.read_bytes(data, name, target), port) as page:
+        _say(
+            f"{page.url}\n{_from_elsewhere(page.port)}\nCtrl-C ends it. Research use only, not for clinical use.", False
+        )
+        try:
+            page.serve()
+        except KeyboardInterrupt:
+            _say("ended", False)
+
+
 @app.command(epilog="Example: python launch.py index runs/quickstart-20261122-101500")
 def index(
     run: RunPath,
@@ -657,6 +687,14 @@ def board(
 
 
 # What several verbs share
+
+
+def _from_elsewhere(port: int) -> str:
+    """How a browser on another machine reaches a port on this one's loopback."""
+    import getpass
+    import socket
+
+    return f"from elsewhere: ssh -N -L {port}:127.0.0.1:{port} {getpass.getuser()}@{socket.gethostname()}"
 
 
 def _new_run(name: str) -> Path:
