@@ -34,6 +34,7 @@ Event = Literal[
     "straggler",  # a rank is slower than the others: rank, host, ratio
     "code_replaced", "environment_changed",
     "pruned",
+    "profiled",  # a trace that was asked for: first step, last step, trace
 ]  # fmt: skip
 
 

@@ -37,9 +37,9 @@ class Browser:
         program, profile = chromium(), folder / "chromium"
         to_browser, self._write = os.pipe()
         self._read, from_browser = os.pipe()
-        # The protocol wants the pipes as descriptors 3 and 4; the shell puts them there.
+        # The protocol wants the pipes as descriptors 3 and 4; bash puts them there, also from above 9.
         command = [
-            "sh", "-c", f'exec "$@" 3<&{to_browser} 4>&{from_browser}', "sh", program, "--headless", "--no-sandbox",
+            "bash", "-c", f'exec "$@" 3<&{to_browser} 4>&{from_browser}', "bash", program, "--headless", "--no-sandbox",
             "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars", "--no-first-run", "--disable-extensions",
             f"--user-data-dir={profile}", f"--window-size={width},{height}", "--remote-debugging-pipe", "about:blank",
         ]  # fmt: skip

@@ -18,7 +18,7 @@ FLOORS = (
     ("order", "transforms", "radiograph", "processors", "models", "tokenizer", "source", "fetch", "collate", "stream",
      "objective", "adapters", "engine", "allocations"),
     ("checkpoint", "metrics", "generate", "answer", "index", "reader", "evaluate", "evaluation_page", "demo", "plain",
-     "model_card", "export", "audit", "parts", "loop", "straggler", "hooks", "saving", "plan"),
+     "model_card", "export", "audit", "parts", "loop", "straggler", "profiling", "hooks", "saving", "plan"),
     ("worker",),
 )  # fmt: skip
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
