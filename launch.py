@@ -4,6 +4,7 @@
 preparation), `slurm` (where jobs run) and `radhpc` (what runs inside them). PyTorch is imported only where a model is.
 """
 
+import contextlib
 import json
 import shutil
 import sys
@@ -518,6 +519,36 @@ def generate(
     raise typer.Exit(1 if broken else 0)
 
 
+@app.command(epilog="Example: python launch.py demo runs/quickstart-20261122-101500 --retrieve 3")
+def demo(
+    run: RunPath,
+    port: Annotated[int, typer.Option(help="On this machine alone; 0: any that is free.", min=0, max=65535)] = 0,
+    retrieve: Annotated[
+        int, typer.Option(help="Show so many training studies that look alike; needs `launch.py index`.", min=0)
+    ] = 0,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Default: the recipe's.", min=1)] = None,
+    beams: Annotated[int | None, typer.Option(help="Several come as a whole, not word by word.", min=1)] = None,
+) -> None:
+    """A web page on this machine alone: drop a radiograph, read the report, ask. Research use only."""
+    from shards import views
+
+    run_dir, target = _image_settings(run)
+    parts = _parts(run_dir.path)
+    from radhpc.answer import Decoding
+    from radhpc.demo import Demo
+    from radhpc.reader import Reader
+
+    decoding = Decoding.of(parts.recipe.evaluation, max_new_tokens=max_new_tokens, beams=beams)
+    with Demo(Reader(parts, decoding, retrieve), lambda data, name: views.read_bytes(data, name, target), port) as page:
+        _say(
+            f"{page.url}\n{_from_elsewhere(page.port)}\nCtrl-C ends it. Research use only, not for clinical use.", False
+        )
+        try:
+            page.serve()
+        except KeyboardInterrupt:
+            _say("ended", False)
+
+
 @app.command(epilog="Example: python launch.py index runs/quickstart-20261122-101500")
 def index(
     run: RunPath,
@@ -556,7 +587,8 @@ def export(
     parts = _parts(run)
     from radhpc import export as exports
 
-    written, probe = exports.export(parts, out.absolute(), merge, dtype)
+    with contextlib.redirect_stdout(sys.stderr):  # libraries that saving imports, such as deepspeed, say something
+        written, probe = exports.export(parts, out.absolute(), merge, dtype)
     what = {"model": "whole weights", "adapter": f"an adapter for PEFT on {written.base}"}[written.kind]
     _say(f"{written.out}: {what}, {written.parameters:,} parameters of step {written.step}; see README.md", as_json)
     difference = exports.check(written, probe) if check else None
@@ -677,12 +709,29 @@ def doctor(
     raise typer.Exit(0 if ok else 1)
 
 
+@app.command(epilog="Example: python launch.py profile runs/padchest-20261122-101500")
+def profile(
+    run: RunPath,
+    steps: Annotated[int, typer.Option(help="So many of the next ones.", min=1, max=1000)] = 10,
+    wait: Annotated[float, typer.Option(help="Seconds to wait for the trace.", min=0)] = 600,
+    as_json: Json = False,
+) -> None:
+    """A profiler's trace of the next steps of the living job, and the operators that take longest."""
+    from radhpc.run_dir import RunDir
+    from slurm import tracing
+
+    traced = tracing.trace(RunDir.open(run), steps, wait)
+    _say(tables.traced(traced), as_json)
+    _emit({"run": str(run.absolute()), **traced}, as_json)
+
+
 @app.command(epilog="Example: python launch.py board runs/quickstart-20261122-101500")
 def board(
     runs: Annotated[list[Path] | None, typer.Argument(metavar="[RUN]...", help="Default: all in runs/.")] = None,
-    port: Annotated[int, typer.Option(help="On this machine alone.")] = 6006,
+    port: Annotated[int, typer.Option(help="On this machine alone.", min=1, max=65535)] = 6006,
 ) -> None:
     """Open TensorBoard over these runs, on loopback."""
+    import socket
     import subprocess
 
     from radhpc.run_dir import RunDir
@@ -695,23 +744,33 @@ def board(
     chosen = [RunDir.open(path).path for path in named or sorted(p.parent for p in Path("runs").glob("*/recipe.yaml"))]
     if not chosen:
         raise UserError("no run in runs/: name one")
-    names = ",".join(f"{path.name}:{path / 'tensorboard'}" for path in chosen)
-    _say(f"http://localhost:{port}/  (from elsewhere: ssh -L {port}:localhost:{port} HOST)", False)
-    command = [
-        sys.executable,
-        "-m",
-        "tensorboard.main",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--logdir_spec",
-        names,
-    ]
-    raise typer.Exit(subprocess.run(command, check=False).returncode)
+    for path in chosen:
+        if {",", ":"} & set(str(path)):
+            raise UserError(f"{path}: TensorBoard takes no folder with a comma or a colon in its path")
+    # Two runs of one name, of two sweeps for example, are told apart by their folders.
+    alone = [path.name for path in chosen]
+    titles = [path.name if alone.count(path.name) == 1 else "/".join(path.parts[-3:]) for path in chosen]
+    names = ",".join(f"{title}:{path / 'tensorboard'}" for title, path in zip(titles, chosen, strict=True))
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", port)) == 0:
+            raise UserError(f"--port {port}: something listens there already; name another one")
+    _say(f"http://localhost:{port}/\n{_from_elsewhere(port)}", False)
+    command = [sys.executable, "-m", "tensorboard.main", "--host", "127.0.0.1", "--port", str(port)]
+    try:
+        raise typer.Exit(subprocess.run([*command, "--logdir_spec", names], check=False).returncode)
+    except KeyboardInterrupt:
+        _say("ended", False)
 
 
 # What several verbs share
+
+
+def _from_elsewhere(port: int) -> str:
+    """How a browser on another machine reaches a port on this one's loopback."""
+    import getpass
+    import socket
+
+    return f"from elsewhere: ssh -N -L {port}:127.0.0.1:{port} {getpass.getuser()}@{socket.gethostname()}"
 
 
 def _new_run(name: str) -> Path:

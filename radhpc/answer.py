@@ -24,6 +24,8 @@ from radhpc.engine import Engine
 from radhpc.errors import UserError
 from radhpc.recipe import Evaluation
 
+TRUTH = ("labels", "findings")  # in a batch: what the model is not given
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -127,7 +129,7 @@ def _generate(engine: Engine, encoder: Encoder, rows: Sequence[Any], settings: D
     """(rows, new tokens)."""
     engine.model.eval()
     batch = encoder.batch(rows, left=True)
-    inputs = {name: value for name, value in engine.to_device(batch).items() if name != "labels"}
+    inputs = {name: value for name, value in engine.to_device(batch).items() if name not in TRUTH}
     torch.manual_seed(settings.seed)
     with engine._autocast:
         ids = engine.model.generate(**inputs, **settings.arguments(), **more)  # type: ignore[operator]

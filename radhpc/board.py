@@ -1,6 +1,7 @@
 """TensorBoard: the curves, the events and the pictures of a run, without a step twice after a resume."""
 
 import math
+import re
 import textwrap
 import time
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 _EVENTS = "events.out.tfevents."  # followed by the time, in ten digits, and who wrote it
+RESTART = "restart"  # the name of the marks in by_stage/, beside those of stages
 
 
 class Board:
@@ -19,6 +21,7 @@ class Board:
 
     def __init__(self, folder: Path | None, resumed_at: int = 0) -> None:
         self._writer: Any = None
+        self._session_end: Any = None  # of a trial of a sweep
         if folder is not None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -37,6 +40,26 @@ class Board:
         if self._writer is not None:
             self._writer.add_text(name, value, step)
 
+    def layout(self, stages: Sequence[str]) -> None:
+        """The charts of the tab Custom Scalars: each stage a line of its own in one chart, restarts marked on them."""
+        if self._writer is not None:
+            lines = [f"by_stage/{re.escape(name)}$" for name in (*stages, RESTART)]
+            self._writer.add_custom_scalars(
+                {
+                    "The run": {
+                        "loss by stage, restarts marked": ["Multiline", lines],
+                        "gradient norm by group": ["Multiline", ["gradient_norm/.*"]],
+                        "learning rate by group": ["Multiline", ["learning_rate/.*"]],
+                    },
+                    "Where the time goes": {
+                        "seconds": ["Multiline", ["speed/step_seconds", "speed/data_wait_seconds"]],
+                        "seconds of a save": ["Multiline", ["checkpoint/.*seconds"]],
+                        "padding": ["Multiline", ["data/padding"]],
+                    },
+                    "Evaluation": {"scores": ["Multiline", ["evaluation/.*"]]},
+                }
+            )
+
     def event(self, step: int, event: str, details: str) -> None:
         """Something that happened to the job: preempted, requeued, resumed, saved."""
         self.text(step, f"events/{event}", details)
@@ -52,9 +75,14 @@ class Board:
             from torch.utils.tensorboard.summary import hparams
 
             known = {name: "null" if value is None else value for name, value in values.items()}
-            experiment, session, _ = hparams(known, {metric: 0.0})  # type: ignore[no-untyped-call]
+            experiment, session, self._session_end = hparams(known, {metric: 0.0})  # type: ignore[no-untyped-call]
             for summary in (experiment, session):
                 self._writer.file_writer.add_summary(summary)
+
+    def end_session(self) -> None:
+        """The trial is done, finished or pruned: HParams shows it as such."""
+        if self._writer is not None and self._session_end is not None:
+            self._writer.file_writer.add_summary(self._session_end)
 
     def flush(self) -> None:
         if self._writer is not None:

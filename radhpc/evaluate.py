@@ -150,7 +150,7 @@ def _answered(
 
     def read() -> tuple[list[Study], list[str], list[Encoded], list[tuple[str, str, Encoded]]]:
         studies, bad = _read(source, numbers)
-        prompts = [encoder.encode_prompt(key, sample.question, views) for key, sample, views in studies]
+        prompts = [encoder.encode_prompt(key, sample.question, views, sample) for key, sample, views in studies]
         return studies, bad, prompts, list(_questions(encoder, studies, settings))
 
     studies, bad, prompts, questions = beside(read, ranks, stop) or ([], [], [], [])

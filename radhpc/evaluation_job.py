@@ -57,7 +57,7 @@ def work(job: RunDir, ranks: Ranks, stop: Stop) -> int:
         ranks.heart.beat("loading", slow=True)
         result = evaluate.evaluate(
             lambda: parts.restored_engine(name)[0],
-            parts.encoder,
+            parts.encoder_of(cursor.stage),
             held_out,
             training,
             settings,

@@ -26,6 +26,7 @@ from radhpc.source import BadSample, Source
 CASES = 8  # of the worst, and of the best
 SIDE = 480  # pixels: the longer side of an image on the page
 VIEWS = 3  # of a study
+PER_FINDING = ("f1", "auroc", "auprc")  # what the names of such scores end with, before the finding's own
 
 PAGE = "report.html"
 
@@ -37,7 +38,7 @@ def write(folder: Path, held_out: Source, cases: int = CASES) -> Path:
     worst, best = ordered[:cases], ordered[cases:][::-1][:cases]
     pictures = _pictures(held_out, [row["key"] for row in (*worst, *best)])
     template = string.Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
-    known = any(row.get("findings") is not None for row in rows) and _findings_scored(scores)
+    known = any(drawn(row) is not None for row in rows)
     page = template.substitute(
         title=html.escape(f"Step {scores['step']}, split {scores['split']}"),
         about=_about(folder, scores),
@@ -53,15 +54,19 @@ def write(folder: Path, held_out: Source, cases: int = CASES) -> Path:
     return folder / PAGE
 
 
-def _findings_scored(scores: Mapping[str, Any]) -> bool:
-    return any(name.startswith("findings_f1/") for name in scores["scores"])
+def drawn(row: Mapping[str, Any]) -> set[str] | None:
+    """The findings that a study is known to have, where a rule can read them back from a text: those of a phantom."""
+    if "labels" not in row:
+        return None if row.get("findings") is None else set(row["findings"])
+    known = row["labels"].get("phantom")
+    return None if known is None else {name for name, value in known.items() if value == 1}
 
 
 def _worth(row: Mapping[str, Any]) -> tuple[float, float]:
     """How much of a case is right: of its findings, where they are known, and of its words."""
-    known = row.get("findings")
+    known = drawn(row)
     return (
-        0.0 if known is None else _overlap(findings.read(row["generated"]), set(known)),
+        0.0 if known is None else _overlap(findings.read(row["generated"]), known),
         text.token_f1(row["generated"], row["reference"]),
     )
 
@@ -85,7 +90,7 @@ def table(scores: Mapping[str, Any]) -> str:
     head = "".join(f'<th class="number">{html.escape(name)}</th>' for name in baselines)
     lines = [f'<tr><th>score</th><th class="number">model</th><th>95% interval</th>{head}<th>convention</th></tr>']
     for name, score in scores["scores"].items():
-        if "/" in name:
+        if _group(name) is not None:
             continue
         value = score.get("value")
         others = [values.get(name, {}).get("value") for values in baselines.values()]
@@ -98,7 +103,35 @@ def table(scores: Mapping[str, Any]) -> str:
             f"<tr><td>{html.escape(name)}</td><td{mark}>{_number(value)}</td><td>{limits}</td>{cells}"
             f'<td class="quiet">{html.escape(str(convention))}</td></tr>'
         )
-    return f"<table>{''.join(lines)}</table>"
+    said = "".join(
+        f'<p class="quiet">{html.escape(name)}: not scored: {html.escape(str(why))}</p>'
+        for name, why in (scores.get("missing") or {}).items()
+    )
+    return f"<table>{''.join(lines)}</table>{said}{_compared(scores.get('comparison'))}"
+
+
+def _compared(comparison: Mapping[str, Any] | None) -> str:
+    """The paired test against another run."""
+    if not comparison:
+        return ""
+    lines = ['<tr><th>score</th><th class="number">difference</th><th>95% interval</th><th class="number">p</th></tr>']
+    for name, found in comparison["scores"].items():
+        limits = f"{found['low']:+.3f} to {found['high']:+.3f}"
+        lines.append(
+            f'<tr><td>{html.escape(name)}</td><td class="number">{found["difference"]:+.3f}</td><td>{limits}</td>'
+            f'<td class="number">{found["p"]:.3f}</td></tr>'
+        )
+    about = f"{comparison['test']}, {comparison['samples']} studies"
+    return (
+        f"<h2>Against {html.escape(str(comparison['against']))}</h2>"
+        f'<p class="quiet">{html.escape(about)}</p><table>{"".join(lines)}</table>'
+    )
+
+
+def _group(name: str) -> str | None:
+    """findings_f1 of "findings_f1/cardiomegaly": what is measured for each finding; None of a score by itself."""
+    group, slash, _ = name.partition("/")
+    return group if slash and group.rpartition("_")[2] in PER_FINDING else None
 
 
 def _not_better(name: str, value: float, other: float) -> bool:
@@ -114,8 +147,8 @@ def bars(scores: Mapping[str, Any]) -> Iterator[str]:
     """For each group of scores, such as findings_f1/NAME, a bar per name: interval and best baseline on it."""
     groups: dict[str, list[str]] = {}
     for name, score in scores["scores"].items():
-        group, slash, _ = name.partition("/")
-        if slash and isinstance(score.get("value"), int | float):
+        group = _group(name)
+        if group is not None and isinstance(score.get("value"), int | float):
             groups.setdefault(group, []).append(name)
     for group, names in groups.items():
         lines = []
@@ -146,8 +179,10 @@ def _case(row: Mapping[str, Any], pictures: Sequence[str], known: bool) -> str:
     reference, generated = marked(row["reference"], row["generated"])
     head = [f"<span>{html.escape(str(row['key']))}</span>"]
     head.append(f"<span>words {text.token_f1(row['generated'], row['reference']):.2f}</span>")
-    if known:
-        mine, wanted = findings.read(row["generated"]), set(row.get("findings") or ())
+    if row.get("question"):
+        head.append(f"<span>{html.escape(row['question'])}</span>")
+    if known and (wanted := drawn(row)) is not None:
+        mine = findings.read(row["generated"])
         for kind, names in (("right", mine & wanted), ("missed", wanted - mine), ("invented", mine - wanted)):
             head += [f'<span class="chip {kind}">{kind}: {html.escape(name)}</span>' for name in sorted(names)]
     images = "".join(f'<img alt="view" src="{picture}">' for picture in pictures)

@@ -32,8 +32,9 @@ from transformers.utils import logging
 
 from radhpc import adapters, plain
 from radhpc.adapters import Tensors
+from radhpc.answer import TRUTH
 from radhpc.errors import UserError
-from radhpc.model_card import card
+from radhpc.model_card import base_folder, card
 
 if TYPE_CHECKING:
     from radhpc.parts import Parts
@@ -97,8 +98,9 @@ def export(parts: "Parts", out: Path, merge: bool = False, dtype: str | None = N
         else:
             assert stage.lora is not None
             weights = {name: tensor for name, tensor in engine.weights().items() if ".lora_" in name}
-            changed = parts.recipe.model.weights is None or base_was_changed(parts, cursor.stage)
-            base = "base" if changed else parts.recipe.model.weights
+            whole = base_folder(parts.recipe.model)
+            changed = whole is None or base_was_changed(parts, cursor.stage)
+            base = "base" if changed else whole
             config = adapters.peft_config(stage.lora)
             config.base_model_name_or_path = "base" if changed else Path(str(base)).name
             write_adapter(temporary / "adapter", config, weights)
@@ -128,9 +130,10 @@ def base_was_changed(parts: "Parts", stage: int) -> bool:
 
 
 def _dtype_of(parts: "Parts") -> str:
-    if parts.recipe.model.weights is None:
+    folder = base_folder(parts.recipe.model)
+    if folder is None:
         return "float32"
-    found = json.loads((Path(parts.recipe.model.weights) / "config.json").read_text())
+    found = json.loads((Path(folder) / "config.json").read_text())
     told = found.get("dtype") or found.get("torch_dtype") or (found.get("text_config") or {}).get("torch_dtype")
     return told if told in TOLERANCE else "float32"
 
@@ -161,6 +164,8 @@ def _merged(model: nn.Module) -> nn.Module:
 
 def _write_whole(parts: "Parts", model: nn.Module, folder: Path, dtype: str) -> int:
     """config.json and the weights, with the modules of the model that are not transformers' own beside them."""
+    modules = getattr(parts.family, "modules", ())
+    _check_class(model, modules)
     settings = parts.recipe.evaluation
     generation = copy.deepcopy(model.generation_config)
     generation.max_new_tokens = settings.max_new_tokens
@@ -168,8 +173,26 @@ def _write_whole(parts: "Parts", model: nn.Module, folder: Path, dtype: str) -> 
     model.requires_grad_(False).to(getattr(torch, dtype))  # type: ignore[arg-type]
     logging.disable_progress_bar()
     model.save_pretrained(str(folder), max_shard_size=SHARD)  # type: ignore[operator]
-    copy_modules(getattr(parts.family, "modules", ()), folder)
+    copy_modules(modules, folder)
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _check_class(model: Any, modules: Sequence[str]) -> None:
+    """Raises UserError where plain transformers would not build this model: some of its weights would be lost."""
+    kind = type(model)
+    if modules:
+        return
+    if not kind.__module__.startswith("transformers."):
+        raise UserError(
+            f"export: {kind.__name__} is no class of transformers, and has no module that can travel with it"
+        )
+    with torch.device("meta"):
+        known = kind(copy.deepcopy(model.config)).state_dict()
+    if more := sorted(set(model.state_dict()) - set(known)):
+        raise UserError(
+            f"export: {len(more)} of the model's tensors, '{more[0]}' first, have no place in transformers' "
+            f"{kind.__name__}, and no module travels with it that has one"
+        )
 
 
 def copy_modules(modules: Sequence[str], folder: Path) -> None:
@@ -205,7 +228,7 @@ def _file_of(name: str) -> Path:
 
 def _write_beside(parts: "Parts", folder: Path) -> None:
     """Processor, tokenizer, how to ask, and the file that shows it."""
-    family, weights = parts.family, parts.recipe.model.weights
+    family, weights = parts.family, base_folder(parts.recipe.model)
     if hasattr(family, "processor"):
         family.processor().save_pretrained(str(folder))
     elif weights is not None:
@@ -230,15 +253,17 @@ class Probe:
 
     picture: Image.Image
     logits: torch.Tensor  # (vocabulary,) float32
+    dtype: str  # of the computation
 
     @classmethod
     def of(cls, parts: "Parts", engine: Any) -> "Probe":
         picture = probe_picture()
         batch = parts.encoder.batch([parts.encoder.encode_prompt("", None, [picture])])
-        inputs = {name: value for name, value in engine.to_device(batch).items() if name != "labels"}
-        with torch.no_grad():
+        inputs = {name: value for name, value in engine.to_device(batch).items() if name not in TRUTH}
+        with torch.no_grad(), engine._autocast:
             logits = engine.model.eval()(**inputs).logits[0, -1].float().cpu()
-        return cls(picture, logits)
+        dtypes = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+        return cls(picture, logits, dtypes[parts.recipe.precision])
 
 
 def probe_picture() -> Image.Image:
@@ -273,10 +298,11 @@ def check(exported: Exported, probe: Probe) -> float:
             raise UserError(f"{exported.out}: plain transformers and peft cannot load it: {last}")
         theirs = load_file(answer)["logits"]
     difference = float((theirs - probe.logits).abs().max() / probe.logits.abs().max())
-    if not difference <= TOLERANCE[exported.dtype]:
+    allowed = max(TOLERANCE[exported.dtype], TOLERANCE[probe.dtype])
+    if not difference <= allowed:
         raise UserError(
             f"{exported.out}: its logits differ from the run's by {difference:.2g} of the largest one; "
-            f"{exported.dtype} allows {TOLERANCE[exported.dtype]:.2g}"
+            f"{exported.dtype} after {probe.dtype} allows {allowed:.2g}"
         )
     return difference
 

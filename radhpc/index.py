@@ -25,7 +25,7 @@ from radhpc.collate import Batch, Encoder
 from radhpc.engine import Engine
 from radhpc.errors import UserError
 from radhpc.files import read_json, write_atomically
-from radhpc.source import BadSample
+from radhpc.source import BadSample, Study
 
 if TYPE_CHECKING:
     from radhpc.checkpoint import Cursor
@@ -44,6 +44,7 @@ class Neighbour:
     """A training study that looks alike."""
 
     key: str
+    number: int  # in the training split
     similarity: float  # cosine, up to 1
     text: str
 
@@ -92,16 +93,19 @@ def build(
     described: list[dict[str, Any]] = []
     left_out = 0
     for start in range(0, count, 32):
-        studies = []
+        studies: list[tuple[int, Study]] = []
         for number in numbers[start : start + 32]:
             try:
-                studies.append(source.read(int(number)))
+                studies.append((int(number), source.read(int(number))))
             except BadSample as error:
                 log.warning("left out of the index: %s", error)
                 left_out += 1
         if studies:
-            vectors.append(features(engine, parts.encoder, [views for _, _, views in studies]))
-            described += [{"key": key, "text": parts.encoder.answer(sample)} for key, sample, _ in studies]
+            vectors.append(features(engine, parts.encoder, [views for _, (_, _, views) in studies]))
+            described += [
+                {"key": key, "number": number, "text": parts.encoder.answer(sample)}
+                for number, (key, sample, _) in studies
+            ]
         progress(min(start + 32, count), count)
     if not described:
         raise UserError(f"{parts.run.path}: none of {count} training studies could be read")
@@ -150,7 +154,7 @@ class Index:
 
     vectors: Vectors
     centre: Vectors
-    studies: list[dict[str, Any]]  # key and text
+    studies: list[dict[str, Any]]  # key, number and text
     about: dict[str, Any]
 
     @classmethod
@@ -175,10 +179,7 @@ class Index:
         """The training studies most alike, most alike first."""
         similar = self.vectors @ _unit(vector - self.centre)
         best = np.argsort(-similar, kind="stable")[:count]
-        return [
-            Neighbour(self.studies[n]["key"], round(float(similar[n]), 4), self.studies[n]["text"])
-            for n in best.tolist()
-        ]
+        return [Neighbour(**{**self.studies[n], "similarity": round(float(similar[n]), 4)}) for n in best.tolist()]
 
     def far(self, similarity: float) -> str | None:
         """Why a study whose nearest neighbour is so similar is far from all, or None."""

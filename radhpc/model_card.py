@@ -35,7 +35,7 @@ def card(parts: "Parts", cursor: "Cursor", kind: str, base: str | None, dtype: s
     """The card as Markdown, with the front matter that model hubs read."""
     recipe = parts.recipe
     sections = [
-        _front(recipe.model.weights, kind),
+        _front(recipe.model, kind),
         f"# {recipe.name}",
         "**Research use only. Not for clinical use:** nothing that this model writes was checked for the care of a "
         "patient.",
@@ -52,17 +52,28 @@ def card(parts: "Parts", cursor: "Cursor", kind: str, base: str | None, dtype: s
     return "\n\n".join(sections) + "\n"
 
 
-def _front(weights: str | None, kind: str) -> str:
+def base_folder(model: Any) -> str | None:
+    """The local folder of the whole base; None where it is random, or put together from several."""
+    return model.weights if isinstance(model.weights, str) else None
+
+
+def origins(model: Any) -> list[str]:
+    """The names of the weights that a model was begun from."""
+    folders = model.weights.values() if isinstance(model.weights, dict) else [model.weights]
+    return [Path(str(folder)).name for folder in folders if folder is not None]
+
+
+def _front(model: Any, kind: str) -> str:
     front: dict[str, Any] = {"library_name": "peft" if kind == "adapter" else "transformers", "license": "other"}
-    if weights is not None:
-        front["base_model"] = Path(weights).name
+    if names := origins(model):
+        front["base_model"] = names
     front |= {"pipeline_tag": "image-text-to-text", "tags": ["radiology", "research-use-only"]}
     return f"---\n{yaml.safe_dump(front, sort_keys=False)}---"
 
 
 def _what(parts: "Parts", cursor: "Cursor", kind: str, base: str | None, dtype: str) -> str:
     model = parts.recipe.model
-    origin = f"the weights {Path(model.weights).name}" if model.weights else "random weights"
+    origin = f"the weights {' and '.join(origins(model))}" if origins(model) else "random weights"
     how = {
         "model": f"Whole weights in {dtype}, adapters added in.",
         "adapter": "An adapter for PEFT. "
@@ -135,15 +146,13 @@ def _scores(parts: "Parts") -> str:
 
 def _terms(parts: "Parts", cursor: "Cursor") -> str:
     lines = []
-    weights = parts.recipe.model.weights
-    if weights is not None:
-        lines.append(
-            f"{Path(weights).name}: the licence of these weights holds for what was made of them. Llama's wants 'Built "
-            "with Llama' shown, 'Llama' at the beginning of the name and its acceptable use policy kept, and Llama 3.2 "
-            "Vision is not licensed to those domiciled in the European Union."
-            if "llama" in weights.lower()
-            else f"{Path(weights).name}: the licence of these weights holds for what was made of them."
-        )
+    for name in origins(parts.recipe.model):
+        lines.append(f"{name}: the licence of these weights holds for what was made of them.")
+        if "llama" in name.lower():
+            lines[-1] += (
+                " Llama's wants 'Built with Llama' shown, 'Llama' at the beginning of the name and its acceptable use "
+                "policy kept, and Llama 3.2 Vision is not licensed to those domiciled in the European Union."
+            )
     for part in _parts(parts, cursor).values():
         name = part.manifest.dataset
         known = next((text for start, text in REMINDERS.items() if name.startswith(start)), None)

@@ -39,6 +39,7 @@ Event = Literal[
     "engine_changed",  # `resume --engine`: was, engine
     "pruned",
     "taken_over",  # the run begins where a stage of another ended: origin, checkpoints, step
+    "profiled",  # a trace that was asked for: first step, last step, trace
 ]  # fmt: skip
 
 _RESERVE = 1 << 16  # bytes

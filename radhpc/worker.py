@@ -30,6 +30,7 @@ from radhpc.ledger import Ledger
 from radhpc.log import Bar
 from radhpc.loop import Hook, Position, Quarantine, train
 from radhpc.parts import Parts, Trial
+from radhpc.profiling import Profiling
 from radhpc.run_dir import RunDir, node_name
 from radhpc.saving import Ending, Saving
 from radhpc.stop import PRUNED, Interrupted, Stop
@@ -112,6 +113,7 @@ def _run(run: RunDir, ranks: Ranks, stop: Stop, trial: Trial | None) -> Outcome:
             on_first(lambda s=stage, n=number: tasks.check(recipe, s, parts.source(n, "train")), ranks, stop)
         cursor = _restore(parts, run, life, ranks)
         board = Board(run.path / "tensorboard" if ranks.first else None, cursor.step if cursor else 0)
+        board.layout([stage.name for stage in recipe.stages])
         board.event(cursor.step if cursor else 0, "resumed" if cursor else "started", _history(run))
         if trial is not None and ranks.first:
             board.hyperparameters(trial.parameters(), f"evaluation/{trial.metric}")
@@ -135,6 +137,7 @@ def _run(run: RunDir, ranks: Ranks, stop: Stop, trial: Trial | None) -> Outcome:
             name = _run_stage(parts, position, here, lineage, board, ledger, quarantine, stop, sum(steps))
             lineage, reached = (*lineage, name), position.step
         board.event(reached, "finished", "all stages are done")
+        board.end_session()
         board.close()
         if ranks.first:
             run.record("finished", step=reached)
@@ -210,13 +213,16 @@ def _run_stage(
         told=stop.poll,
     )  # fmt: skip
     every = recipe.evaluation.every
+    profiling = Profiling(parts.run, ranks, board)
     try:
         with Bar(stage.name, position.stage_steps, position.stage_step, "steps", not ranks.first) as bar:
             stragglers = Stragglers(parts.run, ranks, board)
-            calls = [Hook(1, stragglers), Hook(recipe.checkpoint.every, saving)]
+            calls = [Hook(1, stragglers), Hook(1, hooks.GroupNorms(engine, board, parts))]
+            calls.append(Hook(recipe.checkpoint.every, saving))
             if ranks.first:
-                calls.insert(0, Hook(recipe.board.every, hooks.board_hook(board, parts)))
+                calls.insert(0, Hook(recipe.board.every, hooks.board_hook(board, parts, cursor is not None)))
                 calls.insert(1, Hook(1, hooks.Progress(parts, bar, total_steps, stragglers)))
+                calls.append(Hook(1, profiling))
             if every is not None:
                 calls.append(Hook(every, evaluating))
                 if cursor is not None and position.step % every == 0 and not position.stage_done:
@@ -234,10 +240,13 @@ def _run_stage(
     except Interrupted as interrupted:
         interrupted.ending = saving.interrupted(position)
         board.event(position.step, "interrupted", interrupted.cause)
+        if interrupted.cause == PRUNED:
+            board.end_session()
         board.close()
         raise
     finally:
         stream.close()
+        profiling.close()
     return name_of(position.step)
 
 

@@ -45,6 +45,14 @@ def read_study(name: str, paths: Sequence[Path], target: Target) -> tuple[list[I
     return [view.picture for view in found], [view.modality for view in found]
 
 
+def read_bytes(data: bytes, name: str, target: Target) -> View:
+    """The bytes of a file somebody has sent. Raises UserError with its name and what is wrong with it."""
+    try:
+        return read(data, target, name)
+    except BadImage as error:
+        raise UserError(str(error)) from error
+
+
 def studies(folder: Path) -> dict[str, list[Path]]:
     """The images of a folder by study: each file is one, and each subfolder, with its views in the order of names.
 

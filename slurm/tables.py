@@ -362,6 +362,15 @@ def checks(found: list[dict[str, Any]]) -> Iterator[str]:
             yield f"    wanted: {check['wanted']}"
 
 
+def traced(found: dict[str, Any]) -> Iterator[RenderableType]:
+    """Where a trace lies and the operators that took longest."""
+    table = Table("operator", "calls", "ms", "share", box=SIMPLE_HEAD)
+    for row in found["operators"]:
+        table.add_row(row["operator"], str(row["calls"]), f"{row['milliseconds']:.1f}", f"{row['share']:.1%}")
+    yield table
+    yield f"{found['trace']}: open it in https://ui.perfetto.dev or chrome://tracing"
+
+
 def sweep(standing: dict[str, Any]) -> Iterator[RenderableType]:
     """The trials of a sweep, the best first."""
     keys = list(dict.fromkeys(key for trial in standing["trials"] for key in trial["parameters"]))

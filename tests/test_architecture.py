@@ -19,8 +19,8 @@ FLOORS = (
      "stream", "host", "attention", "blocks", "token_loss", "additions", "objective", "sam", "quantise", "placing",
      "adapters", "optimizers", "engine", "zero", "allocations"),
     ("checkpoint", "metrics", "generate", "generated", "answer", "index", "reader", "neighbours", "scoring",
-     "evaluate", "evaluation_job", "evaluation_page", "plain", "model_card", "export", "audit", "parts", "loop",
-     "straggler", "hooks", "saving", "plan", "lineage", "seam", "exhausted", "compiling"),
+     "evaluate", "evaluation_job", "evaluation_page", "demo", "plain", "model_card", "export", "audit", "parts", "loop",
+     "straggler", "profiling", "hooks", "saving", "plan", "lineage", "seam", "exhausted", "compiling"),
     ("worker",),
 )  # fmt: skip
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
