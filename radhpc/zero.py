@@ -9,7 +9,6 @@ put into, the parts that its optimizer holds, by the addresses that it keeps of 
 DeepSpeed copies the weights when it starts, so it starts at the first use: behind load(), if there is one.
 """
 
-import logging
 import math
 import os
 import sys
@@ -245,6 +244,5 @@ def _deepspeed(device: torch.device) -> Any:
     if device.type == "cpu":
         # Else it compiles a shared-memory collective when a job starts, which a node without a compiler cannot.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)  # names that it will have to change
     return deepspeed

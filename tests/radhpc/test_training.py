@@ -144,7 +144,7 @@ def test_a_run_goes_on_on_another_number_of_ranks_and_under_another_engine(
     run = tmp_path / "run"
     launch("train", recipe_file, "--on", local_profile(3), "--run", run)
     wait_for(lambda: any_ledger(run, 8))
-    launch("stop", run)
+    RunDir.open(run).request_stop()  # as `stop` does, but while it still runs: a command takes seconds to start
     wait_for(lambda: launch_json("status", run)["state"] == "stopped")
     before = events(run)
     assert "allowed are fsdp and deepspeed" in launch("resume", run, "--engine", "single", status=2).stderr
