@@ -28,12 +28,15 @@ from torch.distributed.tensor import DTensor
 
 from radhpc import optimizers
 from radhpc.adapters import Tensors, canonical
+from radhpc.blocks import prepare_blocks
 from radhpc.collate import Batch
 from radhpc.dist import Ranks
 from radhpc.errors import UserError
-from radhpc.objective import NextToken
+from radhpc.host import remember
+from radhpc.objective import Objective, random_state, set_random_state
 from radhpc.placing import place
-from radhpc.recipe import Optimizer, Recipe
+from radhpc.recipe import Objective as ObjectiveRecipe, Optimizer, Recipe
+from radhpc.sam import ascended
 
 _LOSS_SCALE = "engine/loss_scale"
 _BUCKET = 1 << 25  # numbers that go into one collective, from all ranks together
@@ -43,9 +46,10 @@ _BUCKET = 1 << 25  # numbers that go into one collective, from all ranks togethe
 class StepReport:
     """What one optimizer step was like; the same on every rank."""
 
-    loss: float  # mean over the supervised tokens of the global batch
+    loss: float  # that is minimised, over the global batch: by default the mean over its supervised tokens
     gradient_norm: float
     learning_rates: dict[str, float]  # by group
+    terms: dict[str, float]  # of the objective, by name, without their weights
 
 
 class Engine:
@@ -57,17 +61,22 @@ class Engine:
     """
 
     def __init__(
-        self, model: nn.Module, recipe: Recipe, stage: Optimizer, blocks: tuple[type, ...], ranks: Ranks
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        stage: Optimizer,
+        blocks: tuple[type, ...],
+        ranks: Ranks,
+        objective: ObjectiveRecipe = ObjectiveRecipe(),  # type: ignore[call-arg]  # noqa: B008
     ) -> None:
         check(recipe, ranks)
-        self.model, self.ranks, self._objective = model, ranks, NextToken()
+        self.model, self.ranks, self._objective = model, ranks, Objective(objective, model)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[recipe.precision]
         self.scaler = LossScale() if recipe.precision == "fp16" else None
         self._clip, self._stage = stage.clip, stage
-        if recipe.model.checkpoint_activations:
-            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        prepare_blocks(model, blocks, recipe.model.checkpoint_activations, recipe.model.compile)
         self._lay_out(recipe, blocks)
         self.trained = {canonical(n): p for n, p in model.named_parameters() if p.requires_grad}
         self._start()
@@ -96,25 +105,36 @@ class Engine:
     def _backward(self, loss: torch.Tensor, last: bool) -> None:
         loss.backward()
 
-    def _update(self, scale: float) -> float | None:
+    def _update(self, scale: float, again: Callable[[], None]) -> float | None:
         """Sum, clip, step: the gradients are `scale` times too large. Gives their norm, and changes nothing and gives
-        None where it is not finite.
+        None where it is not finite. `again` makes the same passes once more, where parameters now are.
         """
-        gradients = [parameter.grad for parameter in self.trained.values() if parameter.grad is not None]
-        if self._replicated:
-            self._sum(gradients)
-        norm = _full(nn.utils.get_total_norm(gradients)) / scale
-        if not math.isfinite(float(norm)):
+        norm = self._gradient_norm(scale)
+        if norm is not None and self._stage.sharpness is not None:
+            with self._objective.silently(), ascended(self.trained, self._stage.sharpness, norm * scale):
+                again()
+                norm = self._gradient_norm(scale)
+        if norm is None:
             self.optimizer.zero_grad(set_to_none=True)
             return None
         if scale != 1:
-            for gradient in gradients:
-                gradient.div_(scale)
+            for parameter in self.trained.values():
+                if parameter.grad is not None:
+                    parameter.grad.div_(scale)
         if self._clip is not None:
-            nn.utils.clip_grads_with_norm_(self.trained.values(), self._clip, norm)
+            nn.utils.clip_grads_with_norm_(self.trained.values(), self._clip, torch.tensor(norm))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return float(norm)
+        return norm
+
+    def _gradient_norm(self, scale: float) -> float | None:
+        """Of the whole gradient, with the terms that are added once per step; None where it is not finite."""
+        if self._replicated:
+            self._sum([parameter.grad for parameter in self.trained.values() if parameter.grad is not None])
+        self._objective.regularise(self.trained, scale)
+        gradients = [parameter.grad for parameter in self.trained.values() if parameter.grad is not None]
+        norm = float(_full(nn.utils.get_total_norm(gradients))) / scale
+        return norm if math.isfinite(norm) else None
 
     def _pieces(self, moments: bool) -> dict[str, torch.Tensor]:
         """This rank's part of what is saved, flat, by its name in a checkpoint: the whole is theirs in the order of
@@ -165,71 +185,110 @@ class Engine:
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * schedule
-        random = _random(self.ranks.device) if self.scaler is not None else None
-        while True:
-            scale = self.scaler.value if self.scaler is not None else 1.0
-            total = self._passes(batches, supervised, scale, check)
-            norm = self._update(scale)
-            if norm is not None:
-                break
+        random = random_state(self.ranks.device)
+
+        def passes() -> None:
+            self._passes(batches, supervised, scale, check)
+
+        def again() -> None:
+            check()
+            set_random_state(random, self.ranks.device)
+            passes()
+
+        scale = self.scaler.value if self.scaler is not None else 1.0
+        passes()
+        while (norm := self._update(scale, again)) is None:
             if self.scaler is None or not self.scaler.halve():
                 raise UserError(
-                    f"the gradients of this step are not finite (loss {total / max(1, supervised):g} on rank "
-                    f"{self.ranks.rank}); nothing was changed by it: a smaller optimizer.learning_rate, longer "
-                    "warmup_steps, or precision bf16 or fp32 may help"
+                    f"the gradients of this step are not finite (loss {self._objective.loss():g}); nothing was changed "
+                    "by it: a smaller optimizer.learning_rate, longer warmup_steps, or precision bf16 or fp32 may help"
                 )
-            check()
-            assert random is not None
-            _set_random(random, self.ranks.device)
+            scale = self.scaler.value
+            again()
         if self.scaler is not None:
             self.scaler.good()
-        (loss_sum,) = self.ranks.sum([total])
+        terms = self._objective.values()
         rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
-        return StepReport(loss_sum / max(1, supervised), norm, rates)
+        return StepReport(self._objective.weighted(terms), norm, rates, terms)
 
-    def _passes(self, batches: Sequence[Batch], supervised: int, scale: float, check: Callable[[], None]) -> float:
-        """Forward and backward over the micro-batches; the sum of the loss over this rank."""
-        total = torch.zeros((), dtype=torch.float64)
+    def _passes(self, batches: Sequence[Batch], supervised: int, scale: float, check: Callable[[], None]) -> None:
+        """Forward and backward over the micro-batches; leaves the gradients, `scale` times too large."""
+
+        def look(batch: Batch) -> None:
+            check()
+            self._loss(batch)
+
+        self._objective.begin(batches, supervised, self.ranks, look)
         for n, batch in enumerate(batches):
             if n:
                 check()
             last = n == len(batches) - 1
             if isinstance(self.model, FSDPModule):
                 self.model.set_requires_gradient_sync(last)
-            with self._autocast:
-                loss = self._objective(self._forward, self.to_device(batch))
-            self._backward(loss * (scale / max(1, supervised)), last)
-            total += loss.detach().double().cpu()
-        return float(total)
+            self._backward(self._loss(batch) * (scale / max(1, supervised)), last)
+
+    def _loss(self, batch: Batch) -> torch.Tensor:
+        with self._autocast:
+            return self._objective(self._forward, self.to_device(batch))
 
     @property
     def _forward(self) -> nn.Module:
         """What a forward pass is called on."""
         return self.model
 
+    def warm_up(self, batch: Batch) -> None:
+        """A forward and a backward pass that leave nothing but what was compiled. All ranks call it alike."""
+        self.model.train()
+        with self._autocast:
+            loss = self._objective(self.model, self.to_device(batch))
+        loss.backward()
+        self.optimizer.zero_grad(set_to_none=True)
+
     @torch.no_grad()
     def loss_sum(self, batch: Batch) -> float:
         """The summed loss of a batch, without training. In lockstep all ranks must call it together."""
         self.model.eval()
-        with self._autocast:
-            return float(self._objective(self._forward, self.to_device(batch)))
+        return float(self._loss(batch))
 
     @torch.no_grad()
-    def generate(self, batch: Batch, max_new_tokens: int) -> torch.Tensor:
-        """Greedy decoding; (batch, new tokens). In lockstep all ranks call it together, with one batch each."""
+    def findings(self, batch: Batch) -> torch.Tensor | None:
+        """The probability of each finding by the multi-label head, (batch, names); None where the stage has none. As
+        loss_sum().
+        """
         self.model.eval()
-        inputs = {name: value for name, value in self.to_device(batch).items() if name != "labels"}
+        with self._autocast:
+            found = self._objective.findings(self._forward, self.to_device(batch))
+        return None if found is None else found.float().cpu()
+
+    @torch.no_grad()
+    def generate(self, batch: Batch, max_new_tokens: int, **decoding: Any) -> torch.Tensor:
+        """Greedy decoding, unless arguments of transformers' generate() say otherwise; (batch, new tokens). In lockstep
+        all ranks call it together, with one batch each.
+        """
+        self.model.eval()
+        inputs = {n: value for n, value in self.to_device(batch).items() if n not in ("labels", "findings")}
         with self._autocast:
             ids = self.model.generate(  # type: ignore[operator]
                 **inputs,
                 max_new_tokens=max_new_tokens,
-                do_sample=False,
+                **{"do_sample": False, **decoding},
                 synced_gpus=self.lockstep,  # no rank stops before the last one has
             )
         return torch.as_tensor(ids)[:, batch["input_ids"].shape[1] :].cpu()
 
+    @torch.no_grad()
+    def next_logits(self, batch: Batch) -> torch.Tensor:
+        """Of the token that follows each row of a batch padded on the left: (batch, vocabulary), float32 on the CPU.
+        In lockstep all ranks call it together.
+        """
+        self.model.eval()
+        inputs = {n: value for n, value in self.to_device(batch).items() if n not in ("labels", "findings")}
+        with self._autocast:
+            return torch.as_tensor(self._forward(**inputs).logits)[:, -1].float().cpu()
+
     def to_device(self, batch: Batch) -> Batch:
-        return {name: value.to(self.ranks.device, non_blocking=True) for name, value in batch.items()}
+        device = self.ranks.device
+        return {name: remember(value.to(device, non_blocking=True), value) for name, value in batch.items()}
 
     def weights(self) -> Tensors:
         """The trained parameters, whole, on the CPU. All ranks must call it; only rank 0 gets them."""
@@ -431,13 +490,3 @@ def _buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
             bucket = []
     if bucket:
         yield bucket
-
-
-def _random(device: torch.device) -> list[torch.Tensor]:
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
-
-
-def _set_random(states: list[torch.Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)

@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -140,6 +140,10 @@ class ZeroEngine(Engine):
             for name, value in super().to_device(batch).items()
         }
 
+    def warm_up(self, batch: Batch) -> None:
+        """The forward pass alone: of a backward pass ZeRO would keep the gradients."""
+        self.loss_sum(batch)
+
     def generate(self, batch: Batch, max_new_tokens: int) -> torch.Tensor:
         self._started()
         return super().generate(batch, max_new_tokens)
@@ -148,7 +152,7 @@ class ZeroEngine(Engine):
         # ZeRO averages over the ranks; the loss is already a part of the global batch's.
         self._started().backward(loss * self.ranks.world)
 
-    def _update(self, scale: float) -> float | None:
+    def _update(self, scale: float, again: Callable[[], None]) -> float | None:
         zero = self._started()
         before = zero.skipped_steps
         if self.scaler is not None:
