@@ -254,9 +254,9 @@ def resume(
         raise UserError(f"{run}: its sweep has ended the run early; train {run}/recipe.yaml as a run of its own")
     frozen = run_dir.path / "profile.yaml"
     profile = profiles.load(on or (str(frozen) if frozen.exists() else "inline"))
-    chosen = _choose_checkpoint(run_dir, profile, as_json)
     recipe = run_dir.recipe() if engine is None else run_dir.recipe().under(engine, run_dir.recipe_path)
     _check_engine(recipe, profile)
+    chosen = _choose_checkpoint(run_dir, profile, as_json)
     run_dir.change_engine(recipe.engine)
     _submit(run_dir, profile, watch, lambda run, job: _announce(run, job, as_json), current_code)
     _emit({"run": str(run_dir.path), "job": (run_dir.job() or {}).get("id"), **chosen}, as_json)

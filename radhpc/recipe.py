@@ -754,8 +754,8 @@ class Recipe(Section):
 
     @property
     def hash(self) -> str:
-        """Identity of the recipe, for checkpoints and to see that all ranks run the same. The engine is no part of it: a
-        run may go on under another.
+        """Identity of the recipe, for checkpoints and to see that all ranks run the same. The engine is no part of it:
+        a run may go on under another.
         """
         return hashlib.sha256(json.dumps(self.model_dump(exclude={"engine"}), sort_keys=True).encode()).hexdigest()
 
