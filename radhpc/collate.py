@@ -69,8 +69,9 @@ class Encoder:
         self._known: dict[tuple[str, int], list[int]] = {}  # the ids of the recipe's own prompts, by number of views
         for name, task in self.tasks.mixture.items():
             if task.kind in ("report", "caption", "findings") and len(ids := self._ids(task.prompt)) >= text.max_tokens:
+                where = f"text.tasks.{name}" if text.tasks else "text.prompt"
                 raise UserError(
-                    f"text.tasks.{name}: a prompt of {len(ids)} tokens leaves no room for an answer in text.max_tokens "
+                    f"{where}: a prompt of {len(ids)} tokens leaves no room for an answer in text.max_tokens "
                     f"{text.max_tokens}"
                 )
 

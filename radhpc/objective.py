@@ -157,17 +157,17 @@ class Objective:
             try:
                 for batch in batches:
                     run(batch)
-                mine = torch.stack(self._looking)  # (micro-batches, B, 2, DIMENSION)
+                mine = torch.cat(self._looking)  # (samples and empty slots, 2, DIMENSION)
             finally:
                 self._looking = None
-        valid = torch.stack([_valid(batch["labels"]) for batch in batches]).to(mine.device)
+        valid = torch.cat([_valid(batch["labels"]) for batch in batches])
         everybody = ranks.gather((mine.cpu(), valid.cpu()))
-        pairs = torch.cat([theirs.flatten(0, 1) for theirs, _ in everybody]).requires_grad_()
+        pairs = torch.cat([theirs for theirs, _ in everybody]).requires_grad_()
         with torch.enable_grad():
-            loss = info_nce(pairs, torch.cat([theirs.flatten() for _, theirs in everybody]), self.recipe.temperature)
+            loss = info_nce(pairs, torch.cat([theirs for _, theirs in everybody]), self.recipe.temperature)
         (pull,) = torch.autograd.grad(loss, pairs)
-        own = pull.view(len(everybody), *mine.shape)[ranks.rank].to(mine.device)
-        self._pulls = iter(own)
+        own = pull.split([len(theirs) for theirs, _ in everybody])[ranks.rank].to(mine.device)
+        self._pulls = iter(own.split([len(batch["labels"]) for batch in batches]))
         self._means["contrastive"] = float(loss.detach())
 
     # Once per step
