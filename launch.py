@@ -215,7 +215,7 @@ def train(
     ] = None,
     on: On = "inline",
     run: Annotated[Path | None, typer.Option(help="Folder of the run; default: runs/NAME-DATE.")] = None,
-    engine: Annotated[str | None, typer.Option(help="fsdp or single; as engine=.")] = None,
+    engine: Annotated[str | None, typer.Option(help="fsdp, deepspeed or single; as engine=.")] = None,
     stages: Annotated[str | None, typer.Option(help="Of the recipe, by number or name: 2,3; default: all.")] = None,
     origin: Annotated[
         Path | None, typer.Option("--from", metavar="RUN", help="The run that has trained the stages before those.")
@@ -238,6 +238,7 @@ def resume(
     current_code: Annotated[
         bool, typer.Option("--current-code", help="Replace the code that the run was submitted with by today's.")
     ] = False,
+    engine: Annotated[str | None, typer.Option(help="Go on under fsdp, deepspeed or single.")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Follow the job until it ends.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -253,6 +254,9 @@ def resume(
     frozen = run_dir.path / "profile.yaml"
     profile = profiles.load(on or (str(frozen) if frozen.exists() else "inline"))
     chosen = _choose_checkpoint(run_dir, profile, as_json)
+    recipe = run_dir.recipe() if engine is None else run_dir.recipe().under(engine, run_dir.recipe_path)
+    _check_engine(recipe, profile)
+    run_dir.change_engine(recipe.engine)
     _submit(run_dir, profile, watch, lambda run, job: _announce(run, job, as_json), current_code)
     _emit({"run": str(run_dir.path), "job": (run_dir.job() or {}).get("id"), **chosen}, as_json)
 
@@ -630,6 +634,7 @@ def _train(
     before, first = RunDir.open(origin) if origin else None, 0
     if stages or before:
         recipe, first = lineage.select(recipe, stages, before)
+    _check_engine(recipe, profile)
     _check_data(recipe)
     run = RunDir.create(path or _new_run(recipe.name), recipe)
     try:
@@ -641,6 +646,16 @@ def _train(
             shutil.rmtree(run.path)
         raise
     return run
+
+
+def _check_engine(recipe: "Recipe", profile: "Profile") -> None:
+    """Say here what the ranks would say: too many of them, or a library that is missing in the Python they share."""
+    if recipe.engine == "single" and profile.world > 1:
+        raise UserError(
+            f"engine 'single' on {profile.world} ranks: allowed are fsdp and deepspeed, or a profile with one task"
+        )
+    if profile.python is None and profile.container is None:
+        recipe.refuse_missing()
 
 
 def _check_data(recipe: "Recipe", *also: str) -> None:

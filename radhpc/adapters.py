@@ -11,12 +11,14 @@ resume alike: there is no second path. Parameters have canonical names, the base
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import peft
 import torch
 from torch import nn
 
 from radhpc.errors import UserError, first_line
+from radhpc.placing import change, values
 from radhpc.recipe import Lora, Stage
 
 Tensors = dict[str, torch.Tensor]
@@ -139,6 +141,12 @@ def attach(model: nn.Module, lora: Lora, seed: int) -> None:
         peft.inject_adapter_in_model(config, model)
     except ValueError as error:
         raise UserError(f"lora.targets: '{lora.targets}': {first_line(error)}") from error
+    weights = {canonical(name): parameter for name, parameter in model.named_parameters()}
+    for name, magnitude in weights.items():
+        base = weights.get(name.removesuffix(_MAGNITUDE) + ".weight")
+        if name.endswith(_MAGNITUDE) and hasattr(base, "promise"):  # PEFT has seen no value of it yet
+            with torch.no_grad():
+                magnitude.copy_(torch.linalg.norm(values(base).float(), dim=1))
 
 
 def peft_config(lora: Lora) -> peft.LoraConfig:
@@ -173,28 +181,21 @@ def grow(model: nn.Module, lora: Lora, before: Adapter) -> None:
                 raise UserError(f"{layer} has rank {len(a)}, before {len(old_a)}; ranks can only grow")
             a[: len(old_a)] = old_a
             b[:, : len(old_a)] = old_b * (before.lora.scale(len(old_a)) / lora.scale(len(a)))
-            wanted, change = before.change(layer), lora.scale(len(a)) * (b @ a)
-            _same(layer, change, wanted, "growing")
+            wanted = before.change(layer)
+            _same(layer, lora.scale(len(a)) * (b @ a), wanted, "growing")
             if lora.dora:
                 magnitude = before.tensors.get(layer + _MAGNITUDE)
                 if magnitude is None:
-                    magnitude = torch.linalg.norm(_weight(weights, layer, "dora") + wanted, dim=1)
+                    magnitude = torch.linalg.norm(values(_weight(weights, layer, "dora")) + wanted, dim=1)
                 weights[layer + _MAGNITUDE].copy_(magnitude)
 
 
 def merge(model: nn.Module, adapter: Adapter) -> None:
     """Add the adapters to the base weights, in place. Raises UserError where these have no room for the change."""
     weights = dict(model.named_parameters())
-    with torch.no_grad():
-        for layer in adapter.layers():
-            weight, change = _weight(weights, layer, "merge"), adapter.change(layer)
-            merged = weight.float() + change
-            magnitude = adapter.tensors.get(layer + _MAGNITUDE)
-            if magnitude is not None:
-                merged *= (magnitude / torch.linalg.norm(merged, dim=1)).unsqueeze(1)
-            before = weight.float()
-            weight.copy_(merged)
-            _same(layer, weight.float() - before, merged - before, "merging", torch.finfo(weight.dtype).eps, before)
+    for layer in adapter.layers():
+        weight = _weight(weights, layer, "merge")
+        change(weight, partial(_merge, layer, adapter.change(layer), adapter.tensors.get(layer + _MAGNITUDE)))
 
 
 def choose_trained(model: nn.Module, stage: Stage) -> None:
@@ -249,6 +250,18 @@ def _same(
 
 def _load(model: nn.Module, tensors: Tensors) -> None:
     parameters = {canonical(name): parameter for name, parameter in model.named_parameters()}
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            parameters[name].copy_(tensor)
+    for name, tensor in tensors.items():
+        change(parameters[name], partial(_copy, tensor))
+
+
+def _merge(layer: str, wanted: torch.Tensor, magnitude: torch.Tensor | None, weight: torch.Tensor) -> None:
+    before = weight.float().clone()
+    merged = before + wanted
+    if magnitude is not None:
+        merged *= (magnitude / torch.linalg.norm(merged, dim=1)).unsqueeze(1)
+    weight.copy_(merged)
+    _same(layer, weight.float() - before, merged - before, "merging", torch.finfo(weight.dtype).eps, before)
+
+
+def _copy(value: torch.Tensor, weight: torch.Tensor) -> None:
+    weight.copy_(value)

@@ -68,6 +68,7 @@ class Objective:
         self._tokens = self._samples = self._known = 0.0  # of the global batch
         self._sums: dict[str, torch.Tensor] = {}
         self._means: dict[str, float] = {}
+        self._penalties: dict[str, float] = {}
         self._ranks: Ranks | None = None
 
     def begin(self, batches: Sequence[Batch], supervised: int, ranks: Ranks, run: Callable[[Batch], object]) -> None:
@@ -190,7 +191,7 @@ class Objective:
                 total += value
                 gradient = _like(gradient * (self.recipe.regularisation * scale), parameter)
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-        self._means["regularisation"] = total
+        self._penalties["regularisation"] = total
 
     def _penalty(self, matrix: torch.Tensor, is_a: bool) -> tuple[float, torch.Tensor]:
         """The regularisation of one matrix, and its gradient; a norm of zero has none."""
@@ -205,10 +206,14 @@ class Objective:
         return float(value), gradient
 
     def values(self) -> dict[str, float]:
-        """The mean of each term over the global batch, without its weight. All ranks must call it."""
+        """The mean of each term over the global batch of the newest pass, without its weight. All ranks call it."""
         assert self._ranks is not None
         sums = self._ranks.sum([float(value) for value in self._sums.values()])
         return dict(zip(self._sums, sums, strict=True)) | self._means
+
+    def penalty(self) -> dict[str, float]:
+        """As values(), of the newest regularise(); the same on every rank."""
+        return self._penalties
 
     def weighted(self, values: Mapping[str, float]) -> float:
         """What is minimised, of what values() gives."""

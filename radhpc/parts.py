@@ -11,14 +11,15 @@ from typing import Protocol
 
 import torch
 
-from radhpc import adapters, additions, models, tokenizer
+from radhpc import adapters, additions, models, placing, tokenizer, zero
 from radhpc.background import beside, on_first
 from radhpc.checkpoint import Checkpoints, Cursor, sha256
 from radhpc.collate import Encoder, conversation
 from radhpc.dist import Ranks
-from radhpc.engine import Engine
+from radhpc.engine import Engine, check
 from radhpc.errors import UserError
 from radhpc.files import read_json, write_atomically
+from radhpc.quantise import quantise
 from radhpc.recipe import Recipe
 from radhpc.run_dir import RunDir
 from radhpc.sample import Split
@@ -80,13 +81,17 @@ class Parts:
     def engine(self, stage: int, lineage: tuple[str, ...]) -> Engine:
         """The model at the start of a stage, ready to train. `lineage` names the checkpoints of the stages before."""
         family = self.family
-        model = beside(lambda: family.build(self.recipe.seed), self.ranks, self.stop)
+        recipe = self.recipe
+        check(recipe, self.ranks)
+        model = beside(lambda: placing.build(family, recipe.model, recipe.seed), self.ranks, self.stop)
         assert model is not None
         self.base_hash = self._base_hash(model)
         _check_context(model, self.recipe)
         additions.attach(model, family, self.recipe, self.recipe.seed)
         adapters.check(model, self.recipe.stages)
         self.stage = stage
+        if recipe.model.quantise is not None:
+            quantise(model, family.blocks, (pattern for each in recipe.stages for pattern in each.train))
 
         def saved(earlier: int) -> adapters.Tensors:
             name = lineage[earlier]
@@ -99,8 +104,8 @@ class Parts:
             return self.checkpoints.tensors(name, moments=False)
 
         adapters.prepare(model, self.recipe.stages, stage, saved, self.recipe.seed)
-        here = self.recipe.stages[stage]
-        return Engine(model, self.recipe, here.optimizer, self.family.blocks, self.ranks, here.objective)
+        kind, here = zero.ZeroEngine if recipe.engine == "deepspeed" else Engine, recipe.stages[stage]
+        return kind(model, recipe, here.optimizer, family.blocks, self.ranks, here.objective)
 
     def restored_engine(self) -> tuple[Engine, Cursor]:
         """The model of the newest checkpoint that verifies. Raises UserError where there is none."""

@@ -8,6 +8,7 @@ recipe is frozen into the run folder, so that a run never depends on a file that
 """
 
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -86,6 +87,9 @@ class Model(Section):
     )
     tokenizer: Tokenizer = Tokenizer()  # type: ignore[call-arg]
     attention: Literal["sdpa", "eager"] = Field("sdpa", description="transformers' attention implementation")
+    quantise: Literal["nf4"] | None = Field(
+        None, description="keep the frozen linear layers of the blocks in four bits, by bitsandbytes"
+    )
     checkpoint_activations: bool = Field(False, description="recompute each layer's activations in the backward pass")
     fusion: Fusion | None = Field(None, description="added to the model; Mllama's vision encoder alone has the levels")
 
@@ -324,6 +328,11 @@ class Group(Section):
 class Optimizer(Section):
     """AdamW (Loshchilov and Hutter, 2019) and its schedule."""
 
+    kind: Literal["adamw", "adamw_fused", "adamw_8bit", "adamw_paged", "adamw_8bit_paged"] = Field(
+        "adamw",
+        description="fused: one kernel per step; 8bit: moments in a quarter of the memory; paged: moments that go to "
+        "the host where the GPU is full. The last three are bitsandbytes'; they go with engines fsdp and single",
+    )
     learning_rate: float = Field(gt=0)
     weight_decay: float = Field(0.0, ge=0, description="for matrices; biases, norms and gates have none")
     betas: tuple[float, float] = (0.9, 0.95)
@@ -435,13 +444,30 @@ class Board(Section):
     every: int = Field(1, ge=1, description="steps between two points of a curve")
 
 
+class Zero(Section):
+    """Engine deepspeed (Rajbhandari et al., 2020, ZeRO): what is cut into parts, and where they are kept."""
+
+    stage: Literal[2, 3] = Field(
+        3, description="2: gradients and moments, each rank holding the model; 3: the model too"
+    )
+    offload: bool = Field(False, description="moments and float32 parameters on the host, and the step there, too")
+
+
 class Recipe(Section):
     """The whole recipe."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
     seed: int = Field(0, ge=0)
-    engine: Literal["fsdp", "single"] = Field("fsdp", description="fsdp: FSDP2 over all ranks; single: one process")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the computation; trained parameters stay fp32")
+    engine: Literal["fsdp", "deepspeed", "single"] = Field(
+        "fsdp", description="fsdp: FSDP2 over all ranks; deepspeed: ZeRO over all ranks; single: one process"
+    )
+    replicate: bool = Field(
+        False, description="of engine fsdp: the whole model on each rank; good where it fits and little is trained"
+    )
+    zero: Zero = Zero()  # type: ignore[call-arg]
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="of the computation and the frozen parameters; trained ones stay fp32. fp16 is for a T4"
+    )
     model: Model
     shards: Shards = Field(
         min_length=1,
@@ -480,6 +506,11 @@ class Recipe(Section):
             where, terms = f"stage '{stage.name}'", stage.objective
             if terms.fusion and self.model.fusion is None:
                 raise ValueError(f"{where}: objective.fusion {terms.fusion} needs model.fusion")
+            if self.engine == "deepspeed" and (terms.regularisation or stage.optimizer.sharpness):
+                key = "objective.regularisation" if terms.regularisation else "optimizer.sharpness"
+                raise ValueError(
+                    f"{where}: {key} changes gradients, which engine deepspeed hides; allowed are fsdp and single"
+                )
             if terms.regularisation and stage.lora is None:
                 raise ValueError(
                     f"{where}: objective.regularisation {terms.regularisation} is of adapters; give 'lora'"
@@ -502,6 +533,19 @@ class Recipe(Section):
             if stage.epochs is not None and (isinstance(shards, dict) or self.stream.temperature is not None):
                 raise ValueError(
                     f"{where}: weighted datasets have epochs of their own; say 'steps' instead of 'epochs'"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _engine_can(self) -> "Recipe":
+        for stage in self.stages:
+            where = f"stage '{stage.name}'"
+            if self.engine == "deepspeed" and stage.optimizer.kind not in ("adamw", "adamw_fused"):
+                raise ValueError(f"{where}: optimizer.kind '{stage.optimizer.kind}' goes with engines fsdp and single")
+            if self.model.quantise is not None and stage.adapters == "merge":
+                raise ValueError(
+                    f"{where}: adapters 'merge' with model.quantise '{self.model.quantise}': four bits cannot hold a "
+                    "merged weight, the rounding is larger than what was learnt; allowed are 'grow' and 'keep'"
                 )
         return self
 
@@ -533,10 +577,28 @@ class Recipe(Section):
             before = stage.lora
         return self
 
+    def refuse_missing(self) -> None:
+        """Raise UserError where a library that only some recipes need is not installed here."""
+        kinds = [stage.optimizer.kind for stage in self.stages]
+        eight = next((kind for kind in kinds if kind not in ("adamw", "adamw_fused")), None)
+        for library, wanted, key in (
+            ("deepspeed", self.engine == "deepspeed", "engine: deepspeed"),
+            ("bitsandbytes", self.model.quantise is not None, f"model.quantise: {self.model.quantise}"),
+            ("bitsandbytes", eight is not None, f"optimizer.kind: {eight}"),
+        ):
+            if wanted and importlib.util.find_spec(library) is None:
+                raise UserError(f"{key}: {library} is not installed; 'pip install radhpc[engines]' brings it")
+
     @property
     def hash(self) -> str:
-        """Identity of the recipe, for checkpoints and to see that all ranks run the same."""
-        return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
+        """Identity of the recipe, for checkpoints and to see that all ranks run the same. The engine is no part of it: a
+        run may go on under another.
+        """
+        return hashlib.sha256(json.dumps(self.model_dump(exclude={"engine"}), sort_keys=True).encode()).hexdigest()
+
+    def under(self, engine: str, path: Path) -> "Recipe":
+        """The same under another engine. Raises UserError where there is none of this name or it cannot do this."""
+        return validate(Recipe, {**self.model_dump(), "engine": engine}, path)
 
     def to_yaml(self) -> str:
         return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110))

@@ -33,6 +33,7 @@ Event = Literal[
     "stuck",  # a rank found who hangs: cause, culprits
     "straggler",  # a rank is slower than the others: rank, host, ratio
     "code_replaced", "environment_changed",
+    "engine_changed",  # `resume --engine`: was, engine
     "pruned",
     "taken_over",  # the run begins where a stage of another ended: origin, checkpoints, step
 ]  # fmt: skip
@@ -83,7 +84,15 @@ class RunDir:
         return self.path / "code"
 
     def recipe(self) -> Recipe:
-        return load(self.recipe_path)
+        """The frozen recipe, under the engine that the run was last resumed with."""
+        recipe, changed = load(self.recipe_path), self.events("engine_changed")
+        return recipe.under(changed[-1]["engine"], self.recipe_path) if changed else recipe
+
+    def change_engine(self, name: str) -> None:
+        """Let the next lives run under another engine."""
+        was = self.recipe().engine
+        if name != was:
+            self.record("engine_changed", was=was, engine=name)
 
     def folder(self, name: str) -> Path:
         """A subfolder, made where it is missing."""

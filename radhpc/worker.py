@@ -24,6 +24,7 @@ from radhpc.checkpoint import Checkpoints, Cursor, name_of
 from radhpc.dist import Ranks, lost_peer
 from radhpc.engine import Engine
 from radhpc.errors import UserError, first_line
+from radhpc.exhausted import out_of_memory
 from radhpc.files import read_json, write_atomically
 from radhpc.heartbeat import Heartbeat, Limits
 from radhpc.ledger import Ledger
@@ -73,6 +74,8 @@ def run(path: str, stop: Stop | None = None, trial: Trial | None = None) -> Outc
             outcome = _run(run_dir, ranks, stop, trial)
         except BaseException as error:
             heart.give_way()
+            if isinstance(error, torch.OutOfMemoryError):
+                raise _recorded(run_dir, rank, out_of_memory(run_dir, rank, world)) from error
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                 where = error.filename or run_dir.path
                 full = UserError(f"{where}: {error.strerror}; free some space, then 'launch.py resume {run_dir.path}'")
@@ -285,13 +288,12 @@ def _restore(parts: Parts, run: RunDir, life: int, ranks: Ranks) -> Cursor | Non
 
 
 def _describe(engine: Engine, position: Position, parts: Parts) -> None:
-    trained = sum(parameter.numel() for parameter in engine.trained.values())
-    total = sum(parameter.numel() for parameter in engine.model.parameters())
+    trained = engine.trainable
     log.info(
         "stage %s: %s of %s parameters trained, steps %d to %d, %d rank(s)",
         parts.recipe.stages[position.stage].name,
         f"{trained:,}",
-        f"{total:,}",
+        f"{engine.parameters:,}",
         position.stage_step,
         position.stage_steps,
         parts.ranks.world,

@@ -16,9 +16,10 @@ FLOORS = (
     ("dist", "heartbeat", "log", "stop", "remote", "store", "board", "ledger", "cache", "probe", "grace", "storage",
      "background"),
     ("order", "transforms", "processors", "models", "tokenizer", "source", "fetch", "tasks", "collate", "stream",
-     "additions", "objective", "sam", "adapters", "engine", "allocations"),
+     "additions", "objective", "sam", "adapters", "engine", "zero", "optimizers", "placing", "quantise",
+     "allocations"),
     ("checkpoint", "metrics", "generate", "evaluate", "export", "audit", "parts", "loop", "straggler", "hooks",
-     "saving", "plan", "lineage", "seam"),
+     "saving", "plan", "lineage", "seam", "exhausted"),
     ("worker",),
 )  # fmt: skip
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

@@ -211,7 +211,7 @@ def test_the_contrastive_gradient_is_that_of_the_whole_batch(
     wanted = {name: p.grad.clone() for name, p in engine.trained.items() if p.grad is not None}
     assert any(".lora_" in name for name in wanted) or any("fusion" in name for name in wanted)
     engine.optimizer.zero_grad(set_to_none=True)
-    engine._passes([encoder.batch(studies[:4]), encoder.batch(studies[4:])], 1, lambda: None)
+    engine._passes([encoder.batch(studies[:4]), encoder.batch(studies[4:])], 1, 1.0, lambda: None)
     for name, gradient in wanted.items():
         assert torch.allclose(engine.trained[name].grad, gradient, atol=1e-6, rtol=1e-4), name  # type: ignore[arg-type]
 
