@@ -101,9 +101,7 @@ class Encoder:
 
     def _encode(self, key: str, sample: Sample, views: Sequence[Image.Image], asked: Asked | None) -> Encoded:
         """A study that serves no task has no supervised token: it is passed over, not taught."""
-        views = self._shown(views)
-        assert views, "the stream gives no study without an image"
-        prompt = self._prompt(asked.prompt if asked else self.tasks.plain(sample.language), len(views))
+        images, prompt = self._asked(asked.prompt if asked else self.tasks.plain(sample.language), views)
         ids = [*self._ids(asked.answer), self.family.tokenizer.eos_token_id] if asked and asked.answer else []
         room = max(1, self.text.max_tokens - len(prompt))
         cut = len(ids) > room
@@ -112,7 +110,7 @@ class Encoder:
             key,
             np.asarray(prompt + ids, np.int64),
             np.asarray([IGNORE] * len(prompt) + ids, np.int64),
-            self.family.encode_images(views),
+            images,
             cut,
             self._findings(sample),
             asked.task if asked else "",
@@ -121,17 +119,20 @@ class Encoder:
     def encode_prompt(
         self, key: str, question: str | None, views: Sequence[Image.Image], sample: Sample | None = None
     ) -> Encoded:
-        """Encode for generation: the prompt alone. It is that of the question; else, of the sample's usual task, in
-        its language; else the recipe's first that needs neither.
+        """Encode for generation: the prompt alone. It is that of the sample's usual task, in its language; else of the
+        question; else of the recipe's first task that needs neither.
         """
-        views = self._shown(views)
-        prompt = self.tasks.plain(sample.language if sample else "en")
-        if question:
-            prompt = self.tasks.asking(question)
-        elif sample is not None and (asked := self.tasks.usual(sample)) is not None:
+        language = sample.language if sample else "en"
+        asked = self.tasks.usual(sample) if sample is not None and not (question and not sample.answer) else None
+        if asked is not None:
             prompt = asked.prompt
-        ids = np.asarray(self._prompt(prompt, len(views)), np.int64)
-        return Encoded(key, ids, np.full_like(ids, IGNORE), self.family.encode_images(views))
+        elif question:
+            prompt = self.tasks.asking(question, language)
+        else:
+            prompt = self.tasks.plain(language)
+        images, prompt_ids = self._asked(prompt, views)
+        ids = np.asarray(prompt_ids, np.int64)
+        return Encoded(key, ids, np.full_like(ids, IGNORE), images)
 
     def _findings(self, sample: Sample) -> npt.NDArray[np.int8] | None:
         if not self._labelled:
@@ -173,6 +174,12 @@ class Encoder:
         """The pictures that the model gets for the views of a study: as many of them as the recipe wants, or one."""
         views = views[: self.images.limit]
         return [stitch(views, self.images.gap, len(views))] if self.images.stitch else views
+
+    def _asked(self, prompt: str, views: Sequence[Image.Image]) -> tuple[Arrays, list[int]]:
+        """The images of a study and the ids of its prompt."""
+        views = self._shown(views)
+        assert views, "the stream gives no study without an image"
+        return self.family.encode_images(views), self._prompt(prompt, len(views))
 
     def _prompt(self, prompt: str, views: int) -> list[int]:
         if (prompt, views) not in self._known:

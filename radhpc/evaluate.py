@@ -81,7 +81,7 @@ def evaluate(
 
     def read() -> tuple[list[Study], list[str], list[Encoded]]:
         mine, bad = _read(held_out, numbers[ranks.rank :: ranks.world])
-        return mine, bad, [encoder.encode_prompt(key, sample.question, views) for key, sample, views in mine]
+        return mine, bad, [encoder.encode_prompt(key, sample.question, views, sample) for key, sample, views in mine]
 
     mine, bad, prompts = beside(read, ranks, stop) or ([], [], [])
     generated = generate(engine, encoder, prompts, recipe.batch, recipe.max_new_tokens, ranks, check)

@@ -225,13 +225,15 @@ def info_nce(pairs: torch.Tensor, valid: torch.Tensor, temperature: float) -> to
     (N,) of 0 and 1, the mean over the valid ones. One pair alone has nothing to be told from: zero.
     """
     there = valid.bool()
-    scores = (pairs[:, 0] @ pairs[:, 1].T / temperature).masked_fill(~there, -torch.inf)
-    back = (pairs[:, 1] @ pairs[:, 0].T / temperature).masked_fill(~there, -torch.inf)
-    if int(there.sum()) < 2:
-        return pairs.sum() * 0
-    right = torch.arange(len(pairs), device=pairs.device)[there]
-    each = nn.functional.cross_entropy(scores[there], right) + nn.functional.cross_entropy(back[there], right)
-    return each / 2
+    count = valid.sum()
+    right = torch.arange(len(pairs), device=pairs.device).masked_fill(~there, IGNORE)
+    each = pairs.new_zeros(())
+    for here, other in ((0, 1), (1, 0)):
+        scores = pairs[:, here] @ pairs[:, other].T / temperature
+        # Slots without a sample are no alternative. Their own rows are ignored, but must not be without any.
+        scores = scores.masked_fill(~there & there.any(), -torch.inf)
+        each = each + nn.functional.cross_entropy(scores, right, ignore_index=IGNORE, reduction="sum") / 2
+    return each / count.clamp_min(1) * (count > 1)
 
 
 def _valid(labels: torch.Tensor) -> torch.Tensor:
