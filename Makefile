@@ -45,10 +45,10 @@ slurm:
 
 # What moves the clock of a job (bench/chaos.py), likewise.
 faketime:
-	@test -e /usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1 || { \
+	@{ test -e /usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1 && command -v cc >/dev/null; } || { \
 		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-			apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends libfaketime >/dev/null; \
-		else echo "libfaketime is not installed and may not be installed here: bench.chaos will say so"; fi; }
+			apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends libfaketime gcc libc6-dev >/dev/null; \
+		else echo "libfaketime or a C compiler is not installed and may not be installed here: bench.chaos will say so"; fi; }
 
 # A real S3 gateway for the tests (bench/gateway.py), likewise.
 ceph:
@@ -75,6 +75,7 @@ bench: install slurm ceph faketime
 	$(BIN)/python -m bench.decode
 	$(BIN)/python -m bench.status
 	$(BIN)/python -m bench.chaos
+	$(BIN)/python -m bench.chaos_peers
 
 clean:
 	rm -rf .venv .venv-peers .venv-wheels *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from radhpc.errors import UserError, first_line
-from radhpc.placing import change, values
+from radhpc.placing import change
 from radhpc.recipe import Lora, Stage
 
 Tensors = dict[str, torch.Tensor]
@@ -141,12 +141,6 @@ def attach(model: nn.Module, lora: Lora, seed: int) -> None:
         peft.inject_adapter_in_model(config, model)
     except ValueError as error:
         raise UserError(f"lora.targets: '{lora.targets}': {first_line(error)}") from error
-    weights = {canonical(name): parameter for name, parameter in model.named_parameters()}
-    for name, magnitude in weights.items():
-        base = weights.get(name.removesuffix(_MAGNITUDE) + ".weight")
-        if name.endswith(_MAGNITUDE) and hasattr(base, "promise"):  # PEFT has seen no value of it yet
-            with torch.no_grad():
-                magnitude.copy_(torch.linalg.norm(values(base).float(), dim=1))
 
 
 def peft_config(lora: Lora) -> peft.LoraConfig:
@@ -181,21 +175,22 @@ def grow(model: nn.Module, lora: Lora, before: Adapter) -> None:
                 raise UserError(f"{layer} has rank {len(a)}, before {len(old_a)}; ranks can only grow")
             a[: len(old_a)] = old_a
             b[:, : len(old_a)] = old_b * (before.lora.scale(len(old_a)) / lora.scale(len(a)))
-            wanted = before.change(layer)
-            _same(layer, lora.scale(len(a)) * (b @ a), wanted, "growing")
+            wanted, grown = before.change(layer), lora.scale(len(a)) * (b @ a)
+            _same(layer, grown, wanted, "growing")
             if lora.dora:
                 magnitude = before.tensors.get(layer + _MAGNITUDE)
                 if magnitude is None:
-                    magnitude = torch.linalg.norm(values(_weight(weights, layer, "dora")) + wanted, dim=1)
+                    magnitude = torch.linalg.norm(weights[f"{layer}.weight"] + wanted, dim=1)
                 weights[layer + _MAGNITUDE].copy_(magnitude)
 
 
 def merge(model: nn.Module, adapter: Adapter) -> None:
-    """Add the adapters to the base weights, in place. Raises UserError where these have no room for the change."""
+    """Add the adapters to the base weights, in place. Raises UserError where these have no room for the change; the
+    recipe refuses it for weights of four bits.
+    """
     weights = dict(model.named_parameters())
     for layer in adapter.layers():
-        weight = _weight(weights, layer, "merge")
-        change(weight, partial(_merge, layer, adapter.change(layer), adapter.tensors.get(layer + _MAGNITUDE)))
+        change(weights[f"{layer}.weight"], partial(_merged, adapter, layer))
 
 
 def choose_trained(model: nn.Module, stage: Stage) -> None:
@@ -220,14 +215,15 @@ def choose_trained(model: nn.Module, stage: Stage) -> None:
             raise UserError(f"stage '{stage.name}': train: '{pattern}' matches no parameter")
 
 
-def _weight(weights: dict[str, nn.Parameter], layer: str, what: str) -> torch.Tensor:
-    weight = weights[f"{layer}.weight"]
-    if not weight.is_floating_point() or type(weight).__name__ == "Params4bit":
-        raise UserError(
-            f"adapters: '{what}' into {layer}: its base weights are quantised, and rounding them again would change "
-            "the model; allowed is 'grow' or 'keep'"
-        )
-    return weight
+def _merged(adapter: Adapter, layer: str, weight: torch.Tensor) -> None:
+    before = weight.float()
+    merged = before + adapter.change(layer)
+    magnitude = adapter.tensors.get(layer + _MAGNITUDE)
+    if magnitude is not None:
+        merged *= (magnitude / torch.linalg.norm(merged, dim=1)).unsqueeze(1)
+    weight.copy_(merged)
+    rounding = torch.finfo(weight.dtype).eps
+    _same(layer, weight.float() - before, merged - before, "merging", rounding, before)
 
 
 def _same(
@@ -252,15 +248,6 @@ def _load(model: nn.Module, tensors: Tensors) -> None:
     parameters = {canonical(name): parameter for name, parameter in model.named_parameters()}
     for name, tensor in tensors.items():
         change(parameters[name], partial(_copy, tensor))
-
-
-def _merge(layer: str, wanted: torch.Tensor, magnitude: torch.Tensor | None, weight: torch.Tensor) -> None:
-    before = weight.float().clone()
-    merged = before + wanted
-    if magnitude is not None:
-        merged *= (magnitude / torch.linalg.norm(merged, dim=1)).unsqueeze(1)
-    weight.copy_(merged)
-    _same(layer, weight.float() - before, merged - before, "merging", torch.finfo(weight.dtype).eps, before)
 
 
 def _copy(value: torch.Tensor, weight: torch.Tensor) -> None:

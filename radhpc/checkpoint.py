@@ -153,6 +153,10 @@ class Checkpoints:
         except (OSError, ValueError, TypeError, KeyError, UserError):
             return True
 
+    def identity(self, name: str) -> str:
+        """What tells a committed checkpoint from every other: the hash of its manifest."""
+        return self._read(name, _MARKER).decode(errors="replace")
+
     def verify(self, name: str) -> str | None:
         """What is wrong with a checkpoint, or None: the marker, then size and sha256 of every file."""
         try:

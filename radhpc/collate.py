@@ -125,13 +125,13 @@ class Encoder:
         language = sample.language if sample else "en"
         asked = self.tasks.usual(sample) if sample is not None and not (question and not sample.answer) else None
         if asked is not None:
-            prompt = asked.prompt
+            text = asked.prompt
         elif question:
-            prompt = self.tasks.asking(question, language)
+            text = self.tasks.asking(question, language)
         else:
-            prompt = self.tasks.plain(language)
-        images, prompt_ids = self._asked(prompt, views)
-        ids = np.asarray(prompt_ids, np.int64)
+            text = self.tasks.plain(language)
+        images, prompt = self._asked(text, views)
+        ids = np.asarray(prompt, np.int64)
         return Encoded(key, ids, np.full_like(ids, IGNORE), images)
 
     def _findings(self, sample: Sample) -> npt.NDArray[np.int8] | None:
@@ -176,10 +176,11 @@ class Encoder:
         return [stitch(views, self.images.gap, len(views))] if self.images.stitch else views
 
     def _asked(self, prompt: str, views: Sequence[Image.Image]) -> tuple[Arrays, list[int]]:
-        """The images of a study and the ids of its prompt."""
+        """The images of a study and the ids of its prompt, with as many image tokens as the images take."""
         views = self._shown(views)
         assert views, "the stream gives no study without an image"
-        return self.family.encode_images(views), self._prompt(prompt, len(views))
+        images = self.family.encode_images(views)
+        return images, self.family.place_images(self._prompt(prompt, len(views)), images)
 
     def _prompt(self, prompt: str, views: int) -> list[int]:
         if (prompt, views) not in self._known:

@@ -28,9 +28,11 @@ from torch.distributed.tensor import DTensor
 
 from radhpc import optimizers
 from radhpc.adapters import Tensors, canonical
+from radhpc.blocks import prepare_blocks
 from radhpc.collate import Batch
 from radhpc.dist import Ranks
 from radhpc.errors import UserError
+from radhpc.host import remember
 from radhpc.objective import Objective, random_state, set_random_state
 from radhpc.placing import place
 from radhpc.recipe import Objective as ObjectiveRecipe, Optimizer, Recipe
@@ -74,8 +76,7 @@ class Engine:
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[recipe.precision]
         self.scaler = LossScale() if recipe.precision == "fp16" else None
         self._clip, self._stage = stage.clip, stage
-        if recipe.model.checkpoint_activations:
-            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        prepare_blocks(model, blocks, recipe.model.checkpoint_activations, recipe.model.compile)
         self._lay_out(recipe, blocks)
         self.trained = {canonical(n): p for n, p in model.named_parameters() if p.requires_grad}
         self._start()
@@ -104,31 +105,36 @@ class Engine:
     def _backward(self, loss: torch.Tensor, last: bool) -> None:
         loss.backward()
 
-    def _summed(self, scale: float) -> list[torch.Tensor]:
-        """The gradients over all ranks, `scale` times too large, with those of the regularisation."""
-        gradients = [parameter.grad for parameter in self.trained.values() if parameter.grad is not None]
-        if self._replicated:
-            self._sum(gradients)
-        self._objective.regularise(self.trained, scale)
-        return [parameter.grad for parameter in self.trained.values() if parameter.grad is not None]
-
-    def _update(self, scale: float) -> float | None:
+    def _update(self, scale: float, again: Callable[[], None]) -> float | None:
         """Sum, clip, step: the gradients are `scale` times too large. Gives their norm, and changes nothing and gives
-        None where it is not finite.
+        None where it is not finite. `again` makes the same passes once more, where parameters now are.
         """
-        gradients = self._summed(scale)
-        norm = _full(nn.utils.get_total_norm(gradients)) / scale
-        if not math.isfinite(float(norm)):
+        norm = self._gradient_norm(scale)
+        if norm is not None and self._stage.sharpness is not None:
+            with self._objective.silently(), ascended(self.trained, self._stage.sharpness, norm * scale):
+                again()
+                norm = self._gradient_norm(scale)
+        if norm is None:
             self.optimizer.zero_grad(set_to_none=True)
             return None
         if scale != 1:
-            for gradient in gradients:
-                gradient.div_(scale)
+            for parameter in self.trained.values():
+                if parameter.grad is not None:
+                    parameter.grad.div_(scale)
         if self._clip is not None:
-            nn.utils.clip_grads_with_norm_(self.trained.values(), self._clip, norm)
+            nn.utils.clip_grads_with_norm_(self.trained.values(), self._clip, torch.tensor(norm))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return float(norm)
+        return norm
+
+    def _gradient_norm(self, scale: float) -> float | None:
+        """Of the whole gradient, with the terms that are added once per step; None where it is not finite."""
+        if self._replicated:
+            self._sum([parameter.grad for parameter in self.trained.values() if parameter.grad is not None])
+        self._objective.regularise(self.trained, scale)
+        gradients = [parameter.grad for parameter in self.trained.values() if parameter.grad is not None]
+        norm = float(_full(nn.utils.get_total_norm(gradients))) / scale
+        return norm if math.isfinite(norm) else None
 
     def _pieces(self, moments: bool) -> dict[str, torch.Tensor]:
         """This rank's part of what is saved, flat, by its name in a checkpoint: the whole is theirs in the order of
@@ -180,36 +186,33 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * schedule
         random = random_state(self.ranks.device)
-        while True:
-            scale = self.scaler.value if self.scaler is not None else 1.0
+
+        def passes() -> None:
             self._passes(batches, supervised, scale, check)
-            terms = self._objective.values()
-            if self._stage.sharpness is not None:
-                norm = float(_full(nn.utils.get_total_norm(self._summed(scale))))
-                if math.isfinite(norm):
-                    with ascended(self.trained, self._stage.sharpness, norm):
-                        check()
-                        set_random_state(random, self.ranks.device)
-                        self._passes(batches, supervised, scale, check)
-            norm_now = self._update(scale)
-            if norm_now is not None:
-                break
-            if self.scaler is None or not self.scaler.halve():
-                raise UserError(
-                    f"the gradients of this step are not finite (loss {self._objective.weighted(terms):g}); nothing "
-                    "was changed by it: a smaller optimizer.learning_rate, longer warmup_steps, or precision bf16 or fp32 "
-                    "may help"
-                )
+
+        def again() -> None:
             check()
             set_random_state(random, self.ranks.device)
+            passes()
+
+        scale = self.scaler.value if self.scaler is not None else 1.0
+        passes()
+        while (norm := self._update(scale, again)) is None:
+            if self.scaler is None or not self.scaler.halve():
+                raise UserError(
+                    f"the gradients of this step are not finite (loss {self._objective.loss():g}); nothing was changed "
+                    "by it: a smaller optimizer.learning_rate, longer warmup_steps, or precision bf16 or fp32 may help"
+                )
+            scale = self.scaler.value
+            again()
         if self.scaler is not None:
             self.scaler.good()
-        terms |= self._objective.penalty()
+        terms = self._objective.values()
         rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
-        return StepReport(self._objective.weighted(terms), norm_now, rates, terms)
+        return StepReport(self._objective.weighted(terms), norm, rates, terms)
 
     def _passes(self, batches: Sequence[Batch], supervised: int, scale: float, check: Callable[[], None]) -> None:
-        """Forward and backward over the micro-batches."""
+        """Forward and backward over the micro-batches; leaves the gradients, `scale` times too large."""
 
         def look(batch: Batch) -> None:
             check()
@@ -233,6 +236,14 @@ class Engine:
         """What a forward pass is called on."""
         return self.model
 
+    def warm_up(self, batch: Batch) -> None:
+        """A forward and a backward pass that leave nothing but what was compiled. All ranks call it alike."""
+        self.model.train()
+        with self._autocast:
+            loss = self._objective(self.model, self.to_device(batch))
+        loss.backward()
+        self.optimizer.zero_grad(set_to_none=True)
+
     @torch.no_grad()
     def loss_sum(self, batch: Batch) -> float:
         """The summed loss of a batch, without training. In lockstep all ranks must call it together."""
@@ -250,21 +261,34 @@ class Engine:
         return None if found is None else found.float().cpu()
 
     @torch.no_grad()
-    def generate(self, batch: Batch, max_new_tokens: int) -> torch.Tensor:
-        """Greedy decoding; (batch, new tokens). In lockstep all ranks call it together, with one batch each."""
+    def generate(self, batch: Batch, max_new_tokens: int, **decoding: Any) -> torch.Tensor:
+        """Greedy decoding, unless arguments of transformers' generate() say otherwise; (batch, new tokens). In lockstep
+        all ranks call it together, with one batch each.
+        """
         self.model.eval()
         inputs = {n: value for n, value in self.to_device(batch).items() if n not in ("labels", "findings")}
         with self._autocast:
             ids = self.model.generate(  # type: ignore[operator]
                 **inputs,
                 max_new_tokens=max_new_tokens,
-                do_sample=False,
+                **{"do_sample": False, **decoding},
                 synced_gpus=self.lockstep,  # no rank stops before the last one has
             )
         return torch.as_tensor(ids)[:, batch["input_ids"].shape[1] :].cpu()
 
+    @torch.no_grad()
+    def next_logits(self, batch: Batch) -> torch.Tensor:
+        """Of the token that follows each row of a batch padded on the left: (batch, vocabulary), float32 on the CPU.
+        In lockstep all ranks call it together.
+        """
+        self.model.eval()
+        inputs = {n: value for n, value in self.to_device(batch).items() if n not in ("labels", "findings")}
+        with self._autocast:
+            return torch.as_tensor(self._forward(**inputs).logits)[:, -1].float().cpu()
+
     def to_device(self, batch: Batch) -> Batch:
-        return {name: value.to(self.ranks.device, non_blocking=True) for name, value in batch.items()}
+        device = self.ranks.device
+        return {name: remember(value.to(device, non_blocking=True), value) for name, value in batch.items()}
 
     def weights(self) -> Tensors:
         """The trained parameters, whole, on the CPU. All ranks must call it; only rank 0 gets them."""

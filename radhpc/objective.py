@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from radhpc import token_loss
 from radhpc.additions import Heads
 from radhpc.collate import IGNORE, UNKNOWN, Batch
 from radhpc.dist import Ranks
@@ -41,16 +42,9 @@ class NextToken:
 
     def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         """The sum of the token losses, in float32: the caller divides by the tokens of the whole global batch."""
-        labels = batch["labels"]
         inputs = {name: value for name, value in batch.items() if name != "labels"}
-        logits = model(**inputs, use_cache=False).logits
-        return nn.functional.cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(),
-            labels[:, 1:].flatten(),
-            ignore_index=IGNORE,
-            reduction="sum",
-            label_smoothing=self.label_smoothing if torch.is_grad_enabled() else 0.0,  # a loss is reported without
-        )
+        smoothing = self.label_smoothing if torch.is_grad_enabled() else 0.0  # a loss is reported without
+        return token_loss.summed(model, inputs, batch["labels"], smoothing)
 
 
 class Objective:
@@ -68,7 +62,6 @@ class Objective:
         self._tokens = self._samples = self._known = 0.0  # of the global batch
         self._sums: dict[str, torch.Tensor] = {}
         self._means: dict[str, float] = {}
-        self._penalties: dict[str, float] = {}
         self._ranks: Ranks | None = None
 
     def begin(self, batches: Sequence[Batch], supervised: int, ranks: Ranks, run: Callable[[Batch], object]) -> None:
@@ -191,7 +184,7 @@ class Objective:
                 total += value
                 gradient = _like(gradient * (self.recipe.regularisation * scale), parameter)
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
-        self._penalties["regularisation"] = total
+        self._means["regularisation"] = total
 
     def _penalty(self, matrix: torch.Tensor, is_a: bool) -> tuple[float, torch.Tensor]:
         """The regularisation of one matrix, and its gradient; a norm of zero has none."""
@@ -205,15 +198,24 @@ class Objective:
             gradient = gradient + self.recipe.l1 * matrix.sign()
         return float(value), gradient
 
+    @contextlib.contextmanager
+    def silently(self) -> Iterator[None]:
+        """What is computed in here leaves values() as they were."""
+        sums, means = self._sums, self._means
+        try:
+            yield
+        finally:
+            self._sums, self._means = sums, means
+
     def values(self) -> dict[str, float]:
-        """The mean of each term over the global batch of the newest pass, without its weight. All ranks call it."""
+        """The mean of each term over the global batch, without its weight. All ranks must call it."""
         assert self._ranks is not None
         sums = self._ranks.sum([float(value) for value in self._sums.values()])
         return dict(zip(self._sums, sums, strict=True)) | self._means
 
-    def penalty(self) -> dict[str, float]:
-        """As values(), of the newest regularise(); the same on every rank."""
-        return self._penalties
+    def loss(self) -> float:
+        """What is minimised, of this rank alone."""
+        return self.weighted({name: float(value) for name, value in self._sums.items()} | self._means)
 
     def weighted(self, values: Mapping[str, float]) -> float:
         """What is minimised, of what values() gives."""

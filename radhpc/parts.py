@@ -83,15 +83,16 @@ class Parts:
         family = self.family
         recipe = self.recipe
         check(recipe, self.ranks)
-        model = beside(lambda: placing.build(family, recipe.model, recipe.seed), self.ranks, self.stop)
+        whole = any(each.lora is not None and each.lora.dora for each in recipe.stages)
+        model = beside(lambda: placing.build(family, recipe.model, recipe.seed, whole), self.ranks, self.stop)
         assert model is not None
         self.base_hash = self._base_hash(model)
-        _check_context(model, self.recipe)
-        additions.attach(model, family, self.recipe, self.recipe.seed)
-        adapters.check(model, self.recipe.stages)
-        self.stage = stage
         if recipe.model.quantise is not None:
             quantise(model, family.blocks, (pattern for each in recipe.stages for pattern in each.train))
+        _check_context(model, recipe)
+        additions.attach(model, family, recipe, recipe.seed)
+        adapters.check(model, recipe.stages)
+        self.stage = stage
 
         def saved(earlier: int) -> adapters.Tensors:
             name = lineage[earlier]
@@ -104,12 +105,13 @@ class Parts:
             return self.checkpoints.tensors(name, moments=False)
 
         adapters.prepare(model, self.recipe.stages, stage, saved, self.recipe.seed)
-        kind, here = zero.ZeroEngine if recipe.engine == "deepspeed" else Engine, recipe.stages[stage]
+        here = recipe.stages[stage]
+        kind = zero.ZeroEngine if recipe.engine == "deepspeed" else Engine
         return kind(model, recipe, here.optimizer, family.blocks, self.ranks, here.objective)
 
-    def restored_engine(self) -> tuple[Engine, Cursor]:
-        """The model of the newest checkpoint that verifies. Raises UserError where there is none."""
-        newest, skipped = self.checkpoints.newest()
+    def restored_engine(self, name: str | None = None) -> tuple[Engine, Cursor]:
+        """The model of a checkpoint, or of the newest one that verifies. Raises UserError where there is none."""
+        newest, skipped = (name, []) if name else self.checkpoints.newest()
         if newest is None:
             why = "".join(f"; {name}: {fault}" for name, fault in skipped)
             raise UserError(f"{self.run.path}: no checkpoint to load{why}")
@@ -136,7 +138,7 @@ class Parts:
         """Where the tokenizer lies; one that is to be trained is trained once, by rank 0."""
         model = self.recipe.model
         if model.tokenizer.train_vocabulary is None:
-            return str(model.tokenizer.folder or model.weights)
+            return str(model.tokenizer_folder)
         folder = self.run.path / "tokenizer"
         vocabulary = model.tokenizer.train_vocabulary
 
@@ -153,9 +155,11 @@ class Parts:
 
     def _base_hash(self, model: torch.nn.Module) -> str:
         """Identity of the base: of the weights' files, or of the random values themselves."""
-        weights, remembered = self.recipe.model.weights, self.run.path / "base.json"
+        parts, remembered = self.recipe.model, self.run.path / "base.json"
+        folders = [Path(folder) for _, folder in sorted(parts.folders.items())]
+        # What is put together has random values, too: they are a function of the recipe, whose hash is checked beside.
         return on_first(
-            lambda: _hash_files(Path(weights), remembered) if weights else _hash_tensors(model), self.ranks, self.stop
+            lambda: _hash_files(folders, remembered) if folders else _hash_tensors(model), self.ranks, self.stop
         )
 
 
@@ -180,13 +184,15 @@ def _hash_tensors(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _hash_files(folder: Path, remembered: Path) -> str:
+def _hash_files(folders: list[Path], remembered: Path) -> str:
     """sha256 over the weights' files. Twenty gigabytes take some ten seconds, so the result is kept in base.json and
     trusted while sizes and times of change stay the same.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"model.weights: {folder}: no .safetensors file there")
+    files = []
+    for folder in folders:
+        files += (found := sorted(folder.glob("*.safetensors")))
+        if not found:
+            raise UserError(f"model.weights: {folder}: no .safetensors file there")
     seen = [[file.name, os.stat(file).st_size, os.stat(file).st_mtime_ns] for file in files]
     before = read_json(remembered)
     if before and before["files"] == seen:

@@ -67,19 +67,13 @@ def change(parameter: torch.Tensor, how: Change) -> None:
         promise.changes.append(how)
 
 
-def values(parameter: torch.Tensor) -> torch.Tensor:
-    """Those of a base parameter, whole, on the CPU, also where they are a promise."""
-    promise: Promise | None = getattr(parameter, "promise", None)
-    return parameter.detach() if promise is None else promise.rows(0, len(parameter))
-
-
-def build(family: ModelFamily, recipe: Model, seed: int) -> nn.Module:
+def build(family: ModelFamily, recipe: Model, seed: int, whole: bool = False) -> nn.Module:
     """The base model on the CPU: random values as the family makes them, or the promise of a local folder's.
 
-    Raises UserError where the folder lacks a tensor. A folder whose tensors the model takes apart or puts together
-    anew is read by the family, whole.
+    `whole`: read the values at once, for adapters that start from them. So is a folder whose tensors the model takes
+    apart or puts together anew, and a model of several folders. Raises UserError where the folder lacks a tensor.
     """
-    if recipe.weights is None:
+    if not isinstance(recipe.weights, str) or whole:
         return family.build(seed)
     folder = Path(recipe.weights)
     model = family.build_empty()
@@ -90,8 +84,8 @@ def build(family: ModelFamily, recipe: Model, seed: int) -> nn.Module:
     _promise(model, found)
     if not _fill_buffers(model):
         return family.build(seed)
-    _generation(model, folder, family)
-    return model.eval()
+    _generation(model, folder)
+    return family.finish(model)
 
 
 def _find(model: nn.Module, folder: Path) -> dict[str, tuple[Path, str]] | None:
@@ -170,7 +164,7 @@ def _fill_buffers(model: nn.Module) -> bool:
     return True
 
 
-def _generation(model: Any, folder: Path, family: ModelFamily) -> None:
+def _generation(model: Any, folder: Path) -> None:
     from transformers import GenerationConfig
 
     if (folder / "generation_config.json").exists():
@@ -178,8 +172,6 @@ def _generation(model: Any, folder: Path, family: ModelFamily) -> None:
             model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, json.JSONDecodeError) as error:
             raise UserError(f"model.weights: {folder}/generation_config.json: {error}") from error
-    model.generation_config.eos_token_id = family.tokenizer.eos_token_id
-    model.generation_config.pad_token_id = family.tokenizer.pad_token_id
 
 
 def place(

@@ -29,6 +29,7 @@ from radhpc.collate import IGNORE, Batch, Encoded, Encoder, conversation
 from radhpc.dist import Ranks
 from radhpc.engine import Engine
 from radhpc.errors import UserError
+from radhpc.host import remember
 from radhpc.recipe import Recipe, Stage
 from radhpc.source import Source
 from radhpc.stream import stage_samples, stage_steps
@@ -94,7 +95,7 @@ def _encoder(recipe: Recipe, stage: Stage, family: models.ModelFamily) -> Encode
 
 def _family(recipe: Recipe, source: Source, folder: Path) -> tuple[models.ModelFamily, bool]:
     """The model family, and whether its tokenizer is a stand-in, so that texts cannot be measured with it."""
-    given = recipe.model.tokenizer.folder or recipe.model.weights
+    given = recipe.model.tokenizer_folder
     if given is not None and (
         recipe.model.tokenizer.folder is not None or any((Path(given) / name).exists() for name in TOKENIZER_FILES)
     ):
@@ -116,7 +117,7 @@ def _stage(
         for group in engine.optimizer.param_groups:
             group["foreach"] = gpus and world == 1  # as PyTorch does by itself for plain tensors on a GPU
         weights = [*engine.model.parameters(), *engine.model.buffers()]
-        batch = {name: mode.from_tensor(tensor) for name, tensor in encoder.batch(rows).items()}
+        batch = {name: remember(mode.from_tensor(tensor), tensor) for name, tensor in encoder.batch(rows).items()}
         with mode, Allocations([*weights, *batch.values()], made_up_values=True) as memory:
             # From the second micro-batch of a step on, the gradients of the first are there, too.
             peak = trace(engine, [batch] * min(2, rounds), memory)

@@ -10,6 +10,7 @@ recipe is frozen into the run folder, so that a run never depends on a file that
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import re
 import string
@@ -26,6 +27,14 @@ from radhpc.sample import CHEXPERT, Split
 AnyModel = TypeVar("AnyModel", bound=BaseModel)
 Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Shards = tuple[str, ...] | dict[str, Weight]
+
+HUB = "hub:"  # before the id of a model on a hub
+
+
+def families() -> list[str]:
+    """The model families that there are: the files of radhpc/models that have a class Family."""
+    folder = Path(__file__).parent / "models"
+    return sorted(path.stem for path in folder.glob("*.py") if "\nclass Family" in path.read_text(encoding="utf-8"))
 
 
 class Section(BaseModel):
@@ -53,6 +62,30 @@ class Tokenizer(Section):
     )
 
 
+class Connector(Section):
+    """What turns a picture's features into tokens of the language model, with family swin_qwen: models/connector.py."""
+
+    kind: Literal["sasa", "abstractor", "linear"] = Field(
+        "sasa",
+        description="sasa: convolutions, then latents that query them (LightMedVLM); abstractor: convolutions around a "
+        "pooling (Honeybee's C-Abstractor); linear: one token per feature",
+    )
+    latents: int = Field(64, ge=1, description="tokens per study; linear has as many as there are features")
+    heads: int = Field(8, ge=1, description="of sasa's attention")
+    dropout: float = Field(0.1, ge=0, lt=1, description="of sasa's attention")
+    concepts: tuple[str, ...] = Field(
+        CHEXPERT, description="sasa's first latents start from the language model's embeddings of these"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Connector":
+        if self.kind == "sasa" and len(self.concepts) > self.latents:
+            raise ValueError(f"{len(self.concepts)} 'concepts' do not fit into {self.latents} 'latents'")
+        if self.kind == "abstractor" and math.isqrt(self.latents) ** 2 != self.latents:
+            raise ValueError(f"latents {self.latents}: an abstractor pools to a square, such as 64")
+        return self
+
+
 class Fusion(Section):
     """Hierarchical cross-modal fusion of the vision encoder's levels with the prompt: models/hcf.py."""
 
@@ -69,10 +102,27 @@ class Fusion(Section):
 class Model(Section):
     """The model: local weights, or random ones from a configuration."""
 
-    family: Literal["mllama"] = Field("mllama", description="which of radhpc.models builds it")
-    weights: str | None = Field(None, description="local folder as transformers saves it; nothing is downloaded")
+    family: str = Field("mllama", description="which file of radhpc/models builds it")
+    weights: str | dict[str, str] | None = Field(
+        None,
+        description="local folder as transformers saves it, or hub:OWNER/NAME, which 'launch.py weights --online' has "
+        "fetched; of a model that is put together, one for each of its parts: {vision: ..., text: ...}",
+    )
     config: dict[str, Any] | None = Field(
-        None, description="instead of weights: keys of transformers' configuration, text and vision apart"
+        None,
+        description="instead of weights, or for the parts that have none: keys of transformers' configuration, text "
+        "and vision apart",
+    )
+    connector: Connector | None = Field(None, description="with family swin_qwen: what joins its parts; default: sasa")
+    max_pixels: int | None = Field(
+        None,
+        ge=4096,
+        description="with family qwen3_vl: of a view; a larger one is shrunk; default: as the weights' folder says",
+    )
+    chat_template: str | None = Field(
+        None,
+        description="in Jinja, as transformers' tokenizers have one; an image is '{{ image_token }}'; default: the "
+        "model's own",
     )
     gates: float | None = Field(
         None,
@@ -86,24 +136,58 @@ class Model(Section):
         "at 0.02 beside patches of about 0.5, so that a random model hardly knows where in the image it looks",
     )
     tokenizer: Tokenizer = Tokenizer()  # type: ignore[call-arg]
-    attention: Literal["sdpa", "eager"] = Field("sdpa", description="transformers' attention implementation")
+    attention: Literal["auto", "segments", "sdpa", "eager"] = Field(
+        "auto",
+        description="segments: without masks, by the fastest kernel there (radhpc/attention.py); sdpa and eager are "
+        "transformers'; auto: segments for Mllama, else sdpa",
+    )
     quantise: Literal["nf4"] | None = Field(
         None, description="keep the frozen linear layers of the blocks in four bits, by bitsandbytes"
     )
-    checkpoint_activations: bool = Field(False, description="recompute each layer's activations in the backward pass")
+    checkpoint_activations: bool | tuple[Literal["text", "cross", "vision"], ...] = Field(
+        False,
+        description="recompute the activations of each layer in the backward pass: of all of them, or of these kinds",
+    )
+    compile: bool = Field(
+        False, description="torch.compile for each layer; what was compiled is kept in the run folder for the next life"
+    )
     fusion: Fusion | None = Field(None, description="added to the model; Mllama's vision encoder alone has the levels")
 
     @model_validator(mode="after")
     def _one_source(self) -> "Model":
-        if (self.weights is None) == (self.config is None):
+        if both := sorted(self.folders.keys() & (self.config or {}).keys()):
+            raise ValueError(f"'{both[0]}' has both 'weights' and 'config': give one of them")
+        if (self.weights is None) == (self.config is None) and not isinstance(self.weights, dict):
             raise ValueError("give either 'weights' (a local folder) or 'config' (random weights)")
-        if self.weights is not None and self.tokenizer.train_vocabulary is not None:
+        trained_text = self.weights is not None and (isinstance(self.weights, str) or "text" in self.weights)
+        if trained_text and self.tokenizer.train_vocabulary is not None:
             raise ValueError("'tokenizer.train_vocabulary' goes with 'config': trained weights have their tokenizer")
-        if self.config is not None and (self.tokenizer.folder is None) == (self.tokenizer.train_vocabulary is None):
+        if not trained_text and (self.tokenizer.folder is None) == (self.tokenizer.train_vocabulary is None):
             raise ValueError("with 'config' give either 'tokenizer.folder' or 'tokenizer.train_vocabulary'")
         if self.weights is not None and (self.gates is not None or self.positions is not None):
             raise ValueError("'gates' and 'positions' go with 'config': trained weights have theirs")
         return self
+
+    @field_validator("family")
+    @classmethod
+    def _is_there(cls, value: str) -> str:
+        """A new family is one file, and no list has to name it."""
+        known = families()
+        if value not in known:
+            raise ValueError(f"no such family{nearest(value, known)}; allowed are {', '.join(known)}")
+        return value
+
+    @property
+    def folders(self) -> dict[str, str]:
+        """The weights by part; a model that lies in one folder is the part `model`."""
+        if isinstance(self.weights, str):
+            return {"model": self.weights}
+        return dict(self.weights or {})
+
+    @property
+    def tokenizer_folder(self) -> str | None:
+        """Where the tokenizer lies; None: it is trained on the reports."""
+        return self.tokenizer.folder or self.folders.get("model") or self.folders.get("text")
 
 
 PLACEHOLDERS = {
@@ -427,6 +511,41 @@ class Checkpoint(Section):
         return value
 
 
+class Scorers(Section):
+    """Models that judge reports, from folders on this machine; a score without its weights is left out, and says so.
+
+    {sha256: ...} holds what the weights must be: the sum over the folder's weight files, as scores.json gives it.
+    """
+
+    chexbert: str | None = Field(None, description="chexbert.pth, and vocab.txt of bert-base-uncased")
+    bertscore: str | None = Field(
+        None, description="distilbert-base-uncased as transformers saves it, baseline.tsv too"
+    )
+    clinicalbert: str | None = Field(None, description="Bio_ClinicalBERT as transformers saves it")
+    radgraph: str | None = Field(None, description="radgraph-xl/ and hub/, for the package radeval")
+    radcliq: str | None = Field(None, description="hub/ with its three models, for the package radeval")
+    ratescore: str | None = Field(None, description="hub/ with its two models, for the package radeval")
+    green: str | None = Field(None, description="GREEN-radllama2-7b, for the package radeval")
+    sha256: dict[str, str] = Field(default_factory=dict, description="by name: what the weights must be")
+
+    @model_validator(mode="after")
+    def _hashes_of_folders(self) -> "Scorers":
+        for name in self.sha256:
+            if name not in self.folders():
+                raise ValueError(f"sha256.{name}: allowed are those that have a folder: {', '.join(self.folders())}")
+        return self
+
+    def folders(self) -> dict[str, str]:
+        """By name, as absolute paths."""
+        names = [name for name in type(self).model_fields if name != "sha256"]
+        return {name: _absolute(folder) for name in names if (folder := getattr(self, name)) is not None}
+
+
+Conventions = Literal[
+    "r2gen_iu", "r2gen_mimic", "r2gengpt", "coco_ptb", "radeval_raw", "sacrebleu_13a", "sacrebleu_13a_lower"
+]
+
+
 class Evaluation(Section):
     """Generation on held-out studies, at the end of each stage and every so many steps."""
 
@@ -435,7 +554,51 @@ class Evaluation(Section):
     samples: int | None = Field(64, ge=1, description="of the split, always the same ones; null: all")
     batch: int = Field(16, ge=1, description="studies per rank and generation")
     max_new_tokens: int = Field(128, ge=1)
+    min_new_tokens: int = Field(0, ge=0)
+    beams: int = Field(1, ge=1, description="texts that are searched at a time; 1: the likeliest next word")
+    temperature: float | None = Field(None, gt=0, description="sample instead, from the distribution at this one")
+    top_p: float | None = Field(None, gt=0, le=1, description="sample among the likeliest words of this share")
+    repetition_penalty: float | None = Field(None, gt=0, description="above 1: words that are there already, less")
+    length_penalty: float | None = Field(None, description="of beams; above 0: longer texts, more")
+    cache: Literal["dynamic", "static"] = Field(
+        "dynamic", description="keys and values of generation; static: one shape throughout, for compiled models"
+    )
+    conventions: tuple[Conventions, ...] = Field(
+        ("r2gen_mimic", "radeval_raw"), description="how texts are compared while training; 'evaluate' uses all"
+    )
+    findings_question: str | None = Field(
+        None, description="such as 'Is there {finding}? Answer yes or no.': AUROC from the likelihoods of yes and no"
+    )
+    findings_vocabulary: str = Field("chexpert", description="which of a sample's labels findings_question asks for")
+    neighbours: int = Field(
+        1024, ge=0, description="training studies among which the nearest one by its image is a baseline; 0: none"
+    )
+    scorers: Scorers = Scorers()  # type: ignore[call-arg]
     images: int = Field(4, ge=0, description="studies shown in TensorBoard with reference and generated report")
+
+    @model_validator(mode="after")
+    def _decoding(self) -> "Evaluation":
+        if self.temperature is not None and self.beams > 1:
+            raise ValueError(f"'temperature' {self.temperature:g} samples one text; it does not go with 'beams'")
+        if self.top_p is not None and self.temperature is None:
+            raise ValueError(f"'top_p' {self.top_p:g} goes with 'temperature', which samples")
+        if self.length_penalty is not None and self.beams == 1:
+            raise ValueError(f"'length_penalty' {self.length_penalty:g} goes with 'beams' above 1")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(f"'min_new_tokens' {self.min_new_tokens} is above 'max_new_tokens' {self.max_new_tokens}")
+        if self.cache == "static" and self.beams > 1:
+            raise ValueError("'cache: static' does not go with 'beams'")
+        if self.findings_question is not None and "{finding}" not in self.findings_question:
+            raise ValueError("'findings_question' must name {finding}")
+        return self
+
+    def decoding(self) -> dict[str, Any]:
+        """The arguments of transformers' generate() that say how words are chosen."""
+        names = ("temperature", "top_p", "repetition_penalty", "length_penalty")
+        given: dict[str, Any] = {name: value for name in names if (value := getattr(self, name)) is not None}
+        given |= {"num_beams": self.beams, "do_sample": self.temperature is not None}
+        given |= {"min_new_tokens": self.min_new_tokens} if self.min_new_tokens else {}
+        return given | ({"cache_implementation": "static"} if self.cache == "static" else {})
 
 
 class Board(Section):
@@ -506,11 +669,6 @@ class Recipe(Section):
             where, terms = f"stage '{stage.name}'", stage.objective
             if terms.fusion and self.model.fusion is None:
                 raise ValueError(f"{where}: objective.fusion {terms.fusion} needs model.fusion")
-            if self.engine == "deepspeed" and (terms.regularisation or stage.optimizer.sharpness):
-                key = "objective.regularisation" if terms.regularisation else "optimizer.sharpness"
-                raise ValueError(
-                    f"{where}: {key} changes gradients, which engine deepspeed hides; allowed are fsdp and single"
-                )
             if terms.regularisation and stage.lora is None:
                 raise ValueError(
                     f"{where}: objective.regularisation {terms.regularisation} is of adapters; give 'lora'"
@@ -542,6 +700,11 @@ class Recipe(Section):
             where = f"stage '{stage.name}'"
             if self.engine == "deepspeed" and stage.optimizer.kind not in ("adamw", "adamw_fused"):
                 raise ValueError(f"{where}: optimizer.kind '{stage.optimizer.kind}' goes with engines fsdp and single")
+            if self.engine == "deepspeed" and (stage.optimizer.sharpness is not None or stage.objective.regularisation):
+                key = "objective.regularisation" if stage.objective.regularisation else "optimizer.sharpness"
+                raise ValueError(f"{where}: {key} goes with engines fsdp and single: ZeRO keeps gradients to itself")
+            if self.model.quantise is not None and stage.lora is not None and stage.lora.dora:
+                raise ValueError(f"{where}: lora.dora with model.quantise '{self.model.quantise}': allowed is plain LoRA")
             if self.model.quantise is not None and stage.adapters == "merge":
                 raise ValueError(
                     f"{where}: adapters 'merge' with model.quantise '{self.model.quantise}': four bits cannot hold a "
@@ -623,7 +786,7 @@ def build(data: dict[str, Any], overrides: Sequence[str], path: Path) -> Recipe:
             ),
             "model": recipe.model.model_copy(
                 update={
-                    "weights": recipe.model.weights and _absolute(recipe.model.weights),
+                    "weights": _absolute_weights(recipe.model.weights),
                     "tokenizer": recipe.model.tokenizer.model_copy(
                         update={"folder": recipe.model.tokenizer.folder and _absolute(recipe.model.tokenizer.folder)}
                     ),
@@ -631,6 +794,14 @@ def build(data: dict[str, Any], overrides: Sequence[str], path: Path) -> Recipe:
             ),
         }
     )
+
+
+def override(section: AnyModel, overrides: Sequence[str], name: str) -> AnyModel:
+    """A section with changes such as `beams=3` or `evaluation.beams=3`. Raises UserError."""
+    data = section.model_dump(mode="json")
+    for change in overrides:
+        _apply(data, change.removeprefix(f"{name}."))
+    return validate(type(section), data, Path(name))
 
 
 def validate(model: type[AnyModel], data: Any, path: Path) -> AnyModel:
@@ -717,6 +888,26 @@ def _position(items: list[Any], part: str, override: str) -> int:
 def _absolute(path: str) -> str:
     """Paths hold from any folder the job may run in; URLs stay."""
     return path if "://" in path else os.path.abspath(os.path.expanduser(path))
+
+
+def _absolute_weights(weights: str | dict[str, str] | None) -> str | dict[str, str] | None:
+    if isinstance(weights, dict):
+        return {part: absolute_or_hub(path) for part, path in weights.items()}
+    return weights and absolute_or_hub(weights)
+
+
+def absolute_or_hub(path: str) -> str:
+    """A folder's absolute path; of hub:OWNER/NAME the folder of the hub's cache, if it is there, so that a run keeps to
+    this release of the weights.
+    """
+    if not path.startswith(HUB):
+        return _absolute(path)
+    home = os.environ.get("HF_HOME") or os.path.expanduser("~/.cache/huggingface")
+    name = path.removeprefix(HUB).replace("/", "--")
+    cache = Path(os.environ.get("HF_HUB_CACHE") or os.path.join(home, "hub")) / f"models--{name}"
+    main = cache / "refs" / "main"
+    folder = cache / "snapshots" / (main.read_text().strip() if main.exists() else "none")
+    return str(folder) if folder.is_dir() else path
 
 
 def _absolute_shards(shards: Shards) -> Shards:

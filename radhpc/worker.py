@@ -4,7 +4,6 @@ outcome = run("runs/padchest-1")        # on each rank, with RANK, WORLD_SIZE, .
 """
 
 import contextlib
-import errno
 import json
 import logging
 import os
@@ -17,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from radhpc import fingerprint, hooks, log as logs, seam, tasks
+from radhpc import compiling, evaluation_job, fingerprint, hooks, log as logs, seam, tasks
 from radhpc.background import beside, on_first
 from radhpc.board import Board
 from radhpc.checkpoint import Checkpoints, Cursor, name_of
@@ -25,12 +24,13 @@ from radhpc.dist import Ranks, lost_peer
 from radhpc.engine import Engine
 from radhpc.errors import UserError, first_line
 from radhpc.exhausted import out_of_memory
-from radhpc.files import read_json, write_atomically
+from radhpc.files import FULL, insist, read_json, write_atomically
 from radhpc.heartbeat import Heartbeat, Limits
 from radhpc.ledger import Ledger
 from radhpc.log import Bar
 from radhpc.loop import Hook, Position, Quarantine, train
 from radhpc.parts import Parts, Trial
+from radhpc.profiling import Profiling
 from radhpc.run_dir import RunDir, node_name
 from radhpc.saving import Ending, Saving
 from radhpc.stop import PRUNED, Interrupted, Stop
@@ -76,7 +76,7 @@ def run(path: str, stop: Stop | None = None, trial: Trial | None = None) -> Outc
             heart.give_way()
             if isinstance(error, torch.OutOfMemoryError):
                 raise _recorded(run_dir, rank, out_of_memory(run_dir, rank, world)) from error
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if isinstance(error, OSError) and error.errno in FULL:
                 where = error.filename or run_dir.path
                 full = UserError(f"{where}: {error.strerror}; free some space, then 'launch.py resume {run_dir.path}'")
                 raise _recorded(run_dir, rank, full) from error
@@ -96,7 +96,10 @@ def _run(run: RunDir, ranks: Ranks, stop: Stop, trial: Trial | None) -> Outcome:
         job = os.environ.get("SLURM_JOB_ID", "")
         nodes = os.environ.get("SLURM_JOB_NODELIST", socket.gethostname())
         run.record("started", life=life, job=job, world=ranks.world, engine=recipe.engine, nodes=nodes)
+        run.hold_back()
     _agree_on_environment(run, ranks)
+    if run.evaluates is not None:
+        return _evaluate(run, ranks, stop)
     parts = Parts(run, recipe, ranks, stop, trial)
     position: Position | None = None
     try:
@@ -110,6 +113,7 @@ def _run(run: RunDir, ranks: Ranks, stop: Stop, trial: Trial | None) -> Outcome:
             on_first(lambda s=stage, n=number: tasks.check(recipe, s, parts.source(n, "train")), ranks, stop)
         cursor = _restore(parts, run, life, ranks)
         board = Board(run.path / "tensorboard" if ranks.first else None, cursor.step if cursor else 0)
+        board.layout([stage.name for stage in recipe.stages])
         board.event(cursor.step if cursor else 0, "resumed" if cursor else "started", _history(run))
         if trial is not None and ranks.first:
             board.hyperparameters(trial.parameters(), f"evaluation/{trial.metric}")
@@ -133,9 +137,11 @@ def _run(run: RunDir, ranks: Ranks, stop: Stop, trial: Trial | None) -> Outcome:
             name = _run_stage(parts, position, here, lineage, board, ledger, quarantine, stop, sum(steps))
             lineage, reached = (*lineage, name), position.step
         board.event(reached, "finished", "all stages are done")
+        board.end_session()
         board.close()
         if ranks.first:
             run.record("finished", step=reached)
+            run.give_back()
         return Outcome("finished", step=reached)
     except Interrupted as interrupted:
         ending: Ending = interrupted.ending or _before_training(parts, stop)
@@ -145,6 +151,19 @@ def _run(run: RunDir, ranks: Ranks, stop: Stop, trial: Trial | None) -> Outcome:
             run.record(state, cause=interrupted.cause, step=step, **asdict(ending))
         log.info("%s by %s at step %d: %s", state, interrupted.cause, step, ending)
         return Outcome(state, interrupted.cause, step)
+
+
+def _evaluate(job: RunDir, ranks: Ranks, stop: Stop) -> Outcome:
+    """Of a job that evaluates another run; what it has generated is on the disk already when it is interrupted."""
+    try:
+        step = evaluation_job.work(job, ranks, stop)
+    except Interrupted as interrupted:
+        if ranks.first:
+            job.record("interrupted", cause=interrupted.cause, waited_seconds=round(stop.waited, 3))
+        return Outcome("interrupted", interrupted.cause)
+    if ranks.first:
+        job.record("finished", step=step)
+    return Outcome("finished", step=step)
 
 
 def _before_training(parts: Parts, stop: Stop) -> Ending:
@@ -178,6 +197,7 @@ def _run_stage(
         del tensors
     elif number:
         seam.check(parts, engine, number)
+    compiling.warm_up(parts, engine, stage)
     stop.check(ranks.max)
     _describe(engine, position, parts)
     saving = Saving(parts, engine, board, stop, lineage)
@@ -193,13 +213,16 @@ def _run_stage(
         told=stop.poll,
     )  # fmt: skip
     every = recipe.evaluation.every
+    profiling = Profiling(parts.run, ranks, board)
     try:
         with Bar(stage.name, position.stage_steps, position.stage_step, "steps", not ranks.first) as bar:
             stragglers = Stragglers(parts.run, ranks, board)
-            calls = [Hook(1, stragglers), Hook(recipe.checkpoint.every, saving)]
+            calls = [Hook(1, stragglers), Hook(1, hooks.GroupNorms(engine, board, parts))]
+            calls.append(Hook(recipe.checkpoint.every, saving))
             if ranks.first:
-                calls.insert(0, Hook(recipe.board.every, hooks.board_hook(board, parts)))
+                calls.insert(0, Hook(recipe.board.every, hooks.board_hook(board, parts, cursor is not None)))
                 calls.insert(1, Hook(1, hooks.Progress(parts, bar, total_steps, stragglers)))
+                calls.append(Hook(1, profiling))
             if every is not None:
                 calls.append(Hook(every, evaluating))
                 if cursor is not None and position.step % every == 0 and not position.stage_done:
@@ -217,10 +240,13 @@ def _run_stage(
     except Interrupted as interrupted:
         interrupted.ending = saving.interrupted(position)
         board.event(position.step, "interrupted", interrupted.cause)
+        if interrupted.cause == PRUNED:
+            board.end_session()
         board.close()
         raise
     finally:
         stream.close()
+        profiling.close()
     return name_of(position.step)
 
 
@@ -327,7 +353,8 @@ def _record_end(
 ) -> None:
     """How this rank's life ended, for slurm.requeue to read once all are gone; a killed rank leaves no such file."""
     data = {**asdict(outcome), "host": node_name(), "traceback": trace, "culprits": list(culprits)}
-    write_atomically(_end_path(run, rank), json.dumps(data).encode(), 0o600)
+    text = json.dumps(data).encode()
+    insist(run.reserve("ranks"), lambda: write_atomically(_end_path(run, rank), text, 0o600))
 
 
 def _end_path(run: RunDir, rank: int) -> Path:

@@ -14,7 +14,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -134,7 +134,7 @@ class ZeroEngine(Engine):
         # ZeRO averages over the ranks; the loss is already a part of the global batch's.
         self._started().backward(loss * self.ranks.world)
 
-    def _update(self, scale: float) -> float | None:
+    def _update(self, scale: float, again: Callable[[], None]) -> float | None:
         zero = self._started()
         before = zero.skipped_steps
         if self.scaler is not None:

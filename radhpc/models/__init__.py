@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
+from radhpc import weights
 from radhpc.recipe import Model
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -40,8 +41,20 @@ class ModelFamily(Protocol):
         """The same without values, on the meta device; of a local folder it needs the configuration alone."""
         ...
 
+    def finish(self, model: torch.nn.Module) -> torch.nn.Module:
+        """A model of build_empty() that has got a folder's values, made ready as build() does."""
+        ...
+
+    def processor(self) -> Any:
+        """transformers' own processor, which `export` lays beside the weights."""
+        ...
+
     def prompt(self, text: str, images: int) -> str:
         """The chat-formatted prompt for a number of images, up to where the answer begins."""
+        ...
+
+    def place_images(self, ids: list[int], images: Arrays) -> list[int]:
+        """A prompt's token ids, with as many image tokens as its images take positions in the text."""
         ...
 
     def encode_images(self, images: Sequence[Image.Image]) -> Arrays:
@@ -59,6 +72,9 @@ class ModelFamily(Protocol):
 
 def family(model: Model, tokenizer_folder: str) -> ModelFamily:
     """Load a family's file and bind it to a recipe's model and tokenizer."""
+    weights.check_architecture(model)
     module = importlib.import_module(f"radhpc.models.{model.family}")
+    if model.attention == "auto":
+        model = model.model_copy(update={"attention": getattr(module.Family, "attention", "sdpa")})
     result: ModelFamily = module.Family(model, tokenizer_folder)
     return result

@@ -24,14 +24,23 @@ from transformers.models.mllama.processing_mllama import (
 
 from radhpc import processors
 from radhpc.errors import UserError, first_line
-from radhpc.models import Arrays, Taps
+from radhpc.models import Arrays, Taps, _mllama_attention
 from radhpc.processors import MllamaImages
 from radhpc.recipe import Model
+
+WEIGHTS = {
+    "model": {
+        "types": ("mllama",),
+        "hub": "meta-llama/Llama-3.2-11B-Vision-Instruct",
+        "image_token": ("<|image|>",),
+    }
+}
 
 
 class Family:
     """Mllama as radhpc.models.ModelFamily wants it."""
 
+    attention = "segments"
     blocks = (
         upstream.MllamaVisionEncoderLayer,
         upstream.MllamaSelfAttentionDecoderLayer,
@@ -68,6 +77,18 @@ class Family:
                 f"{path}: {found.tiles} tiles of {found.size} pixels; its model has {self.max_tiles} of {size}"
             )
         return found
+
+    def processor(self) -> Any:
+        """transformers' own processor, equal to what encode_images and prompt do, for those who have no radhpc."""
+        from transformers import MllamaProcessor
+        from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
+
+        if self._recipe.weights is not None and (path := processors.described(Path(self._recipe.weights))):
+            images = MllamaImageProcessorPil.from_pretrained(str(path.parent), local_files_only=True)
+        else:
+            size = {"height": self.image_processor.size, "width": self.image_processor.size}
+            images = MllamaImageProcessorPil(size=size, max_image_tiles=self.max_tiles)
+        return MllamaProcessor(images, self.tokenizer, chat_template=self.tokenizer.chat_template)
 
     def _configuration(self) -> MllamaConfig:
         if self._recipe.weights is not None:
@@ -114,15 +135,23 @@ class Family:
             torch.manual_seed(seed)
             model = MllamaForConditionalGeneration(self.config)
             self._initialise(model)
+        return self.finish(model)
+
+    def finish(self, model: Any) -> torch.nn.Module:
+        """What the tokenizer decides, and attention without masks."""
         model.generation_config.eos_token_id = self.tokenizer.eos_token_id
         model.generation_config.pad_token_id = self.tokenizer.pad_token_id
-        return model.eval()
+        return self._attended(model)
 
     def build_empty(self) -> torch.nn.Module:
         """The architecture alone, in float32 as build() gives it."""
         self.config._attn_implementation = self._recipe.attention
         with torch.device("meta"):
-            return MllamaForConditionalGeneration(self.config).eval()
+            return self._attended(MllamaForConditionalGeneration(self.config))
+
+    def _attended(self, model: Any) -> torch.nn.Module:
+        _mllama_attention.attach(model)
+        return model.eval()  # type: ignore[no-any-return]
 
     def _initialise(self, model: torch.nn.Module) -> None:
         """Start the gates and the position embeddings where the recipe says, not where upstream does."""
@@ -145,6 +174,9 @@ class Family:
         content = [{"type": "image"}] * images + [{"type": "text", "text": text}]
         chat = [{"role": "user", "content": content}]
         return str(self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+
+    def place_images(self, ids: list[int], images: Arrays) -> list[int]:
+        return ids  # an image is one token, at which nothing stands
 
     def encode_images(self, images: Sequence[Image.Image]) -> Arrays:
         """pixel_values (V, T, 3, S, S), aspect_ratio_ids (V,), aspect_ratio_mask (V, T), num_tiles (V,) of V views."""

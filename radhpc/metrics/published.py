@@ -1,0 +1,2 @@
+def lines(scores, datasets):
+    return ()
