@@ -229,7 +229,7 @@ class Task(Section):
     @model_validator(mode="after")
     def _fits_its_kind(self) -> "Task":
         for key, kinds in _OF_KIND.items():
-            if key in self.model_fields_set and getattr(self, key) is not None and self.kind not in kinds:
+            if getattr(self, key) != Task.model_fields[key].default and self.kind not in kinds:
                 raise ValueError(f"'{key}' goes with kind {' or '.join(kinds)}, not with '{self.kind}'")
         if self.kind == "finding" and self.answers is not None and len(self.answers) != 2:
             raise ValueError(f"answers {list(self.answers)}: two are wanted, for present and for absent")
