@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from radhpc.adapters import Tensors, canonical
-from radhpc.blocks import prepare_blocks
+from radhpc.blocks import leave_casting_to_autocast, prepare_blocks
 from radhpc.collate import Batch
 from radhpc.dist import Ranks
 from radhpc.errors import UserError
@@ -58,6 +58,7 @@ class Engine:
             model.to(ranks.device)
             if bf16:
                 self._autocast = torch.autocast(ranks.device.type, torch.bfloat16)
+                leave_casting_to_autocast(model)
         self.trained = {canonical(n): p for n, p in model.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
             _groups(self.trained, stage), lr=stage.learning_rate, betas=stage.betas, eps=stage.epsilon

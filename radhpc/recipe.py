@@ -76,6 +76,11 @@ class Model(Section):
         description="segments: without masks, by the fastest kernel there (radhpc/attention.py); sdpa and eager are "
         "transformers'; auto: segments for Mllama, else sdpa",
     )
+    skip_empty_tiles: bool = Field(
+        False,
+        description="of Mllama: compute the tiles that an image fills, not always all four; the result is not the "
+        "pretrained model's (README), and an image of one tile costs a quarter",
+    )
     checkpoint_activations: bool | tuple[Literal["text", "cross", "vision"], ...] = Field(
         False,
         description="recompute the activations of each layer in the backward pass: of all of them, or of these kinds",
@@ -92,6 +97,8 @@ class Model(Section):
             raise ValueError("'tokenizer.train_vocabulary' goes with 'config': trained weights have their tokenizer")
         if self.config is not None and (self.tokenizer.folder is None) == (self.tokenizer.train_vocabulary is None):
             raise ValueError("with 'config' give either 'tokenizer.folder' or 'tokenizer.train_vocabulary'")
+        if self.skip_empty_tiles and (self.family != "mllama" or self.attention not in ("auto", "segments")):
+            raise ValueError("'skip_empty_tiles' goes with family mllama and attention auto or segments")
         if self.weights is not None and (self.gates is not None or self.positions is not None):
             raise ValueError("'gates' and 'positions' go with 'config': trained weights have theirs")
         return self
