@@ -79,8 +79,8 @@ class InText:
         return chat
 
     def chat_template(self) -> str | None:
-        """This family's own template; None: the tokenizer's."""
-        return self.CHAT_TEMPLATE if self.tokenizer.chat_template is None else None
+        """This family's own template; None: the tokenizer's. That of a language model alone knows nothing of images."""
+        return self.CHAT_TEMPLATE if "text" in self.recipe.folders or not self.tokenizer.chat_template else None
 
     def place_images(self, ids: list[int], images: Arrays) -> list[int]:
         """A prompt's ids with each image token as often as its view has vectors."""
