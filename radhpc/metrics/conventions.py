@@ -116,7 +116,7 @@ def _sacrebleu(lower: bool) -> Callable[[tuple[str, ...]], list[list[str]]]:
     def cut(texts: tuple[str, ...]) -> list[list[str]]:
         from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
-        tokenizer = Tokenizer13a()
+        tokenizer: Any = Tokenizer13a()  # type: ignore[no-untyped-call]
         return [tokenizer((text.lower() if lower else text).rstrip()).split() for text in texts]
 
     return cut
