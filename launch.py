@@ -412,7 +412,7 @@ def evaluate(
     job = evaluation.prepare(
         run_dir, checkpoint, weights, split, shards or [], settings, against, every_convention=not chosen
     )
-    _submit(job, profile, True, lambda job_dir, number: None)
+    _submit(job, profile, True, lambda job_dir, number: None, as_json=as_json)
     folder = job.path.parent
     scores = read_json(folder / "scores.json")
     _say(tables.scores(scores), as_json)
@@ -693,6 +693,7 @@ def _submit(
     watch: bool,
     announce: Callable[["RunDir", str], None],
     current_code: bool = False,
+    as_json: bool = False,
 ) -> None:
     """Submit; an inline job runs now, and its error is this command's."""
     from slurm.submit import environment, submit
@@ -707,10 +708,10 @@ def _submit(
         outcome = job.result()
         if outcome.state == "interrupted":
             again = "say the same again" if run.evaluates else f"python launch.py resume {run.path}"
-            _say(f"interrupted by {outcome.cause} at step {outcome.step}; go on: {again}", False)
+            _say(f"interrupted by {outcome.cause} at step {outcome.step}; go on: {again}", as_json)
             raise typer.Exit(1)
     elif watch:
-        _watch(run)
+        _watch(run, as_json)
 
 
 def _choose_checkpoint(run: "RunDir", profile: "Profile", as_json: bool) -> dict[str, Any]:
@@ -728,7 +729,7 @@ def _choose_checkpoint(run: "RunDir", profile: "Profile", as_json: bool) -> dict
     return {"checkpoint": name, "skipped": [{"checkpoint": torn, "fault": fault} for torn, fault in skipped]}
 
 
-def _watch(run: "RunDir") -> None:
+def _watch(run: "RunDir", as_json: bool = False) -> None:
     """Follow a job until it ends. Ctrl-C leaves a SLURM job alone; a local one saves and ends with it."""
     from slurm.logs import first_error
     from slurm.status import LIVING, Statuses
@@ -739,7 +740,7 @@ def _watch(run: "RunDir") -> None:
             bar.update(now["step"], tables.line(now), now["steps"] or 1)
             time.sleep(1)
         bar.update(now["step"], now["state"], now["steps"] or 1)
-    _say(f"{run.path}: {tables.line(now)}", False)
+    _say(f"{run.path}: {tables.line(now)}", as_json)
     if now["state"] == "failed":
         for text in first_error(run):
             console.print(text, soft_wrap=True)

@@ -49,7 +49,7 @@ def lines(scores: Mapping[str, Any], datasets: set[str], split: str) -> Iterator
     if beside:
         yield from (
             "",
-            f"Published by the same convention on split '{split}' of this data set; see that sections and studies agree:",
+            f"Published by the same convention on split '{split}' of this data set (see that sections agree):",
             "",
         )
         yield from ("| system | score | published | here | source |", "|---|---|---|---|---|")

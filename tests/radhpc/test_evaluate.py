@@ -226,9 +226,9 @@ def test_what_cannot_be_evaluated_is_refused_in_one_line(
     assert "no chexbert.pth there" in refused(run.path, f"scorers.chexbert={tmp_path}")
     for name in ("chexbert.pth", "vocab.txt"):
         (tmp_path / name).write_text("other")
-    wrong = refused(run.path, f"scorers.chexbert={tmp_path}", "scorers.sha256={chexbert: 1234}")
+    wrong = refused(run.path, f"scorers.chexbert={tmp_path}", "scorers.sha256={chexbert: abcd}")
     assert "weights of sha256" in wrong
-    assert "wants 1234" in wrong
+    assert "wants abcd" in wrong
     assert "no evaluation of split 'test' there" in refused(run.path, "--against", run.path)
     fresh = RunDir.create(tmp_path / "fresh", run.recipe())
     assert "no checkpoint to evaluate" in refused(fresh.path)
