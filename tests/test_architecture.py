@@ -35,6 +35,7 @@ TORCH_FREE = {
     "transforms",
     "processors",
     "metrics",
+    "scoring",
     "grace",
     "storage",
     "checkpoint",
