@@ -43,13 +43,14 @@ def prepare(
         folder = folder.with_name(f"{folder.name}-{'-'.join(_plain(url) for url in shards)}")
     job = RunDir(folder / "job")
     scheduler.refuse_if_alive(job)
+    scorers = {**settings.scorers.folders(), "sha256": settings.scorers.sha256}  # absolute: a job runs elsewhere
     task = {
         "run": str(run.path),
         "checkpoint": checkpoint,
         "weights": weights,
         "split": split,
-        "shards": list(shards),
-        "settings": settings.model_dump(mode="json"),
+        "shards": [url if "://" in url else str(Path(url).absolute()) for url in shards],
+        "settings": {**settings.model_dump(mode="json"), "scorers": scorers},
         "every_convention": every_convention,
         "against": None if against is None else str(RunDir.open(against).path),
     }
