@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from radhpc import evaluate, scoring
-from radhpc.background import on_first
+from radhpc.background import beside, on_first
 from radhpc.dist import Ranks
 from radhpc.errors import UserError
 from radhpc.files import read_json
@@ -71,11 +71,13 @@ def work(job: RunDir, ranks: Ranks, stop: Stop) -> int:
             judge,
         )
         bar.update(count)
+
+    def compared() -> dict[str, Any]:
+        other = scoring.newest_evaluation(Path(task["against"]), task["split"])
+        return scoring.compare(result.rows, scoring.load_rows(other), judge, task["against"])
+
+    comparison = beside(compared if task["against"] and ranks.first else None, ranks, stop)
     if ranks.first:
-        comparison = None
-        if task["against"]:
-            other = scoring.newest_evaluation(Path(task["against"]), task["split"])
-            comparison = scoring.compare(result.rows, scoring.load_rows(other), judge, task["against"])
         evaluate.write(folder, result, cursor.step, task["split"], comparison)
         job.write_progress(stage="evaluate", step=count, steps=count, world=ranks.world)
         run.record("evaluated", step=cursor.step, split=task["split"], samples=len(result.rows))
