@@ -73,8 +73,8 @@ def quickstart(
         "run": str(run_dir.path),
         "seconds": round(time.perf_counter() - started, 1),
         "macro_f1": scores["scores"][name]["value"],
-        # What knows nothing of the image; beside them the report of the training radiograph that is most alike, which on
-        # drawn phantoms is hard to beat.
+        # What knows nothing of the image. The report of the training radiograph that is most alike stands apart: drawn
+        # phantoms are so much alike that it is hard to beat.
         "baselines": {kind: scores["baselines"][kind][name]["value"] for kind in ("constant", "random")},
         "nearest": scores["baselines"].get("nearest", {}).get(name, {}).get("value"),
     }
