@@ -406,11 +406,12 @@ def evaluate(
     """
     from radhpc.files import read_json
     from radhpc.run_dir import RunDir
-    from slurm import evaluation, profile as profiles
+    from slurm import evaluation, profile as profiles, submit
 
     run_dir, profile = RunDir.open(run), profiles.load(on)
     settings = evaluation.settings_of(run_dir, overrides or [], samples)
-    checkpoint, weights = _check_evaluation(run_dir, split, shards or [], settings, against)
+    with submit.environment(profile):  # it may hold the keys of an object store
+        checkpoint, weights = _check_evaluation(run_dir, split, shards or [], settings, against)
     chosen = any("conventions=" in change for change in overrides or [])
     job = evaluation.prepare(
         run_dir, checkpoint, weights, split, shards or [], settings, against, every_convention=not chosen
