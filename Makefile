@@ -74,6 +74,7 @@ bench: install slurm ceph faketime
 	$(BIN)/python -m bench.gateway_reads
 	$(BIN)/python -m bench.decode
 	$(BIN)/python -m bench.status
+	$(BIN)/python -m bench.conventions
 	$(BIN)/python -m bench.chaos
 	$(BIN)/python -m bench.chaos_peers
 

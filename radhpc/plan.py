@@ -29,7 +29,6 @@ from radhpc.collate import IGNORE, Batch, Encoded, Encoder, conversation
 from radhpc.dist import Ranks
 from radhpc.engine import Engine
 from radhpc.errors import UserError
-from radhpc.host import remember
 from radhpc.recipe import Recipe, Stage
 from radhpc.source import Source
 from radhpc.stream import stage_samples, stage_steps
