@@ -474,7 +474,8 @@ def generate(
         print()
         _say(tables.neighbours([vars(neighbour) for neighbour in neighbours]), as_json)
         return
-    results, broken = [], 0
+    results: list[dict[str, Any]] = []
+    broken = 0
     waiting = [name for name in studies if name not in told]
     with Bar("generate", len(waiting), unit="studies", hidden=not folder) as bar:
         for start in range(0, len(waiting), batch):
