@@ -85,7 +85,8 @@ def quickstart(
         report = json.loads(line)
         _say(f"\n[bold]reference[/] {report['reference']}\n[bold]generated[/] {report['generated']}", as_json)
     _say(f"\nDone in {result['seconds']:.0f} s. The run: {run_dir.path}", as_json)
-    _say(f"See it: python launch.py board {run_dir.path}", as_json)
+    _say(f"See it: {folder / 'report.html'} in a browser; python launch.py board {run_dir.path}", as_json)
+    _say(f"Meet it: python launch.py index {run_dir.path}, then demo {run_dir.path} --retrieve 3", as_json)
     _emit(result, as_json)
 
 
@@ -498,7 +499,8 @@ def generate(
         print()
         _say(tables.neighbours([vars(neighbour) for neighbour in neighbours]), as_json)
         return
-    results, broken = [], 0
+    results: list[dict[str, Any]] = []
+    broken = 0
     waiting = [name for name in studies if name not in told]
     with Bar("generate", len(waiting), unit="studies", hidden=not folder) as bar:
         for start in range(0, len(waiting), batch):
@@ -737,6 +739,7 @@ def board(
     """Open TensorBoard over these runs, on loopback."""
     import socket
     import subprocess
+    import tempfile
 
     from radhpc.run_dir import RunDir
     from slurm.study import is_sweep
@@ -748,22 +751,23 @@ def board(
     chosen = [RunDir.open(path).path for path in named or sorted(p.parent for p in Path("runs").glob("*/recipe.yaml"))]
     if not chosen:
         raise UserError("no run in runs/: name one")
-    for path in chosen:
-        if {",", ":"} & set(str(path)):
-            raise UserError(f"{path}: TensorBoard takes no folder with a comma or a colon in its path")
     # Two runs of one name, of two sweeps for example, are told apart by their folders.
     alone = [path.name for path in chosen]
-    titles = [path.name if alone.count(path.name) == 1 else "/".join(path.parts[-3:]) for path in chosen]
-    names = ",".join(f"{title}:{path / 'tensorboard'}" for title, path in zip(titles, chosen, strict=True))
+    titles = [path.name if alone.count(path.name) == 1 else " ".join(path.parts[-3:]) for path in chosen]
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", port)) == 0:
             raise UserError(f"--port {port}: something listens there already; name another one")
     _say(f"http://localhost:{port}/\n{_from_elsewhere(port)}", False)
-    command = [sys.executable, "-m", "tensorboard.main", "--host", "127.0.0.1", "--port", str(port)]
-    try:
-        raise typer.Exit(subprocess.run([*command, "--logdir_spec", names], check=False).returncode)
-    except KeyboardInterrupt:
-        _say("ended", False)
+    with tempfile.TemporaryDirectory(prefix="radhpc-board-") as folder:
+        for title, path in zip(titles, chosen, strict=True):
+            (Path(folder) / title).symlink_to(path / "tensorboard")
+        command = [sys.executable, "-m", "tensorboard.main", "--host", "127.0.0.1", "--port", str(port)]
+        try:
+            ended = subprocess.run([*command, "--logdir", folder], check=False)
+        except KeyboardInterrupt:
+            _say("ended", False)
+            return
+    raise typer.Exit(ended.returncode)
 
 
 # What several verbs share
