@@ -9,6 +9,7 @@
     code/           what the jobs run            code-N/        what `resume --current-code` replaced
 
 Written by rank 0 alone, except ledger/, logs/, code/ and the event of a hang. Private: only its owner may read it.
+logs/reserve.* keep some room for the last words of a life that fills the disk.
 """
 
 import json
