@@ -11,6 +11,7 @@
     index/          training studies by looks    profile/       traces of steps that were asked for
 
 Written by rank 0 alone, except ledger/, logs/, code/ and the event of a hang. Private: only its owner may read it.
+logs/reserve.* keep some room for the last words of a life that fills the disk.
 """
 
 import json

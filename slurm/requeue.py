@@ -14,7 +14,7 @@ every rank has committed or is dead, and the scheduler can be asked whether the 
 | hung | the ranks' watchdogs (radhpc/heartbeat.py) ended them and named the culprit | as a lost rank |
 | rank_lost | a rank is gone without a word: killed, out of memory | `retries` times without a new checkpoint |
 | crashed | a rank left a traceback | `crash_retries` times, and only while the traceback is new |
-| failed | a rank says what the user has to mend | stays down |
+| failed | a rank says what the user has to mend, such as a full disk | stays down |
 
 Whatever the causes, `lives_without_progress` lives in a row without a new checkpoint are the end ("gave_up"). A node
 that is lost, or hangs, `node_losses` times is left out from then on, where enough others remain.
