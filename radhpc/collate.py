@@ -69,8 +69,9 @@ class Encoder:
         self._known: dict[tuple[str, int], list[int]] = {}  # the ids of the recipe's own prompts, by number of views
         for name, task in self.tasks.mixture.items():
             if task.kind in ("report", "caption", "findings") and len(ids := self._ids(task.prompt)) >= text.max_tokens:
+                where = f"text.tasks.{name}" if text.tasks else "text.prompt"
                 raise UserError(
-                    f"text.tasks.{name}: a prompt of {len(ids)} tokens leaves no room for an answer in text.max_tokens "
+                    f"{where}: a prompt of {len(ids)} tokens leaves no room for an answer in text.max_tokens "
                     f"{text.max_tokens}"
                 )
 
@@ -118,14 +119,17 @@ class Encoder:
     def encode_prompt(
         self, key: str, question: str | None, views: Sequence[Image.Image], sample: Sample | None = None
     ) -> Encoded:
-        """Encode for generation: the prompt alone. It is that of the question; else, of the sample's usual task, in
-        its language; else the recipe's first that needs neither.
+        """Encode for generation: the prompt alone. It is that of the sample's usual task, in its language; else of the
+        question; else of the recipe's first task that needs neither.
         """
-        text = self.tasks.plain(sample.language if sample else "en")
-        if question:
-            text = self.tasks.asking(question)
-        elif sample is not None and (asked := self.tasks.usual(sample)) is not None:
+        language = sample.language if sample else "en"
+        asked = self.tasks.usual(sample) if sample is not None and not (question and not sample.answer) else None
+        if asked is not None:
             text = asked.prompt
+        elif question:
+            text = self.tasks.asking(question, language)
+        else:
+            text = self.tasks.plain(language)
         images, prompt = self._asked(text, views)
         ids = np.asarray(prompt, np.int64)
         return Encoded(key, ids, np.full_like(ids, IGNORE), images)

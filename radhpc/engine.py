@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 
 from radhpc import optimizers
 from radhpc.adapters import Tensors, canonical
-from radhpc.blocks import prepare_blocks
+from radhpc.blocks import leave_casting_to_autocast, prepare_blocks
 from radhpc.collate import Batch
 from radhpc.dist import Ranks
 from radhpc.errors import UserError
@@ -92,6 +92,7 @@ class Engine:
         self._autocast: Any = contextlib.nullcontext()
         if not sharded and self.dtype != torch.float32:
             self._autocast = torch.autocast(self.ranks.device.type, self.dtype)
+            leave_casting_to_autocast(self.model)
 
     def _start(self) -> None:
         """Make the optimizer."""

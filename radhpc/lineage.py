@@ -57,16 +57,20 @@ def take_over(run: RunDir, first: int, origin: RunDir) -> None:
     recipe, theirs = run.recipe(), Checkpoints.of(origin.path, origin.recipe())
     ours = Checkpoints.of(run.path, recipe)
     names = _last_checkpoints(origin, first)
-    ends = {event["number"]: event for event in origin.events("stage_finished")}
-    for number, name in enumerate(names):
+    for name in names:
         cursor = replace(theirs.cursor(name), recipe=recipe.hash, origin=f"{origin.path}: {name}")
         ours.save(theirs.tensors(name, moments=False), cursor)
-        if number in ends:
-            said = {key: value for key, value in ends[number].items() if key not in ("event", "time")}
-            run.record("stage_finished", **said)
     if (origin.path / "tokenizer").exists():
         shutil.copytree(origin.path / "tokenizer", run.path / "tokenizer")
-    run.record("taken_over", origin=str(origin.path), checkpoints=names, step=theirs.cursor(names[-1]).step)
+    ends = [event for event in origin.events("stage_finished", "taken_over") if event["number"] == first - 1]
+    run.record(
+        "taken_over",
+        origin=str(origin.path),
+        checkpoints=names,
+        step=theirs.cursor(names[-1]).step,
+        number=first - 1,
+        loss=ends[-1].get("loss") if ends else None,  # for seam.py
+    )
 
 
 def _last_checkpoints(origin: RunDir, first: int) -> list[str]:

@@ -151,17 +151,17 @@ class Objective:
             try:
                 for batch in batches:
                     run(batch)
-                mine = torch.stack(self._looking)  # (micro-batches, B, 2, DIMENSION)
+                mine = torch.cat(self._looking)  # (samples and empty slots, 2, DIMENSION)
             finally:
                 self._looking = None
-        valid = torch.stack([_valid(batch["labels"]) for batch in batches]).to(mine.device)
+        valid = torch.cat([_valid(batch["labels"]) for batch in batches])
         everybody = ranks.gather((mine.cpu(), valid.cpu()))
-        pairs = torch.cat([theirs.flatten(0, 1) for theirs, _ in everybody]).requires_grad_()
+        pairs = torch.cat([theirs for theirs, _ in everybody]).requires_grad_()
         with torch.enable_grad():
-            loss = info_nce(pairs, torch.cat([theirs.flatten() for _, theirs in everybody]), self.recipe.temperature)
+            loss = info_nce(pairs, torch.cat([theirs for _, theirs in everybody]), self.recipe.temperature)
         (pull,) = torch.autograd.grad(loss, pairs)
-        own = pull.view(len(everybody), *mine.shape)[ranks.rank].to(mine.device)
-        self._pulls = iter(own)
+        own = pull.split([len(theirs) for theirs, _ in everybody])[ranks.rank].to(mine.device)
+        self._pulls = iter(own.split([len(batch["labels"]) for batch in batches]))
         self._means["contrastive"] = float(loss.detach())
 
     # Once per step
@@ -227,13 +227,15 @@ def info_nce(pairs: torch.Tensor, valid: torch.Tensor, temperature: float) -> to
     (N,) of 0 and 1, the mean over the valid ones. One pair alone has nothing to be told from: zero.
     """
     there = valid.bool()
-    scores = (pairs[:, 0] @ pairs[:, 1].T / temperature).masked_fill(~there, -torch.inf)
-    back = (pairs[:, 1] @ pairs[:, 0].T / temperature).masked_fill(~there, -torch.inf)
-    if int(there.sum()) < 2:
-        return pairs.sum() * 0
-    right = torch.arange(len(pairs), device=pairs.device)[there]
-    each = nn.functional.cross_entropy(scores[there], right) + nn.functional.cross_entropy(back[there], right)
-    return each / 2
+    count = valid.sum()
+    right = torch.arange(len(pairs), device=pairs.device).masked_fill(~there, IGNORE)
+    each = pairs.new_zeros(())
+    for here, other in ((0, 1), (1, 0)):
+        scores = pairs[:, here] @ pairs[:, other].T / temperature
+        # Slots without a sample are no alternative. Their own rows are ignored, but must not be without any.
+        scores = scores.masked_fill(~there & there.any(), -torch.inf)
+        each = each + nn.functional.cross_entropy(scores, right, ignore_index=IGNORE, reduction="sum") / 2
+    return each / count.clamp_min(1) * (count > 1)
 
 
 def _valid(labels: torch.Tensor) -> torch.Tensor:

@@ -144,6 +144,11 @@ class Model(Section):
     quantise: Literal["nf4"] | None = Field(
         None, description="keep the frozen linear layers of the blocks in four bits, by bitsandbytes"
     )
+    skip_empty_tiles: bool = Field(
+        False,
+        description="of Mllama: compute the tiles that an image fills, not always all four; the result is not the "
+        "pretrained model's (README), and an image of one tile costs a quarter",
+    )
     checkpoint_activations: bool | tuple[Literal["text", "cross", "vision"], ...] = Field(
         False,
         description="recompute the activations of each layer in the backward pass: of all of them, or of these kinds",
@@ -164,6 +169,8 @@ class Model(Section):
             raise ValueError("'tokenizer.train_vocabulary' goes with 'config': trained weights have their tokenizer")
         if not trained_text and (self.tokenizer.folder is None) == (self.tokenizer.train_vocabulary is None):
             raise ValueError("with 'config' give either 'tokenizer.folder' or 'tokenizer.train_vocabulary'")
+        if self.skip_empty_tiles and (self.family != "mllama" or self.attention not in ("auto", "segments")):
+            raise ValueError("'skip_empty_tiles' goes with family mllama and attention auto or segments")
         if self.weights is not None and (self.gates is not None or self.positions is not None):
             raise ValueError("'gates' and 'positions' go with 'config': trained weights have theirs")
         return self
@@ -229,7 +236,7 @@ class Task(Section):
     @model_validator(mode="after")
     def _fits_its_kind(self) -> "Task":
         for key, kinds in _OF_KIND.items():
-            if key in self.model_fields_set and getattr(self, key) is not None and self.kind not in kinds:
+            if getattr(self, key) != Task.model_fields[key].default and self.kind not in kinds:
                 raise ValueError(f"'{key}' goes with kind {' or '.join(kinds)}, not with '{self.kind}'")
         if self.kind == "finding" and self.answers is not None and len(self.answers) != 2:
             raise ValueError(f"answers {list(self.answers)}: two are wanted, for present and for absent")
@@ -704,7 +711,9 @@ class Recipe(Section):
                 key = "objective.regularisation" if stage.objective.regularisation else "optimizer.sharpness"
                 raise ValueError(f"{where}: {key} goes with engines fsdp and single: ZeRO keeps gradients to itself")
             if self.model.quantise is not None and stage.lora is not None and stage.lora.dora:
-                raise ValueError(f"{where}: lora.dora with model.quantise '{self.model.quantise}': allowed is plain LoRA")
+                raise ValueError(
+                    f"{where}: lora.dora with model.quantise '{self.model.quantise}': allowed is plain LoRA"
+                )
             if self.model.quantise is not None and stage.adapters == "merge":
                 raise ValueError(
                     f"{where}: adapters 'merge' with model.quantise '{self.model.quantise}': four bits cannot hold a "

@@ -40,7 +40,7 @@ def check(parts: Parts, engine: Engine, number: int) -> None:
     before, stage = recipe.stages[number - 1], recipe.stages[number]
     if stage.adapters == "new":
         return
-    ends = [event for event in parts.run.events("stage_finished") if event["number"] == number - 1]
+    ends = [event for event in parts.run.events("stage_finished", "taken_over") if event["number"] == number - 1]
     then = parts.ranks.broadcast(ends[-1].get("loss") if ends else None)
     now = None if then is None else probe(parts, engine, number - 1)
     if then is None or now is None:
