@@ -29,6 +29,7 @@ from radhpc.collate import IGNORE, Batch, Encoded, Encoder, conversation
 from radhpc.dist import Ranks
 from radhpc.engine import Engine
 from radhpc.errors import UserError
+from radhpc.quantise import quantise
 from radhpc.recipe import Recipe, Stage
 from radhpc.source import Source
 from radhpc.stream import stage_samples, stage_steps
@@ -130,15 +131,22 @@ def _stage(
             steps=stage_steps(stage, len(source)),
             samples=stage_samples(stage, len(source)),
             epoch_samples=len(source),
-            parameters=sum(parameter.numel() for parameter in engine.model.parameters()),
+            parameters=engine.parameters,
             trainable=sum(parameter.numel() for parameter in trained),
             micro_batch=size,
             tokens=tokens,
             views=views,
             gigabytes_per_gpu=peak / 1e9,
-            host_gigabytes=_bytes(weights) / 1e9,
+            host_gigabytes=_on_the_host(engine, recipe) * 4 / 1e9,
             checkpoint_megabytes=_bytes([*trained, *state]) / 1e6,
         )
+
+
+def _on_the_host(engine: Engine, recipe: Recipe) -> int:
+    """Numbers that a rank has there at a time: random weights are made whole, those of a folder come one by one."""
+    if not isinstance(recipe.model.weights, str):
+        return engine.parameters
+    return max(parameter.numel() for parameter in engine.model.parameters())
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
@@ -163,6 +171,8 @@ def fake_engine(
     model = family.build_empty()
     with torch.device("meta"):
         additions.attach(model, family, recipe, recipe.seed)
+    if recipe.model.quantise is not None:
+        quantise(model, family.blocks, (pattern for each in recipe.stages for pattern in each.train))
     adapters.check(model, recipe.stages)
     if stage.lora is not None:
         with torch.device("meta"):

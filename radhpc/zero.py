@@ -144,9 +144,9 @@ class ZeroEngine(Engine):
         """The forward pass alone: of a backward pass ZeRO would keep the gradients."""
         self.loss_sum(batch)
 
-    def generate(self, batch: Batch, max_new_tokens: int) -> torch.Tensor:
+    def generate(self, batch: Batch, max_new_tokens: int, **decoding: Any) -> torch.Tensor:
         self._started()
-        return super().generate(batch, max_new_tokens)
+        return super().generate(batch, max_new_tokens, **decoding)
 
     def _backward(self, loss: torch.Tensor, last: bool) -> None:
         # ZeRO averages over the ranks; the loss is already a part of the global batch's.

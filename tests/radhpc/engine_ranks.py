@@ -212,7 +212,7 @@ class Lives:
         """What rank 0 gives."""
         processes = self.start(name, spec, world, work, overrides)
         for process in processes:
-            process.join(90)
+            process.join(200)
         for process in processes:
             if process.is_alive():
                 process.kill()
