@@ -74,7 +74,10 @@ def quickstart(
         "run": str(run_dir.path),
         "seconds": round(time.perf_counter() - started, 1),
         "macro_f1": scores["scores"][name]["value"],
-        "baselines": {kind: values[name]["value"] for kind, values in scores["baselines"].items()},
+        # What knows nothing of the image. The report of the training radiograph that is most alike stands apart: drawn
+        # phantoms are so much alike that it is hard to beat.
+        "baselines": {kind: scores["baselines"][kind][name]["value"] for kind in ("constant", "random")},
+        "nearest": scores["baselines"].get("nearest", {}).get(name, {}).get("value"),
     }
     _say(f"\nUnseen phantom patients: {scores['samples']} studies of split '{scores['split']}'", as_json)
     _say(tables.scores(scores), as_json)
@@ -82,7 +85,8 @@ def quickstart(
         report = json.loads(line)
         _say(f"\n[bold]reference[/] {report['reference']}\n[bold]generated[/] {report['generated']}", as_json)
     _say(f"\nDone in {result['seconds']:.0f} s. The run: {run_dir.path}", as_json)
-    _say(f"See it: python launch.py board {run_dir.path}", as_json)
+    _say(f"See it: {folder / 'report.html'} in a browser; python launch.py board {run_dir.path}", as_json)
+    _say(f"Meet it: python launch.py index {run_dir.path}, then demo {run_dir.path} --retrieve 3", as_json)
     _emit(result, as_json)
 
 
@@ -254,9 +258,9 @@ def resume(
         raise UserError(f"{run}: its sweep has ended the run early; train {run}/recipe.yaml as a run of its own")
     frozen = run_dir.path / "profile.yaml"
     profile = profiles.load(on or (str(frozen) if frozen.exists() else "inline"))
-    chosen = _choose_checkpoint(run_dir, profile, as_json)
     recipe = run_dir.recipe() if engine is None else run_dir.recipe().under(engine, run_dir.recipe_path)
     _check_engine(recipe, profile)
+    chosen = _choose_checkpoint(run_dir, profile, as_json)
     run_dir.change_engine(recipe.engine)
     _submit(run_dir, profile, watch, lambda run, job: _announce(run, job, as_json), current_code)
     _emit({"run": str(run_dir.path), "job": (run_dir.job() or {}).get("id"), **chosen}, as_json)
@@ -416,16 +420,17 @@ def evaluate(
     """
     from radhpc.files import read_json
     from radhpc.run_dir import RunDir
-    from slurm import evaluation, profile as profiles
+    from slurm import evaluation, profile as profiles, submit
 
     run_dir, profile = RunDir.open(run), profiles.load(on)
     settings = evaluation.settings_of(run_dir, overrides or [], samples)
-    checkpoint, weights = _check_evaluation(run_dir, split, shards or [], settings, against)
+    with submit.environment(profile):  # it may hold the keys of an object store
+        checkpoint, weights = _check_evaluation(run_dir, split, shards or [], settings, against)
     chosen = any("conventions=" in change for change in overrides or [])
     job = evaluation.prepare(
         run_dir, checkpoint, weights, split, shards or [], settings, against, every_convention=not chosen
     )
-    _submit(job, profile, True, lambda job_dir, number: None)
+    _submit(job, profile, True, lambda job_dir, number: None, as_json=as_json)
     folder = job.path.parent
     scores = read_json(folder / "scores.json")
     _say(tables.scores(scores), as_json)
@@ -494,7 +499,8 @@ def generate(
         print()
         _say(tables.neighbours([vars(neighbour) for neighbour in neighbours]), as_json)
         return
-    results, broken = [], 0
+    results: list[dict[str, Any]] = []
+    broken = 0
     waiting = [name for name in studies if name not in told]
     with Bar("generate", len(waiting), unit="studies", hidden=not folder) as bar:
         for start in range(0, len(waiting), batch):
@@ -733,6 +739,7 @@ def board(
     """Open TensorBoard over these runs, on loopback."""
     import socket
     import subprocess
+    import tempfile
 
     from radhpc.run_dir import RunDir
     from slurm.study import is_sweep
@@ -744,22 +751,23 @@ def board(
     chosen = [RunDir.open(path).path for path in named or sorted(p.parent for p in Path("runs").glob("*/recipe.yaml"))]
     if not chosen:
         raise UserError("no run in runs/: name one")
-    for path in chosen:
-        if {",", ":"} & set(str(path)):
-            raise UserError(f"{path}: TensorBoard takes no folder with a comma or a colon in its path")
     # Two runs of one name, of two sweeps for example, are told apart by their folders.
     alone = [path.name for path in chosen]
-    titles = [path.name if alone.count(path.name) == 1 else "/".join(path.parts[-3:]) for path in chosen]
-    names = ",".join(f"{title}:{path / 'tensorboard'}" for title, path in zip(titles, chosen, strict=True))
+    titles = [path.name if alone.count(path.name) == 1 else " ".join(path.parts[-3:]) for path in chosen]
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", port)) == 0:
             raise UserError(f"--port {port}: something listens there already; name another one")
     _say(f"http://localhost:{port}/\n{_from_elsewhere(port)}", False)
-    command = [sys.executable, "-m", "tensorboard.main", "--host", "127.0.0.1", "--port", str(port)]
-    try:
-        raise typer.Exit(subprocess.run([*command, "--logdir_spec", names], check=False).returncode)
-    except KeyboardInterrupt:
-        _say("ended", False)
+    with tempfile.TemporaryDirectory(prefix="radhpc-board-") as folder:
+        for title, path in zip(titles, chosen, strict=True):
+            (Path(folder) / title).symlink_to(path / "tensorboard")
+        command = [sys.executable, "-m", "tensorboard.main", "--host", "127.0.0.1", "--port", str(port)]
+        try:
+            ended = subprocess.run([*command, "--logdir", folder], check=False)
+        except KeyboardInterrupt:
+            _say("ended", False)
+            return
+    raise typer.Exit(ended.returncode)
 
 
 # What several verbs share
@@ -921,6 +929,7 @@ def _submit(
     watch: bool,
     announce: Callable[["RunDir", str], None],
     current_code: bool = False,
+    as_json: bool = False,
 ) -> None:
     """Submit; an inline job runs now, and its error is this command's."""
     from slurm.submit import environment, submit
@@ -935,10 +944,10 @@ def _submit(
         outcome = job.result()
         if outcome.state == "interrupted":
             again = "say the same again" if run.evaluates else f"python launch.py resume {run.path}"
-            _say(f"interrupted by {outcome.cause} at step {outcome.step}; go on: {again}", False)
+            _say(f"interrupted by {outcome.cause} at step {outcome.step}; go on: {again}", as_json)
             raise typer.Exit(1)
     elif watch:
-        _watch(run)
+        _watch(run, as_json)
 
 
 def _choose_checkpoint(run: "RunDir", profile: "Profile", as_json: bool) -> dict[str, Any]:
@@ -956,7 +965,7 @@ def _choose_checkpoint(run: "RunDir", profile: "Profile", as_json: bool) -> dict
     return {"checkpoint": name, "skipped": [{"checkpoint": torn, "fault": fault} for torn, fault in skipped]}
 
 
-def _watch(run: "RunDir") -> None:
+def _watch(run: "RunDir", as_json: bool = False) -> None:
     """Follow a job until it ends. Ctrl-C leaves a SLURM job alone; a local one saves and ends with it."""
     from slurm.logs import first_error
     from slurm.status import LIVING, Statuses
@@ -967,7 +976,7 @@ def _watch(run: "RunDir") -> None:
             bar.update(now["step"], tables.line(now), now["steps"] or 1)
             time.sleep(1)
         bar.update(now["step"], now["state"], now["steps"] or 1)
-    _say(f"{run.path}: {tables.line(now)}", False)
+    _say(f"{run.path}: {tables.line(now)}", as_json)
     if now["state"] == "failed":
         for text in first_error(run):
             console.print(text, soft_wrap=True)

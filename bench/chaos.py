@@ -349,7 +349,7 @@ def chaos(folder: Path, troubles: list[str], seed: int, steps: int) -> tuple[dic
         here.launch("train", recipe, "--on", here.profile, "--run", wild.path)
         for number, kind in enumerate(troubles):
             goal = step(wild) + here.chance.randrange(1, 6)
-            wait(lambda goal=goal: step(wild) >= goal or bool(wild.events("finished")), 200, "the run stands still")  # type: ignore[misc]
+            wait(lambda goal=goal: step(wild) >= goal or bool(wild.events("finished")), 300, "the run stands still")  # type: ignore[misc]
             if wild.events("finished"):
                 raise UserError(f"bench.chaos: the run finished before trouble {number + 1}; give it more steps")
             print(
@@ -360,7 +360,7 @@ def chaos(folder: Path, troubles: list[str], seed: int, steps: int) -> tuple[dic
             disturb(kind, wild, here)
             if here.chance.random() < 0.5:
                 here.faults.clear()
-        wait(lambda: bool(wild.events("finished")), 300, "the run does not finish")
+        wait(lambda: bool(wild.events("finished")), 1800, "the run does not finish")
         seconds = time.time() - started
         audit = json.loads(here.launch("status", wild.path, "--audit", "--json").splitlines()[-1])
         wrong = [epoch for epoch in audit["epochs"] if not epoch["exactly_once"]]
@@ -421,7 +421,7 @@ def main() -> None:
         troubles.append(chance.choice(TROUBLES))
     chance.shuffle(troubles)
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="radhpc-chaos-"))
-    ratios, figures = chaos(folder, troubles, arguments.seed, 10 * len(troubles))
+    ratios, figures = chaos(folder, troubles, arguments.seed, 14 * len(troubles))
     shutil.rmtree(folder)
     report.show(f"{len(troubles)} troubles, seed {arguments.seed}", ratios, figures, NOTES, arguments.json)
 

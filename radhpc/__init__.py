@@ -12,3 +12,5 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # PEFT loads bitsandbytes where it is installed, which then says what a CPU could do faster with one more library.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+# transformers loads DeepSpeed where it is installed, which writes what it guesses of the device to standard output.
+logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)

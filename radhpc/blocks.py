@@ -68,6 +68,15 @@ def prepare_blocks(
             module.compiled = torch.compile(inner.__get__(module), dynamic=True)
 
 
+def leave_casting_to_autocast(model: nn.Module) -> None:
+    """Keep PEFT from copying each input of an adapted layer to the adapter's float32: under autocast the product is
+    computed in the smaller type all the same, and the copy would cost as much as the activations.
+    """
+    for module in model.modules():
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = False
+
+
 def kind(name: str, block: nn.Module) -> str:
     """Of a layer by its name in the model and its class: "cross", "vision" or "text"."""
     if "Cross" in type(block).__name__:

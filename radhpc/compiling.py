@@ -1,7 +1,7 @@
 """Compilation as a part of starting up: kept for the next life, and ended by a signal like any other loading.
 
-torch.compile does its work in the first passes through each kind of layer, which takes minutes on a large model. Left to
-the first step it would hold up a preemption's signal for as long. So a pass that changes nothing goes before the first
+torch.compile does its work in the first passes through each kind of layer, which takes minutes on a large model. In the
+first step it would hold up a preemption's signal for as long. So a pass that changes nothing goes before the first
 step, beside which the ranks go on agreeing whether to stop; and what the compiler has made lies in the run folder
 (`compiled/`), where a requeued life finds it on whatever node it starts. A TORCHINDUCTOR_CACHE_DIR that the profile's
 environment names is left as it is: runs of one user may share theirs.

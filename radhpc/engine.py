@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 
 from radhpc import optimizers
 from radhpc.adapters import Tensors, canonical
-from radhpc.blocks import prepare_blocks
+from radhpc.blocks import leave_casting_to_autocast, prepare_blocks
 from radhpc.collate import Batch
 from radhpc.dist import Ranks
 from radhpc.errors import UserError
@@ -39,7 +39,7 @@ from radhpc.recipe import Objective as ObjectiveRecipe, Optimizer, Recipe
 from radhpc.sam import ascended
 
 _LOSS_SCALE = "engine/loss_scale"
-_BUCKET = 1 << 25  # numbers that go into one collective
+_BUCKET = 1 << 25  # numbers that go into one collective, from all ranks together
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ class StepReport:
 class Engine:
     """The model on its device or devices, with the optimizer of one stage.
 
-    FSDP2 over several ranks, the bare model on one. With `replicate` every rank holds the whole model and its optimizer,
-    and a step has one collective: the sum of the gradients. Adapters on a base that fits into one GPU want that: their
-    gradients are small, while FSDP2 would gather the frozen base block by block in every pass.
+    FSDP2 over several ranks, the bare model on one. With `replicate` every rank holds the whole model and its
+    optimizer, and a step has one collective: the sum of the gradients. Adapters on a base that fits into one GPU want
+    that: their gradients are small, while FSDP2 would gather the frozen base block by block in every pass.
     """
 
     def __init__(
@@ -92,6 +92,7 @@ class Engine:
         self._autocast: Any = contextlib.nullcontext()
         if not sharded and self.dtype != torch.float32:
             self._autocast = torch.autocast(self.ranks.device.type, self.dtype)
+            leave_casting_to_autocast(self.model)
 
     def _start(self) -> None:
         """Make the optimizer."""
@@ -304,8 +305,8 @@ class Engine:
         return tensors
 
     def load(self, tensors: Tensors, steps: int) -> None:
-        """Restore what state() gave, after `steps` optimizer steps of this stage. All ranks give the same tensors, which
-        any engine, precision and number of ranks may have saved.
+        """Restore what state() gave, after `steps` optimizer steps of this stage. All ranks give the same tensors,
+        which any engine, precision and number of ranks may have saved.
         """
         assert self.trained.keys() == {name for name in tensors if "/" not in name}
         self._restore(tensors, steps)
@@ -342,8 +343,8 @@ class Engine:
                 gradient.copy_(part.view_as(gradient))
 
     def _collect(self, pieces: dict[str, torch.Tensor]) -> Tensors:
-        """Whole tensors on rank 0, on the CPU, with the shapes of their parameters: few collectives, whatever the number
-        of tensors, and no rank but the first holds more than its own part.
+        """Whole tensors on rank 0, on the CPU, with the shapes of their parameters: few collectives, whatever the
+        number of tensors, and no rank but the first holds more than its own part.
         """
         first, world = self.ranks.first, self.ranks.world
         if world == 1 or self._replicated:
@@ -353,7 +354,7 @@ class Engine:
         whole: dict[str, list[torch.Tensor]] = {name: [] for name in names}
         while names:
             bucket, total = [], 0
-            while names and total < _BUCKET:
+            while names and total * world < _BUCKET:
                 bucket.append(names.pop(0))
                 total += max(theirs.get(bucket[-1], 0) for theirs in sizes)
             lengths = [sum(theirs.get(name, 0) for name in bucket) for theirs in sizes]
@@ -414,10 +415,10 @@ def check(recipe: Recipe, ranks: Ranks) -> None:
         raise UserError(
             f"engine 'single' on {ranks.world} ranks: allowed are 'fsdp' and 'deepspeed', or a profile with one task"
         )
-    if recipe.precision == "bf16" and ranks.device.type == "cuda":
-        if not torch.cuda.is_bf16_supported(including_emulation=False):
-            name = torch.cuda.get_device_name(ranks.device)
-            raise UserError(f"precision: bf16: {name} cannot compute in it; allowed here are fp16 and fp32")
+    on_gpu = ranks.device.type == "cuda"
+    if recipe.precision == "bf16" and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        name = torch.cuda.get_device_name(ranks.device)
+        raise UserError(f"precision: bf16: {name} cannot compute in it; allowed here are fp16 and fp32")
 
 
 def schedule(stage: Optimizer, step: int, steps: int) -> float:
@@ -455,7 +456,8 @@ def groups(trained: dict[str, nn.Parameter], stage: Optimizer) -> list[dict[str,
         group = next((g for g in stage.groups if re.search(g.match, name)), None)
         if group is not None:
             matched[group.match] += 1
-        decay = stage.weight_decay if parameter.ndim >= 2 else 0.0
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO leaves an empty tensor in its place
+        decay = stage.weight_decay if len(shape) >= 2 else 0.0
         label = (group.match if group else "base") + ("" if decay == stage.weight_decay else " without decay")
         peak = stage.learning_rate * (group.scale if group else 1.0)
         found.setdefault(label, {"params": [], "name": label, "peak": peak, "lr": peak, "weight_decay": decay})

@@ -50,6 +50,7 @@ class Result:
     rows: list[Row]
     pictures: list[np.ndarray[Any, Any]]
     bad: list[str]  # keys of studies that could not be read and are left out
+    split: str = ""
     missing: dict[str, str] = field(default_factory=dict)  # scores that need something: what to put where
 
 
@@ -117,7 +118,9 @@ def evaluate(
             for name, texts in trivial(encoder, training, rows, library).items()
         }
         pictures = _pictures(held_out, [wanted[row.key] for row in rows], rows, settings.images)
-        return Result({"loss": nats, **score(rows, scoring)}, baselines, rows, pictures, bad, scoring.missing())
+        return Result(
+            {"loss": nats, **score(rows, scoring)}, baselines, rows, pictures, bad, held_out.split, scoring.missing()
+        )
 
     return beside(scored if ranks.first else None, ranks, stop) or Result({}, {}, [], [], [])
 
@@ -273,7 +276,7 @@ def table(result: Result, comparison: dict[str, Any] | None = None) -> Iterator[
         for name, found in comparison["scores"].items():
             limits = f"{found['low']:+.3f} to {found['high']:+.3f}"
             yield f"| {name} | {found['difference']:+.3f} | {limits} | {found['p']:.3f} |"
-    yield from published_lines(result.scores, {row.dataset for row in result.rows})
+    yield from published_lines(result.scores, {row.dataset for row in result.rows}, result.split)
     yield from ("", "How each score is made:", "")
     made: dict[str, list[str]] = {}
     for name, found in result.scores.items():

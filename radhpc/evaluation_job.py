@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from radhpc import evaluate, evaluation_page, scoring
-from radhpc.background import on_first
+from radhpc.background import beside, on_first
 from radhpc.dist import Ranks
 from radhpc.errors import UserError
 from radhpc.files import read_json
@@ -38,6 +38,8 @@ def work(job: RunDir, ranks: Ranks, stop: Stop) -> int:
     cursor = parts.checkpoints.cursor(name)
     training = parts.source(cursor.stage, "train")
     held_out = Source(task["shards"], task["split"]) if task["shards"] else parts.source(cursor.stage, task["split"])
+    if task["shards"]:
+        Source(tuple(dict.fromkeys([*(part.url for part in training.parts), *task["shards"]])), "train")  # no leak
     _refuse_unasked(run.path, held_out, training)
     judge = scoring.Scoring(settings, every_convention=task["every_convention"], device=str(ranks.device))
     on_first(lambda: judge.judges.hashes and None, ranks, stop)
@@ -69,11 +71,13 @@ def work(job: RunDir, ranks: Ranks, stop: Stop) -> int:
             judge,
         )
         bar.update(count)
+
+    def compared() -> dict[str, Any]:
+        other = scoring.newest_evaluation(Path(task["against"]), task["split"])
+        return scoring.compare(result.rows, scoring.load_rows(other), judge, task["against"])
+
+    comparison = beside(compared if task["against"] and ranks.first else None, ranks, stop)
     if ranks.first:
-        comparison = None
-        if task["against"]:
-            other = scoring.newest_evaluation(Path(task["against"]), task["split"])
-            comparison = scoring.compare(result.rows, scoring.load_rows(other), judge, task["against"])
         evaluate.write(folder, result, cursor.step, task["split"], comparison)
         evaluation_page.write(folder, held_out)
         job.write_progress(stage="evaluate", step=count, steps=count, world=ranks.world)

@@ -33,7 +33,7 @@ def out_of_memory(run: RunDir, rank: int, world: int) -> UserError:
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 1e9
         there = f": it has {total:.1f} GB, {torch.cuda.max_memory_reserved() / 1e9:.1f} were taken"
     stages = _foretold(run, world)
-    foretold = ", ".join(f"{gigabytes:.1f} GB in stage '{name}'" for name, gigabytes in stages)
+    foretold = ", ".join(f"{gigabytes:.3g} GB in stage '{name}'" for name, gigabytes in stages)
     plan = f"; 'launch.py plan' foretells {foretold}, and what CUDA itself takes" if stages else ""
     return UserError(f"rank {rank}'s GPU is out of memory{there}{plan}; {_advice(recipe, world)}")
 

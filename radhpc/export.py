@@ -35,6 +35,7 @@ from radhpc.adapters import Tensors
 from radhpc.answer import TRUTH
 from radhpc.errors import UserError
 from radhpc.model_card import base_folder, card
+from radhpc.processors import ClipImages
 
 if TYPE_CHECKING:
     from radhpc.parts import Parts
@@ -235,12 +236,16 @@ def _write_beside(parts: "Parts", folder: Path) -> None:
         from transformers import AutoProcessor
 
         AutoProcessor.from_pretrained(weights, local_files_only=True).save_pretrained(str(folder))
+    else:
+        raise UserError(f"export: family '{parts.recipe.model.family}' has no processor that plain transformers reads")
     family.tokenizer.save_pretrained(str(folder))
+    images = getattr(family, "image_processor", None)
     asking = {
         "prompt": parts.recipe.text.prompt,
         "views": parts.recipe.images.limit,
         "stitch": parts.recipe.images.stitch,
         "gap": parts.recipe.images.gap,
+        "square": images._background if isinstance(images, ClipImages) and images.fit == "pad" else None,
         "max_new_tokens": parts.recipe.evaluation.max_new_tokens,
     }
     (folder / plain.SETTINGS).write_text(json.dumps(asking, indent=2) + "\n", encoding="utf-8")

@@ -134,7 +134,10 @@ class GroupNorms:
         self._names: list[str] = []
         self._squares: list[torch.Tensor] = []
         self._due = True
-        engine.optimizer.register_step_pre_hook(self._look)
+        if isinstance(engine.optimizer, torch.optim.Optimizer):
+            engine.optimizer.register_step_pre_hook(self._look)
+        else:
+            log.info("no gradient norms by group: the engine's optimizer keeps its gradients to itself")
 
     def _look(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         """Gradients live until the optimizer has made its step, so this is when they are looked at."""

@@ -5,7 +5,10 @@
     index.nearest(features(engine, encoder, [views])[0], 3)
 
 A vector is the mean of the vision encoder's last hidden states over patches, tiles and views, minus the mean of all
-training studies, at length one; similarity is the cosine. The index belongs to one checkpoint and one set of manifests.
+training studies; similarity is the cosine. A study is called far where its distance to the nearest training study is
+longer than theirs to each other. Measured on the quickstart's model: of 80 unseen phantoms none is far, of 12 pictures
+that are no radiograph all are, and of 22 real radiographs, which it has never seen the like of, 21 (by the cosine it
+would be none of the 12). The index belongs to one checkpoint and one set of manifests.
 """
 
 import inspect
@@ -33,7 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("radhpc")
 
-FAR = 0.005  # share of the training studies whose nearest neighbour is no nearer than what is called far
+FAR = 0.005  # share of the training studies that are farther from all others than what is called far
 CALIBRATED = 1000  # training studies that this is measured on
 
 Vectors = npt.NDArray[np.float32]
@@ -111,12 +114,12 @@ def build(
         raise UserError(f"{parts.run.path}: none of {count} training studies could be read")
     raw = np.concatenate(vectors)
     centre = raw.mean(axis=0)
-    unit = _unit(raw - centre)
+    around = raw - centre
     folder = parts.run.path / "index"
     temporary = parts.run.path / ".index.writing"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(mode=0o700)
-    np.save(temporary / "vectors.npy", unit, allow_pickle=False)
+    np.save(temporary / "vectors.npy", around, allow_pickle=False)
     np.save(temporary / "centre.npy", centre, allow_pickle=False)
     write_atomically(temporary / "studies.json", json.dumps(described).encode(), 0o600)
     about = {
@@ -125,32 +128,32 @@ def build(
         "data": list(cursor.data),
         "studies": len(described),
         "left_out": left_out,
-        "far": _far(unit),
+        "far": _far(around),
     }
     write_atomically(temporary / "index.json", json.dumps(about, indent=1).encode(), 0o600)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
-    return Index(unit, centre, described, about)
+    return Index(around, centre, described, about)
 
 
-def _unit(vectors: Vectors) -> Vectors:
-    return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12), np.float32)
+def _lengths(vectors: Vectors) -> Vectors:
+    return np.asarray(np.maximum(np.linalg.norm(vectors, axis=-1), 1e-12), np.float32)
 
 
-def _far(unit: Vectors) -> float:
-    """The similarity to the nearest other study that all but a share FAR of the training studies reach."""
-    some = np.random.default_rng(0).permutation(len(unit))[:CALIBRATED]
+def _far(vectors: Vectors) -> float:
+    """The distance to the nearest other study that all but a share FAR of the training studies stay within."""
+    some = np.random.default_rng(0).permutation(len(vectors))[:CALIBRATED]
     nearest = []
     for n in some:
-        similar = unit @ unit[n]
-        similar[n] = -1
-        nearest.append(float(similar.max()))
-    return float(np.quantile(nearest, FAR)) if len(unit) > 1 else -1.0
+        distances = np.linalg.norm(vectors - vectors[n], axis=1)
+        distances[n] = np.inf
+        nearest.append(float(distances.min()))
+    return float(np.quantile(nearest, 1 - FAR)) if len(vectors) > 1 else float("inf")
 
 
 @dataclass(frozen=True)
 class Index:
-    """Vectors of training studies, (studies, D), each of length one around their centre."""
+    """Vectors of training studies, (studies, D), around their centre."""
 
     vectors: Vectors
     centre: Vectors
@@ -177,13 +180,17 @@ class Index:
 
     def nearest(self, vector: Vectors, count: int) -> list[Neighbour]:
         """The training studies most alike, most alike first."""
-        similar = self.vectors @ _unit(vector - self.centre)
+        mine = vector - self.centre
+        similar = self.vectors @ mine / (_lengths(self.vectors) * _lengths(mine))
         best = np.argsort(-similar, kind="stable")[:count]
         return [Neighbour(**{**self.studies[n], "similarity": round(float(similar[n]), 4)}) for n in best.tolist()]
 
-    def far(self, similarity: float) -> str | None:
-        """Why a study whose nearest neighbour is so similar is far from all, or None."""
-        limit = self.about["far"]
-        if similarity >= limit:
+    def far(self, vector: Vectors) -> str | None:
+        """How far a study is from all training studies, in words; None where it is as near as they are to others."""
+        distance, limit = float(np.linalg.norm(self.vectors - (vector - self.centre), axis=1).min()), self.about["far"]
+        if distance <= limit:
             return None
-        return f"similarity {similarity:.2f} to the nearest; of the training studies {1 - FAR:.1%} reach {limit:.2f}"
+        return (
+            f"{distance / limit:.1f} times as far from the nearest training study as {1 - FAR:.1%} of those are from "
+            "theirs"
+        )

@@ -1,5 +1,6 @@
 """The parts of a run, built from its folder: tokenizer, model family, data, and the model of any stage."""
 
+import gc
 import hashlib
 import json
 import os
@@ -78,11 +79,16 @@ class Parts:
             self._encoders[number] = Encoder(self.family, text, images, recipe.findings, recipe.seed, labelled)
         return self._encoders[number]
 
-    def engine(self, stage: int, lineage: tuple[str, ...]) -> Engine:
-        """The model at the start of a stage, ready to train. `lineage` names the checkpoints of the stages before."""
-        family = self.family
-        recipe = self.recipe
+    def engine(self, stage: int, lineage: tuple[str, ...], training: bool = True) -> Engine:
+        """The model at the start of a stage, ready to train. `lineage` names the checkpoints of the stages before.
+
+        What is not trained on one rank needs no DeepSpeed.
+        """
+        family, recipe = self.family, self.recipe
+        if not training and self.ranks.world == 1:
+            recipe = recipe.model_copy(update={"engine": "single"})
         check(recipe, self.ranks)
+        gc.collect()  # the engine of the stage before is full of cycles
         whole = any(each.lora is not None and each.lora.dora for each in recipe.stages)
         model = beside(lambda: placing.build(family, recipe.model, recipe.seed, whole), self.ranks, self.stop)
         assert model is not None
@@ -116,7 +122,7 @@ class Parts:
             why = "".join(f"; {name}: {fault}" for name, fault in skipped)
             raise UserError(f"{self.run.path}: no checkpoint to load{why}")
         cursor = self.checkpoints.cursor(newest)
-        engine = self.engine(cursor.stage, cursor.lineage)
+        engine = self.engine(cursor.stage, cursor.lineage, training=False)
         self.check(cursor)
         engine.load(self.checkpoints.tensors(newest, moments=False), steps=0)
         return engine, cursor

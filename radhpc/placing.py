@@ -240,8 +240,9 @@ def _target(
     """Shape and type that a parameter is kept in."""
     if any(isinstance(module, Linear4bit) and name == "weight" for module, name in places):
         return packed_shape(parameter.shape, dtype)
-    frozen = parameter.is_floating_point() and not parameter.requires_grad
-    return parameter.shape, dtype if frozen else parameter.dtype
+    if not parameter.is_floating_point():
+        return parameter.shape, parameter.dtype
+    return parameter.shape, torch.float32 if parameter.requires_grad else dtype
 
 
 def _slots(model: nn.Module) -> list[tuple[nn.Parameter, list[tuple[nn.Module, str]]]]:

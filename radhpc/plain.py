@@ -34,6 +34,13 @@ def load(base: str | None = None) -> tuple[Any, Any]:
     return processor, model.eval()
 
 
+def pad(view: Image.Image, colour: tuple[int, ...]) -> Image.Image:
+    """The view in the middle of a square."""
+    square = Image.new("RGB", (max(view.size), max(view.size)), colour)
+    square.paste(view, ((square.width - view.width) // 2, (square.height - view.height) // 2))
+    return square
+
+
 def prepare(processor: Any, paths: list[str], question: str | None) -> Any:
     """The inputs of the model for one study."""
     settings = json.loads((HERE / SETTINGS).read_text())
@@ -47,6 +54,8 @@ def prepare(processor: Any, paths: list[str], question: str | None) -> Any:
             whole.paste(view, (left, 0))
             left += view.width + settings["gap"]
         views = [whole]
+    if settings["square"]:  # padded with this colour, so that nothing is cut off
+        views = [pad(view.convert("RGB"), tuple(settings["square"])) for view in views]
     content = [{"type": "image"} for _ in views] + [{"type": "text", "text": question or settings["prompt"]}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     return processor(images=[views], text=[text], add_special_tokens=False, return_tensors="pt")

@@ -29,7 +29,6 @@ from radhpc.collate import IGNORE, Batch, Encoded, Encoder, conversation
 from radhpc.dist import Ranks
 from radhpc.engine import Engine
 from radhpc.errors import UserError
-from radhpc.host import remember
 from radhpc.recipe import Recipe, Stage
 from radhpc.source import Source
 from radhpc.stream import stage_samples, stage_steps
@@ -117,7 +116,10 @@ def _stage(
         for group in engine.optimizer.param_groups:
             group["foreach"] = gpus and world == 1  # as PyTorch does by itself for plain tensors on a GPU
         weights = [*engine.model.parameters(), *engine.model.buffers()]
-        batch = {name: remember(mode.from_tensor(tensor), tensor) for name, tensor in encoder.batch(rows).items()}
+        batch = {  # whole numbers are real: shapes may follow from them
+            name: mode.from_tensor(tensor) if tensor.is_floating_point() else tensor
+            for name, tensor in encoder.batch(rows).items()
+        }
         with mode, Allocations([*weights, *batch.values()], made_up_values=True) as memory:
             # From the second micro-batch of a step on, the gradients of the first are there, too.
             peak = trace(engine, [batch] * min(2, rounds), memory)
@@ -199,13 +201,15 @@ def _largest_rows(
     """A micro-batch of samples that are each as long as the longest and have as many views as the one with most."""
     sizes = source.sizes(np.arange(len(source)))
     views = int(min(sizes[:, 0].max(), encoder.images.limit or sizes[:, 0].max()))
-    picture = Image.new("L", (64, 64))
+    longest = np.argsort(-sizes[:, 1], kind="stable")[:LONGEST]
+    samples = list(source.samples(np.sort(longest)))
+    shapes = [(view.width, view.height) for sample in samples for view in sample.images]
+    picture = Image.new("L", max(shapes, key=lambda shape: shape[0] * shape[1], default=(64, 64)))
     prompt = encoder.encode_prompt("", None, [picture] * views)
     if stand_in:
         tokens = encoder.text.max_tokens
     else:
-        longest = np.argsort(-sizes[:, 1], kind="stable")[:LONGEST]
-        texts = [encoder.encode("", sample, [picture] * views) for sample in source.samples(np.sort(longest))]
+        texts = [encoder.encode("", sample, [picture] * views) for sample in samples]
         tokens = max((text.length for text in texts), default=encoder.text.max_tokens)
     ids = np.resize(prompt.input_ids, max(tokens, prompt.length))
     ids[: prompt.length] = prompt.input_ids

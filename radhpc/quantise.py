@@ -37,7 +37,7 @@ class Linear4bit(nn.Linear):
         return made
 
     def pack(self, weight: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        """Quantise (out, in), keep the scales, and give the packed numbers of type `dtype`, which belong into `weight`."""
+        """Quantise (out, in), keep the scales, and give the packed numbers, of type `dtype`, for `weight`."""
         from bitsandbytes.functional import quantize_4bit
 
         packed, self.scales = quantize_4bit(

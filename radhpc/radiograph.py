@@ -5,7 +5,7 @@
 Enters: a view of 8 bits, as transforms.py decodes it. Each limit lies between what was measured on real chest
 radiographs (22, and one of another archive) and phantoms, which all pass, and drawings, pages of text, charts, noise
 and photographs, which do not. It tells no chest from a knee, and no smooth gray photograph or CT slice saved as a
-picture from either: that needs a model (see index.py, which measures the distance to the training studies).
+picture from either: that needs a model (see index.py, which measures how far a study is from the training studies).
 """
 
 import numpy as np

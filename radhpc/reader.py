@@ -96,10 +96,9 @@ class Reader:
         vectors = features(self.engine, self.parts.encoder, [study.views for study in studies])
         found = []
         for vector in vectors:
-            nearest = self.index.nearest(vector, max(1, self.neighbours))
-            far = self.index.far(nearest[0].similarity)
-            told = [f"{NO_RADIOGRAPH}: nothing like it was among the training studies ({far})"] if far else []
-            found.append((nearest[: self.neighbours], told))
+            far = self.index.far(vector)
+            told = [f"unlike what the model was trained on: {far}"] if far else []
+            found.append((self.index.nearest(vector, self.neighbours), told))
         return found
 
     def read(self, studies: Sequence[Study], question: str | None = None, batch: int = 1) -> Iterator[Answer]:

@@ -144,6 +144,11 @@ class Model(Section):
     quantise: Literal["nf4"] | None = Field(
         None, description="keep the frozen linear layers of the blocks in four bits, by bitsandbytes"
     )
+    skip_empty_tiles: bool = Field(
+        False,
+        description="of Mllama: compute the tiles that an image fills, not always all four; the result is not the "
+        "pretrained model's (README), and an image of one tile costs a quarter",
+    )
     checkpoint_activations: bool | tuple[Literal["text", "cross", "vision"], ...] = Field(
         False,
         description="recompute the activations of each layer in the backward pass: of all of them, or of these kinds",
@@ -164,6 +169,8 @@ class Model(Section):
             raise ValueError("'tokenizer.train_vocabulary' goes with 'config': trained weights have their tokenizer")
         if not trained_text and (self.tokenizer.folder is None) == (self.tokenizer.train_vocabulary is None):
             raise ValueError("with 'config' give either 'tokenizer.folder' or 'tokenizer.train_vocabulary'")
+        if self.skip_empty_tiles and (self.family != "mllama" or self.attention not in ("auto", "segments")):
+            raise ValueError("'skip_empty_tiles' goes with family mllama and attention auto or segments")
         if self.weights is not None and (self.gates is not None or self.positions is not None):
             raise ValueError("'gates' and 'positions' go with 'config': trained weights have theirs")
         return self
@@ -754,8 +761,8 @@ class Recipe(Section):
 
     @property
     def hash(self) -> str:
-        """Identity of the recipe, for checkpoints and to see that all ranks run the same. The engine is no part of it: a
-        run may go on under another.
+        """Identity of the recipe, for checkpoints and to see that all ranks run the same. The engine is no part of it:
+        a run may go on under another.
         """
         return hashlib.sha256(json.dumps(self.model_dump(exclude={"engine"}), sort_keys=True).encode()).hexdigest()
 

@@ -6,7 +6,9 @@
     progress.json   step, loss, rate             ledger/        keys of the samples trained on
     tokenizer/      where it was trained here    evaluation/    step-N/: reports, scores
     base.json       identity of the frozen base  adapter/       the newest stage's adapter, for PEFT
+    neighbours-*.npz  training images, small     evaluation/step-N-SPLIT/job/  a run folder of `evaluate`'s own
     code/           what the jobs run            code-N/        what `resume --current-code` replaced
+    index/          training studies by looks    profile/       traces of steps that were asked for
 
 Written by rank 0 alone, except ledger/, logs/, code/ and the event of a hang. Private: only its owner may read it.
 """

@@ -9,7 +9,6 @@ put into, the parts that its optimizer holds, by the addresses that it keeps of 
 DeepSpeed copies the weights when it starts, so it starts at the first use: behind load(), if there is one.
 """
 
-import logging
 import math
 import os
 import sys
@@ -46,13 +45,16 @@ class ZeroEngine(Engine):
         self._library.init_distributed(dist_init_required=False)
         self._autocast = torch.autocast(self.ranks.device.type, enabled=False)
         self._lockstep = recipe.zero.stage == 3
-        self._shapes: dict[nn.Parameter, torch.Size] = {}
+        self._values: dict[nn.Parameter, torch.Tensor] = {}  # flat, in float32, until ZeRO has copied them
         self._zero: Any = None  # once it has started
-        place(self.model, self.ranks, self.dtype, None, self._cut if self._lockstep else None)
+        place(self.model, self.ranks, self.dtype, None, self._placed)
 
-    def _cut(self, parameter: nn.Parameter) -> None:
-        """Keep this rank's part alone, as soon as a frozen parameter has its values."""
+    def _placed(self, parameter: nn.Parameter) -> None:
+        """As soon as a parameter has its values: in stage 3 keep this rank's part alone."""
         if parameter.requires_grad:
+            self._values[parameter] = self._share(parameter.detach())
+            parameter.data = parameter.data.to(self.dtype)
+        if not self._lockstep:
             return
         first: Any = next((p for p in self.model.parameters() if hasattr(p, "ds_id")), None)
         if first is not None:
@@ -61,6 +63,14 @@ class ZeroEngine(Engine):
         holder = nn.Module()
         holder.register_parameter("parameter", parameter)
         self._library.zero.Init(module=holder, config_dict_or_path=self._configuration(), dtype=self.dtype)
+
+    def _share(self, whole: torch.Tensor) -> torch.Tensor:
+        """What this rank will hold of a tensor, or more: flat, in float32, a copy."""
+        flat = whole.reshape(-1)
+        if self._lockstep:
+            size = -(-flat.numel() // self.ranks.world)
+            flat = flat[size * self.ranks.rank : size * (self.ranks.rank + 1)]
+        return flat.to(torch.float32, copy=True)
 
     def _configuration(self) -> dict[str, Any]:
         zero = self._recipe.zero
@@ -88,7 +98,7 @@ class ZeroEngine(Engine):
         }
 
     def _start(self) -> None:
-        self._shapes = {parameter: parameter.shape for parameter in self.trained.values()}
+        self._shapes = {p: torch.Size(getattr(p, "ds_shape", p.shape)) for p in self.trained.values()}
         self._names = {parameter: name for name, parameter in self.trained.items()}
         self._torch = torch.optim.AdamW(
             groups(self.trained, self._stage),
@@ -117,6 +127,10 @@ class ZeroEngine(Engine):
             self._zero, *_ = self._library.initialize(
                 model=self.model, optimizer=self._torch, config=self._configuration()
             )
+            for parameter, _, part, first in self._parts(moments=False):  # it knows them in the computation's type
+                start = 0 if self._lockstep else first
+                part.copy_(self._values[parameter][start : start + part.numel()])
+            self._values.clear()
         return self._zero
 
     def to_device(self, batch: Batch) -> Batch:
@@ -125,6 +139,10 @@ class ZeroEngine(Engine):
             name: value.to(self.dtype) if value.is_floating_point() else value
             for name, value in super().to_device(batch).items()
         }
+
+    def warm_up(self, batch: Batch) -> None:
+        """The forward pass alone: of a backward pass ZeRO would keep the gradients."""
+        self.loss_sum(batch)
 
     def generate(self, batch: Batch, max_new_tokens: int) -> torch.Tensor:
         self._started()
@@ -151,7 +169,7 @@ class ZeroEngine(Engine):
     def _pieces(self, moments: bool) -> dict[str, torch.Tensor]:
         self._started()
         pieces = {}
-        for parameter, key, part, _ in self._parts(moments and self._stepped()):
+        for parameter, key, part, _ in self._parts(moments):
             pieces[f"{key}/{self._names[parameter]}" if key else self._names[parameter]] = part
         return pieces
 
@@ -159,15 +177,17 @@ class ZeroEngine(Engine):
         assert self._zero is None, "ZeRO copies the weights when it starts"
         with torch.no_grad():
             for name, parameter in self.trained.items():
-                parameter.copy_(tensors[name])
+                values = self._values[parameter] = self._share(tensors[name])
+                target: Any = getattr(parameter, "ds_tensor", parameter.data)
+                target.reshape(-1)[: values.numel()].copy_(values)
         self._started()
-        if steps:
-            self._make_moments(steps)
-        for parameter, key, part, first in self._parts(bool(steps)):
-            name = self._names[parameter]
-            value = tensors[f"{key}/{name}" if key else name].reshape(-1)[first : first + part.numel()]
-            with torch.no_grad():
-                part.copy_(value)
+        if not steps:
+            return
+        self._make_moments(steps)
+        for parameter, key, part, first in self._parts(moments=True):
+            if key:
+                value = tensors[f"{key}/{self._names[parameter]}"].reshape(-1)
+                part.copy_(value[first : first + part.numel()])
 
     # Where ZeRO keeps its parts
 
@@ -192,6 +212,7 @@ class ZeroEngine(Engine):
     def _parts(self, moments: bool) -> Iterator[tuple[nn.Parameter, str, torch.Tensor, int]]:
         """(parameter, "" or a moment, this rank's part, flat, in place; the place of its first number in the whole)."""
         optimizer, flats = self._zero.optimizer, self._flats()
+        moments = moments and self._stepped()
         for parameter in self.trained.values():
             count = self._shapes[parameter].numel()
             if self._lockstep:
@@ -208,8 +229,8 @@ class ZeroEngine(Engine):
                 continue
             flat = flats[at]
             for key in _KEYS if moments else _KEYS[:1]:
-                whole = self._torch.state[flat][key] if key else flat.detach()
-                yield parameter, key, whole.narrow(0, start, numel), first
+                whole = self._torch.state[flat][key] if key else flat
+                yield parameter, key, whole.detach().narrow(0, start, numel), first
 
 
 def _deepspeed(device: torch.device) -> Any:
@@ -227,6 +248,5 @@ def _deepspeed(device: torch.device) -> Any:
     if device.type == "cpu":
         # Else it compiles a shared-memory collective when a job starts, which a node without a compiler cannot.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)  # names that it will have to change
     return deepspeed

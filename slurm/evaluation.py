@@ -15,6 +15,7 @@ from radhpc.errors import UserError
 from radhpc.files import write_atomically
 from radhpc.recipe import Evaluation, override
 from radhpc.run_dir import EVALUATION, RunDir
+from slurm import scheduler
 
 
 def settings_of(run: RunDir, overrides: Sequence[str], samples: int | None) -> Evaluation:
@@ -33,18 +34,23 @@ def prepare(
     against: Path | None,
     every_convention: bool = True,
 ) -> RunDir:
-    """Make the job's folder. `weights`: the identity of the checkpoint; `shards`: others than the run's own."""
+    """Make the job's folder. `weights`: the identity of the checkpoint; `shards`: others than the run's own.
+
+    Raises UserError, also while a job works there.
+    """
     folder = run.path / "evaluation" / f"{checkpoint}-{split}"
     if shards:
         folder = folder.with_name(f"{folder.name}-{'-'.join(_plain(url) for url in shards)}")
     job = RunDir(folder / "job")
+    scheduler.refuse_if_alive(job)
+    scorers = {**settings.scorers.folders(), "sha256": settings.scorers.sha256}  # absolute: a job runs elsewhere
     task = {
         "run": str(run.path),
         "checkpoint": checkpoint,
         "weights": weights,
         "split": split,
-        "shards": list(shards),
-        "settings": settings.model_dump(mode="json"),
+        "shards": [url if "://" in url else str(Path(url).absolute()) for url in shards],
+        "settings": {**settings.model_dump(mode="json"), "scorers": scorers},
         "every_convention": every_convention,
         "against": None if against is None else str(RunDir.open(against).path),
     }

@@ -56,27 +56,6 @@ def _bytes(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
 
 
-def answer(result: Mapping[str, Any], console: Console, heading: bool) -> None:
-    """What `generate` prints of one study: its warnings, its text by sections, its neighbours."""
-    if heading:
-        console.print(Text(result["name"], style="bold"))
-    if "error" in result:
-        console.print(Text.assemble(("error ", "red"), result["error"]), soft_wrap=True)
-        return
-    for warning in result["warnings"]:
-        console.print(Text.assemble(("warning ", "yellow"), warning), soft_wrap=True)
-    for name, text in result["sections"].items() or [("", result["text"] or "(the model wrote nothing)")]:
-        console.print(Text.assemble((f"{name.capitalize()}: " if name else "", "bold"), text), soft_wrap=True)
-    for line in neighbours(result["neighbours"]):
-        console.print(line, soft_wrap=True)
-
-
-def neighbours(found: Sequence[Mapping[str, Any]]) -> Iterator[Text]:
-    """Training studies that look alike, a line each."""
-    for neighbour in found:
-        yield Text.assemble((f"  {neighbour['similarity']:.2f} {neighbour['key']} ", "dim"), neighbour["text"])
-
-
 @dataclass(frozen=True)
 class _Column:
     """A column of the table of runs; where the terminal is narrow those of least worth are left out first."""
@@ -362,15 +341,6 @@ def checks(found: list[dict[str, Any]]) -> Iterator[str]:
             yield f"    wanted: {check['wanted']}"
 
 
-def traced(found: dict[str, Any]) -> Iterator[RenderableType]:
-    """Where a trace lies and the operators that took longest."""
-    table = Table("operator", "calls", "ms", "share", box=SIMPLE_HEAD)
-    for row in found["operators"]:
-        table.add_row(row["operator"], str(row["calls"]), f"{row['milliseconds']:.1f}", f"{row['share']:.1%}")
-    yield table
-    yield f"{found['trace']}: open it in https://ui.perfetto.dev or chrome://tracing"
-
-
 def sweep(standing: dict[str, Any]) -> Iterator[RenderableType]:
     """The trials of a sweep, the best first."""
     keys = list(dict.fromkeys(key for trial in standing["trials"] for key in trial["parameters"]))
@@ -397,3 +367,33 @@ def _tail(key: str, keys: list[str]) -> str:
 
 def _label(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def answer(result: Mapping[str, Any], console: Console, heading: bool) -> None:
+    """What `generate` prints of one study: its warnings, its text by sections, its neighbours."""
+    if heading:
+        console.print(Text(result["name"], style="bold"))
+    if "error" in result:
+        console.print(Text.assemble(("error ", "red"), result["error"]), soft_wrap=True)
+        return
+    for warning in result["warnings"]:
+        console.print(Text.assemble(("warning ", "yellow"), warning), soft_wrap=True)
+    for name, text in result["sections"].items() or [("", result["text"] or "(the model wrote nothing)")]:
+        console.print(Text.assemble((f"{name.capitalize()}: " if name else "", "bold"), text), soft_wrap=True)
+    for line in neighbours(result["neighbours"]):
+        console.print(line, soft_wrap=True)
+
+
+def neighbours(found: Sequence[Mapping[str, Any]]) -> Iterator[Text]:
+    """Training studies that look alike, a line each."""
+    for neighbour in found:
+        yield Text.assemble((f"  {neighbour['similarity']:.2f} {neighbour['key']} ", "dim"), neighbour["text"])
+
+
+def traced(found: dict[str, Any]) -> Iterator[RenderableType]:
+    """Where a trace lies and the operators that took longest."""
+    table = Table("operator", "calls", "ms", "share", box=SIMPLE_HEAD)
+    for row in found["operators"]:
+        table.add_row(row["operator"], str(row["calls"]), f"{row['milliseconds']:.1f}", f"{row['share']:.1%}")
+    yield table
+    yield f"{found['trace']}: open it in https://ui.perfetto.dev or chrome://tracing"

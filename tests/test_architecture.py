@@ -39,6 +39,7 @@ TORCH_FREE = {
     "source",
     "tasks",
     "metrics",
+    "scoring",
     "grace",
     "storage",
     "checkpoint",

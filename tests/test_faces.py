@@ -157,6 +157,34 @@ def test_an_export_needs_no_radhpc(
             check(Exported(out, "model", None, 0, 0, "float32"), probe)
 
 
+def test_an_adapter_on_given_weights_leaves_them_where_they_are(
+    run: Path, tmp_path: Path, phantom_shards: Path, said: Callable[..., dict[str, Any]]
+) -> None:
+    """The usual case: weights of somebody else in a local folder, and an adapter trained on them."""
+    from radhpc import worker
+    from radhpc.export import export
+    from radhpc.recipe import load
+
+    weights = tmp_path / "Tiny-Llama-Vision"
+    export(parts_of(run), weights, merge=True, dtype="bfloat16")
+    (tmp_path / "adapt.yaml").write_text(
+        f"name: adapt\nshards: ['{phantom_shards}']\nmodel: {{weights: {weights}}}\nstages:\n"
+        "  - {name: adapt, steps: 2, batch: 4, lora: {rank: 2, alpha: 4, targets: '.*language_model.*q_proj'},\n"
+        "     optimizer: {learning_rate: 1.0e-2}}\nevaluation: {samples: 2, max_new_tokens: 4}\n"
+    )
+    later = RunDir.create(tmp_path / "later", load(tmp_path / "adapt.yaml"))
+    assert worker.run(str(later.path)).state == "finished"
+    result = said("export", later.path, "--out", tmp_path / "adapter", "--check")
+    assert (result["kind"], result["base"]) == ("adapter", str(weights))
+    assert result["difference"] < 1e-2
+    assert not (tmp_path / "adapter" / "base").exists()
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == weights.name
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert "'Built with Llama' shown" in " ".join(card.split())
+    assert str(tmp_path) not in card
+
+
 def parts_of(run: Path) -> Any:
     return launch._parts(run)
 
@@ -223,11 +251,12 @@ def test_a_training_study_is_its_own_nearest(run: Path, phantom_shards: Path) ->
     index = Index.load(parts, cursor)
     assert index is not None
     key, _, views = parts.source(cursor.stage, "train").read(7)
-    (nearest,) = index.nearest(features(engine, parts.encoder, [views])[0], 1)
+    (vector,) = features(engine, parts.encoder, [views])
+    (nearest,) = index.nearest(vector, 1)
     assert (nearest.key, nearest.number) == (key, 7)
     assert nearest.similarity > 0.999
-    assert index.far(nearest.similarity) is None
-    assert "the nearest" in str(index.far(-0.5))
+    assert index.far(vector) is None
+    assert "times as far" in str(index.far(features(engine, parts.encoder, [[Image.new("L", (56, 56), 255)]])[0]))
 
 
 def test_a_stream_says_what_the_whole_says(

@@ -58,7 +58,7 @@ def _auroc(true: Array, false: Array) -> Array:
     rises, steps = np.concatenate([zero, true], 1), np.diff(np.concatenate([zero, false], 1), axis=1)
     area = (steps * (rises[:, :-1] + rises[:, 1:]) / 2).sum(1)
     whole = true[:, -1] * false[:, -1]
-    return np.divide(area, whole, out=np.full(len(true), np.nan), where=whole > 0)
+    return np.asarray(np.divide(area, whole, out=np.full(len(true), np.nan), where=whole > 0))
 
 
 def _average_precision(true: Array, false: Array) -> Array:
@@ -66,7 +66,7 @@ def _average_precision(true: Array, false: Array) -> Array:
     precision = np.divide(true, drawn, out=np.zeros_like(true), where=drawn > 0)
     found = np.diff(np.concatenate([np.zeros((len(true), 1)), true], 1), axis=1)
     area, whole = (found * precision).sum(1), true[:, -1]
-    return np.divide(area, whole, out=np.full(len(true), np.nan), where=whole > 0)
+    return np.asarray(np.divide(area, whole, out=np.full(len(true), np.nan), where=whole > 0))
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Mean:
         values = np.stack([part.at(weights) for part in self.parts])
         count = np.isfinite(values).sum(0)
         total = np.where(np.isfinite(values), values, 0.0).sum(0)
-        return np.divide(total, count, out=np.full(len(weights), np.nan), where=count > 0)
+        return np.asarray(np.divide(total, count, out=np.full(len(weights), np.nan), where=count > 0))
 
 
 def label_counts(predicted: Sequence[set[str]], reference: Sequence[set[str]], names: Sequence[str]) -> Array:

@@ -51,7 +51,9 @@ class Judge:
             line = self._process.stdout.readline()
         except BrokenPipeError:
             line = ""
-        answer = json.loads(line) if line else {"problem": f"it ended with status {self._process.wait()}"}
+        answer: dict[str, Any] = (
+            json.loads(line) if line else {"problem": f"it ended with status {self._process.wait()}"}
+        )
         if "problem" in answer:
             raise UserError(f"evaluation.scorers.{self.name}: radeval: {answer['problem']}")
         lower = self.name == "radcliq"

@@ -116,7 +116,7 @@ def _sacrebleu(lower: bool) -> Callable[[tuple[str, ...]], list[list[str]]]:
     def cut(texts: tuple[str, ...]) -> list[list[str]]:
         from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
-        tokenizer = Tokenizer13a()
+        tokenizer: Any = Tokenizer13a()  # type: ignore[no-untyped-call]
         return [tokenizer((text.lower() if lower else text).rstrip()).split() for text in texts]
 
     return cut
@@ -230,16 +230,23 @@ def meteor(texts: Mapping[str, tuple[Sequence[str], Sequence[str]]]) -> dict[str
             # A line of its protocol needs a word on either side, and bars separate.
             hypothesis, reference = (" ".join(words).replace("|", " ") or "." for words in (mine, wanted))
             lines.append(f"SCORE ||| {reference} ||| {hypothesis}\n")
-    command = ["java", "-Xmx2G", "-jar", str(_pycocoevalcap() / _METEOR_JAR), "-", "-", "-stdio", "-l", "en", "-norm"]
-    done = subprocess.run(command, input="".join(lines).encode(), capture_output=True, check=True)
-    rows = meteor_rows(done.stdout.decode().splitlines())
-    assert len(rows) == len(lines), done.stderr.decode()[-400:]
+    rows = _meteor_counts(tuple(lines))
     found, start = {}, 0
     for convention, count in counts.items():
         statistic = Sums(rows[start : start + count], meteor_of)
         found[convention] = Measure(statistic, f"{KINDS['meteor']}; {CONVENTIONS[convention].about}")
         start += count
     return found
+
+
+@functools.lru_cache(maxsize=4)
+def _meteor_counts(lines: tuple[str, ...]) -> Array:
+    """What the jar counts in each of these lines of its protocol."""
+    command = ["java", "-Xmx2G", "-jar", str(_pycocoevalcap() / _METEOR_JAR), "-", "-", "-stdio", "-l", "en", "-norm"]
+    done = subprocess.run(command, input="".join(lines).encode(), capture_output=True, check=True)
+    rows = meteor_rows(done.stdout.decode().splitlines())
+    assert len(rows) == len(lines), done.stderr.decode()[-400:]
+    return rows
 
 
 def meteor_rows(lines: Sequence[str]) -> Array:

@@ -78,7 +78,7 @@ def _precision_recall_f1(mine: torch.Tensor, wanted: torch.Tensor) -> tuple[floa
 
 def _normalised(vectors: torch.Tensor) -> torch.Tensor:
     """Each of length one."""
-    return vectors / vectors.norm(dim=-1, keepdim=True)
+    return torch.as_tensor(vectors / vectors.norm(dim=-1, keepdim=True))
 
 
 class MeanCosine:

@@ -25,7 +25,7 @@ _cross_before = upstream._prepare_cross_attention_mask
 def attach(model: Any) -> None:
     """Let a MllamaForConditionalGeneration whose implementation is "segments" find the values of its masks."""
     if model.config._attn_implementation == NAME:
-        attention.watch(model.model, "attention_mask", "aspect_ratio_mask", "cross_attention_mask")
+        attention.watch(model.model, "attention_mask", "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask")
 
 
 def _vision(

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -80,8 +79,8 @@ class InText:
         return chat
 
     def chat_template(self) -> str | None:
-        """This family's own template; None: the tokenizer's."""
-        return self.CHAT_TEMPLATE if self.tokenizer.chat_template is None else None
+        """This family's own template; None: the tokenizer's. That of a language model alone knows nothing of images."""
+        return self.CHAT_TEMPLATE if "text" in self.recipe.folders or not self.tokenizer.chat_template else None
 
     def place_images(self, ids: list[int], images: Arrays) -> list[int]:
         """A prompt's ids with each image token as often as its view has vectors."""
@@ -156,10 +155,20 @@ class InText:
     # Models.
 
     @property
-    def attention(self) -> str:
-        return "eager" if self.recipe.attention == "eager" else "sdpa"
+    def kernels(self) -> str:
+        """transformers' name of how attention is computed."""
+        wanted: str = self.recipe.attention
+        if wanted not in ("auto", "sdpa", "eager"):
+            raise UserError(f"model.attention '{wanted}': it is Mllama's; allowed are auto, sdpa and eager")
+        return "sdpa" if wanted == "auto" else wanted
 
-    def finish(self, model: Any) -> nn.Module:
+    def empty(self, make: Callable[[], Any]) -> Any:
+        """The whole model that `make` makes, without values."""
+        self.config._attn_implementation = self.kernels
+        with torch.device("meta"):
+            return self.finish(make())
+
+    def finish(self, model: Any) -> Any:
         """Ready for the engine: what the tokenizer decides, and images that are encoded inside of forward()."""
         model.generation_config.eos_token_id = self.tokenizer.eos_token_id
         model.generation_config.pad_token_id = self.tokenizer.pad_token_id

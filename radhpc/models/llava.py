@@ -20,7 +20,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from torch import nn
 from transformers import CLIPVisionModel, LlavaConfig, LlavaForConditionalGeneration
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
@@ -74,24 +73,22 @@ class Family(InText):
             image_seq_length=(vision.image_size // vision.patch_size) ** 2,
         )
 
-    def build(self, seed: int) -> nn.Module:
+    def build(self, seed: int) -> Any:
         """From the folder, or put together: what no folder holds is random, a pure function of the seed."""
         folders = self.recipe.folders
         if "model" in folders:
-            return self.finish(loaded(LlavaForConditionalGeneration, folders["model"], "", self.attention))
+            return self.finish(loaded(LlavaForConditionalGeneration, folders["model"], "", self.kernels))
         torch.manual_seed(seed)
         whole: Any = self.build_empty()
-        language = language_model(folders.get("text"), self.config.text_config, self.attention)
-        vision = vision_model(folders.get("vision"), self.config.vision_config, CLIPVisionModel, self.attention)
+        language = language_model(folders.get("text"), self.config.text_config, self.kernels)
+        vision = vision_model(folders.get("vision"), self.config.vision_config, CLIPVisionModel, self.kernels)
         whole.model.vision_tower, whole.model.language_model = vision, language.model
         whole.model.multi_modal_projector, whole.lm_head = LlavaMultiModalProjector(self.config), language.lm_head
         return self.finish(whole)
 
-    def build_empty(self) -> nn.Module:
+    def build_empty(self) -> Any:
         """The architecture alone, in float32 as build() gives it."""
-        self.config._attn_implementation = self.attention
-        with torch.device("meta"):
-            return LlavaForConditionalGeneration(self.config).eval()
+        return self.empty(lambda: LlavaForConditionalGeneration(self.config))
 
     def tokens(self, images: Arrays) -> list[int]:
         return [self.view_tokens] * len(images["pixel_values"])

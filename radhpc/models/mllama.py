@@ -24,7 +24,7 @@ from transformers.models.mllama.processing_mllama import (
 
 from radhpc import processors
 from radhpc.errors import UserError, first_line
-from radhpc.models import Arrays, Taps, _mllama_attention
+from radhpc.models import Arrays, Taps, _mllama_attention, _mllama_tiles
 from radhpc.processors import MllamaImages
 from radhpc.recipe import Model
 
@@ -141,17 +141,21 @@ class Family:
         """What the tokenizer decides, and attention without masks."""
         model.generation_config.eos_token_id = self.tokenizer.eos_token_id
         model.generation_config.pad_token_id = self.tokenizer.pad_token_id
-        return self._attended(model)
+        return self._attached(model)
 
     def build_empty(self) -> torch.nn.Module:
         """The architecture alone, in float32 as build() gives it."""
         self.config._attn_implementation = self._recipe.attention
         with torch.device("meta"):
-            return self._attended(MllamaForConditionalGeneration(self.config))
+            model = MllamaForConditionalGeneration(self.config)
+        return self._attached(model)
 
-    def _attended(self, model: Any) -> torch.nn.Module:
+    def _attached(self, model: Any) -> torch.nn.Module:
         _mllama_attention.attach(model)
-        return model.eval()  # type: ignore[no-any-return]
+        if self._recipe.skip_empty_tiles:
+            _mllama_tiles.attach(model)
+        found: torch.nn.Module = model.eval()
+        return found
 
     def _initialise(self, model: torch.nn.Module) -> None:
         """Start the gates and the position embeddings where the recipe says, not where upstream does."""

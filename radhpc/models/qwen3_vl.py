@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from torch import nn
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from radhpc import processors
@@ -69,19 +68,17 @@ class Family(InText):
             vision_end_token_id=known.get("<|vision_end|>", -1),
         )
 
-    def build(self, seed: int) -> nn.Module:
+    def build(self, seed: int) -> Any:
         """From the folder, or random: a pure function of the seed."""
         if folder := self.recipe.folders.get("model"):
-            return self.finish(loaded(Qwen3VLForConditionalGeneration, folder, "", self.attention))
+            return self.finish(loaded(Qwen3VLForConditionalGeneration, folder, "", self.kernels))
         torch.manual_seed(seed)
-        self.config._attn_implementation = self.attention
+        self.config._attn_implementation = self.kernels
         return self.finish(Qwen3VLForConditionalGeneration(self.config))
 
-    def build_empty(self) -> nn.Module:
+    def build_empty(self) -> Any:
         """The architecture alone, in float32 as build() gives it."""
-        self.config._attn_implementation = self.attention
-        with torch.device("meta"):
-            return Qwen3VLForConditionalGeneration(self.config).eval()
+        return self.empty(lambda: Qwen3VLForConditionalGeneration(self.config))
 
     def chat_template(self) -> str | None:
         """The tokenizer's, if it is Qwen3-VL's own."""

@@ -121,13 +121,13 @@ class Family(InText):
             vision.drop_path_rate = 0.0  # for training Swin alone: here it would blur what the connector learns from
         return LlavaConfig(vision_config=vision, text_config=self.text_config(), image_token_index=self.image_token_id)
 
-    def build(self, seed: int) -> nn.Module:
+    def build(self, seed: int) -> Any:
         """From the folders; what none of them holds is random, a pure function of the seed."""
         folders, config = self.recipe.folders, self.config
         torch.manual_seed(seed)
         whole: Any = self.build_empty()
-        language = language_model(folders.get("text"), config.text_config, self.attention)
-        vision = vision_model(folders.get("vision"), config.vision_config, SwinModel, self.attention)
+        language = language_model(folders.get("text"), config.text_config, self.kernels)
+        vision = vision_model(folders.get("vision"), config.vision_config, SwinModel, self.kernels)
         vision.pooler = None
         connector = build_connector(config, self.connector)
         if isinstance(connector, Sasa):
@@ -136,11 +136,9 @@ class Family(InText):
         whole.model.multi_modal_projector, whole.lm_head = connector, language.lm_head
         return self.finish(whole)
 
-    def build_empty(self) -> nn.Module:
+    def build_empty(self) -> Any:
         """The architecture alone, in float32 as build() gives it."""
-        self.config._attn_implementation = self.attention
-        with torch.device("meta"):
-            return SwinQwen(self.config, self.connector).eval()
+        return self.empty(lambda: SwinQwen(self.config, self.connector))
 
     def _concepts(self, table: torch.Tensor) -> torch.Tensor:
         """(concepts, D): the mean embedding of each name's tokens."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from radhpc import adapters
-from radhpc.blocks import kind, prepare_blocks
+from radhpc.blocks import kind, leave_casting_to_autocast, prepare_blocks
 from radhpc.errors import UserError
 from radhpc.models.mllama import Family
 from radhpc.recipe import Lora
@@ -72,6 +72,27 @@ def test_a_frozen_tower_builds_no_graph() -> None:
     assert not any("vision" in name for name in found)
 
 
+def test_adapters_take_inputs_as_they_come() -> None:
+    model = adapted().bfloat16()
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()
+    batch = mixed_batch()
+    seen = set()
+    for name, module in model.named_modules():
+        if name.endswith("lora_A.default"):
+            module.register_forward_pre_hook(lambda _, inputs: seen.add(inputs[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        model.eval()
+        before = model(**batch, use_cache=False).logits
+        assert torch.float32 in seen
+        seen.clear()
+        leave_casting_to_autocast(model)
+        after = model(**batch, use_cache=False).logits
+    assert seen == {torch.bfloat16}
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
 def test_kinds_and_what_a_layer_is_afterwards() -> None:
     model = mllama("segments")
     prepare_blocks(model, Family.blocks, ("vision",))
@@ -102,7 +123,7 @@ def test_compiled_layers_give_the_same_numbers() -> None:
     torch._dynamo.reset()
     try:
         blocks.torch.compile = lambda call, **options: original(call, backend="aot_eager", **options)
-        prepare_blocks(model, Family.blocks, True, compiled=True)
+        prepare_blocks(model, (TEXT,), True, compiled=True)
     finally:
         blocks.torch.compile = original
     found, _ = step(model)

@@ -1,6 +1,7 @@
 """Compiled layers in a whole run: the same losses, the cache where the next life finds it, and a signal meanwhile."""
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ SHORT = [
 ]  # fmt: skip
 
 
-@pytest.mark.timeout(280)
+@pytest.mark.heavy
+@pytest.mark.timeout(600)
 def test_compiled_layers_train_as_plain_ones_and_are_kept(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -49,8 +51,12 @@ def test_a_signal_while_layers_are_compiled_ends_the_start_up(
             return super().poll()
 
     begun: list[int] = []
-    before = Engine.warm_up
-    monkeypatch.setattr(Engine, "warm_up", lambda engine, batch: (begun.append(1), before(engine, batch))[1])
+
+    def long(engine: Engine, batch: object) -> None:  # a compilation would go on behind the test
+        begun.append(1)
+        time.sleep(2)
+
+    monkeypatch.setattr(Engine, "warm_up", long)
     monkeypatch.setenv(compiling.CACHE, str(tmp_path / "cache"))
     run = RunDir.create(tmp_path / "run", load(recipe_file, [*SHORT, "model.compile=true"]))
     with Told() as stop:

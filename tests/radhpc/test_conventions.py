@@ -107,12 +107,24 @@ METEOR_COUNTS = """\
 1 1 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0 0"""
 METEOR_SCORES = [0.4148737611845802, 1.0, 0.21542732582512245, 0.29197080291970806, 0.0]
 METEOR_OF_ALL = 0.31231921816854574
+# The same of four pairs with stems, synonyms and paraphrases.
+LOOSE_COUNTS = """\
+4 5 1 2 2 2 0 0 1 1 0 0 0 0 1 1 0 0 0 0 1 4 4
+9 7 4 2 1 1 0 0 0 0 0 0 2 2 0 0 1 2 2 2 2 6 7
+8 4 4 1 1 1 1 1 0 0 0 0 0 0 0 0 1 1 1 0 1 4 3
+4 4 2 2 0 0 1 1 1 1 0 0 0 0 0 0 1 1 1 1 1 4 4"""
+LOOSE_SCORES = [0.4322074892537486, 0.37286367117213415, 0.2895803761500633, 0.65]
+LOOSE_OF_ALL = 0.3779542293101841
 
 
 def test_meteor_of_counts_is_the_jars() -> None:
-    rows = meteor_rows(METEOR_COUNTS.splitlines())
-    assert meteor_of(rows) == pytest.approx(METEOR_SCORES, abs=1e-12)
-    assert value(Sums(rows, meteor_of)) == pytest.approx(METEOR_OF_ALL, abs=1e-12)
+    for counts, scores, of_all in (
+        (METEOR_COUNTS, METEOR_SCORES, METEOR_OF_ALL),
+        (LOOSE_COUNTS, LOOSE_SCORES, LOOSE_OF_ALL),
+    ):
+        rows = meteor_rows(counts.splitlines())
+        assert meteor_of(rows) == pytest.approx(scores, abs=1e-12)
+        assert value(Sums(rows, meteor_of)) == pytest.approx(of_all, abs=1e-12)
 
 
 needs_java = pytest.mark.skipif(

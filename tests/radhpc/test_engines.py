@@ -24,8 +24,8 @@ def lives(tmp_path_factory: pytest.TempPathFactory, phantom_shards: Path) -> Liv
 
     folder = tmp_path_factory.mktemp("engines")
     text = TINY_RECIPE.format(shards=phantom_shards).replace("dropout: 0.1, ", "")
-    text = text.replace("learning_rate: 1.0e-3}", "learning_rate: 1.0e-3, clip: 0.5}")
-    (folder / "tiny.yaml").write_text(text.replace("schedule: linear", "clip: 0.01"))
+    text = text.replace("learning_rate: 1.0e-3}", "learning_rate: 1.0e-3, clip: 0.5, weight_decay: 1.0}")
+    (folder / "tiny.yaml").write_text(text.replace("schedule: linear", "clip: 0.01, weight_decay: 1.0"))
     tiny_family(load(folder / "tiny.yaml"), folder / "tokenizer")
     return Lives(folder)
 
@@ -79,7 +79,7 @@ VARIANTS = [
 def test_precisions_four_bits_and_eight_bits(
     lives: Lives, trained: dict[str, Any], spec: str, world: int, stage: int, overrides: list[str]
 ) -> None:
-    """Master parameters and moments stay float32, the frozen base is as small as was asked for, and a resume is exact."""
+    """Master parameters and moments stay float32, the frozen base is as small as was asked for, a resume is exact."""
     name = f"{spec}-{world}-{'-'.join(overrides)}"
     done = lives.run(name, spec, world, partial(train_and_go_on, stage=stage), overrides)
     found, resumed = done[f"stage{stage}"], done[f"{name}.stage{stage}"]
@@ -148,6 +148,6 @@ def test_a_gpu_that_is_full_is_told_what_to_change(lives: Lives, tmp_path: Path)
     run = RunDir.create(tmp_path / "run", load(lives.folder / "tiny.yaml"))
     error = out_of_memory(run, rank=1, world=2)
     assert isinstance(error, UserError)
-    for said in ("rank 1's GPU", "GB in stage 'adapt'", "precision: bf16", "micro_batch below 2", "nf4", "more ranks"):
+    for said in ("rank 1's GPU", "GB in stage 'adapt'", "precision: bf16", "micro_batch below 3", "nf4", "more ranks"):
         assert said in str(error)
     assert "\n" not in str(error)

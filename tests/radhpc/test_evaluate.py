@@ -23,7 +23,7 @@ from radhpc.run_dir import RunDir
 from slurm import evaluation
 from tests.conftest import TINY_MODEL
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(900)
 
 RECIPE = f"""
 name: tiny
@@ -226,10 +226,10 @@ def test_what_cannot_be_evaluated_is_refused_in_one_line(
     assert "no chexbert.pth there" in refused(run.path, f"scorers.chexbert={tmp_path}")
     for name in ("chexbert.pth", "vocab.txt"):
         (tmp_path / name).write_text("other")
-    wrong = refused(run.path, f"scorers.chexbert={tmp_path}", "scorers.sha256={chexbert: 1234}")
+    wrong = refused(run.path, f"scorers.chexbert={tmp_path}", "scorers.sha256={chexbert: abcd}")
     assert "weights of sha256" in wrong
-    assert "wants 1234" in wrong
-    assert "no evaluation of split 'test' there" in refused(run.path, "--against", run.path)
+    assert "wants abcd" in wrong
+    assert "no evaluation of split 'train' there" in refused(run.path, "--split", "train", "--against", run.path)
     fresh = RunDir.create(tmp_path / "fresh", run.recipe())
     assert "no checkpoint to evaluate" in refused(fresh.path)
     text = refused(run.path, ONE, "--shards", questions)

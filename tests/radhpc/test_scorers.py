@@ -35,7 +35,8 @@ def chexbert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(3)
     model = CheXbert(config)
     for parameter in model.parameters():
-        parameter.data.normal_(std=0.5)
+        if parameter.ndim > 1:
+            parameter.data.normal_(std=0.7)
     tensors = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
     torch.save({"model_state_dict": tensors, "epoch": 1}, folder / "chexbert.pth")
     return folder
@@ -51,9 +52,8 @@ def test_chexbert_reads_what_transformers_reads(chexbert: Path) -> None:
     for text in TEXTS:
         with torch.no_grad():
             first = bert(**tokenizer(" ".join(text.split()), return_tensors="pt")).last_hidden_state[0, 0]
-        heads = [
-            (tensors[f"module.linear_heads.{n}.weight"], tensors[f"module.linear_heads.{n}.bias"]) for n in range(14)
-        ]
+        names = [f"module.linear_heads.{n}" for n in range(14)]
+        heads = [(tensors[f"{name}.weight"], tensors[f"{name}.bias"]) for name in names]
         wanted.append([int((weight @ first + bias).argmax()) for weight, bias in heads])
         assert len(heads[-1][1]) == 2
     judge = load("chexbert", chexbert, "cpu")
@@ -214,14 +214,8 @@ def test_likelihoods_give_curves_and_their_mean() -> None:
 
 
 def test_trivial_answers() -> None:
-    known = [
-        (None, "Normal."),
-        (None, "Normal."),
-        (None, "Effusion."),
-        ("Is it?", "yes"),
-        ("is it? ", "yes"),
-        ("Who?", "me"),
-    ]
+    known = [(None, "Normal."), (None, "Normal."), (None, "Effusion.")]
+    known += [("Is it?", "yes"), ("is it? ", "yes"), ("Who?", "me")]
     rows = [row(0, None, "", ""), row(1, "Is it?", "", ""), row(2, "Never asked", "", "")]
     found = trivial(rows, known)
     assert found["constant"] == ["Normal.", "yes", "yes"]

@@ -16,7 +16,7 @@ def test_trouble_leaves_no_trace() -> None:
     if missing := chaos.lacking():
         pytest.skip(f"NO CLOCK IS MOVED HERE: {missing}; see `make faketime`")
     folder = Path(tempfile.mkdtemp())  # short, as a box's folder must be
-    ratios, figures = chaos.chaos(folder, ["flipped", "clock", "decision", "full"], seed=1, steps=50)
+    ratios, figures = chaos.chaos(folder, ["flipped", "clock", "decision", "full"], seed=1, steps=70)
     shutil.rmtree(folder)
     assert 0 < ratios["goodput"] < 1
     assert figures["lives"] >= 5
