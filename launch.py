@@ -876,8 +876,9 @@ def _check_engine(recipe: "Recipe", profile: "Profile") -> None:
 
 def _check_data(recipe: "Recipe", *also: str) -> None:
     """Say here, in seconds, what would otherwise fail in the queue; `also` names further splits that are needed."""
-    from radhpc import weights as weights_of
+    from radhpc import tasks, weights as weights_of
     from radhpc.manifest import Manifest
+    from radhpc.source import Source
     from radhpc.store import Store
 
     for url in {url for stage in recipe.stages for url in recipe.shards_of(stage)}:
@@ -888,6 +889,8 @@ def _check_data(recipe: "Recipe", *also: str) -> None:
             if not manifest.splits.get(split):
                 raise UserError(f"{url}: no sample of split '{split}'; it has {manifest.splits}")
     weights_of.check(recipe)
+    for stage in recipe.stages:
+        tasks.check(recipe, stage, Source(recipe.shards_of(stage), "train"))
 
 
 def _check_evaluation(

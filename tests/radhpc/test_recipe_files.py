@@ -100,7 +100,7 @@ def test_radixperts_stages_fit_the_real_model_and_grow(eleven: ModelFamily) -> N
     [
         ("stages.task.objective.fusion=1 model.fusion=null", "objective.fusion 1.0 needs model.fusion"),
         ("stages.task.lora=null stages.task.adapters=merge", "objective.regularisation 0.1 is of adapters"),
-        ("engine=deepspeed", "which engine deepspeed hides; allowed are fsdp and single"),
+        ("engine=deepspeed", "goes with engines fsdp and single"),
         ("model.fusion.heads=7", "width 4096 is no multiple of heads 7"),
         (
             "text.tasks.rare={kind: finding, prompt: '{finding}?', findings: [Cold]}",

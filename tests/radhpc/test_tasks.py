@@ -164,7 +164,7 @@ def test_bad_input_is_one_line(kind: ModelFamily, recipe: Recipe) -> None:
     from dataclasses import dataclass
 
     text = recipe.text.model_copy(update={"max_tokens": 8})
-    with pytest.raises(UserError, match=r"text.prompt: a prompt of \d+ tokens leaves no room .* max_tokens 8"):
+    with pytest.raises(UserError, match=r"text.prompt: a prompt of \d+ tokens leaves no room .*max_tokens 8"):
         Encoder(kind, text)
     encoder = Encoder(kind, Text(tasks={"closed": MIXTURE["closed"]}, max_tokens=40))
 
