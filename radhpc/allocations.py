@@ -13,9 +13,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from torch.utils._pytree import tree_iter, tree_map
+
+SMALL = 1 << 12  # entries of a tensor whose values may still tell a shape
+
+_INDEXED = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
 
 
 class Allocations(TorchDispatchMode):
@@ -47,16 +52,37 @@ class Allocations(TorchDispatchMode):
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._made_up and func is torch.ops.aten._local_scalar_dense.default:
+        if self._made_up and func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             kind = args[0].dtype
             return False if kind == torch.bool else 1.0 if kind.is_floating_point else 1
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # its local tensors come by next
-        result = func(*args, **(kwargs or {}))
+        result = self._compute(func, args, kwargs or {})
         for tensor in tree_iter(result):
             if isinstance(tensor, torch.Tensor):
                 self._hold(tensor)
         return result
+
+    def _compute(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """What has no fake tensor among its arguments, such as the whole numbers of a batch, is computed for real:
+        shapes may follow from it, as from the sizes of pictures. Large tables of fractions are not kept.
+        """
+        if self._made_up and func in _INDEXED:  # by a mask that is known: so is how much it chooses
+            tensor, indices, *rest = args
+            args = (tensor, [index for one in indices for index in _positions(one)], *rest)
+        given = [value for value in tree_iter((args, kwargs)) if isinstance(value, torch.Tensor)]
+        if not self._made_up or any(isinstance(tensor, FakeTensor) for tensor in given):
+            return func(*args, **kwargs)
+        if not given and getattr(func(*args, **kwargs), "is_floating_point", lambda: True)():
+            return func(*args, **kwargs)  # a new tensor, of any size
+        with unset_fake_temporarily() as mode:
+            result = func(*args, **kwargs)
+
+        def back(tensor: Any) -> Any:
+            large = isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.numel() > SMALL
+            return mode.from_tensor(tensor) if large and mode is not None else tensor
+
+        return tree_map(back, result)
 
     def _hold(self, tensor: torch.Tensor) -> None:
         storage = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
@@ -74,3 +100,11 @@ class Allocations(TorchDispatchMode):
 
     def _release(self, address: int) -> None:
         self.now -= self._held.pop(address)
+
+
+def _positions(index: Any) -> Any:
+    """One index for each axis of a mask whose values are known."""
+    if not isinstance(index, torch.Tensor) or isinstance(index, FakeTensor) or index.dtype != torch.bool:
+        return (index,)
+    with unset_fake_temporarily():
+        return index.nonzero().unbind(1)

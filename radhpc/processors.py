@@ -3,6 +3,7 @@
     MllamaImages(560, 4, mean, std)(views)     # tiles: Llama 3.2 Vision
     ClipImages(336, mean, std, fit="pad")(views)
     SwinImages(224, mean, std)(views)
+    QwenImages(16, 2, max_pixels=1 << 20)(views)    # Qwen3-VL: in their own proportions
     stitch(views)                              # up to four views side by side, as one picture
 
 Enters: the views of one study, as transforms.py decodes them. Leaves: arrays whose first axis is the views, equal to
@@ -206,6 +207,85 @@ class SwinImages:
         return [self._levels.read(values) for values in images["pixel_values"]]
 
 
+class QwenImages:
+    """Each view in its own proportions, as patches in the order in which Qwen3-VL joins them, M x M to a token.
+
+    Sides become the nearest multiples of P * M pixels (`patch` P, `merge` M) for which the area is within `min_pixels`
+    and `max_pixels`. A patch lies there twice, as the two frames of a still film.
+    """
+
+    FRAMES = 2
+
+    def __init__(
+        self,
+        patch: int,
+        merge: int,
+        min_pixels: int = 1 << 16,
+        max_pixels: int = 1 << 24,
+        mean: Colour = HALF,
+        std: Colour = HALF,
+        resample: Resampling = Resampling.BICUBIC,
+        factor: float = 1 / 255,
+    ) -> None:
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize  # it imports torch
+
+        self.patch, self.merge, self.min_pixels, self.max_pixels = patch, merge, min_pixels, max_pixels
+        self._nearest, self._resample, self._levels = smart_resize, resample, _Levels(mean, std, factor)
+
+    @classmethod
+    def from_file(cls, path: Path, max_pixels: int | None = None) -> Self:
+        """As a model's preprocessor_config.json says, but views of `max_pixels` at most. Raises UserError."""
+        read = _read(path, _QwenFile)
+        least, most = read.size
+        if max_pixels is not None and max_pixels < least:
+            raise UserError(f"model.max_pixels {max_pixels}: {path} wants at least {least}")
+        return cls(
+            read.patch_size, read.merge_size, least, min(most, max_pixels or most), read.image_mean, read.image_std,
+            read.resample, read.rescale_factor,
+        )  # fmt: skip
+
+    def __call__(self, views: Sequence[Image.Image]) -> Arrays:
+        """pixel_values (N, 3 * 2 * P * P) float32 of N patches in all views, image_grid_thw (V, 3): 1, rows, columns.
+
+        Raises UserError for a view that is 200 times as long as it is wide.
+        """
+        grids = np.ones((len(views), 3), np.int64)
+        patches = []
+        for grid, view in zip(grids, map(_plain, views), strict=True):
+            try:
+                height, width = self._nearest(
+                    view.height, view.width, self.patch * self.merge, self.min_pixels, self.max_pixels
+                )
+            except ValueError as error:
+                raise UserError(f"a view of {view.width} x {view.height} pixels: {first_line(error)}") from error
+            pixels = np.asarray(view.resize((width, height), self._resample))
+            values = np.empty((3, height, width), np.float32)
+            self._levels.write(pixels, values)
+            grid[1:] = height // self.patch, width // self.patch
+            ordered = self._blocks(values, grid).transpose(1, 4, 2, 5, 0, 3, 6)
+            twice = np.broadcast_to(ordered[:, :, :, :, :, None], (*ordered.shape[:5], self.FRAMES, *ordered.shape[5:]))
+            patches.append(twice.reshape(int(grid.prod()), -1))
+        return {"pixel_values": np.concatenate(patches), "image_grid_thw": grids}
+
+    def show(self, images: Arrays) -> list[Image.Image]:
+        """The views of one study as the model sees them."""
+        pictures, done = [], 0
+        for _, rows, columns in images["image_grid_thw"].tolist():
+            patches = images["pixel_values"][done : done + rows * columns]
+            done += rows * columns
+            merge, patch = self.merge, self.patch
+            shape = (rows // merge, columns // merge, merge, merge, 3, self.FRAMES, patch, patch)
+            whole = patches.reshape(shape)[:, :, :, :, :, 0].transpose(4, 0, 2, 5, 1, 3, 6)
+            pictures.append(self._levels.read(whole.reshape(3, rows * patch, columns * patch)))
+        return pictures
+
+    def _blocks(self, values: npt.NDArray[np.float32], grid: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """(3, height, width) as (3, rows / M, M, P, columns / M, M, P)."""
+        merge, patch = self.merge, self.patch
+        rows, columns = int(grid[1]) // merge, int(grid[2]) // merge
+        return values.reshape(3, rows, merge, patch, columns, merge, patch)
+
+
 def stitch(views: Sequence[Image.Image], gap: int = 10, limit: int = 4) -> Image.Image:
     """The first `limit` views side by side in their own sizes, tops aligned, with `gap` black pixels between them.
 
@@ -291,6 +371,13 @@ def _shortest(size: object) -> object:
     return size
 
 
+def _area(size: object) -> object:
+    match size:
+        case {"shortest_edge": least, "longest_edge": most, **rest} if not rest:
+            return least, most
+    return size
+
+
 def _bare_name(name: object) -> object:
     """A processor's name without what tells its backend and its release."""
     return name.removesuffix("Fast").removesuffix("Pil") if isinstance(name, str) else name
@@ -352,6 +439,20 @@ class _VitFile(_File):
     do_center_crop: Literal[False] = False
     do_pad: Literal[False] = False
     resample: Resampling = Resampling.BILINEAR
+
+
+class _QwenFile(_File):
+    image_processor_type: Annotated[Literal["Qwen2VLImageProcessor"], BeforeValidator(_bare_name)] = (
+        "Qwen2VLImageProcessor"
+    )
+    size: Annotated[tuple[PositiveInt, PositiveInt], BeforeValidator(_area)] = (56 * 56, 28 * 28 * 1280)
+    default_to_square: Literal[False] = False
+    patch_size: PositiveInt = 14
+    merge_size: PositiveInt = 2
+    temporal_patch_size: Literal[2] = 2
+    image_mean: Channels = CLIP_MEAN
+    image_std: Deviations = CLIP_STD
+    resample: Resampling = Resampling.BICUBIC
 
 
 def _read(path: Path, kind: type[Described]) -> Described:

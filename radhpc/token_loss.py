@@ -26,8 +26,9 @@ from radhpc.collate import IGNORE
 CHUNK = 128 << 20  # bytes of float32 logits that are there at a time
 
 
-def summed(model: nn.Module, inputs: Mapping[str, Any], labels: torch.Tensor) -> torch.Tensor:
-    """The sum over all supervised tokens of their negative log-likelihood, in float32.
+def summed(model: nn.Module, inputs: Mapping[str, Any], labels: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
+    """The sum over all supervised tokens of their negative log-likelihood, in float32. With `smoothing`, this part of
+    each target is spread evenly over all V entries (Szegedy et al., 2016).
 
     `labels`: (B, S), where a label's token is predicted from the position before it and IGNORE says that it is not.
     The model's output head must see the hidden states of all positions, as transformers' models have it.
@@ -36,7 +37,7 @@ def summed(model: nn.Module, inputs: Mapping[str, Any], labels: torch.Tensor) ->
     if not isinstance(head, _Told):
         head.__class__ = _class(type(head))
     assert isinstance(head, _Told)
-    head.labels = labels
+    head.labels, head.smoothing = labels, smoothing
     try:
         loss: torch.Tensor = model(**inputs, use_cache=False).logits
     finally:
@@ -61,6 +62,7 @@ class _Told:
     """Stands before the head's own class: with labels it gives the loss, without them logits as ever."""
 
     labels: torch.Tensor | None = None
+    smoothing = 0.0
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         own = super().forward  # type: ignore[misc]
@@ -80,14 +82,16 @@ class _Told:
             if torch.is_autocast_enabled(kind):  # once, not for every chunk
                 weight = weight.to(torch.get_autocast_dtype(kind))
             rows = _rows(weight.shape[0])
-            loss: torch.Tensor = _Frozen.apply(chosen, weight, self.bias, targets, rows)  # type: ignore[no-untyped-call]
+            loss: torch.Tensor = _Frozen.apply(  # type: ignore[no-untyped-call]
+                chosen, weight, self.bias, targets, rows, self.smoothing
+            )
             return loss
         rows = _rows(_entries(self))
         if len(positions) <= rows:  # also none at all: a sharded weight wants its gradient
-            return _loss(own, chosen, targets)
+            return _loss(own, chosen, targets, self.smoothing)
         total = torch.zeros((), dtype=_wide(chosen.dtype), device=chosen.device)
         for start in range(0, len(positions), rows):
-            part = (chosen[start : start + rows], targets[start : start + rows])
+            part = (chosen[start : start + rows], targets[start : start + rows], self.smoothing)
             total = total + checkpoint(_loss, own, *part, use_reentrant=False)
         return total
 
@@ -112,9 +116,10 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _loss(own: Any, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def _loss(own: Any, hidden: torch.Tensor, targets: torch.Tensor, smoothing: float) -> torch.Tensor:
     logits = own(hidden)
-    return nn.functional.cross_entropy(logits.to(_wide(logits.dtype)), targets, reduction="sum")
+    logits = logits.to(_wide(logits.dtype))
+    return nn.functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
 
 
 class _Frozen(torch.autograd.Function):
@@ -128,6 +133,7 @@ class _Frozen(torch.autograd.Function):
         bias: torch.Tensor | None,
         targets: torch.Tensor,
         rows: int,
+        smoothing: float,
     ) -> torch.Tensor:
         """hidden (N, D), weight (V, D), bias (V,), targets (N,) -> the summed loss."""
         gradient = torch.empty_like(hidden, dtype=_wide(hidden.dtype))
@@ -138,8 +144,13 @@ class _Frozen(torch.autograd.Function):
             logits = nn.functional.linear(part, weight, bias)
             logits = logits.to(_wide(logits.dtype))
             scale = logits.logsumexp(1, keepdim=True)
-            total += (scale - logits.gather(1, wanted)).sum()
-            logits.sub_(scale).exp_().scatter_add_(1, wanted, -torch.ones_like(scale))
+            right = logits.gather(1, wanted)
+            if smoothing:
+                right = right + smoothing * (logits.mean(1, keepdim=True) - right)
+            total += (scale - right).sum()
+            logits.sub_(scale).exp_().scatter_add_(1, wanted, torch.full_like(scale, smoothing - 1))
+            if smoothing:
+                logits.sub_(smoothing / logits.shape[1])
             gradient[start : start + rows] = logits.mul_(lift).to(weight.dtype) @ weight
         ctx.save_for_backward(gradient.div_(lift))
         ctx.dtype = hidden.dtype
@@ -148,4 +159,4 @@ class _Frozen(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outward: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * outward[0]).to(ctx.dtype), None, None, None, None
+        return (gradient * outward[0]).to(ctx.dtype), None, None, None, None, None

@@ -12,13 +12,15 @@ from tests.conftest import ROOT
 
 # Inside radhpc a file imports only from its own floor or from lower ones.
 FLOORS = (
-    ("errors", "files", "sample", "manifest", "recipe", "run_dir", "fingerprint"),
+    ("errors", "files", "sample", "manifest", "recipe", "run_dir", "fingerprint", "weights"),
     ("dist", "heartbeat", "log", "stop", "remote", "store", "board", "ledger", "cache", "probe", "grace", "storage",
      "background"),
-    ("order", "transforms", "processors", "models", "tokenizer", "source", "fetch", "collate", "stream", "objective",
-     "adapters", "host", "attention", "blocks", "token_loss", "engine", "allocations"),
-    ("checkpoint", "metrics", "generate", "evaluate", "export", "audit", "parts", "loop", "straggler", "hooks",
-     "saving", "plan", "compiling"),
+    ("order", "transforms", "radiograph", "processors", "models", "tokenizer", "source", "fetch", "tasks", "collate",
+     "stream", "host", "attention", "blocks", "token_loss", "additions", "objective", "sam", "quantise", "placing",
+     "adapters", "optimizers", "engine", "zero", "allocations"),
+    ("checkpoint", "metrics", "generate", "generated", "answer", "index", "reader", "neighbours", "scoring",
+     "evaluate", "evaluation_job", "evaluation_page", "demo", "plain", "model_card", "export", "audit", "parts", "loop",
+     "straggler", "profiling", "hooks", "saving", "plan", "lineage", "seam", "exhausted", "compiling"),
     ("worker",),
 )  # fmt: skip
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
@@ -34,7 +36,10 @@ TORCH_FREE = {
     "order",
     "transforms",
     "processors",
+    "source",
+    "tasks",
     "metrics",
+    "scoring",
     "grace",
     "storage",
     "checkpoint",

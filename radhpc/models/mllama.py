@@ -24,9 +24,17 @@ from transformers.models.mllama.processing_mllama import (
 
 from radhpc import processors
 from radhpc.errors import UserError, first_line
-from radhpc.models import Arrays, _mllama_attention, _mllama_tiles
+from radhpc.models import Arrays, Taps, _mllama_attention, _mllama_tiles
 from radhpc.processors import MllamaImages
 from radhpc.recipe import Model
+
+WEIGHTS = {
+    "model": {
+        "types": ("mllama",),
+        "hub": "meta-llama/Llama-3.2-11B-Vision-Instruct",
+        "image_token": ("<|image|>",),
+    }
+}
 
 
 class Family:
@@ -69,6 +77,18 @@ class Family:
                 f"{path}: {found.tiles} tiles of {found.size} pixels; its model has {self.max_tiles} of {size}"
             )
         return found
+
+    def processor(self) -> Any:
+        """transformers' own processor, equal to what encode_images and prompt do, for those who have no radhpc."""
+        from transformers import MllamaProcessor
+        from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
+
+        if self._recipe.weights is not None and (path := processors.described(Path(self._recipe.weights))):
+            images = MllamaImageProcessorPil.from_pretrained(str(path.parent), local_files_only=True)
+        else:
+            size = {"height": self.image_processor.size, "width": self.image_processor.size}
+            images = MllamaImageProcessorPil(size=size, max_image_tiles=self.max_tiles)
+        return MllamaProcessor(images, self.tokenizer, chat_template=self.tokenizer.chat_template)
 
     def _configuration(self) -> MllamaConfig:
         if self._recipe.weights is not None:
@@ -115,6 +135,10 @@ class Family:
             torch.manual_seed(seed)
             model = MllamaForConditionalGeneration(self.config)
             self._initialise(model)
+        return self.finish(model)
+
+    def finish(self, model: Any) -> torch.nn.Module:
+        """What the tokenizer decides, and attention without masks."""
         model.generation_config.eos_token_id = self.tokenizer.eos_token_id
         model.generation_config.pad_token_id = self.tokenizer.pad_token_id
         return self._attached(model)
@@ -143,11 +167,20 @@ class Family:
                 if positions is not None and name.endswith("gated_positional_embedding.embedding"):
                     parameter.normal_(std=positions)
 
+    def taps(self, model: Any) -> Taps:
+        """Image tokens as the language model gets them; what is said as it is before the first cross-attention."""
+        language, first = model.model.language_model, self.config.text_config.cross_attention_layers[0]
+        text = language.layers[first - 1] if first else language.embed_tokens
+        return Taps(model.model.multi_modal_projector, text, language, self.config.text_config.hidden_size, _pool)
+
     def prompt(self, text: str, images: int) -> str:
         # Text before an image cannot see it, so the images come first.
         content = [{"type": "image"}] * images + [{"type": "text", "text": text}]
         chat = [{"role": "user", "content": content}]
         return str(self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+
+    def place_images(self, ids: list[int], images: Arrays) -> list[int]:
+        return ids  # an image is one token, at which nothing stands
 
     def encode_images(self, images: Sequence[Image.Image]) -> Arrays:
         """pixel_values (V, T, 3, S, S), aspect_ratio_ids (V,), aspect_ratio_mask (V, T), num_tiles (V,) of V views."""
@@ -174,3 +207,10 @@ class Family:
         )
         batch["cross_attention_mask"] = torch.from_numpy(mask)
         return batch
+
+
+def _pool(tokens: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """(B, I, T, patches, width) -> the mean over the patches of all tiles that hold a part of a view, (B, width)."""
+    tiles = batch["aspect_ratio_mask"] * (batch["aspect_ratio_ids"] > 0).unsqueeze(-1)
+    share = tiles.to(tokens.dtype) / tiles.sum((1, 2), keepdim=True).clamp_min(1)
+    return torch.einsum("bitpw,bit->bw", tokens, share) / tokens.shape[3]
