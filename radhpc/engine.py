@@ -240,9 +240,7 @@ class Engine:
     def warm_up(self, batch: Batch) -> None:
         """A forward and a backward pass that leave nothing but what was compiled. All ranks call it alike."""
         self.model.train()
-        with self._autocast:
-            loss = self._objective(self.model, self.to_device(batch))
-        loss.backward()
+        self._backward(self._loss(batch), last=True)
         self.optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
