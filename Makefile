@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install wheels install-offline quickstart test lint bench slurm ceph faketime clean
+.PHONY: install wheels install-offline quickstart test lint bench slurm ceph faketime chromium clean
 
 install: .venv/ready
 
@@ -45,10 +45,10 @@ slurm:
 
 # What moves the clock of a job (bench/chaos.py), likewise.
 faketime:
-	@test -e /usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1 || { \
+	@{ test -e /usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1 && command -v cc >/dev/null; } || { \
 		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-			apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends libfaketime >/dev/null; \
-		else echo "libfaketime is not installed and may not be installed here: bench.chaos will say so"; fi; }
+			apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends libfaketime gcc libc6-dev >/dev/null; \
+		else echo "libfaketime or a C compiler is not installed and may not be installed here: bench.chaos will say so"; fi; }
 
 # A real S3 gateway for the tests (bench/gateway.py), likewise.
 ceph:
@@ -57,7 +57,14 @@ ceph:
 			apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends ceph-mon ceph-mgr ceph-osd radosgw >/dev/null; \
 		else echo "Ceph is not installed and may not be installed here: its tests will be skipped"; fi; }
 
-test: install slurm ceph faketime
+# A browser for the tests of the pages, likewise.
+chromium:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || { \
+		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+			apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null; \
+		else echo "Chromium is not installed and may not be installed here: its tests will be skipped"; fi; }
+
+test: install slurm ceph faketime chromium
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: install
@@ -74,7 +81,9 @@ bench: install slurm ceph faketime
 	$(BIN)/python -m bench.gateway_reads
 	$(BIN)/python -m bench.decode
 	$(BIN)/python -m bench.status
+	$(BIN)/python -m bench.conventions
 	$(BIN)/python -m bench.chaos
+	$(BIN)/python -m bench.chaos_peers
 
 clean:
 	rm -rf .venv .venv-peers .venv-wheels *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -4,6 +4,7 @@
 preparation), `slurm` (where jobs run) and `radhpc` (what runs inside them). PyTorch is imported only where a model is.
 """
 
+import contextlib
 import json
 import shutil
 import sys
@@ -21,7 +22,7 @@ from radhpc.log import Bar, console, start as start_log
 from slurm import tables
 
 if TYPE_CHECKING:
-    from radhpc.recipe import Recipe
+    from radhpc.recipe import Evaluation, Recipe
     from radhpc.run_dir import RunDir
     from shards.pixels import Target
     from shards.pool import Run
@@ -73,7 +74,10 @@ def quickstart(
         "run": str(run_dir.path),
         "seconds": round(time.perf_counter() - started, 1),
         "macro_f1": scores["scores"][name]["value"],
-        "baselines": {kind: values[name]["value"] for kind, values in scores["baselines"].items()},
+        # What knows nothing of the image. The report of the training radiograph that is most alike stands apart: drawn
+        # phantoms are so much alike that it is hard to beat.
+        "baselines": {kind: scores["baselines"][kind][name]["value"] for kind in ("constant", "random")},
+        "nearest": scores["baselines"].get("nearest", {}).get(name, {}).get("value"),
     }
     _say(f"\nUnseen phantom patients: {scores['samples']} studies of split '{scores['split']}'", as_json)
     _say(tables.scores(scores), as_json)
@@ -81,7 +85,8 @@ def quickstart(
         report = json.loads(line)
         _say(f"\n[bold]reference[/] {report['reference']}\n[bold]generated[/] {report['generated']}", as_json)
     _say(f"\nDone in {result['seconds']:.0f} s. The run: {run_dir.path}", as_json)
-    _say(f"See it: python launch.py board {run_dir.path}", as_json)
+    _say(f"See it: {folder / 'report.html'} in a browser; python launch.py board {run_dir.path}", as_json)
+    _say(f"Meet it: python launch.py index {run_dir.path}, then demo {run_dir.path} --retrieve 3", as_json)
     _emit(result, as_json)
 
 
@@ -215,13 +220,19 @@ def train(
     ] = None,
     on: On = "inline",
     run: Annotated[Path | None, typer.Option(help="Folder of the run; default: runs/NAME-DATE.")] = None,
-    engine: Annotated[str | None, typer.Option(help="fsdp or single; as engine=.")] = None,
+    engine: Annotated[str | None, typer.Option(help="fsdp, deepspeed or single; as engine=.")] = None,
+    stages: Annotated[str | None, typer.Option(help="Of the recipe, by number or name: 2,3; default: all.")] = None,
+    origin: Annotated[
+        Path | None, typer.Option("--from", metavar="RUN", help="The run that has trained the stages before those.")
+    ] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Follow the job until it ends.")] = False,
     as_json: Json = False,
 ) -> None:
     """Validate and freeze a recipe, check its data, and submit it. Prints the run's folder and the job's id."""
     changes = [*(overrides or []), *([f"engine={engine}"] if engine else [])]
-    run_dir = _train(recipe, changes, on, run, watch, lambda run, job: _announce(run, job, as_json))
+    run_dir = _train(
+        recipe, changes, on, run, watch, lambda run, job: _announce(run, job, as_json), stages=stages, origin=origin
+    )
     _emit({"run": str(run_dir.path), "job": (run_dir.job() or {}).get("id")}, as_json)
 
 
@@ -232,6 +243,7 @@ def resume(
     current_code: Annotated[
         bool, typer.Option("--current-code", help="Replace the code that the run was submitted with by today's.")
     ] = False,
+    engine: Annotated[str | None, typer.Option(help="Go on under fsdp, deepspeed or single.")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Follow the job until it ends.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -246,7 +258,10 @@ def resume(
         raise UserError(f"{run}: its sweep has ended the run early; train {run}/recipe.yaml as a run of its own")
     frozen = run_dir.path / "profile.yaml"
     profile = profiles.load(on or (str(frozen) if frozen.exists() else "inline"))
+    recipe = run_dir.recipe() if engine is None else run_dir.recipe().under(engine, run_dir.recipe_path)
+    _check_engine(recipe, profile)
     chosen = _choose_checkpoint(run_dir, profile, as_json)
+    run_dir.change_engine(recipe.engine)
     _submit(run_dir, profile, watch, lambda run, job: _announce(run, job, as_json), current_code)
     _emit({"run": str(run_dir.path), "job": (run_dir.job() or {}).get("id"), **chosen}, as_json)
 
@@ -339,14 +354,16 @@ def status(
 
         watch_runs(lambda: find_runs(runs), Console(highlight=False))
         return
-    if runs and any(map(is_sweep, runs)) and not audit:
-        standings = [Study.open(path).standing() for path in runs if is_sweep(path)]
-        for standing in standings:
-            _say(tables.sweep(standing), as_json)
-        alone = Statuses(find_runs(others)).now() if (others := [p for p in runs if not is_sweep(p)]) else []
+    sweeps = [path for path in runs or sorted(Path("runs").glob("*/")) if is_sweep(path)]
+    if sweeps and not audit:
+        standings = [Study.open(path).standing() for path in sweeps]
+        rest = [path for path in runs or sorted(Path("runs").glob("*/")) if path not in sweeps]
+        alone = Statuses(find_runs(rest, strict=bool(runs))).now() if rest else []
         if alone:
             _say(tables.Runs(alone), as_json)
-        _emit(standings[0] if len(runs) == 1 else {"runs": alone, "sweeps": standings}, as_json)
+        for standing in standings:
+            _say(tables.sweep(standing), as_json)
+        _emit(standings[0] if runs and len(runs) == 1 else {"runs": alone, "sweeps": standings}, as_json)
         return
     chosen = find_runs(runs)
     if audit:
@@ -375,70 +392,216 @@ def logs(
     show(RunDir.open(run), Console(highlight=False), rank, life, follow)
 
 
-@app.command(epilog="Example: python launch.py evaluate runs/quickstart-20261122-101500 --split test")
+@app.command(
+    epilog="Examples: python launch.py evaluate runs/quickstart-20261122-101500 --split test   "
+    "python launch.py evaluate RUN beams=3 scorers.chexbert=/weights/chexbert --against OTHER --on a100_preemptible"
+)
 def evaluate(
     run: RunPath,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe's evaluation, such as beams=3."),
+    ] = None,
     split: Annotated[str, typer.Option(help="train, validate or test.")] = "test",
     samples: Annotated[int | None, typer.Option(help="Studies; default: all of the split.", min=1)] = None,
+    against: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Also test the difference to this run, evaluated before.")
+    ] = None,
+    shards: Annotated[
+        list[str] | None, typer.Option(help="Other shards than the run's: another hospital's, or questions.")
+    ] = None,
+    on: On = "inline",
     as_json: Json = False,
 ) -> None:
-    """Generate for held-out studies with the newest checkpoint, and score beside trivial baselines."""
+    """Generate for held-out studies with the newest checkpoint, and score beside trivial baselines.
+
+    On all ranks of a profile; said again after a preemption, or with more studies, it goes on with what is missing.
+    Every score carries its convention or the hash of its weights, and an interval over patients.
+    """
     from radhpc.files import read_json
+    from radhpc.run_dir import RunDir
+    from slurm import evaluation, profile as profiles, submit
 
-    parts, engine, cursor = _load(run)
-    from radhpc.evaluate import chosen, evaluate as evaluate_engine, write
-    from radhpc.sample import SPLITS
-
-    if split not in SPLITS:
-        raise UserError(f"--split {split}: allowed are {', '.join(SPLITS)}")
-    held_out = parts.source(cursor.stage, split)
-    if not len(held_out):
-        raise UserError(f"--split {split}: no study there")
-    recipe = parts.recipe.evaluation.model_copy(update={"samples": samples})
-    count = len(chosen(held_out, samples))
-    with Bar("evaluate", count, unit="studies") as bar:
-        result = evaluate_engine(
-            engine, parts.encoder, held_out, parts.source(cursor.stage, "train"), recipe, parts.ranks,
-            lambda done: bar.update(min(done, count)),
-        )  # fmt: skip
-        bar.update(count)
-    folder = parts.run.path / "evaluation" / f"step-{cursor.step:06d}-{split}"
-    write(folder, result, cursor.step, split)
+    run_dir, profile = RunDir.open(run), profiles.load(on)
+    settings = evaluation.settings_of(run_dir, overrides or [], samples)
+    with submit.environment(profile):  # it may hold the keys of an object store
+        checkpoint, weights = _check_evaluation(run_dir, split, shards or [], settings, against)
+    chosen = any("conventions=" in change for change in overrides or [])
+    job = evaluation.prepare(
+        run_dir, checkpoint, weights, split, shards or [], settings, against, every_convention=not chosen
+    )
+    _submit(job, profile, True, lambda job_dir, number: None, as_json=as_json)
+    folder = job.path.parent
     scores = read_json(folder / "scores.json")
     _say(tables.scores(scores), as_json)
-    _say(f"written to {folder}", as_json)
-    _emit({"run": str(parts.run.path), **{key: scores[key] for key in ("step", "split", "samples", "scores")}}, as_json)
+    _say(f"written to {folder}; to look at: {folder / 'report.html'}", as_json)
+    keys = ("step", "split", "samples", "scores", "baselines", "missing", "comparison")
+    _emit({"run": str(run_dir.path), **{key: scores[key] for key in keys if key in scores}}, as_json)
 
 
-@app.command(epilog="Example: python launch.py generate RUN --image frontal.dcm --image lateral.png")
+@app.command(
+    epilog="Examples: python launch.py generate RUN --image frontal.dcm --image lateral.png --stream   "
+    "python launch.py generate RUN --folder cases/ --out reports.jsonl"
+)
 def generate(
     run: RunPath,
-    image: Annotated[list[Path], typer.Option(help="JPEG, PNG or DICOM; several are views of one study.")],
+    image: Annotated[
+        list[Path] | None, typer.Option(help="JPEG, PNG or DICOM; several are views of one study.")
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="Each image in it is a study, each subfolder a study of several views.")
+    ] = None,
     question: Annotated[str | None, typer.Option(help="Ask this instead of for a report.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Default: the recipe's.", min=1)] = None,
+    beams: Annotated[int | None, typer.Option(help="Search this many texts at a time.", min=1)] = None,
+    temperature: Annotated[float | None, typer.Option(help="Sample words; below 1 the likelier.", min=1e-3)] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample among the likeliest of this share.", max=1.0)] = None,
+    seed: Annotated[int, typer.Option(help="Of the sampling.", min=0)] = 0,
+    retrieve: Annotated[
+        int, typer.Option(help="Show so many training studies that look alike; needs `launch.py index`.", min=0)
+    ] = 0,
+    batch: Annotated[int, typer.Option(help="Studies of --folder at a time.", min=1)] = 8,
+    out: Annotated[
+        Path | None, typer.Option(help="Append each answer to this file as a JSON line; what it has is not repeated.")
+    ] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Print words as they are written.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a report, or an answer, for one study. Research use only, not for clinical use."""
-    from radhpc.transforms import decode
-    from shards.pixels import BadImage, encode, load
+    """Write a report, or an answer, for one study or a folder of them. Research use only, not for clinical use.
+
+    What does not look like a radiograph gets a warning beside its text.
+    """
+    if (image is None) == (folder is None):
+        raise UserError("give either --image, once or more, or --folder")
+    if stream and (as_json or folder or out):
+        raise UserError("--stream: goes with --image alone, without --json and --out")
+    from shards import views
 
     run_dir, target = _image_settings(run)
-    views = []
-    for path in image:
-        try:
-            encoded = encode(load(path), target)  # what `build` does to an image, so that no view looks different
-        except (BadImage, FileNotFoundError) as error:
-            raise UserError(str(error)) from error
-        views.append(decode(encoded.data, encoded.view))
-    parts, engine, _ = _load(run_dir.path)
-    from radhpc.generate import generate as generate_texts
+    studies = views.studies(folder) if folder else {" ".join(map(str, image or [])): image or []}
+    told = views.answered(out, studies) if out else {}
+    if not folder:  # one broken image of one study: before the model is loaded
+        views.read_study("", next(iter(studies.values())), target)
+    parts = _parts(run_dir.path)
+    from radhpc.answer import Decoding
+    from radhpc.reader import Reader, Study
 
-    prompt = parts.encoder.encode_prompt("", question, views)
-    limit = max_new_tokens or parts.recipe.evaluation.max_new_tokens
-    (text,) = generate_texts(engine, parts.encoder, [prompt], 1, limit, parts.ranks)
+    changes = {"max_new_tokens": max_new_tokens, "beams": beams, "temperature": temperature, "top_p": top_p}
+    reader = Reader(parts, Decoding.of(parts.recipe.evaluation, **changes, seed=seed), retrieve)
+    if stream:
+        ((name, paths),) = studies.items()
+        study = Study(name, *views.read_study(name, paths, target))
+        ((neighbours, far),) = reader.near([study])
+        for warning in [*reader.warnings(study), *far]:
+            console.print(f"[yellow]warning[/] {warning}", soft_wrap=True)
+        for piece in reader.stream(study, question):
+            print(piece, end="", flush=True)
+        print()
+        _say(tables.neighbours([vars(neighbour) for neighbour in neighbours]), as_json)
+        return
+    results: list[dict[str, Any]] = []
+    broken = 0
+    waiting = [name for name in studies if name not in told]
+    with Bar("generate", len(waiting), unit="studies", hidden=not folder) as bar:
+        for start in range(0, len(waiting), batch):
+            some = []
+            for name in waiting[start : start + batch]:
+                try:
+                    some.append(Study(name, *views.read_study(name, studies[name], target)))
+                except UserError as error:  # one of many: named, and left out
+                    broken += 1
+                    results.append({"name": name, "error": str(error)})
+            for answer in reader.read(some, question, batch):
+                results.append({**answer.to_json(), "images": [str(path) for path in studies[answer.name]]})
+            if out:
+                views.append_answers(out, [result for result in results[-len(some) :] if "text" in result])
+            bar.update(min(start + batch, len(waiting)))
     if not as_json:
-        Console().print(text or "(the model wrote nothing)")
-    _emit({"run": str(run_dir.path), "text": text, "images": [str(path) for path in image]}, as_json)
+        for result in results:
+            tables.answer(result, Console(highlight=False), heading=folder is not None)
+    one = results[0] if not folder and results else {}
+    shown = {"studies": results, "broken": broken, "told_before": len(told)} if folder or not results else {}
+    _emit({"run": str(run_dir.path), **one, **shown}, as_json)
+    raise typer.Exit(1 if broken else 0)
+
+
+@app.command(epilog="Example: python launch.py demo runs/quickstart-20261122-101500 --retrieve 3")
+def demo(
+    run: RunPath,
+    port: Annotated[int, typer.Option(help="On this machine alone; 0: any that is free.", min=0, max=65535)] = 0,
+    retrieve: Annotated[
+        int, typer.Option(help="Show so many training studies that look alike; needs `launch.py index`.", min=0)
+    ] = 0,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Default: the recipe's.", min=1)] = None,
+    beams: Annotated[int | None, typer.Option(help="Several come as a whole, not word by word.", min=1)] = None,
+) -> None:
+    """A web page on this machine alone: drop a radiograph, read the report, ask. Research use only."""
+    from shards import views
+
+    run_dir, target = _image_settings(run)
+    parts = _parts(run_dir.path)
+    from radhpc.answer import Decoding
+    from radhpc.demo import Demo
+    from radhpc.reader import Reader
+
+    decoding = Decoding.of(parts.recipe.evaluation, max_new_tokens=max_new_tokens, beams=beams)
+    with Demo(Reader(parts, decoding, retrieve), lambda data, name: views.read_bytes(data, name, target), port) as page:
+        _say(
+            f"{page.url}\n{_from_elsewhere(page.port)}\nCtrl-C ends it. Research use only, not for clinical use.", False
+        )
+        try:
+            page.serve()
+        except KeyboardInterrupt:
+            _say("ended", False)
+
+
+@app.command(epilog="Example: python launch.py index runs/quickstart-20261122-101500")
+def index(
+    run: RunPath,
+    samples: Annotated[int | None, typer.Option(help="Studies; default: all of split train.", min=2)] = None,
+    as_json: Json = False,
+) -> None:
+    """Index the training studies by the model's vision features, for `generate --retrieve` and `demo`."""
+    parts, engine, cursor = _load(run)
+    from radhpc.index import build as build_index
+
+    with Bar("index", 1, unit="studies") as bar:
+        made = build_index(parts, engine, cursor, samples, lambda done, total: bar.update(done, total=total))
+    _say(f"{parts.run.path / 'index'}: {made.about['studies']} training studies at step {cursor.step}", as_json)
+    _emit({"run": str(parts.run.path), **{key: made.about[key] for key in ("step", "studies", "left_out")}}, as_json)
+
+
+@app.command(epilog="Example: python launch.py export runs/quickstart-20261122-101500 --out my-model --merge --check")
+def export(
+    run: RunPath,
+    out: Annotated[Path, typer.Option(help="A folder that is not there yet.")],
+    merge: Annotated[bool, typer.Option("--merge", help="Whole weights, adapters added in; default: PEFT.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Load it without radhpc in another process, and compare the logits.")
+    ] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of whole weights: float32, bfloat16 or float16; default: as the base.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the newest checkpoint as an adapter for PEFT, or as whole weights that plain transformers loads.
+
+    Processor, tokenizer, generation settings, a model card and an example lie beside them.
+    """
+    if dtype is not None:
+        _one_of("--dtype", dtype, ("float32", "bfloat16", "float16"))
+    parts = _parts(run)
+    from radhpc import export as exports
+
+    with contextlib.redirect_stdout(sys.stderr):  # libraries that saving imports, such as deepspeed, say something
+        written, probe = exports.export(parts, out.absolute(), merge, dtype)
+    what = {"model": "whole weights", "adapter": f"an adapter for PEFT on {written.base}"}[written.kind]
+    _say(f"{written.out}: {what}, {written.parameters:,} parameters of step {written.step}; see README.md", as_json)
+    difference = exports.check(written, probe) if check else None
+    if difference is not None:
+        _say(f"plain transformers gives the same logits (they differ by {difference:.1g} of the largest)", as_json)
+    result = {"run": str(parts.run.path), **vars(written), "out": str(written.out), "difference": difference}
+    _emit(result, as_json)
 
 
 @app.command(
@@ -552,13 +715,31 @@ def doctor(
     raise typer.Exit(0 if ok else 1)
 
 
+@app.command(epilog="Example: python launch.py profile runs/padchest-20261122-101500")
+def profile(
+    run: RunPath,
+    steps: Annotated[int, typer.Option(help="So many of the next ones.", min=1, max=1000)] = 10,
+    wait: Annotated[float, typer.Option(help="Seconds to wait for the trace.", min=0)] = 600,
+    as_json: Json = False,
+) -> None:
+    """A profiler's trace of the next steps of the living job, and the operators that take longest."""
+    from radhpc.run_dir import RunDir
+    from slurm import tracing
+
+    traced = tracing.trace(RunDir.open(run), steps, wait)
+    _say(tables.traced(traced), as_json)
+    _emit({"run": str(run.absolute()), **traced}, as_json)
+
+
 @app.command(epilog="Example: python launch.py board runs/quickstart-20261122-101500")
 def board(
     runs: Annotated[list[Path] | None, typer.Argument(metavar="[RUN]...", help="Default: all in runs/.")] = None,
-    port: Annotated[int, typer.Option(help="On this machine alone.")] = 6006,
+    port: Annotated[int, typer.Option(help="On this machine alone.", min=1, max=65535)] = 6006,
 ) -> None:
     """Open TensorBoard over these runs, on loopback."""
+    import socket
     import subprocess
+    import tempfile
 
     from radhpc.run_dir import RunDir
     from slurm.study import is_sweep
@@ -570,23 +751,34 @@ def board(
     chosen = [RunDir.open(path).path for path in named or sorted(p.parent for p in Path("runs").glob("*/recipe.yaml"))]
     if not chosen:
         raise UserError("no run in runs/: name one")
-    names = ",".join(f"{path.name}:{path / 'tensorboard'}" for path in chosen)
-    _say(f"http://localhost:{port}/  (from elsewhere: ssh -L {port}:localhost:{port} HOST)", False)
-    command = [
-        sys.executable,
-        "-m",
-        "tensorboard.main",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--logdir_spec",
-        names,
-    ]
-    raise typer.Exit(subprocess.run(command, check=False).returncode)
+    # Two runs of one name, of two sweeps for example, are told apart by their folders.
+    alone = [path.name for path in chosen]
+    titles = [path.name if alone.count(path.name) == 1 else " ".join(path.parts[-3:]) for path in chosen]
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", port)) == 0:
+            raise UserError(f"--port {port}: something listens there already; name another one")
+    _say(f"http://localhost:{port}/\n{_from_elsewhere(port)}", False)
+    with tempfile.TemporaryDirectory(prefix="radhpc-board-") as folder:
+        for title, path in zip(titles, chosen, strict=True):
+            (Path(folder) / title).symlink_to(path / "tensorboard")
+        command = [sys.executable, "-m", "tensorboard.main", "--host", "127.0.0.1", "--port", str(port)]
+        try:
+            ended = subprocess.run([*command, "--logdir", folder], check=False)
+        except KeyboardInterrupt:
+            _say("ended", False)
+            return
+    raise typer.Exit(ended.returncode)
 
 
 # What several verbs share
+
+
+def _from_elsewhere(port: int) -> str:
+    """How a browser on another machine reaches a port on this one's loopback."""
+    import getpass
+    import socket
+
+    return f"from elsewhere: ssh -N -L {port}:127.0.0.1:{port} {getpass.getuser()}@{socket.gethostname()}"
 
 
 def _new_run(name: str) -> Path:
@@ -647,21 +839,39 @@ def _train(
     path: Path | None,
     watch: bool = False,
     announce: Callable[["RunDir", str], None] = lambda run, job: None,
+    stages: str | None = None,
+    origin: Path | None = None,
 ) -> "RunDir":
-    from radhpc import recipe as recipes
+    from radhpc import lineage, recipe as recipes
     from radhpc.run_dir import RunDir
     from slurm import profile as profiles
 
     recipe, profile = recipes.load(recipe_path, overrides), profiles.load(on)
+    before, first = RunDir.open(origin) if origin else None, 0
+    if stages or before:
+        recipe, first = lineage.select(recipe, stages, before)
+    _check_engine(recipe, profile)
     _check_data(recipe)
     run = RunDir.create(path or _new_run(recipe.name), recipe)
     try:
+        if before is not None:
+            lineage.take_over(run, first, before)
         _submit(run, profile, watch, announce)
     except UserError:
-        if not run.events():  # refused before anything was submitted: the name is free again
+        if not run.events("submitted"):  # refused before anything was submitted: the name is free again
             shutil.rmtree(run.path)
         raise
     return run
+
+
+def _check_engine(recipe: "Recipe", profile: "Profile") -> None:
+    """Say here what the ranks would say: too many of them, or a library that is missing in the Python they share."""
+    if recipe.engine == "single" and profile.world > 1:
+        raise UserError(
+            f"engine 'single' on {profile.world} ranks: allowed are fsdp and deepspeed, or a profile with one task"
+        )
+    if profile.python is None and profile.container is None:
+        recipe.refuse_missing()
 
 
 def _check_data(recipe: "Recipe", *also: str) -> None:
@@ -680,12 +890,43 @@ def _check_data(recipe: "Recipe", *also: str) -> None:
     weights_of.check(recipe)
 
 
+def _check_evaluation(
+    run: "RunDir", split: str, shards: list[str], settings: "Evaluation", against: Path | None
+) -> tuple[str, str]:
+    """Say here what would otherwise fail in the job. The name and the identity of the newest checkpoint."""
+    from radhpc.checkpoint import Checkpoints
+    from radhpc.manifest import Manifest
+    from radhpc.metrics.scorers import Judges
+    from radhpc.sample import SPLITS
+    from radhpc.scoring import newest_evaluation
+    from radhpc.store import Store
+
+    if split not in SPLITS:
+        raise UserError(f"--split {split}: allowed are {', '.join(SPLITS)}")
+    checkpoints = Checkpoints.of(run.path, run.recipe())
+    name, skipped = checkpoints.newest()
+    if name is None:
+        why = "".join(f"; {torn}: {fault}" for torn, fault in skipped)
+        raise UserError(f"{run.path}: no checkpoint to evaluate{why}")
+    stage = run.recipe().stages[checkpoints.cursor(name).stage]
+    counts = [Manifest.load(Store(url)).splits.get(split, 0) for url in shards or run.recipe().shards_of(stage)]
+    if not any(counts):
+        raise UserError(f"--split {split}: no study there")
+    Judges(settings.scorers.folders(), settings.scorers.sha256, "cpu").hashes  # noqa: B018
+    if against is not None:
+        from radhpc.run_dir import RunDir
+
+        newest_evaluation(RunDir.open(against).path, split)
+    return name, checkpoints.identity(name)
+
+
 def _submit(
     run: "RunDir",
     profile: "Profile",
     watch: bool,
     announce: Callable[["RunDir", str], None],
     current_code: bool = False,
+    as_json: bool = False,
 ) -> None:
     """Submit; an inline job runs now, and its error is this command's."""
     from slurm.submit import environment, submit
@@ -699,13 +940,11 @@ def _submit(
             raise error
         outcome = job.result()
         if outcome.state == "interrupted":
-            _say(
-                f"interrupted by {outcome.cause} at step {outcome.step}; go on: python launch.py resume {run.path}",
-                False,
-            )
+            again = "say the same again" if run.evaluates else f"python launch.py resume {run.path}"
+            _say(f"interrupted by {outcome.cause} at step {outcome.step}; go on: {again}", as_json)
             raise typer.Exit(1)
     elif watch:
-        _watch(run)
+        _watch(run, as_json)
 
 
 def _choose_checkpoint(run: "RunDir", profile: "Profile", as_json: bool) -> dict[str, Any]:
@@ -723,7 +962,7 @@ def _choose_checkpoint(run: "RunDir", profile: "Profile", as_json: bool) -> dict
     return {"checkpoint": name, "skipped": [{"checkpoint": torn, "fault": fault} for torn, fault in skipped]}
 
 
-def _watch(run: "RunDir") -> None:
+def _watch(run: "RunDir", as_json: bool = False) -> None:
     """Follow a job until it ends. Ctrl-C leaves a SLURM job alone; a local one saves and ends with it."""
     from slurm.logs import first_error
     from slurm.status import LIVING, Statuses
@@ -734,7 +973,7 @@ def _watch(run: "RunDir") -> None:
             bar.update(now["step"], tables.line(now), now["steps"] or 1)
             time.sleep(1)
         bar.update(now["step"], now["state"], now["steps"] or 1)
-    _say(f"{run.path}: {tables.line(now)}", False)
+    _say(f"{run.path}: {tables.line(now)}", as_json)
     if now["state"] == "failed":
         for text in first_error(run):
             console.print(text, soft_wrap=True)
@@ -743,15 +982,20 @@ def _watch(run: "RunDir") -> None:
 
 def _load(path: Path) -> tuple[Any, Any, Any]:
     """The parts of a run and the model of its newest checkpoint, in this process."""
-    from radhpc.dist import Ranks
-    from radhpc.parts import Parts
-    from radhpc.run_dir import RunDir
-
-    start_log()
-    run = RunDir.open(path)
-    parts = Parts(run, run.recipe(), Ranks())
+    parts = _parts(path)
     engine, cursor = parts.restored_engine()
     return parts, engine, cursor
+
+
+def _parts(path: Path) -> Any:
+    from radhpc.run_dir import RunDir
+
+    run = RunDir.open(path)
+    from radhpc.dist import Ranks
+    from radhpc.parts import Parts
+
+    start_log()
+    return Parts(run, run.recipe(), Ranks())
 
 
 def _image_settings(path: Path) -> tuple["RunDir", "Target"]:

@@ -27,19 +27,24 @@ def audit(run: RunDir) -> dict[str, Any]:
         raise UserError(f"{run.recipe_path}: stream.audit: false, so that the run keeps no ledger; allowed is true")
     seen = consumed(run.path / "ledger")
     epochs = []
-    first = 1
+    # What was taken over from another run was trained on there.
+    first = max((event["step"] for event in run.events("taken_over")), default=0) + 1
     for number, stage in enumerate(recipe.stages):
         steps = [step for step, at in seen.stages.items() if at == number]
+        if not steps and not epochs:
+            continue
         if not steps:
             break
         batches = {step: seen.steps[step] + seen.bad[step] for step in steps}
         source = Source(recipe.shards_of(stage), "train")
         epochs += _epochs(recipe, number, source, batches, first)
         first = max(steps) + 1
-    topologies = [
-        {"world_size": life["world"], "engine": life["engine"], "from_step": _resumed_at(run, life["time"])}
-        for life in run.events("started")
-    ]
+    topologies: list[dict[str, Any]] = []
+    for event in run.events("started", "resumed"):
+        if event["event"] == "started":
+            topologies.append({"world_size": event["world"], "engine": event["engine"], "from_step": 0})
+        else:
+            topologies[-1]["from_step"] = int(event["step"])
     return {
         "epochs": epochs,
         "replayed_steps": len(seen.replayed),
@@ -93,9 +98,3 @@ def _verdict(epoch: int, due: Counter[str], got: Counter[str], size: int) -> dic
         "repeated": repeated,
         "exactly_once": not missing and not repeated,
     }
-
-
-def _resumed_at(run: RunDir, started: str) -> int:
-    """The step that a life went on from: that of the 'resumed' event between its start and the next."""
-    later = [event for event in run.events("started", "resumed") if event["time"] >= started]
-    return int(later[1]["step"]) if len(later) > 1 and later[1]["event"] == "resumed" else 0

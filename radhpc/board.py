@@ -1,7 +1,9 @@
 """TensorBoard: the curves, the events and the pictures of a run, without a step twice after a resume."""
 
 import math
+import re
 import textwrap
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,15 +12,20 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+_EVENTS = "events.out.tfevents."  # followed by the time, in ten digits, and who wrote it
+RESTART = "restart"  # the name of the marks in by_stage/, beside those of stages
+
 
 class Board:
     """The event file of one life of a run. On ranks other than 0 give no folder: every call does nothing."""
 
     def __init__(self, folder: Path | None, resumed_at: int = 0) -> None:
         self._writer: Any = None
+        self._session_end: Any = None  # of a trial of a sweep
         if folder is not None:
             from torch.utils.tensorboard import SummaryWriter
 
+            _in_order(folder)
             # What an earlier life wrote behind the restored step was lost with it, and will be trained again:
             # purge_step makes TensorBoard drop it, so that no step appears twice.
             purge = resumed_at + 1 if any(folder.glob("events.out.*")) else None
@@ -32,6 +39,26 @@ class Board:
     def text(self, step: int, name: str, value: str) -> None:
         if self._writer is not None:
             self._writer.add_text(name, value, step)
+
+    def layout(self, stages: Sequence[str]) -> None:
+        """The charts of the tab Custom Scalars: each stage a line of its own in one chart, restarts marked on them."""
+        if self._writer is not None:
+            lines = [f"by_stage/{re.escape(name)}$" for name in (*stages, RESTART)]
+            self._writer.add_custom_scalars(
+                {
+                    "The run": {
+                        "loss by stage, restarts marked": ["Multiline", lines],
+                        "gradient norm by group": ["Multiline", ["gradient_norm/.*"]],
+                        "learning rate by group": ["Multiline", ["learning_rate/.*"]],
+                    },
+                    "Where the time goes": {
+                        "seconds": ["Multiline", ["speed/step_seconds", "speed/data_wait_seconds"]],
+                        "seconds of a save": ["Multiline", ["checkpoint/.*seconds"]],
+                        "padding": ["Multiline", ["data/padding"]],
+                    },
+                    "Evaluation": {"scores": ["Multiline", ["evaluation/.*"]]},
+                }
+            )
 
     def event(self, step: int, event: str, details: str) -> None:
         """Something that happened to the job: preempted, requeued, resumed, saved."""
@@ -48,9 +75,14 @@ class Board:
             from torch.utils.tensorboard.summary import hparams
 
             known = {name: "null" if value is None else value for name, value in values.items()}
-            experiment, session, _ = hparams(known, {metric: 0.0})  # type: ignore[no-untyped-call]
+            experiment, session, self._session_end = hparams(known, {metric: 0.0})  # type: ignore[no-untyped-call]
             for summary in (experiment, session):
                 self._writer.file_writer.add_summary(summary)
+
+    def end_session(self) -> None:
+        """The trial is done, finished or pruned: HParams shows it as such."""
+        if self._writer is not None and self._session_end is not None:
+            self._writer.file_writer.add_summary(self._session_end)
 
     def flush(self) -> None:
         if self._writer is not None:
@@ -59,6 +91,18 @@ class Board:
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+
+
+def _in_order(folder: Path) -> None:
+    """Let the files of earlier lives come before the next one, as TensorBoard reads a run's files by name.
+
+    Their names begin with the time. Where a clock was set back, or two lives began within a second, the earlier files
+    get numbers instead, in the order in which they were; elsewhere they keep their names, as somebody may be watching.
+    """
+    names = sorted(path.name for path in folder.glob(f"{_EVENTS}*"))
+    if names and names[-1] >= f"{_EVENTS}{int(time.time()):010d}":
+        for number, name in enumerate(names):
+            (folder / name).rename(folder / f"{_EVENTS}{number:010d}.{name.split('.', 4)[-1]}")
 
 
 def panel(images: Sequence[Image.Image], texts: dict[str, str], height: int = 320) -> npt.NDArray[np.uint8]:

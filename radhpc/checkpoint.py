@@ -53,6 +53,7 @@ class Cursor:
     world: int  # ranks that wrote it
     engine: str
     format: int = FORMAT
+    origin: str = ""  # the run and the checkpoint that it was taken over from, if it was: lineage.py
 
 
 def name_of(step: int) -> str:
@@ -151,6 +152,10 @@ class Checkpoints:
             return self.cursor(name).stage_done
         except (OSError, ValueError, TypeError, KeyError, UserError):
             return True
+
+    def identity(self, name: str) -> str:
+        """What tells a committed checkpoint from every other: the hash of its manifest."""
+        return self._read(name, _MARKER).decode(errors="replace")
 
     def verify(self, name: str) -> str | None:
         """What is wrong with a checkpoint, or None: the marker, then size and sha256 of every file."""

@@ -1,4 +1,4 @@
-"""Samples to batches: what the model is asked, what it shall answer, and what it is not taught.
+"""Samples to batches: the prompt and the answer of a task as tokens, and which of them are taught.
 
 Enters: a Sample with its decoded views. Leaves: an Encoded, and from several of them one padded batch, in which
 prompt, image tokens and padding carry the label -100. Example: a study with one view, prompt of 12 tokens and
@@ -13,13 +13,18 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
+from radhpc.errors import UserError
 from radhpc.models import Arrays, ModelFamily
 from radhpc.processors import stitch
-from radhpc.recipe import Images, Text
+from radhpc.recipe import Findings, Images, Text
 from radhpc.sample import Sample
-from radhpc.source import Raw, study
+from radhpc.source import BadSample, Raw, study
+from radhpc.tasks import Asked, OutsideTheSet, Tasks
 
 IGNORE = -100  # PyTorch's label for "no loss here"
+UNKNOWN = -1  # a finding that the study says nothing about
+
+_PROMPTS = 4096  # whose tokens are kept
 
 Batch = dict[str, torch.Tensor]
 
@@ -33,6 +38,8 @@ class Encoded:
     labels: npt.NDArray[np.int64]  # (length,)
     images: Arrays
     cut: bool = False  # whether the answer was longer than Text.max_tokens allows
+    findings: npt.NDArray[np.int8] | None = None  # (names,) 1, 0 or UNKNOWN, where a head learns them
+    task: str = ""  # its name in the recipe
 
     @property
     def supervised(self) -> int:
@@ -47,25 +54,55 @@ class Encoded:
 class Encoder:
     """Turns samples into Encoded ones, and those into batches."""
 
-    def __init__(self, family: ModelFamily, text: Text, images: Images = Images()) -> None:  # type: ignore[call-arg]  # noqa: B008
-        self.family, self.text, self.images = family, text, images
-        self._usual: dict[int, list[int]] = {}  # by number of views: the ids of the recipe's own prompt
+    def __init__(
+        self,
+        family: ModelFamily,
+        text: Text,
+        images: Images = Images(),  # type: ignore[call-arg]  # noqa: B008
+        findings: Findings = Findings(),  # type: ignore[call-arg]  # noqa: B008
+        seed: int = 0,
+        labelled: bool = False,
+    ) -> None:
+        """`labelled`: whether batches hold the findings, too. Raises UserError for a prompt that leaves no room."""
+        self.family, self.text, self.images, self._labelled = family, text, images, labelled
+        self.tasks = Tasks(text, findings, seed)
+        self._known: dict[tuple[str, int], list[int]] = {}  # the ids of the recipe's own prompts, by number of views
+        for name, task in self.tasks.mixture.items():
+            if task.kind in ("report", "caption", "findings") and len(ids := self._ids(task.prompt)) >= text.max_tokens:
+                where = f"text.tasks.{name}" if text.tasks else "text.prompt"
+                raise UserError(
+                    f"{where}: a prompt of {len(ids)} tokens leaves no room for an answer in text.max_tokens "
+                    f"{text.max_tokens}"
+                )
 
     def answer(self, sample: Sample) -> str:
-        """What the model shall say: the answer to the question, or the wanted sections of the report."""
-        if sample.question:
-            return sample.answer or ""
-        return sample.report.text(self.text.sections)
+        """What the model shall say in an evaluation, of the first task of the recipe that the study can serve."""
+        asked = self.tasks.usual(sample)
+        return asked.answer if asked else ""
 
     def read(self, raw: Raw) -> Encoded:
         """Decode and encode one sample for training. Raises BadSample."""
-        return self.encode(*study(raw))
+        key, sample, views = study(raw)
+        try:
+            asked = self.tasks.of(sample, raw.epoch)
+        except OutsideTheSet as error:
+            raise BadSample(key, str(error)) from error
+        row = self._encode(key, sample, views, asked)
+        if row.length > self.text.max_tokens and row.supervised:
+            tokens = f"{row.length - row.supervised} tokens"
+            raise BadSample(
+                key, f"a question of {tokens} leaves no room for an answer in text.max_tokens {self.text.max_tokens}"
+            )
+        return row
 
     def encode(self, key: str, sample: Sample, views: Sequence[Image.Image]) -> Encoded:
-        """Encode for training. A study without text has no supervised token: it is passed over, not taught."""
-        images, prompt = self._asked(sample.question, views)
-        answer = self.answer(sample)
-        ids = [*self._ids(answer), self.family.tokenizer.eos_token_id] if answer else []
+        """Encode the prompt and what answer() says, for an evaluation."""
+        return self._encode(key, sample, views, self.tasks.usual(sample))
+
+    def _encode(self, key: str, sample: Sample, views: Sequence[Image.Image], asked: Asked | None) -> Encoded:
+        """A study that serves no task has no supervised token: it is passed over, not taught."""
+        images, prompt = self._asked(asked.prompt if asked else self.tasks.plain(sample.language), views)
+        ids = [*self._ids(asked.answer), self.family.tokenizer.eos_token_id] if asked and asked.answer else []
         room = max(1, self.text.max_tokens - len(prompt))
         cut = len(ids) > room
         ids = ids[:room]
@@ -75,13 +112,33 @@ class Encoder:
             np.asarray([IGNORE] * len(prompt) + ids, np.int64),
             images,
             cut,
+            self._findings(sample),
+            asked.task if asked else "",
         )
 
-    def encode_prompt(self, key: str, question: str | None, views: Sequence[Image.Image]) -> Encoded:
-        """Encode for generation: the prompt alone."""
-        images, prompt = self._asked(question, views)
+    def encode_prompt(
+        self, key: str, question: str | None, views: Sequence[Image.Image], sample: Sample | None = None
+    ) -> Encoded:
+        """Encode for generation: the prompt alone. It is that of the sample's usual task, in its language; else of the
+        question; else of the recipe's first task that needs neither.
+        """
+        language = sample.language if sample else "en"
+        asked = self.tasks.usual(sample) if sample is not None and not (question and not sample.answer) else None
+        if asked is not None:
+            text = asked.prompt
+        elif question:
+            text = self.tasks.asking(question, language)
+        else:
+            text = self.tasks.plain(language)
+        images, prompt = self._asked(text, views)
         ids = np.asarray(prompt, np.int64)
         return Encoded(key, ids, np.full_like(ids, IGNORE), images)
+
+    def _findings(self, sample: Sample) -> npt.NDArray[np.int8] | None:
+        if not self._labelled:
+            return None
+        known = self.tasks.known(sample)
+        return np.asarray([int(known.get(name, UNKNOWN)) for name in self.tasks.findings.names], np.int8)
 
     def empty(self) -> Encoded:
         """A slot without a sample: a black image and a prompt, nothing supervised. Every rank computes as many
@@ -101,31 +158,42 @@ class Encoder:
             "input_ids": torch.from_numpy(ids),
             "attention_mask": torch.from_numpy(mask),
             "labels": torch.from_numpy(labels),
+            **self._collated_findings(rows, left),
             **self.family.collate_images([row.images for row in rows], ids),
         }
+
+    def _collated_findings(self, rows: Sequence[Encoded], left: bool) -> Batch:
+        """(rows, names); nothing is known about a slot without a sample."""
+        if not self._labelled or left:
+            return {}
+        nothing = np.full(len(self.tasks.findings.names), UNKNOWN, np.int8)
+        known = [nothing if row.findings is None else row.findings for row in rows]
+        return {"findings": torch.from_numpy(np.stack(known))}
 
     def _shown(self, views: Sequence[Image.Image]) -> Sequence[Image.Image]:
         """The pictures that the model gets for the views of a study: as many of them as the recipe wants, or one."""
         views = views[: self.images.limit]
         return [stitch(views, self.images.gap, len(views))] if self.images.stitch else views
 
-    def _asked(self, question: str | None, views: Sequence[Image.Image]) -> tuple[Arrays, list[int]]:
+    def _asked(self, prompt: str, views: Sequence[Image.Image]) -> tuple[Arrays, list[int]]:
         """The images of a study and the ids of its prompt, with as many image tokens as the images take."""
         views = self._shown(views)
+        assert views, "the stream gives no study without an image"
         images = self.family.encode_images(views)
-        return images, self.family.place_images(self._prompt(question, len(views)), images)
+        return images, self.family.place_images(self._prompt(prompt, len(views)), images)
 
-    def _prompt(self, question: str | None, views: int) -> list[int]:
-        if question:
-            return self._ids(self.family.prompt(question, views))
-        if views not in self._usual:
-            self._usual[views] = self._ids(self.family.prompt(self.text.prompt, views))
-        return self._usual[views]
+    def _prompt(self, prompt: str, views: int) -> list[int]:
+        if (prompt, views) not in self._known:
+            if len(self._known) > _PROMPTS:  # every question is one
+                self._known.clear()
+            self._known[prompt, views] = self._ids(self.family.prompt(prompt, views))
+        return self._known[prompt, views]
 
     def _ids(self, text: str) -> list[int]:
         return list(self.family.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def conversation(sample: Sample, text: Text) -> str:
+def conversation(sample: Sample, text: Text, findings: Findings = Findings()) -> str:  # type: ignore[call-arg]  # noqa: B008
     """What a sample says, question and answer, as a tokenizer is trained on it."""
-    return f"{sample.question or text.prompt}\n{sample.answer or sample.report.text(text.sections)}"
+    asked = Tasks(text, findings, 0).usual(sample)
+    return f"{asked.prompt}\n{asked.answer}" if asked else sample.report.text()

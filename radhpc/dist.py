@@ -124,7 +124,7 @@ class Ranks:
 
     def close(self) -> None:
         """Leave the group. After an error the peers may be gone, so it is given five seconds."""
-        if self.world > 1 and dist.is_initialized():
+        if dist.is_initialized():
             leave = threading.Thread(target=dist.destroy_process_group, daemon=True)
             leave.start()
             leave.join(5)

@@ -1,51 +1,44 @@
-"""What a model is worth on held-out studies: generated reports against the references, beside trivial baselines.
+"""What a model is worth on held-out studies: generated answers against the references, beside trivial baselines.
 
-Writes evaluation/step-N/: reports.jsonl (key, reference, generated), scores.json and table.md. Each score says by its
-convention what it is; low and high are a 95% bootstrap interval over patients.
+    result = evaluate(lambda: engine, encoder, held_out, training, settings, ranks, folder, identity)
+    write(folder, result, step, split)
+
+Enters: a model, a split. Leaves, in evaluation/step-N/: reports.jsonl (a line per study), scores.json and table.md; and
+generated/, in which every rank keeps what it has generated, so that a preemption loses none of it. The same code runs
+between stages, every so many steps, and for `launch.py evaluate` (evaluation_job.py).
 """
 
 import json
 import logging
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from radhpc import order
-from radhpc.background import beside
+from radhpc.background import beside, on_first
 from radhpc.board import panel
 from radhpc.collate import Encoded, Encoder
 from radhpc.dist import Ranks
 from radhpc.engine import Engine
 from radhpc.errors import UserError
 from radhpc.files import write_atomically
-from radhpc.generate import generate
-from radhpc.metrics import findings, text
-from radhpc.metrics.bootstrap import interval
+from radhpc.generate import generate, likelihoods
+from radhpc.generated import Batch, Generated
+from radhpc.metrics.published import lines as published_lines
+from radhpc.neighbours import Library, thumbnail
 from radhpc.recipe import Evaluation
-from radhpc.sample import Sample
+from radhpc.scoring import Row, Scores, Scoring, saying, scores, trivial as trivial_texts
 from radhpc.source import BadSample, Source, Study
 from radhpc.stop import Stop
 
 log = logging.getLogger("radhpc")
 
-BASELINE = 4096  # training reports that the baselines are made of
-
-Scores = dict[str, dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One study, answered."""
-
-    key: str
-    patient: str
-    reference: str
-    generated: str
-    findings: frozenset[str] | None  # known findings of a phantom; None where they are not known
+BASELINE = 4096  # training studies that the constant and the random baseline are made of
+YES_NO = (("yes", "Yes"), ("no", "No"))
 
 
 @dataclass(frozen=True)
@@ -53,10 +46,12 @@ class Result:
     """An evaluation; complete on rank 0 only."""
 
     scores: Scores
-    baselines: dict[str, Scores]  # "constant" and "random"
+    baselines: dict[str, Scores]  # "constant", "random" and "nearest"
     rows: list[Row]
     pictures: list[np.ndarray[Any, Any]]
     bad: list[str]  # keys of studies that could not be read and are left out
+    split: str = ""
+    missing: dict[str, str] = field(default_factory=dict)  # scores that need something: what to put where
 
 
 def chosen(source: Source, samples: int | None) -> list[int]:
@@ -66,53 +61,133 @@ def chosen(source: Source, samples: int | None) -> list[int]:
 
 
 def evaluate(
-    engine: Engine,
+    engine: Callable[[], Engine],
     encoder: Encoder,
     held_out: Source,
     training: Source,
-    recipe: Evaluation,
+    settings: Evaluation,
     ranks: Ranks,
+    folder: Path,
+    identity: str,
     check: Callable[[int], None] = lambda done: None,
     stop: Stop | None = None,
+    scoring: Scoring | None = None,
 ) -> Result:
-    """Generate for the chosen studies, on all ranks, and score on rank 0. `stop` ends it by Interrupted."""
-    stop = stop or Stop()
-    numbers = chosen(held_out, recipe.samples)
+    """Generate for the chosen studies, on all ranks, and score on rank 0. `stop` ends it by Interrupted.
 
-    def read() -> tuple[list[Study], list[str], list[Encoded]]:
-        mine, bad = _read(held_out, numbers[ranks.rank :: ranks.world])
-        return mine, bad, [encoder.encode_prompt(key, sample.question, views) for key, sample, views in mine]
-
-    mine, bad, prompts = beside(read, ranks, stop) or ([], [], [])
-    generated = generate(engine, encoder, prompts, recipe.batch, recipe.max_new_tokens, ranks, check)
-    loss, tokens = _loss(engine, encoder, mine, recipe.batch, ranks, stop)
-    rows = [
-        Row(key, sample.patient, encoder.answer(sample), text, known_findings(sample))
-        for (key, sample, _), text in zip(mine, generated, strict=True)
-    ]
-    pictures = [
-        panel(views, {"Reference": row.reference, "Generated": row.generated})
-        for row, (_, _, views) in zip(rows[: recipe.images], mine, strict=False)
-    ]
-    every_rank = ranks.gather((rows, bad))
-    rows = sorted((row for rows, _ in every_rank for row in rows), key=lambda row: row.key)
-    bad = sorted(key for _, keys in every_rank for key in keys)
+    `engine`: asked for the model where anything is left to generate; `identity`: of the weights, so that what was
+    generated by others does not count; `check`: called on all ranks before each batch with the studies that are done.
+    """
+    stop, scoring = stop or Stop(), scoring or Scoring(settings)
+    numbers = chosen(held_out, settings.samples)
+    kept = Generated(folder / "generated", ranks.rank)
+    asked = _identity(identity, held_out, settings)
+    earlier = on_first(lambda: kept.begin(asked), ranks, stop)
+    wanted = dict(zip(held_out.keys(np.asarray(numbers)), numbers, strict=True))
+    done = {key for batch in earlier for key in (*(row["key"] for row in batch["rows"]), *batch["bad"])}
+    left = [number for key, number in wanted.items() if key not in done]
+    batches = _by_length(held_out, left, settings.batch)
+    mine, rounds = batches[ranks.rank :: ranks.world], -(-len(batches) // ranks.world)
+    model = engine() if rounds else None
+    now: list[Batch] = []
+    for n in range(rounds):
+        assert model is not None
+        check(len(numbers) - len(left) + min(len(left), n * settings.batch * ranks.world))
+        answered = _answered(model, encoder, held_out, mine[n] if n < len(mine) else [], settings, ranks, stop)
+        if answered["rows"] or answered["bad"]:
+            kept.append(answered)
+            now.append(answered)
+    gathered = [*earlier, *(batch for theirs in ranks.gather(now) for batch in theirs)]
+    rows = sorted(
+        (Row(**row) for batch in gathered for row in batch["rows"] if row["key"] in wanted), key=lambda r: r.key
+    )
+    bad = sorted(key for batch in gathered for key in batch["bad"] if key in wanted)
     if not rows:
         raise UserError(
             f"evaluation: none of {len(numbers)} studies could be read; 'launch.py verify' names every fault"
         )
+    library = None
+    if settings.neighbours and any(row.question is None for row in rows):
+        library = Library.build(training, encoder.answer, settings.neighbours, folder.parents[1], ranks, stop)
 
     def scored() -> Result:
-        scores = {"loss": _score(loss / max(1, tokens), None, "nats per supervised token"), **score(rows)}
+        loss, tokens = (sum(batch[name] for batch in gathered) for name in ("loss", "tokens"))
+        nats = {"value": loss / max(1, tokens), "low": None, "high": None, "convention": "nats per supervised token"}
         baselines = {
-            name: score(
-                [Row(r.key, r.patient, r.reference, text, r.findings) for r, text in zip(rows, texts, strict=True)]
-            )
-            for name, texts in trivial(encoder, training, len(rows)).items()
+            name: score(saying(rows, texts), scoring, model=False)
+            for name, texts in trivial(encoder, training, rows, library).items()
         }
-        return Result(scores, baselines, rows, pictures, bad)
+        pictures = _pictures(held_out, [wanted[row.key] for row in rows], rows, settings.images)
+        return Result(
+            {"loss": nats, **score(rows, scoring)}, baselines, rows, pictures, bad, held_out.split, scoring.missing()
+        )
 
     return beside(scored if ranks.first else None, ranks, stop) or Result({}, {}, [], [], [])
+
+
+def _identity(weights: str, source: Source, settings: Evaluation) -> str:
+    """What the generated texts depend on, and nothing else: more studies or other scores do not change it."""
+    names = ("max_new_tokens", "findings_question", "findings_vocabulary")
+    asked = {**{name: getattr(settings, name) for name in names}, **settings.decoding()}
+    return json.dumps(
+        {"weights": weights, "data": source.hashes, "split": source.split, "asked": asked}, sort_keys=True
+    )
+
+
+def _by_length(source: Source, numbers: Sequence[int], batch: int) -> list[list[int]]:
+    """Batches of studies with as many images and texts of like length, the longest first: little is padded, and ranks
+    that work side by side do so for about as long.
+    """
+    if not numbers:
+        return []
+    sizes = source.sizes(np.asarray(numbers))
+    order_ = np.lexsort((numbers, -sizes[:, 1], -sizes[:, 0]))
+    falling = [numbers[n] for n in order_]
+    return [falling[start : start + batch] for start in range(0, len(falling), batch)]
+
+
+def _answered(
+    engine: Engine, encoder: Encoder, source: Source, numbers: list[int], settings: Evaluation, ranks: Ranks, stop: Stop
+) -> Batch:
+    """Generate for one batch of this rank, which may be empty, and measure its loss. Raises Interrupted."""
+
+    def read() -> tuple[list[Study], list[str], list[Encoded], list[tuple[str, str, Encoded]]]:
+        studies, bad = _read(source, numbers)
+        prompts = [encoder.encode_prompt(key, sample.question, views, sample) for key, sample, views in studies]
+        return studies, bad, prompts, list(_questions(encoder, studies, settings))
+
+    studies, bad, prompts, questions = beside(read, ranks, stop) or ([], [], [], [])
+    if settings.temperature is not None and numbers:
+        torch.manual_seed(order.number("evaluation", numbers[0]) % (1 << 63))
+    texts = generate(
+        engine, encoder, prompts, settings.batch, settings.max_new_tokens, ranks,
+        given_up=lambda: bool(stop.poll()), **settings.decoding(),
+    )  # fmt: skip
+    stop.check(ranks.max)  # texts that a signal has cut short are worth nothing
+    loss, tokens = _loss(engine, encoder, studies, ranks)
+    shares: dict[str, dict[str, float]] = {}
+    if settings.findings_question is not None:
+        rows = [row for _, _, row in questions]
+        found = likelihoods(engine, encoder, rows, settings.batch, YES_NO, ranks)
+        for (key, name, _), (yes, _) in zip(questions, found, strict=True):
+            shares.setdefault(key, {})[name] = yes
+    answered = [
+        Row(
+            key, sample.patient, sample.study, sample.dataset, sample.question, encoder.answer(sample), text,
+            sample.labels, shares.get(key), thumbnail(views),
+        )
+        for (key, sample, views), text in zip(studies, texts, strict=True)
+    ]  # fmt: skip
+    return {"rows": [asdict(row) for row in answered], "bad": bad, "loss": loss, "tokens": tokens}
+
+
+def _questions(encoder: Encoder, studies: Sequence[Study], settings: Evaluation) -> Iterator[tuple[str, str, Encoded]]:
+    """Key, finding and prompt of each yes/no question about a study's labels."""
+    if settings.findings_question is not None:
+        for key, sample, views in studies:
+            for name in sample.labels.get(settings.findings_vocabulary, ()) if sample.question is None else ():
+                question = settings.findings_question.replace("{finding}", name)
+                yield key, name, encoder.encode_prompt(key, question, views)
 
 
 def _read(source: Source, numbers: list[int]) -> tuple[list[Study], list[str]]:
@@ -127,97 +202,87 @@ def _read(source: Source, numbers: list[int]) -> tuple[list[Study], list[str]]:
     return studies, bad
 
 
-def known_findings(sample: Sample) -> frozenset[str] | None:
-    """The findings a phantom was drawn with."""
-    labels = sample.labels.get("phantom")
-    return None if labels is None else frozenset(name for name, value in labels.items() if value == 1)
+def _loss(engine: Engine, encoder: Encoder, studies: list[Study], ranks: Ranks) -> tuple[float, int]:
+    """Summed loss and supervised tokens of this rank's batch; all ranks make a forward pass if any has studies."""
+    if not ranks.max([float(len(studies))])[0]:
+        return 0.0, 0
+    rows = [encoder.encode(*study) for study in studies]
+    loss = engine.loss_sum(encoder.batch(rows or [encoder.empty()]))
+    return (loss, sum(row.supervised for row in rows)) if rows else (0.0, 0)
 
 
-def trivial(encoder: Encoder, training: Source, count: int) -> dict[str, list[str]]:
-    """What costs nothing: the commonest training report for everybody, and a random training report for each."""
+def _pictures(source: Source, numbers: list[int], rows: Sequence[Row], count: int) -> list[np.ndarray[Any, Any]]:
+    """Studies beside what was written of them, for the board."""
+    studies, _ = _read(source, numbers[:count])
+    told = {row.key: row for row in rows}
+    return [
+        panel(views, {"Reference": told[key].reference, "Generated": told[key].generated}) for key, _, views in studies
+    ]
+
+
+def trivial(
+    encoder: Encoder, training: Source, rows: Sequence[Row], library: Library | None = None
+) -> dict[str, list[str]]:
+    """What costs nothing: see scoring.trivial; and the report of the training study whose image is most alike."""
     some = order.permute(np.arange(min(BASELINE, len(training))), len(training), order.number("baseline"))
-    texts = [text for text in map(encoder.answer, training.samples(np.sort(some))) if text]
-    random = np.random.default_rng(0)
-    return {
-        "constant": [Counter(texts).most_common(1)[0][0]] * count,
-        "random": [texts[n] for n in random.integers(len(texts), size=count)],
-    }
+    known = [(sample.question, encoder.answer(sample)) for sample in training.samples(np.sort(some))]
+    texts = trivial_texts(rows, known)
+    if library is not None and library.texts:
+        near = library.nearest([row.thumbnail for row in rows])
+        pairs = zip(rows, near, texts["constant"], strict=True)
+        texts["nearest"] = [report if row.question is None else answer for row, report, answer in pairs]
+    return texts
 
 
-def score(rows: list[Row]) -> Scores:
-    """Every score that these rows allow."""
-    patients = [row.patient for row in rows]
-
-    def token_f1(rows: list[Row]) -> float:
-        return float(np.mean([text.token_f1(row.generated, row.reference) for row in rows]))
-
-    scores = {"token_f1": _score(token_f1(rows), interval(rows, patients, token_f1), "words as bags, lower case")}
-    known = [row for row in rows if row.findings is not None]
-    if known:
-        names = (*findings.NAMES, "normal")
-        read = [(set(findings.read(row.generated)), set(row.findings or ())) for row in known]
-        f1 = findings.f1([mine for mine, _ in read], [wanted for _, wanted in read], names)
-        limits = interval(read, [row.patient for row in known], lambda rows: _macro(rows, names), replicates=100)
-        rule = "findings read back from the text by rule, macro over the labels present"
-        scores["findings_macro_f1"] = _score(f1["macro"], limits, rule)
-        for name, value in f1.items():
-            if name != "macro":
-                scores[f"findings_f1/{name}"] = _score(value, None, "findings read back from the text by rule")
-    return scores
+def score(rows: Sequence[Row], scoring: Scoring, model: bool = True) -> Scores:
+    """Every score that these rows allow; those of a baseline without intervals."""
+    return scores(scoring.measures(rows, model), rows, limits=model)
 
 
-def _macro(rows: list[tuple[set[str], set[str]]], names: tuple[str, ...]) -> float:
-    return findings.f1([mine for mine, _ in rows], [wanted for _, wanted in rows], names)["macro"]
-
-
-def write(folder: Path, result: Result, step: int, split: str) -> None:
+def write(folder: Path, result: Result, step: int, split: str, comparison: dict[str, Any] | None = None) -> None:
     """Write the three files; scores.json last, so that an evaluation with scores is a whole one."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    lines = [
-        {"key": row.key, "reference": row.reference, "generated": row.generated, "findings": sorted(row.findings or ())}
-        for row in result.rows
-    ]
-    write_atomically(folder / "reports.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode(), 0o600)
-    write_atomically(
-        folder / "table.md", "\n".join([f"# Step {step}, split {split}", "", *table(result)]).encode(), 0o600
-    )
+    lines = "".join(json.dumps(row.public()) + "\n" for row in result.rows)
+    write_atomically(folder / "reports.jsonl", lines.encode(), 0o600)
+    text = "\n".join([f"# Step {step}, split {split}", "", *table(result, comparison), ""])
+    write_atomically(folder / "table.md", text.encode(), 0o600)
     summary = {
         "step": step,
         "split": split,
         "samples": len(result.rows),
+        "datasets": sorted({row.dataset for row in result.rows}),
         "left_out": result.bad,
         "scores": result.scores,
         "baselines": result.baselines,
+        "missing": result.missing,
+        **({"comparison": comparison} if comparison else {}),
     }
     write_atomically(folder / "scores.json", (json.dumps(summary, indent=1) + "\n").encode(), 0o600)
 
 
-def table(result: Result) -> Iterator[str]:
-    """The scores beside the baselines, as Markdown lines."""
-    yield "| score | model | 95% interval | constant report | random report |"
-    yield "|---|---|---|---|---|"
-    for name, score in result.scores.items():
-        limits = "" if score["low"] is None else f"{score['low']:.3f} to {score['high']:.3f}"
-        others = [result.baselines[b].get(name, {}).get("value") for b in ("constant", "random")]
+def table(result: Result, comparison: dict[str, Any] | None = None) -> Iterator[str]:
+    """The scores beside the baselines, as Markdown; below it what was compared, published or missing."""
+    names = list(result.baselines)
+    yield f"| score | model | 95% interval |{''.join(f' {name} |' for name in names)}"
+    yield "|---" * (3 + len(names)) + "|"
+    for name, found in result.scores.items():
+        limits = "" if found["low"] is None else f"{found['low']:.3f} to {found['high']:.3f}"
+        others = [result.baselines[baseline].get(name, {}).get("value") for baseline in names]
         cells = ["" if value is None else f"{value:.3f}" for value in others]
-        yield f"| {name} | {score['value']:.3f} | {limits} | {cells[0]} | {cells[1]} |"
-
-
-def _score(value: float, limits: tuple[float, float] | None, convention: str) -> dict[str, Any]:
-    low, high = limits or (None, None)
-    return {"value": value, "low": low, "high": high, "convention": convention}
-
-
-def _loss(
-    engine: Engine, encoder: Encoder, studies: list[Study], batch: int, ranks: Ranks, stop: Stop
-) -> tuple[float, float]:
-    """Summed loss and supervised tokens over all ranks, with as many forward passes on each."""
-    (rounds,) = ranks.max([float(-(-len(studies) // batch))])
-    loss, tokens = 0.0, 0
-    for n in range(int(rounds)):
-        stop.check(ranks.max)
-        rows = [encoder.encode(*study) for study in studies[n * batch : (n + 1) * batch]] or [encoder.empty()]
-        loss += engine.loss_sum(encoder.batch(rows))
-        tokens += sum(row.supervised for row in rows)
-    total, count = ranks.sum([loss, float(tokens)])
-    return total, count
+        yield f"| {name} | {found['value']:.3f} | {limits} |{''.join(f' {cell} |' for cell in cells)}"
+    if comparison:
+        yield from ("", f"Against {comparison['against']}: {comparison['test']}, {comparison['samples']} studies.", "")
+        yield from ("| score | difference | 95% interval | p |", "|---|---|---|---|")
+        for name, found in comparison["scores"].items():
+            limits = f"{found['low']:+.3f} to {found['high']:+.3f}"
+            yield f"| {name} | {found['difference']:+.3f} | {limits} | {found['p']:.3f} |"
+    yield from published_lines(result.scores, {row.dataset for row in result.rows}, result.split)
+    yield from ("", "How each score is made:", "")
+    made: dict[str, list[str]] = {}
+    for name, found in result.scores.items():
+        digest = f"; weights sha256 {found['weights']}" if "weights" in found else ""
+        made.setdefault(found["convention"] + digest, []).append(name)
+    for convention, alike in made.items():
+        yield f"- {', '.join(alike)}: {convention}"
+    for name, why in result.missing.items():
+        yield f"- {name}: not scored: {why}"

@@ -1,12 +1,59 @@
-"""Adapters as PEFT reads them: adapter_config.json and adapter_model.safetensors."""
+"""A trained model as others read it: PEFT's adapter, or whole weights for plain transformers. Nothing of radhpc needed.
 
+    export(parts, out, merge=False)   # adapter_config.json, adapter_model.safetensors; base/ where the run changed it
+    export(parts, out, merge=True)    # config.json, model-*.safetensors, the adapters added in
+    check(out, ...)                   # a process that cannot import radhpc gives the same logits
+
+Beside the weights lie processor, tokenizer, generation settings, README.md (the model card), recipe.yaml and example.py
+(radhpc/plain.py), which is how somebody else starts. What comes out is whole: it is written beside and moved.
+"""
+
+import ast
+import copy
+import json
+import os
 import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import peft
-from safetensors.torch import save_file
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.utils import logging
 
+from radhpc import adapters, plain
 from radhpc.adapters import Tensors
+from radhpc.answer import TRUTH
+from radhpc.errors import UserError
+from radhpc.model_card import base_folder, card
+from radhpc.processors import ClipImages
+
+if TYPE_CHECKING:
+    from radhpc.parts import Parts
+
+SHARD = "5GB"  # the largest file of the weights
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-3}  # of the largest logit, between two roads to it
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written."""
+
+    out: Path
+    kind: str  # "adapter" or "model"
+    base: str | None  # of an adapter: the folder it goes on
+    step: int
+    parameters: int  # in the files
+    dtype: str
 
 
 def write_adapter(folder: Path, config: peft.LoraConfig, weights: Tensors) -> None:
@@ -26,3 +73,250 @@ def write_adapter(folder: Path, config: peft.LoraConfig, weights: Tensors) -> No
         shutil.rmtree(old)
     else:
         temporary.rename(folder)
+
+
+def export(parts: "Parts", out: Path, merge: bool = False, dtype: str | None = None) -> tuple[Exported, "Probe"]:
+    """Write the newest checkpoint that verifies to `out`, a folder that is not there or empty.
+
+    Returns what was written and the question that check() asks it, with this model's own answer. `dtype`: of the whole
+    weights; default: that of the recipe's own weights, or float32. Raises UserError.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out}: there is something already; name a new folder")
+    engine, cursor = parts.restored_engine()
+    stage, model = parts.recipe.stages[cursor.stage], engine.model
+    if stage.lora is None and not merge:
+        raise UserError(f"{parts.run.path}: stage '{stage.name}' has no adapters to export; say --merge for the whole")
+    kept = dtype or _dtype_of(parts)
+    probe = Probe.of(parts, engine)
+    temporary = out.with_name(f".{out.name}.writing")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(mode=0o700, parents=True)
+        base: str | None = None
+        if merge:
+            written = _write_whole(parts, _merged(model), temporary, kept)
+        else:
+            assert stage.lora is not None
+            weights = {name: tensor for name, tensor in engine.weights().items() if ".lora_" in name}
+            whole = base_folder(parts.recipe.model)
+            changed = whole is None or base_was_changed(parts, cursor.stage)
+            base = "base" if changed else whole
+            config = adapters.peft_config(stage.lora)
+            config.base_model_name_or_path = "base" if changed else Path(str(base)).name
+            write_adapter(temporary / "adapter", config, weights)
+            for file in (temporary / "adapter").iterdir():
+                file.rename(temporary / file.name)
+            (temporary / "adapter").rmdir()
+            written = sum(tensor.numel() for tensor in weights.values())
+            if changed:
+                (temporary / "base").mkdir()
+                written += _write_whole(parts, _bare(model), temporary / "base", kept)
+        _write_beside(parts, temporary)
+        exported = Exported(out, "model" if merge else "adapter", base, cursor.step, written, kept)
+        (temporary / "README.md").write_text(card(parts, cursor, exported.kind, base, kept), encoding="utf-8")
+        if out.exists():
+            out.rmdir()
+        temporary.rename(out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return exported, probe
+
+
+def base_was_changed(parts: "Parts", stage: int) -> bool:
+    """Whether the model below the last adapters is another than the recipe's weights: trained whole, or merged into."""
+    stages = parts.recipe.stages[: stage + 1]
+    return any(s.train for s in stages) or any(s.adapters == "merge" for s in stages)
+
+
+def _dtype_of(parts: "Parts") -> str:
+    folder = base_folder(parts.recipe.model)
+    if folder is None:
+        return "float32"
+    found = json.loads((Path(folder) / "config.json").read_text())
+    told = found.get("dtype") or found.get("torch_dtype") or (found.get("text_config") or {}).get("torch_dtype")
+    return told if told in TOLERANCE else "float32"
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """The model without its adapters, in place."""
+    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)]:
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, layer.get_base_layer())
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+    return model
+
+
+def _merged(model: nn.Module) -> nn.Module:
+    """The model with its adapters added to the weights, in place, by PEFT's own arithmetic."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            weight = layer.get_base_layer().weight
+            if not weight.is_floating_point():
+                raise UserError(
+                    f"--merge: {name} is quantised, and adding to it would round again; export the adapter, or merge "
+                    "with a recipe that loads the weights as bf16"
+                )
+            layer.merge(safe_merge=True)
+    return _bare(model)
+
+
+def _write_whole(parts: "Parts", model: nn.Module, folder: Path, dtype: str) -> int:
+    """config.json and the weights, with the modules of the model that are not transformers' own beside them."""
+    modules = getattr(parts.family, "modules", ())
+    _check_class(model, modules)
+    settings = parts.recipe.evaluation
+    generation = copy.deepcopy(model.generation_config)
+    generation.max_new_tokens = settings.max_new_tokens
+    model.generation_config = generation
+    model.requires_grad_(False).to(getattr(torch, dtype))  # type: ignore[arg-type]
+    logging.disable_progress_bar()
+    model.save_pretrained(str(folder), max_shard_size=SHARD)  # type: ignore[operator]
+    copy_modules(modules, folder)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _check_class(model: Any, modules: Sequence[str]) -> None:
+    """Raises UserError where plain transformers would not build this model: some of its weights would be lost."""
+    kind = type(model)
+    if modules:
+        return
+    if not kind.__module__.startswith("transformers."):
+        raise UserError(
+            f"export: {kind.__name__} is no class of transformers, and has no module that can travel with it"
+        )
+    with torch.device("meta"):
+        known = kind(copy.deepcopy(model.config)).state_dict()
+    if more := sorted(set(model.state_dict()) - set(known)):
+        raise UserError(
+            f"export: {len(more)} of the model's tensors, '{more[0]}' first, have no place in transformers' "
+            f"{kind.__name__}, and no module travels with it that has one"
+        )
+
+
+def copy_modules(modules: Sequence[str], folder: Path) -> None:
+    """Lay a family's own modules beside the weights, where transformers' `auto_map` finds them.
+
+    Each is a file that stands alone; its constant AUTO_MAP, if it has one, says which of its classes is which of
+    transformers' Auto classes, such as {"AutoModelForImageTextToText": "Mine"}, and goes into config.json.
+    """
+    for name in modules:
+        path = Path(str(sys.modules[name].__file__)) if name in sys.modules else _file_of(name)
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            found = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            found += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not any(module.split(".")[0] == "radhpc" for module in found), f"{path} does not stand alone"
+        shutil.copyfile(path, folder / path.name)
+        for node in tree.body:
+            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "AUTO_MAP":
+                config = json.loads((folder / "config.json").read_text())
+                classes = {kind: f"{path.stem}.{what}" for kind, what in ast.literal_eval(node.value).items()}
+                config["auto_map"] = config.get("auto_map", {}) | classes
+                (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _file_of(name: str) -> Path:
+    import importlib.util
+
+    found = importlib.util.find_spec(name)
+    assert found is not None, name
+    assert found.origin is not None, name
+    return Path(found.origin)
+
+
+def _write_beside(parts: "Parts", folder: Path) -> None:
+    """Processor, tokenizer, how to ask, and the file that shows it."""
+    family, weights = parts.family, base_folder(parts.recipe.model)
+    if hasattr(family, "processor"):
+        family.processor().save_pretrained(str(folder))
+    elif weights is not None:
+        from transformers import AutoProcessor
+
+        AutoProcessor.from_pretrained(weights, local_files_only=True).save_pretrained(str(folder))
+    else:
+        raise UserError(f"export: family '{parts.recipe.model.family}' has no processor that plain transformers reads")
+    family.tokenizer.save_pretrained(str(folder))
+    images = getattr(family, "image_processor", None)
+    asking = {
+        "prompt": parts.recipe.text.prompt,
+        "views": parts.recipe.images.limit,
+        "stitch": parts.recipe.images.stitch,
+        "gap": parts.recipe.images.gap,
+        "square": images._background if isinstance(images, ClipImages) and images.fit == "pad" else None,
+        "max_new_tokens": parts.recipe.evaluation.max_new_tokens,
+    }
+    (folder / plain.SETTINGS).write_text(json.dumps(asking, indent=2) + "\n", encoding="utf-8")
+    shutil.copyfile(plain.__file__, folder / "example.py")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A picture, and what the model of the run makes of it: the logits behind the prompt."""
+
+    picture: Image.Image
+    logits: torch.Tensor  # (vocabulary,) float32
+    dtype: str  # of the computation
+
+    @classmethod
+    def of(cls, parts: "Parts", engine: Any) -> "Probe":
+        picture = probe_picture()
+        batch = parts.encoder.batch([parts.encoder.encode_prompt("", None, [picture])])
+        inputs = {name: value for name, value in engine.to_device(batch).items() if name not in TRUTH}
+        with torch.no_grad(), engine._autocast:
+            logits = engine.model.eval()(**inputs).logits[0, -1].float().cpu()
+        dtypes = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+        return cls(picture, logits, dtypes[parts.recipe.precision])
+
+
+def probe_picture() -> Image.Image:
+    """A gray picture with large and small structures: nobody's radiograph."""
+    y, x = np.mgrid[0:200, 0:160] / 40.0
+    waves = np.sin(x) + np.cos(1.7 * y) + 0.3 * np.sin(5 * x * y)
+    return Image.fromarray(np.uint8(np.rint(255 * (waves - waves.min()) / (waves.max() - waves.min()))))
+
+
+def check(exported: Exported, probe: Probe) -> float:
+    """Ask the exported folder in a process of its own that cannot import radhpc, by its example.py.
+
+    Returns the largest difference of the logits, as a share of the largest logit. Raises UserError where that is more
+    than the kind of number allows, or where plain transformers and peft cannot load what was written.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        picture, answer = Path(folder) / "picture.png", Path(folder) / "logits.safetensors"
+        probe.picture.save(picture)
+        arguments = [str(picture), "--logits", str(answer)]
+        if exported.base not in (None, "base"):
+            arguments += ["--base", str(exported.base)]
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", _ALONE, str((exported.out / "example.py").absolute()), *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=folder,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HOME": folder},
+        )
+        if done.returncode:
+            last = (done.stderr.strip() or "it said nothing").splitlines()[-1]
+            raise UserError(f"{exported.out}: plain transformers and peft cannot load it: {last}")
+        theirs = load_file(answer)["logits"]
+    difference = float((theirs - probe.logits).abs().max() / probe.logits.abs().max())
+    allowed = max(TOLERANCE[exported.dtype], TOLERANCE[probe.dtype])
+    if not difference <= allowed:
+        raise UserError(
+            f"{exported.out}: its logits differ from the run's by {difference:.2g} of the largest one; "
+            f"{exported.dtype} after {probe.dtype} allows {allowed:.2g}"
+        )
+    return difference
+
+
+# What `python -I` hides is the checkout; an installed radhpc is hidden by name.
+_ALONE = """
+import runpy, sys
+for name in ("radhpc", "shards", "slurm", "launch"):
+    sys.modules[name] = None
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from radhpc.errors import UserError
 NODE_LOCAL = frozenset(
     ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "jfs", "overlay", "tmpfs", "ramfs")
 )
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
@@ -64,6 +66,17 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     for line in data.split(b"\n")[:-1]:
         if line:
             yield json.loads(line)
+
+
+def insist(reserve: Path, write: Callable[[], None]) -> None:
+    """Call `write`; where the disk or the quota is full, give up the reserve and call it again. Raises OSError."""
+    try:
+        write()
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        reserve.unlink(missing_ok=True)
+        write()
 
 
 def append(descriptor: int, line: bytes) -> None:

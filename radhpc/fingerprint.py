@@ -30,7 +30,7 @@ def sources(folder: Path) -> Iterator[Path]:
     """The files of the three packages in a folder, and launch.py: all that a job may import, and no caches."""
     found = [path for name in PACKAGES for path in (folder / name).rglob("*") if path.is_file()]
     for path in sorted([*found, folder / "launch.py"]):
-        if path.exists() and "__pycache__" not in path.parts and path.suffix in (".py", ".yaml"):
+        if path.exists() and "__pycache__" not in path.parts and path.suffix in (".py", ".yaml", ".html"):
             yield path
 
 

@@ -85,6 +85,7 @@ class Beat:
     collectives: int  # begun so far: the ranks begin the same ones in the same order
     waiting: bool  # for its peers, inside a collective
     seconds: float  # of its own for a step, the waiting for peers left out; 0: not known yet
+    life: str = ""  # where its peers meet: the same for all ranks of a life, and another one in the next
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,8 @@ class Heartbeat:
         self._look_again = self._written = 0.0
         self._neighbours: list[tuple[int, int, str]] = []
         self._left: dict[int, float] = {}
-        self._started = time.time()  # older files are of a life before
+        # Not by the clock: those of two nodes differ, and any may be set back.
+        self._life = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
         self._mine = (node_name(), os.getpid(), process_start(os.getpid()))
         shortest = min((limit for limit in (self.limits.step, self.limits.slow) if limit), default=600.0)
         self.interval = min(15.0, shortest / 20)
@@ -361,7 +363,7 @@ class Heartbeat:
         host, pid, start = self._mine
         beat = Beat(
             self.rank, host, pid, start, time.time(), self._ticks, phase, step, round(age, 2), limit,
-            self._counted, self.waiting if self.polling is None else self.polling, round(self.seconds, 6),
+            self._counted, self.waiting if self.polling is None else self.polling, round(self.seconds, 6), self._life,
         )  # fmt: skip
         path = self._path("heartbeat", "json")
         temporary = path.with_name(f".{path.name}")
@@ -372,7 +374,7 @@ class Heartbeat:
     def _read(self) -> dict[int, Beat]:
         assert self._run is not None
         here = read(self._run).items()
-        return {rank: beat for rank, beat in here if rank < self.world and beat.time > self._started}
+        return {rank: beat for rank, beat in here if rank < self.world and beat.life == self._life}
 
     def _verdict(self) -> dict[str, Any] | None:
         try:

@@ -4,14 +4,16 @@ Each is a hook of the loop, as is saving.py.
 """
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable
 
 import torch
+from torch.distributed.tensor import DTensor
 
-from radhpc import adapters, evaluate
-from radhpc.board import Board
+from radhpc import adapters, evaluate, evaluation_page
+from radhpc.board import RESTART, Board
 from radhpc.engine import Engine
 from radhpc.export import write_adapter
 from radhpc.log import Bar
@@ -43,28 +45,31 @@ class Evaluating:
             log.info("no study in split '%s': nothing to evaluate", split)
             return
         started = time.perf_counter()
-        share = -(-len(evaluate.chosen(held_out, parts.recipe.evaluation.samples)) // parts.ranks.world)
-        with Bar(f"evaluate step {position.step}", share, unit="studies", hidden=not parts.ranks.first) as bar:
+        count = len(evaluate.chosen(held_out, parts.recipe.evaluation.samples))
+        with Bar(f"evaluate step {position.step}", count, unit="studies", hidden=not parts.ranks.first) as bar:
 
             def check(done: int) -> None:
                 parts.ranks.heart.beat("evaluating", slow=True)
                 self.stop.check(parts.ranks.max)
-                bar.update(min(done, share))
+                bar.update(done)
 
             training = parts.source(position.stage, "train")
             result = evaluate.evaluate(
-                self.engine,
+                lambda: self.engine,
                 parts.encoder,
                 held_out,
                 training,
                 parts.recipe.evaluation,
                 parts.ranks,
+                folder,
+                f"step {position.step} of this run",
                 check,
                 self.stop,
             )
-            bar.update(share)
+            bar.update(count)
         if parts.ranks.first:
             evaluate.write(folder, result, position.step, split)
+            evaluation_page.write(folder, held_out)
             values = {f"evaluation/{name}": score["value"] for name, score in result.scores.items()}
             self.board.scalars(position.step, values)
             for n, picture in enumerate(result.pictures):
@@ -86,10 +91,15 @@ class Evaluating:
             raise Interrupted(PRUNED)
 
 
-def board_hook(board: Board, parts: Parts) -> Callable[[Position, Report], None]:
-    """Curves of every step."""
+def board_hook(board: Board, parts: Parts, restarted: bool = False) -> Callable[[Position, Report], None]:
+    """Curves of every step; the first point behind a restart is marked."""
+    life = parts.run.lives
 
     def write(position: Position, report: Report) -> None:
+        nonlocal restarted
+        stage = parts.recipe.stages[position.stage].name
+        marks = {f"by_stage/{RESTART}": report.engine.loss} if restarted else {}
+        restarted = False
         device = parts.ranks.device
         memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident_bytes()
         board.scalars(
@@ -98,6 +108,9 @@ def board_hook(board: Board, parts: Parts) -> Callable[[Position, Report], None]
                 "train/loss": report.engine.loss,
                 "train/gradient_norm": report.engine.gradient_norm,
                 "train/stage": position.stage,
+                "train/life": life,
+                f"by_stage/{stage}": report.engine.loss,
+                **marks,
                 "speed/samples_per_second": report.samples / report.seconds,
                 "speed/tokens_per_second": report.tokens / report.seconds,
                 "speed/step_seconds": report.seconds,
@@ -105,11 +118,50 @@ def board_hook(board: Board, parts: Parts) -> Callable[[Position, Report], None]
                 "data/padding": report.padding,
                 **{f"data/{name}": value for name, value in report.traffic.items()},
                 "memory/gigabytes": memory / 1e9,
+                **{f"loss/{name}": value for name, value in report.engine.terms.items()},
                 **{f"learning_rate/{name}": rate for name, rate in report.engine.learning_rates.items()},
             },
         )
 
     return write
+
+
+class GroupNorms:
+    """The gradient's norm by group of the optimizer, before clipping, as curves. On all ranks: it has a collective."""
+
+    def __init__(self, engine: Engine, board: Board, parts: Parts) -> None:
+        self.board, self.ranks, self.every = board, parts.ranks, parts.recipe.board.every
+        self._names: list[str] = []
+        self._squares: list[torch.Tensor] = []
+        self._due = True
+        if isinstance(engine.optimizer, torch.optim.Optimizer):
+            engine.optimizer.register_step_pre_hook(self._look)
+        else:
+            log.info("no gradient norms by group: the engine's optimizer keeps its gradients to itself")
+
+    def _look(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        """Gradients live until the optimizer has made its step, so this is when they are looked at."""
+        if not self._due:
+            return
+        self._names = [group["name"] for group in optimizer.param_groups]
+        self._squares = []
+        for group in optimizer.param_groups:
+            parts = [p.grad for p in group["params"] if p.grad is not None]
+            local = [part.to_local() if isinstance(part, DTensor) else part for part in parts]
+            norms = torch._foreach_norm(local) if local else [torch.zeros(())]
+            self._squares.append(torch.stack([norm.float() for norm in norms]).square().sum())
+
+    def __call__(self, position: Position, report: Report) -> None:
+        if self._due and self._squares:
+            squares = self.ranks.sum([float(square) for square in self._squares])
+            # By now they are clipped, and where each rank has all of them they count once per rank; the norm of the
+            # whole, which the engine knows, sets that right.
+            whole = math.sqrt(sum(squares)) or 1.0
+            shares = {name: math.sqrt(s) / whole for name, s in zip(self._names, squares, strict=True)}
+            norms = {f"gradient_norm/{name}": share * report.engine.gradient_norm for name, share in shares.items()}
+            self.board.scalars(position.step, norms)
+        self._squares = []
+        self._due = (position.step + 1) % self.every == 0
 
 
 class Progress:

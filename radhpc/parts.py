@@ -1,5 +1,6 @@
 """The parts of a run, built from its folder: tokenizer, model family, data, and the model of any stage."""
 
+import gc
 import hashlib
 import json
 import os
@@ -11,14 +12,15 @@ from typing import Protocol
 
 import torch
 
-from radhpc import adapters, models, tokenizer
+from radhpc import adapters, additions, models, placing, tokenizer, zero
 from radhpc.background import beside, on_first
 from radhpc.checkpoint import Checkpoints, Cursor, sha256
 from radhpc.collate import Encoder, conversation
 from radhpc.dist import Ranks
-from radhpc.engine import Engine
+from radhpc.engine import Engine, check
 from radhpc.errors import UserError
 from radhpc.files import read_json, write_atomically
+from radhpc.quantise import quantise
 from radhpc.recipe import Recipe
 from radhpc.run_dir import RunDir
 from radhpc.sample import Split
@@ -50,6 +52,8 @@ class Parts:
         self.checkpoints = Checkpoints.of(run.path, recipe)
         self._sources: dict[tuple[int, str], Source] = {}
         self.base_hash = ""  # known once a model was built
+        self.stage = len(recipe.stages) - 1  # whose prompts and views encoder() has: that of the newest engine
+        self._encoders: dict[int, Encoder] = {}
 
     def source(self, stage: int, split: Split) -> Source:
         """The samples of a split, over a stage's shards."""
@@ -61,35 +65,64 @@ class Parts:
     def family(self) -> models.ModelFamily:
         return models.family(self.recipe.model, self._tokenizer_folder())
 
-    @cached_property
+    @property
     def encoder(self) -> Encoder:
-        return Encoder(self.family, self.recipe.text, self.recipe.images)
+        """That of the stage whose engine was built last."""
+        return self.encoder_of(self.stage)
 
-    def engine(self, stage: int, lineage: tuple[str, ...]) -> Engine:
-        """The model at the start of a stage, ready to train. `lineage` names the checkpoints of the stages before."""
-        family = self.family
-        model = beside(lambda: family.build(self.recipe.seed), self.ranks, self.stop)
+    def encoder_of(self, number: int) -> Encoder:
+        """Prompts, answers and views as a stage has them."""
+        if number not in self._encoders:
+            recipe, stage = self.recipe, self.recipe.stages[number]
+            text, images = recipe.text_of(stage), recipe.images_of(stage)
+            labelled = bool(stage.objective.clinical)
+            self._encoders[number] = Encoder(self.family, text, images, recipe.findings, recipe.seed, labelled)
+        return self._encoders[number]
+
+    def engine(self, stage: int, lineage: tuple[str, ...], training: bool = True) -> Engine:
+        """The model at the start of a stage, ready to train. `lineage` names the checkpoints of the stages before.
+
+        What is not trained on one rank needs no DeepSpeed.
+        """
+        family, recipe = self.family, self.recipe
+        if not training and self.ranks.world == 1:
+            recipe = recipe.model_copy(update={"engine": "single"})
+        check(recipe, self.ranks)
+        gc.collect()  # the engine of the stage before is full of cycles
+        whole = any(each.lora is not None and each.lora.dora for each in recipe.stages)
+        model = beside(lambda: placing.build(family, recipe.model, recipe.seed, whole), self.ranks, self.stop)
         assert model is not None
         self.base_hash = self._base_hash(model)
+        if recipe.model.quantise is not None:
+            quantise(model, family.blocks, (pattern for each in recipe.stages for pattern in each.train))
+        _check_context(model, recipe)
+        additions.attach(model, family, recipe, recipe.seed)
+        adapters.check(model, recipe.stages)
+        self.stage = stage
 
         def saved(earlier: int) -> adapters.Tensors:
             name = lineage[earlier]
             if fault := self.checkpoints.verify(name):
                 where, stage_name = self.checkpoints.storage.where(name), self.recipe.stages[earlier].name
                 raise UserError(f"{where}: {fault}; without the end of stage '{stage_name}' the run cannot go on")
+            if self.checkpoints.cursor(name).base != self.base_hash:
+                where = self.checkpoints.storage.where(name)
+                raise UserError(f"{where}: it was trained on another base model than this one")
             return self.checkpoints.tensors(name, moments=False)
 
         adapters.prepare(model, self.recipe.stages, stage, saved, self.recipe.seed)
-        return Engine(model, self.recipe, self.recipe.stages[stage].optimizer, self.family.blocks, self.ranks)
+        here = recipe.stages[stage]
+        kind = zero.ZeroEngine if recipe.engine == "deepspeed" else Engine
+        return kind(model, recipe, here.optimizer, family.blocks, self.ranks, here.objective)
 
-    def restored_engine(self) -> tuple[Engine, Cursor]:
-        """The model of the newest checkpoint that verifies. Raises UserError where there is none."""
-        newest, skipped = self.checkpoints.newest()
+    def restored_engine(self, name: str | None = None) -> tuple[Engine, Cursor]:
+        """The model of a checkpoint, or of the newest one that verifies. Raises UserError where there is none."""
+        newest, skipped = (name, []) if name else self.checkpoints.newest()
         if newest is None:
             why = "".join(f"; {name}: {fault}" for name, fault in skipped)
             raise UserError(f"{self.run.path}: no checkpoint to load{why}")
         cursor = self.checkpoints.cursor(newest)
-        engine = self.engine(cursor.stage, cursor.lineage)
+        engine = self.engine(cursor.stage, cursor.lineage, training=False)
         self.check(cursor)
         engine.load(self.checkpoints.tensors(newest, moments=False), steps=0)
         return engine, cursor
@@ -118,7 +151,8 @@ class Parts:
         def train() -> None:
             temporary = self.run.path / ".tokenizer.writing"
             shutil.rmtree(temporary, ignore_errors=True)
-            texts = (conversation(sample, self.recipe.text) for sample in self.source(0, "train").samples())
+            text, findings = self.recipe.text_of(self.recipe.stages[0]), self.recipe.findings
+            texts = (conversation(sample, text, findings) for sample in self.source(0, "train").samples())
             tokenizer.train(texts, vocabulary, temporary)
             temporary.rename(folder)
 
@@ -133,6 +167,19 @@ class Parts:
         return on_first(
             lambda: _hash_files(folders, remembered) if folders else _hash_tensors(model), self.ranks, self.stop
         )
+
+
+def _check_context(model: torch.nn.Module, recipe: Recipe) -> None:
+    """Refuse texts that are longer than the model can read."""
+    config = model.config.get_text_config()  # type: ignore[operator,union-attr]
+    longest = getattr(config, "max_position_embeddings", None)
+    for stage in recipe.stages:
+        tokens = recipe.text_of(stage).max_tokens
+        if longest is not None and tokens > longest:
+            raise UserError(
+                f"stage '{stage.name}': text.max_tokens {tokens} is longer than the model's context; allowed are up to "
+                f"{longest}"
+            )
 
 
 def _hash_tensors(model: torch.nn.Module) -> str:

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from radhpc import adapters, models, tokenizer
+from radhpc import adapters, additions, models, tokenizer
 from radhpc.allocations import Allocations
 from radhpc.collate import IGNORE, Batch, Encoded, Encoder, conversation
 from radhpc.dist import Ranks
@@ -66,6 +66,9 @@ class PretendedRanks(Ranks):
     def _reduce(self, values: Sequence[float], operation: Any) -> list[float]:
         return list(values)
 
+    def gather(self, value: Any) -> list[Any]:
+        return [value] * self.world
+
 
 def foretell(recipe: Recipe, world: int, gpus: bool = False) -> list[StagePlan]:
     """Every stage of a recipe on `world` ranks; `gpus`: whether the ranks compute on GPUs.
@@ -78,11 +81,15 @@ def foretell(recipe: Recipe, world: int, gpus: bool = False) -> list[StagePlan]:
             if not len(source):
                 raise UserError(f"stage '{stage.name}': no sample of split 'train' in its shards")
         family, stand_in = _family(recipe, sources[0], Path(folder))
-        encoder = Encoder(family, recipe.text, recipe.images)
         return [
-            _stage(recipe, stage, source, encoder, world, gpus, stand_in)
+            _stage(recipe, stage, source, _encoder(recipe, stage, family), world, gpus, stand_in)
             for stage, source in zip(recipe.stages, sources, strict=True)
         ]
+
+
+def _encoder(recipe: Recipe, stage: Stage, family: models.ModelFamily) -> Encoder:
+    text, images, labelled = recipe.text_of(stage), recipe.images_of(stage), bool(stage.objective.clinical)
+    return Encoder(family, text, images, recipe.findings, recipe.seed, labelled)
 
 
 def _family(recipe: Recipe, source: Source, folder: Path) -> tuple[models.ModelFamily, bool]:
@@ -92,7 +99,8 @@ def _family(recipe: Recipe, source: Source, folder: Path) -> tuple[models.ModelF
         recipe.model.tokenizer.folder is not None or any((Path(given) / name).exists() for name in TOKENIZER_FILES)
     ):
         return models.family(recipe.model, given), False
-    texts = [recipe.text.prompt] if given else (conversation(sample, recipe.text) for sample in source.samples())
+    text = recipe.text_of(recipe.stages[0])
+    texts = [text.prompt] if given else (conversation(sample, text, recipe.findings) for sample in source.samples())
     tokenizer.train(texts, recipe.model.tokenizer.train_vocabulary or 300, folder)
     return models.family(recipe.model, str(folder)), given is not None
 
@@ -108,7 +116,7 @@ def _stage(
         for group in engine.optimizer.param_groups:
             group["foreach"] = gpus and world == 1  # as PyTorch does by itself for plain tensors on a GPU
         weights = [*engine.model.parameters(), *engine.model.buffers()]
-        batch = {
+        batch = {  # whole numbers are real: shapes may follow from them
             name: mode.from_tensor(tensor) if tensor.is_floating_point() else tensor
             for name, tensor in encoder.batch(rows).items()
         }
@@ -153,6 +161,9 @@ def fake_engine(
 ) -> tuple[Engine, FakeTensorMode]:
     """The engine of a stage, all of whose tensors are fake, and the mode that they belong to."""
     model = family.build_empty()
+    with torch.device("meta"):
+        additions.attach(model, family, recipe, recipe.seed)
+    adapters.check(model, recipe.stages)
     if stage.lora is not None:
         with torch.device("meta"):
             adapters.attach(model, stage.lora, recipe.seed)
@@ -160,7 +171,7 @@ def fake_engine(
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     _replace_tensors(model, mode)
     model.to = lambda *_, **__: model  # type: ignore[method-assign,assignment]  # they lie where they should
-    return Engine(model, recipe, stage.optimizer, family.blocks, ranks), mode
+    return Engine(model, recipe, stage.optimizer, family.blocks, ranks, stage.objective), mode
 
 
 def _replace_tensors(model: nn.Module, mode: FakeTensorMode) -> None:
@@ -189,23 +200,23 @@ def _largest_rows(
 ) -> tuple[list[Encoded], int, int]:
     """A micro-batch of samples that are each as long as the longest and have as many views as the one with most."""
     sizes = source.sizes(np.arange(len(source)))
-    views = int(min(sizes[:, 0].max(), recipe.images.limit or sizes[:, 0].max()))
+    views = int(min(sizes[:, 0].max(), encoder.images.limit or sizes[:, 0].max()))
     longest = np.argsort(-sizes[:, 1], kind="stable")[:LONGEST]
     samples = list(source.samples(np.sort(longest)))
     shapes = [(view.width, view.height) for sample in samples for view in sample.images]
     picture = Image.new("L", max(shapes, key=lambda shape: shape[0] * shape[1], default=(64, 64)))
     prompt = encoder.encode_prompt("", None, [picture] * views)
     if stand_in:
-        tokens = recipe.text.max_tokens
+        tokens = encoder.text.max_tokens
     else:
         texts = [encoder.encode("", sample, [picture] * views) for sample in samples]
-        tokens = max((text.length for text in texts), default=recipe.text.max_tokens)
+        tokens = max((text.length for text in texts), default=encoder.text.max_tokens)
     ids = np.resize(prompt.input_ids, max(tokens, prompt.length))
     ids[: prompt.length] = prompt.input_ids
     ids[prompt.length :] = encoder.family.tokenizer.eos_token_id
     labels = ids.copy()
     labels[: prompt.length] = IGNORE
-    shown = 1 if recipe.images.stitch else views
+    shown = 1 if encoder.images.stitch else views
     return [Encoded("", ids, labels, prompt.images)] * size, len(ids), shown
 
 

@@ -8,10 +8,12 @@ recipe is frozen into the run folder, so that a run never depends on a file that
 """
 
 import hashlib
+import importlib.util
 import json
 import math
 import os
 import re
+import string
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -84,6 +86,19 @@ class Connector(Section):
         return self
 
 
+class Fusion(Section):
+    """Hierarchical cross-modal fusion of the vision encoder's levels with the prompt: models/hcf.py."""
+
+    width: int = Field(1024, ge=1, description="of each level")
+    heads: int = Field(16, ge=1)
+
+    @model_validator(mode="after")
+    def _divides(self) -> "Fusion":
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is no multiple of heads {self.heads}")
+        return self
+
+
 class Model(Section):
     """The model: local weights, or random ones from a configuration."""
 
@@ -121,8 +136,27 @@ class Model(Section):
         "at 0.02 beside patches of about 0.5, so that a random model hardly knows where in the image it looks",
     )
     tokenizer: Tokenizer = Tokenizer()  # type: ignore[call-arg]
-    attention: Literal["sdpa", "eager"] = Field("sdpa", description="transformers' attention implementation")
-    checkpoint_activations: bool = Field(False, description="recompute each layer's activations in the backward pass")
+    attention: Literal["auto", "segments", "sdpa", "eager"] = Field(
+        "auto",
+        description="segments: without masks, by the fastest kernel there (radhpc/attention.py); sdpa and eager are "
+        "transformers'; auto: segments for Mllama, else sdpa",
+    )
+    quantise: Literal["nf4"] | None = Field(
+        None, description="keep the frozen linear layers of the blocks in four bits, by bitsandbytes"
+    )
+    skip_empty_tiles: bool = Field(
+        False,
+        description="of Mllama: compute the tiles that an image fills, not always all four; the result is not the "
+        "pretrained model's (README), and an image of one tile costs a quarter",
+    )
+    checkpoint_activations: bool | tuple[Literal["text", "cross", "vision"], ...] = Field(
+        False,
+        description="recompute the activations of each layer in the backward pass: of all of them, or of these kinds",
+    )
+    compile: bool = Field(
+        False, description="torch.compile for each layer; what was compiled is kept in the run folder for the next life"
+    )
+    fusion: Fusion | None = Field(None, description="added to the model; Mllama's vision encoder alone has the levels")
 
     @model_validator(mode="after")
     def _one_source(self) -> "Model":
@@ -135,6 +169,8 @@ class Model(Section):
             raise ValueError("'tokenizer.train_vocabulary' goes with 'config': trained weights have their tokenizer")
         if not trained_text and (self.tokenizer.folder is None) == (self.tokenizer.train_vocabulary is None):
             raise ValueError("with 'config' give either 'tokenizer.folder' or 'tokenizer.train_vocabulary'")
+        if self.skip_empty_tiles and (self.family != "mllama" or self.attention not in ("auto", "segments")):
+            raise ValueError("'skip_empty_tiles' goes with family mllama and attention auto or segments")
         if self.weights is not None and (self.gates is not None or self.positions is not None):
             raise ValueError("'gates' and 'positions' go with 'config': trained weights have theirs")
         return self
@@ -161,18 +197,124 @@ class Model(Section):
         return self.tokenizer.folder or self.folders.get("model") or self.folders.get("text")
 
 
+PLACEHOLDERS = {
+    "report": ("language", "sections"),
+    "caption": ("language",),
+    "question": ("language", "question", "answers"),
+    "findings": ("language", "findings"),
+    "finding": ("language", "finding", "answers"),
+}
+
+
+class Task(Section):
+    """One thing that a study can teach, with its prompt; tasks.py says which studies can serve which."""
+
+    kind: Literal["report", "caption", "question", "findings", "finding"] = Field(
+        description="report: sections of the report; caption: text that belongs to no section; question: the data's "
+        "own question and answer; findings: the names of all that is present; finding: yes or no to one of them"
+    )
+    prompt: str = Field(
+        min_length=1,
+        description="with {language} anywhere; {sections} of a report; {question}, {answers} of a question; "
+        "{findings}; {finding}, {answers} of one finding",
+    )
+    weight: float = Field(1.0, gt=0, description="how often it is chosen among those that a study can serve")
+    sections: tuple[Literal["findings", "impression", "other"], ...] | None = Field(
+        None, min_length=1, description="report: those that are learnt, in order; default: findings, impression"
+    )
+    answers: tuple[str, ...] | None = Field(
+        None, min_length=2, description="question: the closed set; finding: present, absent; default there: yes, no"
+    )
+    findings: tuple[str, ...] | None = Field(
+        None, min_length=1, description="finding: asked about these alone, such as rare ones; default: all"
+    )
+    positive: float = Field(
+        0.5, ge=0, le=1, description="finding: how often one that is present is asked about, if there is any"
+    )
+    nothing: str = Field("none", min_length=1, description="findings: the answer where nothing is present")
+
+    @model_validator(mode="after")
+    def _fits_its_kind(self) -> "Task":
+        for key, kinds in _OF_KIND.items():
+            if getattr(self, key) != Task.model_fields[key].default and self.kind not in kinds:
+                raise ValueError(f"'{key}' goes with kind {' or '.join(kinds)}, not with '{self.kind}'")
+        if self.kind == "finding" and self.answers is not None and len(self.answers) != 2:
+            raise ValueError(f"answers {list(self.answers)}: two are wanted, for present and for absent")
+        allowed = PLACEHOLDERS[self.kind]
+        try:
+            found = [name for _, name, _, _ in string.Formatter().parse(self.prompt) if name is not None]
+        except ValueError as error:
+            raise ValueError(
+                f"prompt '{self.prompt}': {error}; a brace that is meant as one is written twice"
+            ) from error
+        for name in found:
+            if name not in allowed:
+                raise ValueError(f"prompt: unknown placeholder {{{name}}}; allowed are {', '.join(allowed)}")
+        if self.kind in ("question", "finding") and self.kind not in found:
+            raise ValueError(f"prompt '{self.prompt}': {{{self.kind}}} is missing, so that nothing would be asked")
+        return self
+
+
+_OF_KIND = {
+    "sections": ("report",),
+    "answers": ("question", "finding"),
+    "findings": ("finding",),
+    "positive": ("finding",),
+    "nothing": ("findings",),
+}
+
+
 class Text(Section):
     """What the model is asked and what it shall answer."""
 
     prompt: str = Field("Write the report of this chest radiograph.", description="for studies without a question")
     sections: tuple[Literal["findings", "impression", "other"], ...] = Field(
-        ("findings", "impression", "other"),
+        ("findings", "impression"),
         min_length=1,
-        description="sections of the report that are learnt, in order",
+        description="sections of the report that are learnt, in order; 'other' is what belongs to neither: captions, "
+        "reports without headings, but also indications and comparisons",
+    )
+    tasks: dict[str, Task] = Field(
+        default_factory=dict,
+        description="instead of 'prompt' and 'sections': a mixture by name; the first that a study can serve is the "
+        "one that it is evaluated by",
     )
     max_tokens: int = Field(
         512, ge=8, description="longest prompt and answer together; longer answers are cut, and counted"
     )
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "Text":
+        for key in ("prompt", "sections"):
+            if self.tasks and getattr(self, key) != Text.model_fields[key].default:
+                raise ValueError(f"'{key}' goes without 'tasks': each task has its own")
+        return self
+
+    def mixture(self) -> dict[str, Task]:
+        """The tasks, those that `prompt` and `sections` stand for where none are named."""
+        if self.tasks:
+            return self.tasks
+        prompt = self.prompt.replace("{", "{{").replace("}", "}}").replace("{{language}}", "{language}")
+        return {
+            "question": Task(kind="question", prompt="{question}"),  # type: ignore[call-arg]
+            "report": Task(kind="report", prompt=prompt, sections=self.sections),  # type: ignore[call-arg]
+        }
+
+
+class Findings(Section):
+    """The findings that classification and questions about findings are made of."""
+
+    vocabulary: str = Field("chexpert", description="which of a sample's labels count")
+    names: tuple[str, ...] = Field(CHEXPERT, min_length=1, description="in the order of the multi-label head")
+    uncertain: Literal["ignore", "present", "absent"] = Field("ignore", description="what the label -1 counts as")
+
+    @model_validator(mode="after")
+    def _names_of_the_vocabulary(self) -> "Findings":
+        if self.vocabulary != "chexpert" and "names" not in self.model_fields_set:
+            raise ValueError(f"vocabulary '{self.vocabulary}' needs 'names'; only chexpert's are known")
+        if len(set(self.names)) < len(self.names):
+            raise ValueError("names must differ")
+        return self
 
 
 class Images(Section):
@@ -235,11 +377,31 @@ class Lora(Section):
     alpha: float = Field(gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: str = Field(description="regular expression that matches the whole name of the linear layers to adapt")
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        default_factory=dict,
+        description="other ranks for some layers, by a regular expression that matches the end of a layer's name",
+    )
+    rslora: bool = Field(False, description="scale by alpha / sqrt(rank) (Kalajdzievski, 2023) instead of alpha / rank")
+    dora: bool = Field(False, description="learn each output's magnitude apart from its direction (Liu et al., 2024)")
 
     @field_validator("targets")
     @classmethod
     def _regex(cls, value: str) -> str:
         return _check_regex(value)
+
+    @field_validator("rank_pattern")
+    @classmethod
+    def _regexes(cls, value: dict[str, int]) -> dict[str, int]:
+        return {_check_regex(pattern): rank for pattern, rank in value.items()}
+
+    def rank_of(self, layer: str) -> int:
+        """The rank of a layer by its name: as PEFT chooses it, by the first pattern that the name ends with."""
+        found = (rank for pattern, rank in self.rank_pattern.items() if re.match(rf"(.*\.)?({pattern})$", layer))
+        return next(found, self.rank)
+
+    def scale(self, rank: int) -> float:
+        """What B A is multiplied by in a layer of this rank."""
+        return self.alpha / (rank**0.5 if self.rslora else rank)
 
 
 class Group(Section):
@@ -257,6 +419,11 @@ class Group(Section):
 class Optimizer(Section):
     """AdamW (Loshchilov and Hutter, 2019) and its schedule."""
 
+    kind: Literal["adamw", "adamw_fused", "adamw_8bit", "adamw_paged", "adamw_8bit_paged"] = Field(
+        "adamw",
+        description="fused: one kernel per step; 8bit: moments in a quarter of the memory; paged: moments that go to "
+        "the host where the GPU is full. The last three are bitsandbytes'; they go with engines fsdp and single",
+    )
     learning_rate: float = Field(gt=0)
     weight_decay: float = Field(0.0, ge=0, description="for matrices; biases, norms and gates have none")
     betas: tuple[float, float] = (0.9, 0.95)
@@ -265,7 +432,33 @@ class Optimizer(Section):
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     final: float = Field(0.0, ge=0, le=1, description="of the learning rate that is left at the stage's end")
     clip: float | None = Field(1.0, gt=0, description="largest gradient norm over all trained parameters")
+    sharpness: float | None = Field(
+        None,
+        gt=0,
+        description="sharpness-aware minimisation (Foret et al., 2021) with this rho: steps take twice as long",
+    )
     groups: tuple[Group, ...] = ()
+
+
+class Objective(Section):
+    """What is minimised: a sum of terms, each with its weight; objective.py defines them."""
+
+    generation: float = Field(1.0, ge=0, description="cross-entropy of the supervised tokens")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the cross-entropy")
+    contrastive: float = Field(0.0, ge=0, description="InfoNCE of images and answers over the global batch")
+    temperature: float = Field(0.07, gt=0, description="of InfoNCE")
+    clinical: float = Field(0.0, ge=0, description="binary cross-entropy of the recipe's 'findings' from the images")
+    fusion: float = Field(0.0, ge=0, description="of model.fusion's levels: unlike each other, evenly used, attentive")
+    regularisation: float = Field(0.0, ge=0, description="of the adapters, the sum of the three that follow")
+    l2: float = Field(1e-5, ge=0, description="times the norms of A and B")
+    orthogonal: float = Field(1e-4, ge=0, description="times the norm of A A' - 1")
+    l1: float = Field(1e-6, ge=0, description="times the absolute values in A")
+
+    @model_validator(mode="after")
+    def _something(self) -> "Objective":
+        if not self.generation + self.contrastive + self.clinical:
+            raise ValueError("nothing to learn: generation, contrastive and clinical are all 0")
+        return self
 
 
 class Stage(Section):
@@ -273,6 +466,8 @@ class Stage(Section):
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
     shards: Shards | None = Field(None, description="other shards than the recipe's")
+    text: Text | None = Field(None, description="other prompts and tasks than the recipe's")
+    images: Images | None = Field(None, description="another choice of views than the recipe's")
     steps: int | None = Field(None, ge=1)
     epochs: int | None = Field(None, ge=1)
     batch: int = Field(ge=1, description="samples per optimizer step over all ranks, whatever their number")
@@ -281,11 +476,12 @@ class Stage(Section):
     )
     train: tuple[str, ...] = Field((), description="regular expressions: base parameters that are trained whole")
     lora: Lora | None = None
-    adapters: Literal["grow", "keep", "merge"] | None = Field(
+    adapters: Literal["grow", "keep", "merge", "new"] | None = Field(
         None,
-        description="what becomes of the adapters of the stage before: grown to this stage's rank, kept at their "
-        "rank, or merged into the base",
+        description="what becomes of the adapters of the stage before: grown to this stage's ranks and layers, kept as "
+        "they are, merged into the base, or left behind for new ones",
     )
+    objective: Objective = Objective()  # type: ignore[call-arg]
     optimizer: Optimizer
 
     @field_validator("train")
@@ -322,6 +518,41 @@ class Checkpoint(Section):
         return value
 
 
+class Scorers(Section):
+    """Models that judge reports, from folders on this machine; a score without its weights is left out, and says so.
+
+    {sha256: ...} holds what the weights must be: the sum over the folder's weight files, as scores.json gives it.
+    """
+
+    chexbert: str | None = Field(None, description="chexbert.pth, and vocab.txt of bert-base-uncased")
+    bertscore: str | None = Field(
+        None, description="distilbert-base-uncased as transformers saves it, baseline.tsv too"
+    )
+    clinicalbert: str | None = Field(None, description="Bio_ClinicalBERT as transformers saves it")
+    radgraph: str | None = Field(None, description="radgraph-xl/ and hub/, for the package radeval")
+    radcliq: str | None = Field(None, description="hub/ with its three models, for the package radeval")
+    ratescore: str | None = Field(None, description="hub/ with its two models, for the package radeval")
+    green: str | None = Field(None, description="GREEN-radllama2-7b, for the package radeval")
+    sha256: dict[str, str] = Field(default_factory=dict, description="by name: what the weights must be")
+
+    @model_validator(mode="after")
+    def _hashes_of_folders(self) -> "Scorers":
+        for name in self.sha256:
+            if name not in self.folders():
+                raise ValueError(f"sha256.{name}: allowed are those that have a folder: {', '.join(self.folders())}")
+        return self
+
+    def folders(self) -> dict[str, str]:
+        """By name, as absolute paths."""
+        names = [name for name in type(self).model_fields if name != "sha256"]
+        return {name: _absolute(folder) for name in names if (folder := getattr(self, name)) is not None}
+
+
+Conventions = Literal[
+    "r2gen_iu", "r2gen_mimic", "r2gengpt", "coco_ptb", "radeval_raw", "sacrebleu_13a", "sacrebleu_13a_lower"
+]
+
+
 class Evaluation(Section):
     """Generation on held-out studies, at the end of each stage and every so many steps."""
 
@@ -330,7 +561,51 @@ class Evaluation(Section):
     samples: int | None = Field(64, ge=1, description="of the split, always the same ones; null: all")
     batch: int = Field(16, ge=1, description="studies per rank and generation")
     max_new_tokens: int = Field(128, ge=1)
+    min_new_tokens: int = Field(0, ge=0)
+    beams: int = Field(1, ge=1, description="texts that are searched at a time; 1: the likeliest next word")
+    temperature: float | None = Field(None, gt=0, description="sample instead, from the distribution at this one")
+    top_p: float | None = Field(None, gt=0, le=1, description="sample among the likeliest words of this share")
+    repetition_penalty: float | None = Field(None, gt=0, description="above 1: words that are there already, less")
+    length_penalty: float | None = Field(None, description="of beams; above 0: longer texts, more")
+    cache: Literal["dynamic", "static"] = Field(
+        "dynamic", description="keys and values of generation; static: one shape throughout, for compiled models"
+    )
+    conventions: tuple[Conventions, ...] = Field(
+        ("r2gen_mimic", "radeval_raw"), description="how texts are compared while training; 'evaluate' uses all"
+    )
+    findings_question: str | None = Field(
+        None, description="such as 'Is there {finding}? Answer yes or no.': AUROC from the likelihoods of yes and no"
+    )
+    findings_vocabulary: str = Field("chexpert", description="which of a sample's labels findings_question asks for")
+    neighbours: int = Field(
+        1024, ge=0, description="training studies among which the nearest one by its image is a baseline; 0: none"
+    )
+    scorers: Scorers = Scorers()  # type: ignore[call-arg]
     images: int = Field(4, ge=0, description="studies shown in TensorBoard with reference and generated report")
+
+    @model_validator(mode="after")
+    def _decoding(self) -> "Evaluation":
+        if self.temperature is not None and self.beams > 1:
+            raise ValueError(f"'temperature' {self.temperature:g} samples one text; it does not go with 'beams'")
+        if self.top_p is not None and self.temperature is None:
+            raise ValueError(f"'top_p' {self.top_p:g} goes with 'temperature', which samples")
+        if self.length_penalty is not None and self.beams == 1:
+            raise ValueError(f"'length_penalty' {self.length_penalty:g} goes with 'beams' above 1")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(f"'min_new_tokens' {self.min_new_tokens} is above 'max_new_tokens' {self.max_new_tokens}")
+        if self.cache == "static" and self.beams > 1:
+            raise ValueError("'cache: static' does not go with 'beams'")
+        if self.findings_question is not None and "{finding}" not in self.findings_question:
+            raise ValueError("'findings_question' must name {finding}")
+        return self
+
+    def decoding(self) -> dict[str, Any]:
+        """The arguments of transformers' generate() that say how words are chosen."""
+        names = ("temperature", "top_p", "repetition_penalty", "length_penalty")
+        given: dict[str, Any] = {name: value for name in names if (value := getattr(self, name)) is not None}
+        given |= {"num_beams": self.beams, "do_sample": self.temperature is not None}
+        given |= {"min_new_tokens": self.min_new_tokens} if self.min_new_tokens else {}
+        return given | ({"cache_implementation": "static"} if self.cache == "static" else {})
 
 
 class Board(Section):
@@ -339,13 +614,30 @@ class Board(Section):
     every: int = Field(1, ge=1, description="steps between two points of a curve")
 
 
+class Zero(Section):
+    """Engine deepspeed (Rajbhandari et al., 2020, ZeRO): what is cut into parts, and where they are kept."""
+
+    stage: Literal[2, 3] = Field(
+        3, description="2: gradients and moments, each rank holding the model; 3: the model too"
+    )
+    offload: bool = Field(False, description="moments and float32 parameters on the host, and the step there, too")
+
+
 class Recipe(Section):
     """The whole recipe."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
     seed: int = Field(0, ge=0)
-    engine: Literal["fsdp", "single"] = Field("fsdp", description="fsdp: FSDP2 over all ranks; single: one process")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the computation; trained parameters stay fp32")
+    engine: Literal["fsdp", "deepspeed", "single"] = Field(
+        "fsdp", description="fsdp: FSDP2 over all ranks; deepspeed: ZeRO over all ranks; single: one process"
+    )
+    replicate: bool = Field(
+        False, description="of engine fsdp: the whole model on each rank; good where it fits and little is trained"
+    )
+    zero: Zero = Zero()  # type: ignore[call-arg]
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="of the computation and the frozen parameters; trained ones stay fp32. fp16 is for a T4"
+    )
     model: Model
     shards: Shards = Field(
         min_length=1,
@@ -354,6 +646,7 @@ class Recipe(Section):
     )
     stream: Stream = Stream()  # type: ignore[call-arg]
     text: Text = Text()  # type: ignore[call-arg]
+    findings: Findings = Findings()  # type: ignore[call-arg]
     images: Images = Images()  # type: ignore[call-arg]
     stages: tuple[Stage, ...] = Field(min_length=1)
     checkpoint: Checkpoint = Checkpoint()  # type: ignore[call-arg]
@@ -363,6 +656,38 @@ class Recipe(Section):
     def shards_of(self, stage: Stage) -> Shards:
         """What a stage is trained on."""
         return stage.shards or self.shards
+
+    def text_of(self, stage: Stage) -> Text:
+        """What is asked and answered in a stage."""
+        return stage.text or self.text
+
+    def images_of(self, stage: Stage) -> Images:
+        """What is seen in a stage."""
+        return stage.images or self.images
+
+    @property
+    def heads(self) -> bool:
+        """Whether any stage needs the heads of additions.py, which then belong to the model in all of them."""
+        return any(stage.objective.contrastive or stage.objective.clinical for stage in self.stages)
+
+    @model_validator(mode="after")
+    def _terms_have_what_they_need(self) -> "Recipe":
+        for stage in self.stages:
+            where, terms = f"stage '{stage.name}'", stage.objective
+            if terms.fusion and self.model.fusion is None:
+                raise ValueError(f"{where}: objective.fusion {terms.fusion} needs model.fusion")
+            if terms.regularisation and stage.lora is None:
+                raise ValueError(
+                    f"{where}: objective.regularisation {terms.regularisation} is of adapters; give 'lora'"
+                )
+            for name, task in self.text_of(stage).tasks.items():
+                for finding in task.findings or ():
+                    if finding not in self.findings.names:
+                        allowed = ", ".join(self.findings.names)
+                        raise ValueError(f"{where}: text.tasks.{name}: finding '{finding}': allowed are {allowed}")
+        if self.model.fusion is not None and self.model.family != "mllama":
+            raise ValueError(f"model.fusion: family '{self.model.family}' has no levels; allowed is mllama")
+        return self
 
     @model_validator(mode="after")
     def _mixtures(self) -> "Recipe":
@@ -377,6 +702,24 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _engine_can(self) -> "Recipe":
+        for stage in self.stages:
+            where = f"stage '{stage.name}'"
+            if self.engine == "deepspeed" and stage.optimizer.kind not in ("adamw", "adamw_fused"):
+                raise ValueError(f"{where}: optimizer.kind '{stage.optimizer.kind}' goes with engines fsdp and single")
+            if self.engine == "deepspeed" and (stage.optimizer.sharpness is not None or stage.objective.regularisation):
+                key = "objective.regularisation" if stage.objective.regularisation else "optimizer.sharpness"
+                raise ValueError(f"{where}: {key} goes with engines fsdp and single: ZeRO keeps gradients to itself")
+            if self.model.quantise is not None and stage.lora is not None and stage.lora.dora:
+                raise ValueError(f"{where}: lora.dora with model.quantise '{self.model.quantise}': allowed is plain LoRA")
+            if self.model.quantise is not None and stage.adapters == "merge":
+                raise ValueError(
+                    f"{where}: adapters 'merge' with model.quantise '{self.model.quantise}': four bits cannot hold a "
+                    "merged weight, the rounding is larger than what was learnt; allowed are 'grow' and 'keep'"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _stages_join(self) -> "Recipe":
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
@@ -387,25 +730,45 @@ class Recipe(Section):
             if before is None and stage.adapters is not None:
                 raise ValueError(f"{where}: adapters '{stage.adapters}', but no stage before it has any")
             if before is not None and stage.adapters is None:
-                raise ValueError(f"{where}: a stage before it has adapters; say 'grow', 'keep' or 'merge'")
+                raise ValueError(f"{where}: a stage before it has adapters; say 'grow', 'keep', 'merge' or 'new'")
             if before is not None and stage.lora is not None and stage.adapters in ("grow", "keep"):
-                if stage.lora.targets != before.targets:
-                    raise ValueError(f"{where}: '{stage.adapters}' needs the same lora.targets as the stage before")
-                if stage.adapters == "keep" and (stage.lora.rank, stage.lora.alpha) != (before.rank, before.alpha):
+                if stage.adapters == "keep":
+                    for key in ("rank", "alpha", "targets", "rank_pattern", "rslora", "dora"):
+                        if getattr(stage.lora, key) != getattr(before, key):
+                            raise ValueError(f"{where}: 'keep' needs lora.{key} {getattr(before, key)}; or say 'grow'")
+                if before.dora and not stage.lora.dora:
                     raise ValueError(
-                        f"{where}: 'keep' needs rank {before.rank} and alpha {before.alpha}; or say 'grow'"
+                        f"{where}: magnitudes of DoRA cannot grow into plain LoRA; say 'merge', or dora: true"
                     )
-                if stage.lora.rank < before.rank:
+                if not before.rank_pattern and not stage.lora.rank_pattern and stage.lora.rank < before.rank:
                     raise ValueError(
                         f"{where}: lora.rank {stage.lora.rank} is below {before.rank}; ranks can only grow"
                     )
             before = stage.lora
         return self
 
+    def refuse_missing(self) -> None:
+        """Raise UserError where a library that only some recipes need is not installed here."""
+        kinds = [stage.optimizer.kind for stage in self.stages]
+        eight = next((kind for kind in kinds if kind not in ("adamw", "adamw_fused")), None)
+        for library, wanted, key in (
+            ("deepspeed", self.engine == "deepspeed", "engine: deepspeed"),
+            ("bitsandbytes", self.model.quantise is not None, f"model.quantise: {self.model.quantise}"),
+            ("bitsandbytes", eight is not None, f"optimizer.kind: {eight}"),
+        ):
+            if wanted and importlib.util.find_spec(library) is None:
+                raise UserError(f"{key}: {library} is not installed; 'pip install radhpc[engines]' brings it")
+
     @property
     def hash(self) -> str:
-        """Identity of the recipe, for checkpoints and to see that all ranks run the same."""
-        return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
+        """Identity of the recipe, for checkpoints and to see that all ranks run the same. The engine is no part of it:
+        a run may go on under another.
+        """
+        return hashlib.sha256(json.dumps(self.model_dump(exclude={"engine"}), sort_keys=True).encode()).hexdigest()
+
+    def under(self, engine: str, path: Path) -> "Recipe":
+        """The same under another engine. Raises UserError where there is none of this name or it cannot do this."""
+        return validate(Recipe, {**self.model_dump(), "engine": engine}, path)
 
     def to_yaml(self) -> str:
         return str(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110))
@@ -438,6 +801,14 @@ def build(data: dict[str, Any], overrides: Sequence[str], path: Path) -> Recipe:
             ),
         }
     )
+
+
+def override(section: AnyModel, overrides: Sequence[str], name: str) -> AnyModel:
+    """A section with changes such as `beams=3` or `evaluation.beams=3`. Raises UserError."""
+    data = section.model_dump(mode="json")
+    for change in overrides:
+        _apply(data, change.removeprefix(f"{name}."))
+    return validate(type(section), data, Path(name))
 
 
 def validate(model: type[AnyModel], data: Any, path: Path) -> AnyModel:

@@ -6,7 +6,9 @@
     progress.json   step, loss, rate             ledger/        keys of the samples trained on
     tokenizer/      where it was trained here    evaluation/    step-N/: reports, scores
     base.json       identity of the frozen base  adapter/       the newest stage's adapter, for PEFT
+    neighbours-*.npz  training images, small     evaluation/step-N-SPLIT/job/  a run folder of `evaluate`'s own
     code/           what the jobs run            code-N/        what `resume --current-code` replaced
+    index/          training studies by looks    profile/       traces of steps that were asked for
 
 Written by rank 0 alone, except ledger/, logs/, code/ and the event of a hang. Private: only its owner may read it.
 """
@@ -23,6 +25,8 @@ from radhpc.errors import UserError, nearest
 from radhpc.files import append, read_json, read_lines, write_atomically
 from radhpc.recipe import Recipe, load
 
+EVALUATION = "evaluation.json"  # in the folder of a job that evaluates another run, see evaluation_job.py
+
 Event = Literal[
     "submitted", "started", "resumed", "skipped_checkpoint", "saved", "stage_finished", "evaluated",
     "quarantined",
@@ -32,9 +36,17 @@ Event = Literal[
     "starting", "first_step",
     "stuck",  # a rank found who hangs: cause, culprits
     "straggler",  # a rank is slower than the others: rank, host, ratio
+    "compiled",  # the layers of a stage: seconds
     "code_replaced", "environment_changed",
+    "engine_changed",  # `resume --engine`: was, engine
     "pruned",
+    "taken_over",  # the run begins where a stage of another ended: origin, checkpoints, step
+    "profiled",  # a trace that was asked for: first step, last step, trace
 ]  # fmt: skip
+
+_RESERVE = 1 << 16  # bytes
+Speaker = Literal["ranks", "decision"]
+_SPEAKERS: tuple[Speaker, ...] = ("ranks", "decision")
 
 
 class RunDir:
@@ -82,7 +94,21 @@ class RunDir:
         return self.path / "code"
 
     def recipe(self) -> Recipe:
-        return load(self.recipe_path)
+        """The frozen recipe, under the engine that the run was last resumed with."""
+        recipe, changed = load(self.recipe_path), self.events("engine_changed")
+        return recipe.under(changed[-1]["engine"], self.recipe_path) if changed else recipe
+
+    def change_engine(self, name: str) -> None:
+        """Let the next lives run under another engine."""
+        was = self.recipe().engine
+        if name != was:
+            self.record("engine_changed", was=was, engine=name)
+
+    @property
+    def evaluates(self) -> "RunDir | None":
+        """The run that a job evaluates whose folder this is; None for a run."""
+        task = read_json(self.path / EVALUATION)
+        return None if task is None else RunDir(task["run"])
 
     def folder(self, name: str) -> Path:
         """A subfolder, made where it is missing."""
@@ -101,6 +127,22 @@ class RunDir:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+    def hold_back(self) -> None:
+        """Keep some of the disk for the last words of a life that fills it up. Raises OSError where it is full."""
+        for who in _SPEAKERS:
+            if not self.reserve(who).exists():
+                # Random, as some file systems compress.
+                write_atomically(self.reserve(who), os.urandom(_RESERVE), 0o600)
+
+    def give_back(self) -> None:
+        """The end of hold_back: nothing is left to be said."""
+        for who in _SPEAKERS:
+            self.reserve(who).unlink(missing_ok=True)
+
+    def reserve(self, who: Speaker) -> Path:
+        """For files.insist: of the ranks, and of slurm.requeue, which decides behind them."""
+        return self.folder("logs") / f"reserve.{who}"
 
     def events(self, *names: Event) -> list[dict[str, Any]]:
         """The events so far, oldest first; a last line that was cut by a crash is left out."""

@@ -57,6 +57,7 @@ class Raw(NamedTuple):
 
     key: str
     members: list[tuple[str, memoryview]]  # by suffix: json, 0.jpg, 1.jpg, ...
+    epoch: int = 0  # of its dataset, that it is drawn in
 
 
 @dataclass(frozen=True)

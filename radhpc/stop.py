@@ -4,8 +4,10 @@ SIGTERM is what SLURM sends when it preempts, cancels or kills; SIGUSR2 what sub
 limit. Which of them it was is not for a rank to guess: the ranks save and end, and slurm.requeue, which can ask
 the scheduler, decides. Ranks learn of a signal at different moments, so they agree on the largest code.
 
-The first signal of a kind starts the clock: after SIGTERM the kill comes in RADHPC_GRACE_SECONDS, after SIGUSR2 in
-RADHPC_SIGNAL_SECONDS. slurm.submit sets both from the profile; where they are not set, nobody kills.
+The first signal of a kind starts the clock: after SIGTERM the kill comes in RADHPC_GRACE_SECONDS. SIGUSR2 is sent
+RADHPC_SIGNAL_SECONDS before the time limit, up to a minute early; but a SLURM with preempt_send_user_signal also sends
+it to whom it preempts, and then no more than the grace is left. Which it is tells the time that the job has had, of
+RADHPC_LIMIT_SECONDS since RADHPC_JOB_STARTED. slurm.submit sets them; where they are not set, nobody kills.
 """
 
 import math
@@ -24,6 +26,7 @@ CAUSES = ("", "SIGUSR2", "SIGTERM", "SIGINT", "stop", "save failed")
 PRUNED = "pruned"  # the cause where no signal came, but a sweep has seen enough
 _SIGNALS = {signal.SIGUSR2: "SIGUSR2", signal.SIGTERM: "SIGTERM", signal.SIGINT: "SIGINT"}
 _GRACE = {"SIGTERM": "RADHPC_GRACE_SECONDS", "SIGUSR2": "RADHPC_SIGNAL_SECONDS"}  # the surer kill first
+_EARLY = 90.0  # seconds by which the warning before the time limit may come too early, SLURM's minute and some more
 
 Agree = Callable[[Sequence[float]], list[float]]  # Ranks.max
 
@@ -69,9 +72,8 @@ class Stop:
         """Raise the flag, from any thread. SLURM repeats its signals: the clock of the first one runs on."""
         now = time.monotonic()
         self.since = self.since or now
-        grace = os.environ.get(_GRACE.get(cause, ""))
-        if grace:
-            self._deadlines.setdefault(cause, now + float(grace))
+        if (granted := _granted(cause)) is not None:
+            self._deadlines.setdefault(cause, now + granted)
         self.code = max(self.code, CAUSES.index(cause))
 
     @property
@@ -109,3 +111,14 @@ class Stop:
         code = int(agree([float(self.poll())])[0])
         if code:
             raise Interrupted(CAUSES[code])
+
+
+def _granted(cause: str) -> float | None:
+    """Seconds from a signal to the kill; None where nobody kills."""
+    told = os.environ.get(_GRACE.get(cause, ""))
+    grace, started = os.environ.get(_GRACE["SIGTERM"]), os.environ.get("RADHPC_JOB_STARTED")
+    if not told or cause != "SIGUSR2" or not grace or not started:
+        return float(told) if told else None
+    left = float(started) + float(os.environ["RADHPC_LIMIT_SECONDS"]) - time.time()
+    # Not near the limit, or the clock was moved: it may be a preemption, and the grace is what is left in any case.
+    return left if float(grace) <= left <= float(told) + _EARLY else float(grace)

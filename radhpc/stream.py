@@ -39,7 +39,7 @@ from radhpc.files import write_atomically
 from radhpc.order import Order, Positions
 from radhpc.recipe import Recipe, Stage, Stream as StreamRecipe, load
 from radhpc.sample import SPLITS, Split
-from radhpc.source import BadSample, Raw, Source
+from radhpc.source import BadSample, Raw, Source, study
 
 _TASK = 16  # samples that one task decodes
 _PATIENCE = 0.2  # seconds between two looks at whether the run has to stop
@@ -164,6 +164,7 @@ class Stream:
         self._source, self._reader, self._rank, self._pin, self._told = source, reader, rank, pin, told
         self._order = order_of(source, stage_number, recipe, seed)
         self._first, self._prefetch = -(-cursor // stage.batch), recipe.prefetch
+        self._epochs: dict[int, int] = {}  # of the turns that are read ahead
         self.ahead = Ahead(source, self._turns(), recipe, world, samples / max(1, len(source)))
         self._decoders = ThreadPoolExecutor(recipe.threads, thread_name_prefix="decode")
         self._assembler = ThreadPoolExecutor(1, thread_name_prefix="assemble")
@@ -214,21 +215,26 @@ class Stream:
     def _turns(self) -> Iterator[Positions]:
         """This rank's samples from the cursor on, some steps at a time."""
         deal = self.deal
-        at_once = max(1, _DEALT // deal.batch)
+        at_once, turn = max(1, _DEALT // deal.batch), 0
         for first in range(self._first, deal.steps, at_once):
             positions = np.arange(first * deal.batch, min((first + at_once) * deal.batch, deal.samples))
-            numbers = self._order.at(positions).sample
+            drawn = self._order.at(positions)
+            numbers = drawn.sample
             sizes = self._source.sizes(numbers)
             for start in range(0, len(numbers), deal.batch):
                 step = slice(start, start + deal.batch)
-                yield deal.numbers(numbers[step], sizes[step], self._rank)
+                mine = deal.numbers(np.arange(len(numbers[step])), sizes[step], self._rank)
+                self._epochs |= zip(range(turn, turn + len(mine)), drawn.epoch[step][mine].tolist(), strict=True)
+                turn += len(mine)
+                yield numbers[step][mine]
 
     def _read(self, first: int, end: int) -> list[Any]:
         """Some turns, decoded; a BadSample stands for itself."""
         rows: list[Any] = []
-        for raw in self.ahead.take(first, end):
+        for turn, raw in enumerate(self.ahead.take(first, end), first):
+            epoch = self._epochs.pop(turn)
             try:
-                rows.append(raw if isinstance(raw, BadSample) else self._reader.read(raw))
+                rows.append(raw if isinstance(raw, BadSample) else self._reader.read(raw._replace(epoch=epoch)))
             except BadSample as error:
                 rows.append(error)
         return rows
@@ -282,37 +288,40 @@ def _show(recipe: Recipe, number: int, split: Split, count: int, out: Path) -> N
         raise UserError(f"stage '{stage.name}': no sample of split '{split}' in its shards")
     print(f"stage {stage.name}, split {split}: {len(source)} samples in {len(source.parts)} dataset(s)")
     images = source.sizes(np.arange(len(source)))[:, 0]
-    if recipe.images.limit is not None and (more := int((images > recipe.images.limit).sum())):
-        print(f"{more} of them have more than {recipe.images.limit} view(s), of which the others are left out")
+    limit = recipe.images_of(stage).limit
+    if limit is not None and (more := int((images > limit).sum())):
+        print(f"{more} of them have more than {limit} view(s), of which the others are left out")
     with tempfile.TemporaryDirectory() as temporary:
         folder = recipe.model.tokenizer.folder or recipe.model.weights or temporary
         if recipe.model.tokenizer.train_vocabulary is not None:  # on what the first stage is trained on, as a run does
             samples = Source(recipe.shards_of(recipe.stages[0]), "train").samples()
-            texts = (collate.conversation(sample, recipe.text) for sample in samples)
+            first = recipe.text_of(recipe.stages[0])
+            texts = (collate.conversation(sample, first, recipe.findings) for sample in samples)
             tokenizer.train(texts, recipe.model.tokenizer.train_vocabulary, Path(folder))
         family = models.family(recipe.model, folder)
-    encoder = collate.Encoder(family, recipe.text, recipe.images)
+    encoder = collate.Encoder(family, recipe.text_of(stage), recipe.images_of(stage), recipe.findings, recipe.seed)
     turns = min(count, stage_samples(stage, len(source)))
     drawn = order_of(source, number, recipe.stream, recipe.seed).at(np.arange(turns))
     for turn, place in enumerate(source.places(drawn.sample)):
         print(f"\n{turn} {place.key}, epoch {drawn.epoch[turn]} of {source.parts[place.part].url}")
         try:
-            key, described, views = source.read(place.number)
+            raw = next(source.raw(np.asarray([place.number])))._replace(epoch=int(drawn.epoch[turn]))
+            (_, described, views), row = study(raw), encoder.read(raw)
         except BadSample as error:
             print(f"  cannot be read, and leaves an empty slot: {error.fault}")
             continue
-        row = encoder.encode(key, described, views)
         taught = row.labels != collate.IGNORE
         for n, (view, image) in enumerate(itertools.zip_longest(views, described.images)):
             print(f"  view {n}     {image.view if image else None}, {view.width} x {view.height} pixels, {view.mode}")
         for name, values in row.images.items():
             small = f" {values.tolist()}" if values.size <= 8 else ""
             print(f"  {name:<10} {values.shape} {values.dtype}{small}")
+        print(f"  task       {row.task or 'none: nothing is learnt'}")
         print(f"  prompt     {(~taught).sum()} tokens: {family.tokenizer.decode(row.input_ids[~taught])}")
-        cut = f", cut at text.max_tokens {recipe.text.max_tokens}" if row.cut else ""
+        cut = f", cut at text.max_tokens {recipe.text_of(stage).max_tokens}" if row.cut else ""
         print(f"  answer     {row.supervised} supervised tokens{cut}: {family.tokenizer.decode(row.input_ids[taught])}")
         picture = board.beside({"in the shard": views, "what the model sees": family.show_images(row.images)})
-        path, data = out / f"{turn}-{key}.png", io.BytesIO()
+        path, data = out / f"{turn}-{place.key}.png", io.BytesIO()
         picture.save(data, "PNG")
         write_atomically(path, data.getvalue(), 0o600)
         print(f"  picture    {path}")

@@ -4,7 +4,6 @@ outcome = run("runs/padchest-1")        # on each rank, with RANK, WORLD_SIZE, .
 """
 
 import contextlib
-import errno
 import json
 import logging
 import os
@@ -17,19 +16,21 @@ from typing import Any, Literal
 
 import torch
 
-from radhpc import fingerprint, hooks, log as logs
+from radhpc import compiling, evaluation_job, fingerprint, hooks, log as logs, seam, tasks
 from radhpc.background import beside, on_first
 from radhpc.board import Board
 from radhpc.checkpoint import Checkpoints, Cursor, name_of
 from radhpc.dist import Ranks, lost_peer
 from radhpc.engine import Engine
 from radhpc.errors import UserError, first_line
-from radhpc.files import read_json, write_atomically
+from radhpc.exhausted import out_of_memory
+from radhpc.files import FULL, insist, read_json, write_atomically
 from radhpc.heartbeat import Heartbeat, Limits
 from radhpc.ledger import Ledger
 from radhpc.log import Bar
 from radhpc.loop import Hook, Position, Quarantine, train
 from radhpc.parts import Parts, Trial
+from radhpc.profiling import Profiling
 from radhpc.run_dir import RunDir, node_name
 from radhpc.saving import Ending, Saving
 from radhpc.stop import PRUNED, Interrupted, Stop
@@ -73,7 +74,9 @@ def run(path: str, stop: Stop | None = None, trial: Trial | None = None) -> Outc
             outcome = _run(run_dir, ranks, stop, trial)
         except BaseException as error:
             heart.give_way()
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if isinstance(error, torch.OutOfMemoryError):
+                raise _recorded(run_dir, rank, out_of_memory(run_dir, rank, world)) from error
+            if isinstance(error, OSError) and error.errno in FULL:
                 where = error.filename or run_dir.path
                 full = UserError(f"{where}: {error.strerror}; free some space, then 'launch.py resume {run_dir.path}'")
                 raise _recorded(run_dir, rank, full) from error
@@ -93,7 +96,10 @@ def _run(run: RunDir, ranks: Ranks, stop: Stop, trial: Trial | None) -> Outcome:
         job = os.environ.get("SLURM_JOB_ID", "")
         nodes = os.environ.get("SLURM_JOB_NODELIST", socket.gethostname())
         run.record("started", life=life, job=job, world=ranks.world, engine=recipe.engine, nodes=nodes)
+        run.hold_back()
     _agree_on_environment(run, ranks)
+    if run.evaluates is not None:
+        return _evaluate(run, ranks, stop)
     parts = Parts(run, recipe, ranks, stop, trial)
     position: Position | None = None
     try:
@@ -103,8 +109,11 @@ def _run(run: RunDir, ranks: Ranks, stop: Stop, trial: Trial | None) -> Outcome:
                 raise UserError(f"stage '{recipe.stages[n].name}': no sample of split 'train' in its shards")
         steps = [stage_steps(stage, length) for stage, length in zip(recipe.stages, lengths, strict=True)]
         _agree_on_data(parts, steps)
+        for stage, number in zip(recipe.stages, range(len(steps)), strict=True):
+            on_first(lambda s=stage, n=number: tasks.check(recipe, s, parts.source(n, "train")), ranks, stop)
         cursor = _restore(parts, run, life, ranks)
         board = Board(run.path / "tensorboard" if ranks.first else None, cursor.step if cursor else 0)
+        board.layout([stage.name for stage in recipe.stages])
         board.event(cursor.step if cursor else 0, "resumed" if cursor else "started", _history(run))
         if trial is not None and ranks.first:
             board.hyperparameters(trial.parameters(), f"evaluation/{trial.metric}")
@@ -112,23 +121,28 @@ def _run(run: RunDir, ranks: Ranks, stop: Stop, trial: Trial | None) -> Outcome:
         known = ranks.broadcast([event["key"] for event in run.events("quarantined")] if ranks.first else [])
         quarantine = Quarantine(recipe.stream.max_bad_samples, known, _quarantined(run) if ranks.first else None)
         lineage: tuple[str, ...] = cursor.lineage if cursor else ()
-        for number in range(cursor.stage if cursor else 0, len(recipe.stages)):
+        reached = 0
+        if cursor is not None and cursor.origin:  # the end of a stage that another run has trained
+            lineage, reached = (*lineage, name_of(cursor.step)), cursor.step
+        for number in range(len(lineage), len(recipe.stages)):
             here = cursor if cursor is not None and cursor.stage == number else None
             position = Position(
                 stage=number,
-                step=here.step if here else sum(steps[:number]),
+                step=here.step if here else reached,
                 stage_step=here.stage_step if here else 0,
                 stage_steps=steps[number],
                 samples=here.samples if here else 0,
                 stage_samples=stage_samples(recipe.stages[number], lengths[number]),
             )
             name = _run_stage(parts, position, here, lineage, board, ledger, quarantine, stop, sum(steps))
-            lineage = (*lineage, name)
-        board.event(sum(steps), "finished", "all stages are done")
+            lineage, reached = (*lineage, name), position.step
+        board.event(reached, "finished", "all stages are done")
+        board.end_session()
         board.close()
         if ranks.first:
-            run.record("finished", step=sum(steps))
-        return Outcome("finished", step=sum(steps))
+            run.record("finished", step=reached)
+            run.give_back()
+        return Outcome("finished", step=reached)
     except Interrupted as interrupted:
         ending: Ending = interrupted.ending or _before_training(parts, stop)
         step = position.step if position else ending.committed_step or 0
@@ -137,6 +151,19 @@ def _run(run: RunDir, ranks: Ranks, stop: Stop, trial: Trial | None) -> Outcome:
             run.record(state, cause=interrupted.cause, step=step, **asdict(ending))
         log.info("%s by %s at step %d: %s", state, interrupted.cause, step, ending)
         return Outcome(state, interrupted.cause, step)
+
+
+def _evaluate(job: RunDir, ranks: Ranks, stop: Stop) -> Outcome:
+    """Of a job that evaluates another run; what it has generated is on the disk already when it is interrupted."""
+    try:
+        step = evaluation_job.work(job, ranks, stop)
+    except Interrupted as interrupted:
+        if ranks.first:
+            job.record("interrupted", cause=interrupted.cause, waited_seconds=round(stop.waited, 3))
+        return Outcome("interrupted", interrupted.cause)
+    if ranks.first:
+        job.record("finished", step=step)
+    return Outcome("finished", step=step)
 
 
 def _before_training(parts: Parts, stop: Stop) -> Ending:
@@ -168,6 +195,9 @@ def _run_stage(
         assert tensors is not None
         engine.load(tensors, cursor.stage_step)
         del tensors
+    elif number:
+        seam.check(parts, engine, number)
+    compiling.warm_up(parts, engine, stage)
     stop.check(ranks.max)
     _describe(engine, position, parts)
     saving = Saving(parts, engine, board, stop, lineage)
@@ -183,13 +213,16 @@ def _run_stage(
         told=stop.poll,
     )  # fmt: skip
     every = recipe.evaluation.every
+    profiling = Profiling(parts.run, ranks, board)
     try:
         with Bar(stage.name, position.stage_steps, position.stage_step, "steps", not ranks.first) as bar:
             stragglers = Stragglers(parts.run, ranks, board)
-            calls = [Hook(1, stragglers), Hook(recipe.checkpoint.every, saving)]
+            calls = [Hook(1, stragglers), Hook(1, hooks.GroupNorms(engine, board, parts))]
+            calls.append(Hook(recipe.checkpoint.every, saving))
             if ranks.first:
-                calls.insert(0, Hook(recipe.board.every, hooks.board_hook(board, parts)))
+                calls.insert(0, Hook(recipe.board.every, hooks.board_hook(board, parts, cursor is not None)))
                 calls.insert(1, Hook(1, hooks.Progress(parts, bar, total_steps, stragglers)))
+                calls.append(Hook(1, profiling))
             if every is not None:
                 calls.append(Hook(every, evaluating))
                 if cursor is not None and position.step % every == 0 and not position.stage_done:
@@ -197,18 +230,23 @@ def _run_stage(
             train(stream, engine, stage, position, calls, ledger, quarantine, stop, ranks, recipe.seed)
         saving.finish(position)
         hooks.export_adapter(parts, engine, position)
-        if ranks.first and _last_finished(parts.run) < number:
-            parts.run.record("stage_finished", stage=stage.name, number=number, step=position.step)
+        if ranks.broadcast(_last_finished(parts.run) < number):
+            loss = seam.probe(parts, engine, number)
+            if ranks.first:
+                parts.run.record("stage_finished", stage=stage.name, number=number, step=position.step, loss=loss)
         last = number == len(recipe.stages) - 1
         # A sweep chooses by its trials' scores, so that the test split is none of its business.
         evaluating(position, split="test" if last and parts.trial is None else None)
     except Interrupted as interrupted:
         interrupted.ending = saving.interrupted(position)
         board.event(position.step, "interrupted", interrupted.cause)
+        if interrupted.cause == PRUNED:
+            board.end_session()
         board.close()
         raise
     finally:
         stream.close()
+        profiling.close()
     return name_of(position.step)
 
 
@@ -276,13 +314,12 @@ def _restore(parts: Parts, run: RunDir, life: int, ranks: Ranks) -> Cursor | Non
 
 
 def _describe(engine: Engine, position: Position, parts: Parts) -> None:
-    trained = sum(parameter.numel() for parameter in engine.trained.values())
-    total = sum(parameter.numel() for parameter in engine.model.parameters())
+    trained = engine.trainable
     log.info(
         "stage %s: %s of %s parameters trained, steps %d to %d, %d rank(s)",
         parts.recipe.stages[position.stage].name,
         f"{trained:,}",
-        f"{total:,}",
+        f"{engine.parameters:,}",
         position.stage_step,
         position.stage_steps,
         parts.ranks.world,
@@ -316,7 +353,8 @@ def _record_end(
 ) -> None:
     """How this rank's life ended, for slurm.requeue to read once all are gone; a killed rank leaves no such file."""
     data = {**asdict(outcome), "host": node_name(), "traceback": trace, "culprits": list(culprits)}
-    write_atomically(_end_path(run, rank), json.dumps(data).encode(), 0o600)
+    text = json.dumps(data).encode()
+    insist(run.reserve("ranks"), lambda: write_atomically(_end_path(run, rank), text, 0o600))
 
 
 def _end_path(run: RunDir, rank: int) -> Path:

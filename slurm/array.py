@@ -17,7 +17,8 @@ import submitit
 
 from radhpc.errors import UserError
 from radhpc.files import write_atomically
-from slurm import code, container
+from radhpc.run_dir import RunDir
+from slurm import code, container, precheck
 from slurm.profile import Profile
 from slurm.submit import environment, explain, rank_python, setup_lines, site_parameters
 
@@ -60,21 +61,24 @@ def submit(
     frozen = folder / f"code-{code.current()}"  # by its hash: elements of an older array may still import theirs
     code.freeze(frozen)
     binds = [f"{folder}:{folder}"]
+    parameters = {
+        **site_parameters(profile),
+        "job_name": name,
+        "nodes": 1,
+        "ntasks_per_node": 1,
+        "array_parallelism": len(arguments),
+        "additional_parameters": {"requeue": True, **profile.sbatch},
+        "srun_args": [*container.srun(profile, binds, folder, frozen), *profile.srun],
+        "setup": setup_lines(profile, frozen),
+    }
+    one = profile.model_copy(update={"nodes": 1, "tasks_per_node": 1})  # of each element
+    precheck.refuse(RunDir(folder), one, parameters, len(arguments))
     with environment(profile), explain():
         try:
             executor = submitit.SlurmExecutor(folder / "logs", python=rank_python(profile, folder, binds))
         except RuntimeError as error:
             raise UserError("srun is not found: submit from a login node of the cluster") from error
-        executor.update_parameters(
-            **site_parameters(profile),
-            job_name=name,
-            nodes=1,
-            ntasks_per_node=1,
-            array_parallelism=len(arguments),
-            additional_parameters={"requeue": True, **profile.sbatch},
-            srun_args=[*container.srun(profile, binds, folder, frozen), *profile.srun],
-            setup=setup_lines(profile, frozen),
-        )
+        executor.update_parameters(**parameters)
         jobs = executor.map_array(function, arguments)
     array = Array(str(jobs[0].job_id).split("_")[0], profile.environment)
     write_atomically(owner, array.id.encode(), 0o600)

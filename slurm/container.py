@@ -15,8 +15,9 @@ import shlex
 from pathlib import Path
 
 from radhpc.errors import UserError
+from radhpc.files import read_json
 from radhpc.recipe import Recipe
-from radhpc.run_dir import RunDir
+from radhpc.run_dir import EVALUATION, RunDir
 from slurm.profile import Container, Profile
 
 # For Python inside: the frozen code alone, neither the host's PYTHONPATH nor what `pip install --user` left at home.
@@ -33,9 +34,10 @@ def check(container: Container) -> None:
 
 def needs(run: RunDir) -> list[str]:
     """The binds that a run asks for by itself: its folder, and what its recipe names on local paths."""
-    inputs = _inputs(run.recipe()) if run.recipe_path.exists() else []  # a probe has none
-    found = {path for path in inputs if path.startswith("/") and not Path(path).is_relative_to(run.path)}
-    return [_bind(str(run.path)), *(f"{_bind(path)}:ro" for path in sorted(found))]
+    inputs = _inputs(run.recipe()) + _of_evaluation(run) if run.recipe_path.exists() else []  # a probe has none
+    folder = (run.evaluates or run).path  # an evaluation's job lies in the folder of the run, and writes there
+    found = {path for path in inputs if path.startswith("/") and not Path(path).is_relative_to(folder)}
+    return [_bind(str(folder)), *(f"{_bind(path)}:ro" for path in sorted(found))]
 
 
 def python(profile: Profile, binds: list[str], folder: Path) -> str:
@@ -85,6 +87,15 @@ def _with_blobs(folder: str) -> str:
     """A snapshot in a hub's cache is a folder of links to blobs two folders up."""
     path = Path(folder)
     return str(path.parent.parent) if path.parent.name == "snapshots" else folder
+
+
+def _of_evaluation(run: RunDir) -> list[str]:
+    """What a job that evaluates another run reads beside it."""
+    task = read_json(run.path / EVALUATION)
+    if task is None:
+        return []
+    folders = [path for name, path in task["settings"]["scorers"].items() if name != "sha256" and path]
+    return [*(url.split("#")[0] for url in task["shards"]), *folders, *([task["against"]] if task["against"] else [])]
 
 
 def _bind(text: str) -> str:

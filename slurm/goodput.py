@@ -15,7 +15,7 @@ used, neither useful nor lost.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
@@ -26,6 +26,7 @@ ENDS = {
     "interrupted": "stopped", "rank_lost": "failed", "preempted": "stopped", "time_limit": "stopped",
     "hung": "failed", "node_lost": "failed", "gave_up": "failed", "pruned": "stopped",
 }  # fmt: skip
+_GROWS = {"start-up": "lost", "steps": "useful", "way out": "beside"}  # by what a life is doing
 Events = Sequence[dict[str, Any]]
 
 
@@ -54,10 +55,27 @@ class Account:
     lost: float = 0.0
     beside: float = 0.0  # evaluation, blocking saves, and the way out
     lives: list[Life] = field(default_factory=list)
+    # Where the last life may still be going on: what its time goes into since the last event ("" where it is over), and
+    # what of `lost` was not: steps that no checkpoint held by then.
+    growing: str = ""
+    unsaved: float = 0.0
 
     @property
     def used(self) -> float:
         return self.useful + self.lost + self.beside
+
+    def living(self, now: float) -> "Account":
+        """The same at `now`, where the last life still lives: its steps count until they are lost."""
+        if not self.lives:
+            return self
+        last = self.lives[-1]
+        lives = [*self.lives[:-1], replace(last, ended=max(last.ended, now), cause="")]
+        found = replace(self, lives=lives, growing="", unsaved=0.0)
+        if self.growing:
+            found.useful, found.lost = self.useful + self.unsaved, self.lost - self.unsaved
+            more = (lives[-1].ended - last.ended) * last.world
+            setattr(found, self.growing, getattr(found, self.growing) + more)
+        return found
 
     @property
     def restarts(self) -> Counter[str]:
@@ -72,10 +90,11 @@ class Account:
 
 def lives(events: Events, now: float | None = None) -> list[Life]:
     """The lives, oldest first; `now` where the last one still lives."""
-    return _lives(_one_start(events), now)
+    found = Account(lives=_lives(_one_start(events)))
+    return (found if now is None else found.living(now)).lives
 
 
-def _lives(events: Events, now: float | None) -> list[Life]:
+def _lives(events: Events) -> list[Life]:
     found: list[Life] = []
     inside = False
     for event in events:
@@ -92,8 +111,6 @@ def _lives(events: Events, now: float | None) -> list[Life]:
             found[-1].came_back = name == "requeued" or (found[-1].came_back and name not in ENDS)
             if name in ENDS:
                 found[-1].cause = name
-    if now is not None and found:
-        found[-1].ended, found[-1].cause = max(found[-1].ended, now), ""
     return found
 
 
@@ -110,7 +127,7 @@ def account(events: Events, now: float | None = None) -> Account:
     marked = any(event["event"] == "first_step" for event in events)  # runs of an earlier release have none
     books = _Books()
     events = _one_start(events)
-    books.account.lives = _lives(events, now)
+    books.account.lives = _lives(events)
     begun = iter(books.account.lives)
     for event in events:
         if event["event"] == "started":
@@ -120,11 +137,12 @@ def account(events: Events, now: float | None = None) -> Account:
             books.close()
         elif books.life is not None:
             books.enter(event)
-    if now is not None and books.life is not None:
+    if books.life is not None:
         books.pass_until(books.life.ended)
-        books.keep(books.step)
+        books.account.growing, books.account.unsaved = _GROWS[books.mode], books.pending
     books.close()
-    return books.total()
+    found = books.total()
+    return found if now is None else found.living(now)
 
 
 def _one_start(events: Events) -> list[dict[str, Any]]:

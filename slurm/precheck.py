@@ -27,18 +27,26 @@ _WAITS = re.compile(r"down, drained or reserved|nodes are busy|temporarily unava
 _GPU_OPTIONS = ("gres", "gpus-per-node", "gpus_per_node")
 
 
-def refuse(run: RunDir, profile: Profile, parameters: Mapping[str, Any]) -> None:
-    """Raise UserError for what is known to fail; all of it, in one line."""
+def refuse(run: RunDir, profile: Profile, parameters: Mapping[str, Any], elements: int = 0) -> None:
+    """Raise UserError for what is known to fail; all of it, in one line. `elements`: of a job array, 0 for a job."""
     found = environment_problems(profile)
     if profile.cluster == "slurm":
         cluster = Cluster.ask(profile.environment)
         found += [*time_problems(run, profile), *folder_problems(profile, cluster, run.path)]
-        found += problems(profile, cluster, parameters)
+        found += array_problems(cluster, elements) or problems(profile, cluster, parameters, elements)
     if found:
         raise UserError("; ".join(found))
 
 
-def problems(profile: Profile, cluster: Cluster, parameters: Mapping[str, Any]) -> list[str]:
+def array_problems(cluster: Cluster, elements: int) -> list[str]:
+    """An array of more elements than the site takes at all."""
+    most = int(cluster.config.get("MaxArraySize", "1001"))
+    if elements <= most:
+        return []
+    return [f"a job array of {elements}: this site takes {f'up to {most}' if most else 'none'} (MaxArraySize)"]
+
+
+def problems(profile: Profile, cluster: Cluster, parameters: Mapping[str, Any], elements: int = 0) -> list[str]:
     """What the cluster will not do."""
     names = (profile.partition or cluster.default or "").split(",")
     for name in names:
@@ -51,7 +59,7 @@ def problems(profile: Profile, cluster: Cluster, parameters: Mapping[str, Any]) 
         *_features(profile, cluster),
         *_gpus(profile, cluster),
     ]
-    return found or _refused(profile, parameters)
+    return found or _refused(profile, parameters, elements)
 
 
 def _limits(profile: Profile, cluster: Cluster, names: list[str]) -> list[str]:
@@ -130,11 +138,13 @@ def _gpus(profile: Profile, cluster: Cluster) -> list[str]:
     ]
 
 
-def _refused(profile: Profile, parameters: Mapping[str, Any]) -> list[str]:
+def _refused(profile: Profile, parameters: Mapping[str, Any], elements: int) -> list[str]:
     """What sbatch says of the very script that would be submitted, without submitting it."""
     from submitit.slurm.slurm import _make_sbatch_string
 
-    script = _make_sbatch_string("true", Path("logs").absolute(), **parameters)
+    script = _make_sbatch_string(
+        "true", Path("logs").absolute(), **{**parameters, **({"map_count": elements} if elements else {})}
+    )
     done = subprocess.run(
         ["sbatch", "--test-only"],
         input=script,

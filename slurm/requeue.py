@@ -20,10 +20,10 @@ Whatever the causes, `lives_without_progress` lives in a row without a new check
 that is lost, or hangs, `node_losses` times is left out from then on, where enough others remain.
 """
 
+import contextlib
 import hashlib
 import os
 import re
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,7 +32,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from radhpc.files import read_json
+from radhpc.files import insist, read_json
 from radhpc.run_dir import Event, RunDir
 from slurm import scheduler
 from slurm.profile import Profile, load
@@ -213,28 +213,42 @@ def account_for_the_dead(run: RunDir) -> None:
         run.record("preempted", job=last["job"], why="the batch script was killed before it could say so")
 
 
+def tried_before(events: Sequence[dict[str, Any]], job_id: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """The events without what a first attempt at this decision recorded before it failed, and the names of that."""
+    begins = ("submitted", "starting", "started", "requeued")
+    begun = max((n for n, event in enumerate(events) if event["event"] in begins), default=0)
+    mine = [event for event in events[begun:] if event["event"] in ENDS and event.get("job") == job_id]
+    return [event for event in events if event not in mine], [event["event"] for event in mine]
+
+
 def main(run_path: str, exit_status: int) -> None:
-    """Decide, record, and requeue if so decided."""
+    """Decide, record, and requeue if so decided. The batch script calls it once more where it fails."""
     run = RunDir.open(run_path)
     profile = load(str(run.path / "profile.yaml"))
     job_id = os.environ["SLURM_JOB_ID"]
+
+    def record(event: Event, **details: Any) -> None:
+        insist(run.reserve("decision"), lambda: run.record(event, **details))
+
     found = {
         int(path.stem.removeprefix("end.rank-")): read_json(path)
         for path in sorted((run.path / "logs").glob("end.rank-*.json"))
     }
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    job, before = scheduler.show_job(job_id), past(run.events())
+    earlier, recorded = tried_before(run.events(), job_id)
+    job, before = scheduler.own_job(job_id), past(earlier)
     down = scheduler.down(os.environ.get("SLURM_JOB_NODELIST", ""))
     world = int(os.environ["SLURM_JOB_NUM_NODES"]) * profile.tasks_per_node  # of this life: `nodes` may be a range
     verdict = decide(job, found, world, exit_status, profile, before, restarts, down)
     step = max((end["step"] for end in found.values()), default=0)
-    if verdict.cause not in ("finished", "pruned"):
+    if verdict.cause not in ("finished", "pruned", *recorded):
         more: dict[str, Any] = {"nodes": verdict.nodes} if verdict.nodes else {}
         more |= {"fingerprint": verdict.fingerprint} if verdict.fingerprint else {}
-        run.record(verdict.cause, job=job_id, step=step, why=verdict.why, **more)
-    print(f"slurm.requeue: {verdict.cause} {verdict.why} {verdict.gave_up}".rstrip(), file=sys.stderr, flush=True)
+        record(verdict.cause, job=job_id, step=step, why=verdict.why, **more)
+    with contextlib.suppress(OSError):  # the log may lie on a full disk
+        print(f"slurm.requeue: {verdict.cause} {verdict.why} {verdict.gave_up}".rstrip(), file=sys.stderr, flush=True)
     if verdict.gave_up and profile.requeue:
-        run.record("gave_up", job=job_id, after=verdict.cause, why=verdict.gave_up)
+        record("gave_up", job=job_id, after=verdict.cause, why=verdict.gave_up)
     put_back = int(job.get("Restarts", "0")) > restarts
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     name = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else job_id
@@ -244,17 +258,15 @@ def main(run_path: str, exit_status: int) -> None:
         return
     for left in (run.path / "logs").glob("*.save_tmp"):
         left.unlink()  # submitit refuses to write a result where a killed rank left half of one
-    run.record("requeued", job=job_id, cause=verdict.cause)
-    if not put_back:
-        done = subprocess.run(["scontrol", "requeue", name], capture_output=True, text=True, check=False)
-        if done.returncode:
-            run.record("failed", job=job_id, why=f"scontrol requeue: {done.stderr.strip()}")
-            return
+    record("requeued", job=job_id, cause=verdict.cause)
+    if not put_back and (refused := scheduler.requeue(name)):
+        record("failed", job=job_id, why=f"scontrol requeue: {refused}")
+        return
     # Only a job that does not run can be told to stay away from a node. The requeue has sent this script a SIGTERM,
     # which it ignores; SIGKILL follows after KillWait.
     away = excluded(job, verdict, before, profile, scheduler.usable(job.get("Partition", "")))
     if away and scheduler.stay_away(name, away):
-        run.record("excluded", job=job_id, nodes=away.split(","))
+        record("excluded", job=job_id, nodes=away.split(","))
 
 
 if __name__ == "__main__":

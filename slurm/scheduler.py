@@ -5,6 +5,7 @@ import os
 import re
 import socket
 import subprocess
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -25,10 +26,34 @@ _LIVING = {
     "RESIZING",
 }
 
+_PAUSES = (1, 2, 4, 8, 16)  # seconds between questions that must be answered
+
 
 def show_job(job_id: str, environment: dict[str, str] | None = None) -> dict[str, str]:
     """The fields of `scontrol show job`, such as JobState and PreemptTime; empty where the job is forgotten."""
     return fields(_asked(["scontrol", "show", "job", "--oneliner", job_id], environment))
+
+
+def own_job(job_id: str) -> dict[str, str]:
+    """The fields of the job that this process is part of, however long the controller takes to answer.
+
+    Raises RuntimeError where it does not: who does not know whether a job was cancelled must not bring it back.
+    """
+    for pause in (*_PAUSES, 0):
+        if found := show_job(job_id):
+            return found
+        time.sleep(pause)
+    raise RuntimeError(f"scontrol show job {job_id}: no answer")
+
+
+def requeue(name: str) -> str:
+    """Put a job that runs back into the queue; "" or why that is refused. A controller that is away may come back."""
+    for pause in (*_PAUSES, 0):
+        done = subprocess.run(["scontrol", "requeue", name], capture_output=True, text=True, check=False)
+        if not done.returncode:
+            return ""
+        time.sleep(pause)
+    return done.stderr.strip()
 
 
 def hostnames(nodes: str) -> list[str]:

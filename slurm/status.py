@@ -5,16 +5,17 @@ look = Statuses([RunDir.open(path) for path in paths])
 look.now()                                      # of all of them, in their order; again a second later, cheaply
 """
 
+import contextlib
 import json
 import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from radhpc.files import read_json
+from radhpc.files import read_json, write_atomically
 from radhpc.run_dir import RunDir
 from slurm import goodput, logs, reasons, scheduler
 from slurm.goodput import ENDS, Account as Books, Life
@@ -35,27 +36,101 @@ def status(run: RunDir) -> dict[str, Any]:
 
 
 @dataclass
+class _Digest:
+    """What is asked of a run's events. They are append-only, so a file of the same size and time is the same file."""
+
+    key: str = ""  # of events.jsonl: inode, size, time of change
+    newest: str = ""  # the last event's name
+    end: dict[str, Any] | None = None  # the last of ENDS
+    end_since: dict[str, Any] | None = None  # the same, since the job was last submitted, put back or started
+    begun: str = ""  # the name of that beginning
+    stepped: bool = False  # a step was made since then
+    saved: dict[str, Any] | None = None  # the last save
+    evaluation: dict[str, Any] | None = None
+    books: Books = field(default_factory=Books)
+
+    @classmethod
+    def of(cls, key: str, run: RunDir) -> "_Digest":
+        events = _events(run)
+        names = [event["event"] for event in events]
+        begun = max((n for n, name in enumerate(names) if name in _BEGINNINGS), default=-1)
+
+        def last(*names: str, since: int = 0) -> dict[str, Any] | None:
+            return next((event for event in reversed(events[since:]) if event["event"] in names), None)
+
+        return cls(
+            key=key,
+            newest=names[-1] if names else "",
+            end=last(*ENDS),
+            end_since=last(*ENDS, since=begun + 1),
+            begun=names[begun] if begun >= 0 else "",
+            stepped="first_step" in names[begun + 1 :],
+            saved=last("saved"),
+            evaluation=_newest_evaluation(run),
+            books=goodput.account(events),
+        )
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "_Digest":
+        books = data.pop("books")
+        lives = [Life(**life) for life in books.pop("lives")]
+        return cls(**data, books=Books(**books, lives=lives))
+
+
+class _Digests:
+    """The digests of all runs that this user has looked at, in one file beside other programs' caches.
+
+    What it holds of a run counts while the run's events.jsonl is the same; a file that cannot be read or written, or is
+    an older release's, is no error: then all events are read.
+    """
+
+    VERSION = 1
+
+    def __init__(self) -> None:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        self.path = home / "radhpc" / "status.json"
+        self._stored: dict[str, Any] = {}
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            found = read_json(self.path) or {}
+            self._stored = found["runs"] if found.get("version") == self.VERSION else {}
+
+    def get(self, run: RunDir, key: str) -> _Digest | None:
+        data = self._stored.get(str(run.path))
+        if data is None or data["key"] != key:
+            return None
+        return _Digest.from_json({**data, "books": dict(data["books"])})
+
+    def keep(self, reads: Sequence["_Read"]) -> None:
+        """Add the digests of these runs; of others only those that are still there."""
+        new = {str(read.run.path): read.digest for read in reads if read.digest.key}
+        if all(self._stored.get(path, {}).get("key") == digest.key for path, digest in new.items()):
+            return
+        kept = {path: data for path, data in self._stored.items() if path not in new and os.path.exists(path)}
+        data = {"version": self.VERSION, "runs": kept | {path: asdict(digest) for path, digest in new.items()}}
+        with contextlib.suppress(OSError):
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_atomically(self.path, json.dumps(data).encode(), 0o600)
+
+
+@dataclass
 class _Read:
-    """What was read of a run's folder. Events are append-only, so a file of the same size is the same file."""
+    """What was read of a run's folder."""
 
     run: RunDir
     job: dict[str, Any] | None = None
     progress: dict[str, Any] = field(default_factory=dict)
-    events: list[dict[str, Any]] = field(default_factory=list)
-    size: int = -1
-    evaluation: dict[str, Any] | None = None
-    books: Books | None = None  # of these events, for a run that does not live
+    digest: _Digest = field(default_factory=_Digest)
 
-    def read(self) -> None:
+    def read(self, digests: _Digests) -> None:
         self.job, self.progress = self.run.job(), self.run.progress()
         try:
-            size = os.stat(self.run.path / "events.jsonl").st_size
+            found = os.stat(self.run.path / "events.jsonl")
         except FileNotFoundError:
-            size = 0
-        if size != self.size:
-            self.size, self.events = size, _events(self.run)
-            self.books = None
-            self.evaluation = _newest_evaluation(self.run)
+            self.digest = _Digest()
+            return
+        key = f"{found.st_ino} {found.st_size} {found.st_mtime_ns}"
+        if key != self.digest.key:
+            self.digest = digests.get(self.run, key) or _Digest.of(key, self.run)
 
 
 class Statuses:
@@ -67,11 +142,14 @@ class Statuses:
         self._found: list[Found] = []
         self._jobs: list[dict[str, Any] | None] = []
         self._asked = float("-inf")
+        self._digests = _Digests()
 
     def now(self) -> list[dict[str, Any]]:
         """The keys of `launch.py status --json`, for each run."""
         with ThreadPoolExecutor(_THREADS) as pool:
-            list(pool.map(_Read.read, self._read))
+            list(pool.map(lambda read: read.read(self._digests), self._read))
+        if self._asked == float("-inf"):  # once: whoever watches has all in memory
+            self._digests.keep(self._read)
         jobs = [read.job for read in self._read]
         if jobs != self._jobs or time.monotonic() - self._asked >= self.queue_seconds:
             self._jobs, self._asked = jobs, time.monotonic()
@@ -85,21 +163,19 @@ class Statuses:
 
 def _has_finished(read: _Read) -> bool:
     """The scheduler need not be asked: after this event no life follows."""
-    return bool(read.events) and read.events[-1]["event"] == "finished" and "process_start" not in (read.job or {})
+    return read.digest.newest == "finished" and "process_start" not in (read.job or {})
 
 
 def _describe(read: _Read, found: Found, now: float) -> dict[str, Any]:
-    events, progress = read.events, read.progress
+    progress = read.progress
     state, why = _state(read, found)
     living = state == "running"
-    books = read.books = (None if living else read.books) or goodput.account(events, now if living else None)
+    books = read.digest.books.living(now) if living else read.digest.books
     lives = books.lives
     stepping = living and bool(lives) and progress.get("time", 0.0) >= lives[-1].started
     if living:
         why = why or _running(lives, progress, now)
-    ends = [event for event in events if event["event"] in ENDS]
-    last = ends[-1] if ends else None
-    saved = next((event for event in reversed(events) if event["event"] == "saved"), None)
+    last, saved = read.digest.end, read.digest.saved
     world = progress.get("world") or (lives[-1].world if lives else None)
     rate = progress.get("samples_per_second", 0.0) if stepping else 0.0
     return {
@@ -120,12 +196,12 @@ def _describe(read: _Read, found: Found, now: float) -> dict[str, Any]:
         "data_wait": progress.get("data_wait") if stepping else None,
         "eta_seconds": _eta(progress, now) if stepping else None,
         "checkpoint_step": saved["step"] if saved else None,
-        "checkpoint_age_seconds": round(now - goodput.seconds(saved), 1) if saved else None,
+        "checkpoint_age_seconds": round(max(0.0, now - goodput.seconds(saved)), 1) if saved else None,
         "restarts": dict.fromkeys(_RESTARTS, 0) | books.restarts,
         "goodput": None if books.goodput is None else round(books.goodput, 3),
         "gpu_hours": round(books.used / 3600, 4),
         "gpu_hours_lost": round(books.lost / 3600, 4),
-        "evaluation": read.evaluation,
+        "evaluation": read.digest.evaluation,
     }
 
 
@@ -135,19 +211,16 @@ def _state(read: _Read, found: Found) -> tuple[str, str]:
         if found.state in _WAITING:
             return "pending", reasons.words(found.reason)
         return "running", "" if found.state in ("RUNNING", "COMPLETING") else f"SLURM says {found.state.lower()}"
-    names = [event["event"] for event in read.events]
-    begun = max((n for n, name in enumerate(names) if name in _BEGINNINGS), default=-1)
-    ends = [event for event in read.events[begun + 1 :] if event["event"] in ENDS]
-    if ends:
-        state = ENDS[ends[-1]["event"]]
-        why = ends[-1].get("why") or ends[-1].get("cause") or ends[-1]["event"]
+    if end := read.digest.end_since:
+        state = ENDS[end["event"]]
+        why = end.get("why") or end.get("cause") or end["event"]
         return state, "" if state == "finished" else str(why).replace("_", " ")
-    started = begun >= 0 and names[begun] in ("starting", "started")
+    started = read.digest.begun in ("starting", "started")
     if found.problem:
         return "running" if started else "pending", f"{found.problem}; this is what the run's own files say"
     if read.job is None:
         return "failed", "never submitted"
-    return _gone(read, found, started, "first_step" in names[begun + 1 :])
+    return _gone(read, found, started, read.digest.stepped)
 
 
 def _gone(read: _Read, found: Found, started: bool, stepped: bool) -> tuple[str, str]:
@@ -202,14 +275,14 @@ def _newest_evaluation(run: RunDir) -> dict[str, Any] | None:
     return {"step": scores["step"], "split": scores["split"], **{n: s["value"] for n, s in scores["scores"].items()}}
 
 
-def find_runs(paths: Sequence[Path] | None) -> list[RunDir]:
+def find_runs(paths: Sequence[Path] | None, strict: bool = True) -> list[RunDir]:
     """The runs at these paths, and of a folder that is none (a sweep) those in it; by default all in runs/.
 
-    Raises UserError for a path without any.
+    Raises UserError for a path without any, if `strict`.
     """
     if not paths:
-        return [run for path in sorted(Path("runs").glob("*/")) for run in _runs_in(path)]
-    return [run for path in paths for run in _runs_in(path) or [RunDir.open(path)]]
+        paths, strict = sorted(Path("runs").glob("*/")), False
+    return [run for path in paths for run in _runs_in(path) or ([RunDir.open(path)] if strict else [])]
 
 
 def _runs_in(path: Path) -> list[RunDir]:

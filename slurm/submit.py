@@ -42,6 +42,10 @@ def submit(run: RunDir, profile: Profile, current_code: bool = False) -> submiti
     if profile.cluster != "inline":
         code.check_profile(run.code, run.path / "profile.yaml")
     run.clear_stop()
+    try:
+        run.hold_back()
+    except OSError as error:
+        raise UserError(f"{run.path}: {error.strerror}") from error
     with starting(run, profile), explain():
         job = executor(run, profile).submit(slurm_job.main, str(run.path))
     pid = os.getpid() if profile.cluster == "inline" else int(job.job_id) if profile.cluster == "local" else None
@@ -112,6 +116,7 @@ def slurm_parameters(run: RunDir, profile: Profile, python: str, frozen: Path | 
     container; `frozen`: the code that the job runs, the run's own by default.
     """
     frozen = frozen or run.code
+    decide = f"{python} -m slurm.requeue {shlex.quote(str(run.path))} $status"
     binds = container.needs(run) if profile.container else []
     fixed: dict[str, Any] = {"ntasks_per_node": profile.tasks_per_node}
     elastic, more, tasks = _elastic(profile) if profile.least_nodes < profile.most_nodes else (fixed, {}, [])
@@ -139,15 +144,16 @@ def slurm_parameters(run: RunDir, profile: Profile, python: str, frozen: Path | 
         "setup": [
             # The batch shell outlives the ranks, so that slurm.requeue can decide what follows when all are gone.
             "trap : TERM USR2",
+            "export RADHPC_JOB_STARTED=$(date +%s)",  # radhpc/stop.py
             *setup_lines(profile, frozen),
             *tasks,
             # What ranks said at the end of the life before is not for the decision on this one: there may be fewer now.
             f"rm -f {shlex.quote(str(run.path))}/logs/end.rank-*.json",
         ],
-        # From here on a signal must not end the decision half way.
+        # From here on a signal must not end the decision half way; where it fails nevertheless, the run would be lost.
         "teardown": [
             "status=$?; trap '' TERM USR2",
-            f"{python} -m slurm.requeue {shlex.quote(str(run.path))} $status",
+            f"{decide} || {{ sleep 3; {decide}; }}",
         ],
     }
 
@@ -239,6 +245,7 @@ def environment(profile: Profile, more: dict[str, str] | None = None) -> Iterato
     if profile.cluster == "slurm":  # elsewhere nobody kills after a signal
         wanted |= {"RADHPC_GRACE_SECONDS": str(profile.grace_seconds)}
         wanted |= {"RADHPC_SIGNAL_SECONDS": str(profile.signal_seconds)}
+        wanted |= {"RADHPC_LIMIT_SECONDS": str(profile.minutes * 60)}
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:

@@ -16,8 +16,8 @@ from rich.text import Text
 SHOWN = 20  # samples that were seen too often or never
 
 
-def scores(found: dict[str, Any]) -> Table:
-    """scores.json of an evaluation beside its baselines."""
+def scores(found: dict[str, Any]) -> Iterator[Table | str]:
+    """scores.json of an evaluation beside its baselines, the difference to another run, and what is missing."""
     table = Table(
         "score", "model", "95% interval", *found["baselines"], title=f"step {found['step']}, {found['split']}"
     )
@@ -25,7 +25,16 @@ def scores(found: dict[str, Any]) -> Table:
         limits = "" if score["low"] is None else f"{score['low']:.3f} to {score['high']:.3f}"
         others = [values.get(name, {}).get("value") for values in found["baselines"].values()]
         table.add_row(name, f"{score['value']:.3f}", limits, *("" if v is None else f"{v:.3f}" for v in others))
-    return table
+    yield table
+    if other := found.get("comparison"):
+        title = f"against {other['against']}: {other['test']}, {other['samples']} studies"
+        differences = Table("score", "difference", "95% interval", "p", title=title)
+        for name, one in other["scores"].items():
+            limits = f"{one['low']:+.3f} to {one['high']:+.3f}"
+            differences.add_row(name, f"{one['difference']:+.3f}", limits, f"{one['p']:.3f}")
+        yield differences
+    for name, why in found.get("missing", {}).items():
+        yield f"{name}: not scored: {why}"
 
 
 def weights(found: dict[str, Any]) -> RenderableType:
@@ -358,3 +367,33 @@ def _tail(key: str, keys: list[str]) -> str:
 
 def _label(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def answer(result: Mapping[str, Any], console: Console, heading: bool) -> None:
+    """What `generate` prints of one study: its warnings, its text by sections, its neighbours."""
+    if heading:
+        console.print(Text(result["name"], style="bold"))
+    if "error" in result:
+        console.print(Text.assemble(("error ", "red"), result["error"]), soft_wrap=True)
+        return
+    for warning in result["warnings"]:
+        console.print(Text.assemble(("warning ", "yellow"), warning), soft_wrap=True)
+    for name, text in result["sections"].items() or [("", result["text"] or "(the model wrote nothing)")]:
+        console.print(Text.assemble((f"{name.capitalize()}: " if name else "", "bold"), text), soft_wrap=True)
+    for line in neighbours(result["neighbours"]):
+        console.print(line, soft_wrap=True)
+
+
+def neighbours(found: Sequence[Mapping[str, Any]]) -> Iterator[Text]:
+    """Training studies that look alike, a line each."""
+    for neighbour in found:
+        yield Text.assemble((f"  {neighbour['similarity']:.2f} {neighbour['key']} ", "dim"), neighbour["text"])
+
+
+def traced(found: dict[str, Any]) -> Iterator[RenderableType]:
+    """Where a trace lies and the operators that took longest."""
+    table = Table("operator", "calls", "ms", "share", box=SIMPLE_HEAD)
+    for row in found["operators"]:
+        table.add_row(row["operator"], str(row["calls"]), f"{row['milliseconds']:.1f}", f"{row['share']:.1%}")
+    yield table
+    yield f"{found['trace']}: open it in https://ui.perfetto.dev or chrome://tracing"

@@ -21,7 +21,7 @@ from radhpc.errors import UserError, first_line
 from radhpc.files import write_atomically
 from radhpc.recipe import Recipe
 from radhpc.run_dir import RunDir
-from slurm import code, job as slurm_job, profile as profiles, scheduler
+from slurm import code, job as slurm_job, precheck, profile as profiles, scheduler
 from slurm.profile import Profile
 from slurm.study import Study
 from slurm.submit import environment, explain, host_python, slurm_parameters, submit as submit_run
@@ -56,21 +56,23 @@ def submit(study: Study, profile: Profile) -> str | None:
     numbers = due(study)
     if not numbers:
         return None
+    if profile.container is not None:
+        raise UserError("container: a sweep's jobs start none; allowed is `python`, installed on the nodes")
     # A file of its own for each array: an older one may still wait, with other nodes.
     folder = study.path / "profiles"
     folder.mkdir(mode=0o700, exist_ok=True)
     frozen = folder / f"{len(list(folder.iterdir())):03d}.yaml"
-    write_atomically(frozen, profile.to_yaml(), 0o600)
-    if profile.container is not None:
-        raise UserError("container: a sweep's jobs start none; allowed is `python`, installed on the nodes")
-    code.freeze(study.path / "code", same_python=profile.python is None)
     python = host_python(profile)
+    parameters = _array_parameters(study, profile, python, numbers, frozen)
+    precheck.refuse(RunDir(study.path), profile, parameters, len(numbers))
+    write_atomically(frozen, profile.to_yaml(), 0o600)
+    code.freeze(study.path / "code", same_python=profile.python is None)
     with environment(profile), explain():
         try:
             executor = submitit.SlurmExecutor(study.path / "logs", python=python)
         except RuntimeError as error:
             raise UserError("srun is not found: submit from a login node of the cluster") from error
-        executor.update_parameters(**_array_parameters(study, profile, python, numbers, frozen))
+        executor.update_parameters(**parameters)
         jobs = executor.map_array(slurm_job.main, [str(study.run_path(number)) for number in numbers])
     given = study.given
     owners = {number: _owner(str(job.job_id), profile) for number, job in zip(numbers, jobs, strict=True)}

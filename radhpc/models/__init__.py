@@ -1,8 +1,8 @@
 """Model families: one file each, found by name. A new family is one file with a class named `Family`."""
 
 import importlib
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,18 @@ from radhpc import weights
 from radhpc.recipe import Model
 
 Arrays = dict[str, npt.NDArray[Any]]
+
+
+class Taps(NamedTuple):
+    """Where a model's features are, for objectives that need more than its answers. A family that has them says so by
+    a method `taps(model)`; those without it learn by generation alone.
+    """
+
+    image: torch.nn.Module  # gives image tokens
+    text: torch.nn.Module  # gives (batch, length, width) of what is said, before any of it has met an image
+    last: torch.nn.Module  # is called behind both, in each forward pass
+    width: int
+    pool: Callable[[torch.Tensor, dict[str, torch.Tensor]], torch.Tensor]  # image tokens, batch -> (batch, width)
 
 
 class ModelFamily(Protocol):
@@ -27,6 +39,14 @@ class ModelFamily(Protocol):
 
     def build_empty(self) -> torch.nn.Module:
         """The same without values, on the meta device; of a local folder it needs the configuration alone."""
+        ...
+
+    def finish(self, model: torch.nn.Module) -> torch.nn.Module:
+        """A model of build_empty() that has got a folder's values, made ready as build() does."""
+        ...
+
+    def processor(self) -> Any:
+        """transformers' own processor, which `export` lays beside the weights."""
         ...
 
     def prompt(self, text: str, images: int) -> str:
@@ -54,5 +74,7 @@ def family(model: Model, tokenizer_folder: str) -> ModelFamily:
     """Load a family's file and bind it to a recipe's model and tokenizer."""
     weights.check_architecture(model)
     module = importlib.import_module(f"radhpc.models.{model.family}")
+    if model.attention == "auto":
+        model = model.model_copy(update={"attention": getattr(module.Family, "attention", "sdpa")})
     result: ModelFamily = module.Family(model, tokenizer_folder)
     return result

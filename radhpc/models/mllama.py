@@ -24,7 +24,7 @@ from transformers.models.mllama.processing_mllama import (
 
 from radhpc import processors
 from radhpc.errors import UserError, first_line
-from radhpc.models import Arrays
+from radhpc.models import Arrays, Taps, _mllama_attention, _mllama_tiles
 from radhpc.processors import MllamaImages
 from radhpc.recipe import Model
 
@@ -40,6 +40,7 @@ WEIGHTS = {
 class Family:
     """Mllama as radhpc.models.ModelFamily wants it."""
 
+    attention = "segments"
     blocks = (
         upstream.MllamaVisionEncoderLayer,
         upstream.MllamaSelfAttentionDecoderLayer,
@@ -76,6 +77,18 @@ class Family:
                 f"{path}: {found.tiles} tiles of {found.size} pixels; its model has {self.max_tiles} of {size}"
             )
         return found
+
+    def processor(self) -> Any:
+        """transformers' own processor, equal to what encode_images and prompt do, for those who have no radhpc."""
+        from transformers import MllamaProcessor
+        from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
+
+        if self._recipe.weights is not None and (path := processors.described(Path(self._recipe.weights))):
+            images = MllamaImageProcessorPil.from_pretrained(str(path.parent), local_files_only=True)
+        else:
+            size = {"height": self.image_processor.size, "width": self.image_processor.size}
+            images = MllamaImageProcessorPil(size=size, max_image_tiles=self.max_tiles)
+        return MllamaProcessor(images, self.tokenizer, chat_template=self.tokenizer.chat_template)
 
     def _configuration(self) -> MllamaConfig:
         if self._recipe.weights is not None:
@@ -122,15 +135,27 @@ class Family:
             torch.manual_seed(seed)
             model = MllamaForConditionalGeneration(self.config)
             self._initialise(model)
+        return self.finish(model)
+
+    def finish(self, model: Any) -> torch.nn.Module:
+        """What the tokenizer decides, and attention without masks."""
         model.generation_config.eos_token_id = self.tokenizer.eos_token_id
         model.generation_config.pad_token_id = self.tokenizer.pad_token_id
-        return model.eval()
+        return self._attached(model)
 
     def build_empty(self) -> torch.nn.Module:
         """The architecture alone, in float32 as build() gives it."""
         self.config._attn_implementation = self._recipe.attention
         with torch.device("meta"):
-            return MllamaForConditionalGeneration(self.config).eval()
+            model = MllamaForConditionalGeneration(self.config)
+        return self._attached(model)
+
+    def _attached(self, model: Any) -> torch.nn.Module:
+        _mllama_attention.attach(model)
+        if self._recipe.skip_empty_tiles:
+            _mllama_tiles.attach(model)
+        found: torch.nn.Module = model.eval()
+        return found
 
     def _initialise(self, model: torch.nn.Module) -> None:
         """Start the gates and the position embeddings where the recipe says, not where upstream does."""
@@ -141,6 +166,12 @@ class Family:
                     parameter.fill_(gates)
                 if positions is not None and name.endswith("gated_positional_embedding.embedding"):
                     parameter.normal_(std=positions)
+
+    def taps(self, model: Any) -> Taps:
+        """Image tokens as the language model gets them; what is said as it is before the first cross-attention."""
+        language, first = model.model.language_model, self.config.text_config.cross_attention_layers[0]
+        text = language.layers[first - 1] if first else language.embed_tokens
+        return Taps(model.model.multi_modal_projector, text, language, self.config.text_config.hidden_size, _pool)
 
     def prompt(self, text: str, images: int) -> str:
         # Text before an image cannot see it, so the images come first.
@@ -176,3 +207,10 @@ class Family:
         )
         batch["cross_attention_mask"] = torch.from_numpy(mask)
         return batch
+
+
+def _pool(tokens: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """(B, I, T, patches, width) -> the mean over the patches of all tiles that hold a part of a view, (B, width)."""
+    tiles = batch["aspect_ratio_mask"] * (batch["aspect_ratio_ids"] > 0).unsqueeze(-1)
+    share = tiles.to(tokens.dtype) / tiles.sum((1, 2), keepdim=True).clamp_min(1)
+    return torch.einsum("bitpw,bit->bw", tokens, share) / tokens.shape[3]

@@ -14,7 +14,7 @@ from radhpc.engine import Engine
 from radhpc.errors import UserError
 from radhpc.export import write_adapter
 from radhpc.models import ModelFamily
-from radhpc.recipe import Lora, Recipe, load
+from radhpc.recipe import Lora, Recipe, Stage, load
 from radhpc.source import Source
 from tests.conftest import TINY_RECIPE, tiny_family
 
@@ -135,3 +135,91 @@ def test_only_the_stage_trains(kind: ModelFamily, recipe: Recipe, batch: Batch) 
         engine.step([batch], 100, 1.0)
     changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     assert changed == {name for name in before if ".lora_" in name}
+
+
+BROAD = ".*language_model.*(q|v|o)_proj"
+STEPS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({}, {"rslora": True}),
+    ({"rslora": True}, {"rank": 6, "alpha": 5, "rslora": True}),
+    ({"rank_pattern": {"q_proj": 3}}, {"rank": 4, "rank_pattern": {"q_proj": 7, "layers.0.self_attn.v_proj": 5}}),
+    ({}, {"rank": 5, "targets": BROAD}),
+    ({}, {"rank": 5, "dora": True}),
+    ({"dora": True}, {"rank": 6, "alpha": 9, "dora": True}),
+]
+
+
+@pytest.mark.parametrize(("before", "after"), STEPS, ids=["rslora", "alpha", "pattern", "layers", "dora", "dora-rank"])
+def test_adapters_of_every_kind_grow_without_changing_the_function(
+    kind: ModelFamily, batch: Batch, before: dict[str, Any], after: dict[str, Any]
+) -> None:
+    plain = {"rank": 2, "alpha": 4, "targets": TARGETS}
+    old, lora = Lora(**(plain | before)), Lora(**(plain | after))
+    model, adapter = trained(kind, old)
+    if old.dora:
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name:  # trained, too
+                parameter.data *= 1.3
+                adapter.tensors[adapters.canonical(name)] = parameter.data.clone()
+    grown = kind.build(0)
+    adapters.attach(grown, lora, seed=3)
+    fresh = logits(grown, batch)
+    adapters.grow(grown, lora, adapter)
+    wanted = logits(model, batch)
+    assert (wanted - fresh).abs().max() > 1e-2, "the adapters do nothing: the test would pass on anything"
+    assert (logits(grown, batch) - wanted).abs().max() < 1e-5
+    for name, parameter in grown.named_parameters():
+        if name.endswith(".lora_A.default.weight"):
+            layer = adapters.canonical(name).removesuffix(".lora_A.weight")
+            assert len(parameter) == lora.rank_of(layer), "PEFT chose another rank than we"
+
+
+@pytest.mark.parametrize("kinds", [{"rslora": True}, {"dora": True}, {"rank_pattern": {"q_proj": 3}}])
+def test_merging_keeps_the_function_of_every_kind(kind: ModelFamily, batch: Batch, kinds: dict[str, Any]) -> None:
+    before, adapter = trained(kind, Lora(**({"rank": 2, "alpha": 4, "targets": TARGETS} | kinds)))
+    after = kind.build(0)
+    adapters.merge(after, adapter)
+    assert (logits(after, batch) - logits(before, batch)).abs().max() < 1e-5
+
+
+def test_a_seam_is_refused_when_it_comes(kind: ModelFamily) -> None:
+    """A layer's change is held against what it was, on every start."""
+    _, adapter = trained(kind, Lora(rank=2, alpha=4, targets=TARGETS))
+    for name, tensor in adapter.tensors.items():
+        if ".lora_B." in name:
+            tensor *= float("nan")
+    grown, lora = kind.build(0), Lora(rank=3, alpha=4, targets=TARGETS)
+    adapters.attach(grown, lora, seed=0)
+    with pytest.raises(UserError, match="growing the adapters would change the model"):
+        adapters.grow(grown, lora, adapter)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"train": ["no_such"]}, "train: 'no_such' matches no parameter"),
+        ({"lora": {"targets": "nowhere"}}, "lora.targets: 'nowhere' matches no linear layer"),
+        ({"lora": {"targets": ".*language_model.*self_attn.*"}}, "also matches .*; allowed are linear layers"),
+        ({"lora": {"rank_pattern": {"k_proj": 3}}}, "rank_pattern: 'k_proj' matches none of the targets"),
+        ({"train": ["layers.0"]}, "is trained whole by train 'layers.0' and adapted by"),
+        ({"lora": {"targets": ".*language_model.*q_proj", "rank": 9}}, "leaves out .*v_proj"),
+        ({"lora": {"rank": 9, "rank_pattern": {"v_proj": 1}}}, "has rank 1, before 2; ranks can only grow"),
+    ],
+)
+def test_patterns_of_every_stage_are_held_against_the_model(
+    kind: ModelFamily, recipe: Recipe, changes: dict[str, Any], words: str
+) -> None:
+    adapters.check(kind.build(0), recipe.stages)
+    stage = recipe.stages[2].model_dump(exclude={"shards"})
+    lora = stage["lora"] | changes.pop("lora", {})
+    wrong = Stage.model_validate(stage | changes | {"lora": lora})
+    with pytest.raises(UserError, match=words) as error:
+        adapters.check(kind.build(0), (*recipe.stages[:2], wrong))
+    assert "stage 'refine'" in str(error.value)
+
+
+def test_new_adapters_leave_the_old_ones_behind(kind: ModelFamily, recipe: Recipe, batch: Batch) -> None:
+    _, adapter = trained(kind, Lora(rank=2, alpha=4, targets=TARGETS))
+    stages = (recipe.stages[1], recipe.stages[2].model_copy(update={"adapters": "new"}))
+    model = kind.build(0)
+    adapters.prepare(model, stages, 1, lambda n: adapter.tensors, 0)
+    assert torch.equal(logits(model, batch), logits(kind.build(0), batch))

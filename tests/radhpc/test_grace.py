@@ -80,6 +80,25 @@ def test_the_first_signal_of_a_kind_starts_its_clock(graces: None) -> None:
         assert CAUSES[stop.code] == "SIGTERM"
 
 
+@pytest.mark.parametrize(
+    ("had", "left"),
+    [
+        (3500, 100),  # near the limit of an hour: what is left of it
+        (3400, 200),  # SLURM may warn early
+        (60, 20),  # far from it: a preemption, of which SLURM was told to warn by this signal
+        (3590, 20),  # SIGTERM is about to follow, and the grace after it
+        (-7200, 20),  # the clock was set back
+        (9000, 20),
+    ],
+)
+def test_what_is_left_after_the_warning(graces: None, monkeypatch: pytest.MonkeyPatch, had: int, left: int) -> None:
+    monkeypatch.setenv("RADHPC_LIMIT_SECONDS", "3600")
+    monkeypatch.setenv("RADHPC_JOB_STARTED", str(int(time.time()) - had))
+    with Stop() as stop:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        assert left - 1.5 < stop.left <= left
+
+
 def test_ctrl_c_and_a_request_have_no_deadline(graces: None, tmp_path: object) -> None:
     run = RunDir(str(tmp_path))
     with Stop(run, poll_seconds=0) as stop:
@@ -107,5 +126,6 @@ def test_the_profile_says_how_long(monkeypatch: pytest.MonkeyPatch) -> None:
     with environment(load("box")):
         assert float(os.environ["RADHPC_GRACE_SECONDS"]) == 20
         assert float(os.environ["RADHPC_SIGNAL_SECONDS"]) == 60
+        assert float(os.environ["RADHPC_LIMIT_SECONDS"]) == 3600
     with environment(load("local")):
         assert "RADHPC_GRACE_SECONDS" not in os.environ

@@ -4,6 +4,7 @@ The ranks are real: processes that meet over gloo and train a tiny run. A forkse
 them in a moment.
 """
 
+import json
 import multiprocessing
 import os
 import re
@@ -11,6 +12,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ import pytest
 
 from radhpc.errors import UserError
 from radhpc.files import read_json, read_lines
-from radhpc.heartbeat import EXIT_STATUS, Beat, Limits, describe, judge, read
+from radhpc.heartbeat import EXIT_STATUS, Beat, Heartbeat, Limits, describe, judge, read
 from radhpc.ledger import consumed
 from radhpc.loop import Pace
 from radhpc.recipe import load
@@ -302,6 +304,22 @@ def test_long_pieces_of_work_are_no_hang(start: START, tmp_path: Path) -> None:
 
 def told(run: Path, name: str) -> list[dict[str, Any]]:
     return [event for event in read_lines(run / "events.jsonl") if event["event"] == name]
+
+
+def test_what_a_life_before_left_does_not_count_whatever_its_clock_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "node0")
+    monkeypatch.setenv("MASTER_PORT", "12001")
+    run = RunDir(tmp_path)
+    for rank, port in ((1, 12000), (2, 12001)):
+        beat = replace(beats({})[0], rank=rank, time=time.time() + (7200 if rank == 1 else -7200), life=f"node0:{port}")
+        (run.folder("logs") / f"heartbeat.rank-{rank:05d}.json").write_text(json.dumps(asdict(beat)))
+    heart = Heartbeat(run, 0, 3, Limits(0, 0))
+    try:
+        assert set(heart._read()) - {0} == {2}
+    finally:
+        heart.close()
 
 
 # The judgement, without processes

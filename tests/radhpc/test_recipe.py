@@ -38,7 +38,7 @@ def test_every_recipe_opens_with_the_commands_that_run_it(path: Path) -> None:
         ("engine=deepspede", ["engine", "'fsdp'", "'deepspede'"]),
         ("stages.adapt.lora.targets='('", ["stages.1.lora.targets", "regular expression"]),
         ("stages.refine.lora.rank=1", ["refine", "lora.rank 1", "only grow"]),
-        ("stages.refine.adapters=null", ["refine", "'grow', 'keep' or 'merge'"]),
+        ("stages.refine.adapters=null", ["refine", "'grow', 'keep', 'merge' or 'new'"]),
         ("stages.scratch.epochs=2", ["scratch", "either 'steps' or 'epochs'"]),
         ("nonsense", ["nonsense", "key=value"]),
         ("name.deeper=1", ["plain value"]),

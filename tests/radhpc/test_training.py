@@ -137,19 +137,24 @@ def gone(pid: int) -> bool:
         return True
 
 
-def test_a_run_goes_on_on_another_number_of_ranks(
+def test_a_run_goes_on_on_another_number_of_ranks_and_under_another_engine(
     reference: Path, launch: Launch, launch_json: LaunchJson, recipe_file: Path, tmp_path: Path,
     local_profile: Callable[[int], Path],
 ) -> None:  # fmt: skip
     run = tmp_path / "run"
     launch("train", recipe_file, "--on", local_profile(3), "--run", run)
     wait_for(lambda: any_ledger(run, 8))
-    launch("stop", run)
+    RunDir.open(run).request_stop()  # as `stop` does, but while it still runs: a command takes seconds to start
     wait_for(lambda: launch_json("status", run)["state"] == "stopped")
-    launch("resume", run, "--on", "inline")
+    before = events(run)
+    assert "allowed are fsdp and deepspeed" in launch("resume", run, "--engine", "single", status=2).stderr
+    assert "'deepspeed'" in launch("resume", run, "--engine", "deepspede", status=2).stderr
+    assert events(run) == before, "a refusal leaves a trace"
+    launch("resume", run, "--on", local_profile(2), "--engine", "deepspeed", "--watch")
     audit = launch_json("status", run, "--audit")
     assert all(epoch["exactly_once"] for epoch in audit["epochs"])
-    assert [topology["world_size"] for topology in audit["topologies"]] == [3, 1]
+    lives = [(topology["world_size"], topology["engine"]) for topology in audit["topologies"]]
+    assert lives == [(3, "fsdp"), (2, "deepspeed")]
     assert consumed(run / "ledger").steps == consumed(reference / "ledger").steps
 
 

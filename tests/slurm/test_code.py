@@ -248,6 +248,18 @@ def script_of(recipe_file: Path, tmp_path: Path, **settings: Any) -> tuple[RunDi
     return run, _make_sbatch_string(f"{python} -u -m x", run.path, **slurm_parameters(run, profile, sys.executable))
 
 
+def test_a_decision_that_fails_is_made_once_more(recipe_file: Path, tmp_path: Path) -> None:
+    """The end of the real batch script, with a Python that is killed the first time."""
+    python, called = tmp_path / "python", tmp_path / "called"
+    python.write_text(f'#!/bin/sh\necho "$@" >> {called}\n[ $(wc -l < {called}) = 2 ] || kill -9 $$\n')
+    python.chmod(0o755)
+    run = RunDir.create(tmp_path / "run", load_recipe(recipe_file))
+    parameters = slurm_parameters(run, profiles.Profile(cluster="slurm"), str(python))
+    end = "\n".join(["(exit 143)", *parameters["teardown"]])
+    assert subprocess.run(["bash", "-c", end], check=False).returncode == 0
+    assert called.read_text() == f"-m slurm.requeue {run.path} 143\n" * 2
+
+
 def test_a_container_by_apptainer(recipe_file: Path, tmp_path: Path) -> None:
     container = {"apptainer": "/images/radhpc.sif", "binds": ["/data", "/scratch:/local:ro"], "options": ["--no-home"]}
     run, script = script_of(recipe_file, tmp_path, container=container)
@@ -255,7 +267,7 @@ def test_a_container_by_apptainer(recipe_file: Path, tmp_path: Path) -> None:
     binds = f"{run.path}:{run.path},{shards}:{shards}:ro,/data:/data,/scratch:/local:ro"
     assert f"apptainer exec --nv --pwd {run.path} --bind {binds} --no-home /images/radhpc.sif python3 -u -m x" in script
     assert f"export APPTAINERENV_PYTHONPATH={run.code}\n" in script
-    assert f"\n{sys.executable} -m slurm.requeue {run.path} $status" in script
+    assert f"\n{sys.executable} -m slurm.requeue {run.path} $status ||" in script
 
 
 def test_a_container_by_pyxis(recipe_file: Path, tmp_path: Path) -> None:
@@ -266,7 +278,7 @@ def test_a_container_by_pyxis(recipe_file: Path, tmp_path: Path) -> None:
     assert f" --container-mounts={run.path}:{run.path},{shards}:{shards}:ro,/data:/data " in srun
     assert f" --export=ALL,PYTHONPATH={run.code},PYTHONSAFEPATH=1,PYTHONNOUSERSITE=1 " in srun
     assert srun.endswith(" python3 -u -m x")
-    assert f"\n{sys.executable} -m slurm.requeue {run.path} $status" in script
+    assert f"\n{sys.executable} -m slurm.requeue {run.path} $status ||" in script
 
 
 @pytest.mark.parametrize(

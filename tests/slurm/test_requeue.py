@@ -1,12 +1,14 @@
 """The policy, case by case, with what SLURM 22.05 was seen to say in each of them."""
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from slurm import scheduler
 from slurm.profile import Profile
-from slurm.requeue import Past, Verdict, decide, excluded, fingerprint, past
+from slurm.requeue import Past, Verdict, decide, excluded, fingerprint, past, tried_before
 
 RUNNING = {"JobState": "RUNNING", "PreemptTime": "None", "Restarts": "0"}
 PREEMPTED = {**RUNNING, "PreemptTime": "2026-11-22T02:00:00"}
@@ -170,3 +172,26 @@ def test_a_hang_names_the_culprits_node() -> None:
 def test_a_lost_rank_is_named() -> None:
     verdict = decide(RUNNING, {0: {"state": "lost_peer", "cause": ""}}, 3, 137, PROFILE, down=["n2"])
     assert (verdict.cause, verdict.why) == ("node_lost", "n2: ranks 1, 2 of 3 ended without a word, exit status 137")
+
+
+def test_a_second_attempt_does_not_count_the_first_ones_words() -> None:
+    requeued = {"event": "requeued", "job": "7"}
+    events = [*life("rank_lost", job="7"), requeued, *life("crashed", job="7", fingerprint="ab")]
+    assert tried_before(events, "7") == (events[:-1], ["crashed"])
+    assert tried_before([*events, requeued], "7") == ([*events, requeued], []), "the life after it has said nothing"
+
+
+def test_the_controller_may_be_away_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who cannot ask whether a job was cancelled must neither bring it back nor give it up at once."""
+    program, called = tmp_path / "scontrol", tmp_path / "called"
+    program.write_text(f"#!/bin/sh\necho x >> {called}\n[ $(wc -l < {called}) -ge 3 ] && echo JobId=7\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(scheduler, "_PAUSES", (0.01,) * 2)
+    assert scheduler.own_job("7") == {"JobId": "7"}
+    called.unlink()
+    assert scheduler.requeue("7") == ""
+    program.write_text("#!/bin/sh\necho no controller >&2\nexit 1\n")
+    assert scheduler.requeue("7") == "no controller"
+    with pytest.raises(RuntimeError, match="no answer"):
+        scheduler.own_job("7")

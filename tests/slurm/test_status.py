@@ -20,8 +20,9 @@ from rich.console import Console
 from radhpc.errors import UserError
 from radhpc.recipe import load as load_recipe
 from radhpc.run_dir import RunDir
-from slurm import logs, reasons, scheduler, tables
+from slurm import logs, reasons, scheduler, sweep as sweeps, tables
 from slurm.status import Statuses, find_runs, status
+from slurm.study import Study
 from tests.conftest import ROOT
 from tests.radhpc.test_training import wait_for
 
@@ -266,6 +267,42 @@ def test_folders_of_runs_and_of_trials_are_looked_into(tmp_path: Path, recipe_fi
     assert [run.path.name for run in find_runs([tmp_path / "runs"])] == ["one"]
     with pytest.raises(UserError, match="no run there"):
         find_runs([tmp_path / "nothing"])
+
+
+def test_without_a_name_sweeps_are_sweeps_and_runs_are_runs(tmp_path: Path, recipe_file: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(f"recipe: {recipe_file}\nspace: {{seed: [1, 2]}}\nmethod: grid\n")
+    study = Study.create(tmp_path / "runs" / "sweep-mine-1", *sweeps.load(tmp_path / "mine.yaml"))
+    study.prepare(0)
+    RunDir.create(tmp_path / "runs" / "one", load_recipe(recipe_file))
+    (tmp_path / "runs" / "notes").mkdir()
+    command = [sys.executable, ROOT / "launch.py", "status", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+    found = json.loads(done.stdout)
+    assert [Path(run["run"]).name for run in found["runs"]] == ["one"]
+    assert [(Path(sweep["sweep"]).name, len(sweep["trials"])) for sweep in found["sweeps"]] == [("sweep-mine-1", 2)]
+    assert "sweep-mine-1: loss, minimize" in done.stderr
+
+
+def test_what_was_digested_counts_while_the_events_are_the_same(
+    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    run.record("submitted", job="5")
+    run.record("started", job="5", world=2)
+    run.record("first_step", step=1, seconds=1.0)
+    run.record("saved", step=4, seconds=0.1)
+    run.record("crashed", job="5", why="boom")
+    first = status(run)
+    assert (first["state"], first["why"], first["checkpoint_step"]) == ("failed", "boom", 4)
+    monkeypatch.setattr("slurm.status._events", lambda run: pytest.fail("the events were read again"))
+    again = status(run)
+    assert {**again, "checkpoint_age_seconds": 0} == {**first, "checkpoint_age_seconds": 0}
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    run.record("finished", step=9)
+    assert status(run)["state"] == "finished"
+    (tmp_path / "cache" / "radhpc" / "status.json").write_text("{")
+    assert status(run)["state"] == "finished", "a broken cache is none"
 
 
 # Logs

@@ -17,7 +17,8 @@ from radhpc.errors import UserError
 from radhpc.files import read_lines
 from radhpc.metrics import score_names
 from radhpc.run_dir import RunDir
-from slurm import profile as profiles, sweep as sweeps, trials
+from slurm import precheck, profile as profiles, sweep as sweeps, trials
+from slurm.cluster import Cluster
 from slurm.study import Study, Trial, scores
 from tests.conftest import ROOT
 from tests.radhpc.test_training import wait_for
@@ -308,6 +309,13 @@ def test_what_waits_in_the_queue_is_left_there_until_it_is_stopped(
 ) -> None:
     box_profile.write_text(box_profile.read_text() + "sbatch: {hold: true}\n")
     profile, study = profiles.load(str(box_profile)), create(write(concurrent=3), tmp_path / "a sweep's folder")
+    for keys, said in (({"partition": "urgnt"}, "did you mean 'urgent'"), ({"nodes": 3}, "'preemptible' has 2")):
+        with pytest.raises(UserError, match=said):
+            trials.submit(study, profile.model_copy(update=keys))
+    cluster = Cluster.ask(profile.environment)
+    assert precheck.array_problems(cluster, 1001) == []
+    assert precheck.array_problems(cluster, 1002) == ["a job array of 1002: this site takes up to 1001 (MaxArraySize)"]
+    assert not study.given
     array = trials.submit(study, profile)
     assert "ArrayTaskId=0-3%3" in slurm("scontrol", "show", "job", str(array))
     assert study.living() == dict.fromkeys(range(4), "PENDING")

@@ -1,0 +1,44 @@
+"""Compilation as a part of starting up: kept for the next life, and ended by a signal like any other loading.
+
+torch.compile does its work in the first passes through each kind of layer, which takes minutes on a large model. In the
+first step it would hold up a preemption's signal for as long. So a pass that changes nothing goes before the first
+step, beside which the ranks go on agreeing whether to stop; and what the compiler has made lies in the run folder
+(`compiled/`), where a requeued life finds it on whatever node it starts. A TORCHINDUCTOR_CACHE_DIR that the profile's
+environment names is left as it is: runs of one user may share theirs.
+"""
+
+import os
+import time
+
+import torch
+
+from radhpc.background import beside
+from radhpc.engine import Engine
+from radhpc.parts import Parts
+from radhpc.recipe import Stage
+
+CACHE = "TORCHINDUCTOR_CACHE_DIR"
+
+
+def warm_up(parts: Parts, engine: Engine, stage: Stage) -> None:
+    """Compile the layers of a stage, if the recipe wants it; all ranks call it. Raises Interrupted on all."""
+    if not parts.recipe.model.compile:
+        return
+    ranks = parts.ranks
+    os.environ.setdefault(CACHE, str(parts.run.folder("compiled")))
+    size = min(stage.micro_batch or stage.batch, -(-stage.batch // ranks.world))
+    batch = parts.encoder.batch([parts.encoder.empty()] * size)
+    started = time.perf_counter()
+
+    def work() -> None:
+        if ranks.device.type == "cuda":
+            torch.cuda.set_device(ranks.device)  # of this thread
+        engine.warm_up(batch)
+
+    ranks.heart.beat(f"compiling for stage {stage.name}", slow=True)
+    if ranks.world > 1 and ranks.device.type == "cpu":
+        work()  # the engine's collectives and the agreements go over the same group, and must not mix
+    else:
+        beside(work, ranks, parts.stop)
+    if ranks.first:
+        parts.run.record("compiled", stage=stage.name, seconds=round(time.perf_counter() - started, 1))

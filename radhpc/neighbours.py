@@ -1,0 +1,102 @@
+"""The training study whose image is most alike: what a report copied from it scores, a model has to beat.
+
+    library = Library.build(training, encoder.answer, 1024, folder, ranks, stop)
+    library.nearest([thumbnail(views) for views in studies])          # a training report for each
+
+An image is 16 by 16 gray pixels of its first view, less their mean and of length one; alike is the largest cosine.
+That is coarse on purpose: it needs no weights and is the same for every model. Thumbnails of training studies are made
+once and kept in the run folder.
+"""
+
+import base64
+import hashlib
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from radhpc import order
+from radhpc.background import beside
+from radhpc.dist import Ranks
+from radhpc.files import write_atomically
+from radhpc.sample import Sample
+from radhpc.source import BadSample, Source
+from radhpc.stop import Stop
+
+SIDE = 16
+
+
+def thumbnail(views: Sequence[Image.Image]) -> str:
+    """The first view, small, as text for a JSON file."""
+    small = views[0].convert("L").resize((SIDE, SIDE), Image.Resampling.BOX)
+    return base64.b64encode(small.tobytes()).decode()
+
+
+@dataclass(frozen=True)
+class Library:
+    """Thumbnails and reports of training studies."""
+
+    thumbnails: list[str]
+    texts: list[str]
+
+    @classmethod
+    def build(
+        cls, training: Source, answer: Callable[[Sample], str], count: int, folder: Path, ranks: Ranks, stop: Stop
+    ) -> "Library":
+        """From so many training studies, the same ones in every evaluation; all ranks read their share. Complete on
+        rank 0 only. Studies with a question, without a text, or that cannot be read are passed over.
+        """
+        identity = hashlib.sha256(repr((training.hashes, count, SIDE)).encode()).hexdigest()[:16]
+        path = folder / f"neighbours-{identity}.npz"
+        known = ranks.broadcast(path.exists())
+        if known:
+            return cls._load(path) if ranks.first else cls([], [])
+        count = min(count, len(training))
+        chosen = [int(n) for n in order.permute(np.arange(count), len(training), order.number("neighbours"))]
+
+        def read() -> list[tuple[str, str]]:
+            found = []
+            for number in chosen[ranks.rank :: ranks.world]:
+                try:
+                    _, sample, views = training.read(number)
+                except BadSample:  # the stream names it when its turn comes
+                    continue
+                if sample.question is None and (told := answer(sample)):
+                    found.append((thumbnail(views), told))
+            return found
+
+        mine = beside(read, ranks, stop) or []
+        every = [pair for theirs in ranks.gather(mine) for pair in theirs]
+        library = cls([picture for picture, _ in every], [told for _, told in every])
+        if ranks.first:
+            library._save(path)
+        return library
+
+    def nearest(self, thumbnails: Sequence[str]) -> list[str]:
+        """For each the text of the training study that is most alike."""
+        mine, known = _vectors(thumbnails), _vectors(self.thumbnails)
+        return [self.texts[int(np.argmax(known @ vector))] for vector in mine]
+
+    @classmethod
+    def _load(cls, path: Path) -> "Library":
+        with np.load(path, allow_pickle=False) as data:
+            return cls([str(one) for one in data["thumbnails"]], [str(one) for one in data["texts"]])
+
+    def _save(self, path: Path) -> None:
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, thumbnails=np.asarray(self.thumbnails, str), texts=np.asarray(self.texts, str))
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_atomically(path, buffer.getvalue(), 0o600)
+
+
+def _vectors(thumbnails: Sequence[str]) -> npt.NDArray[Any]:
+    """(n, SIDE * SIDE), each without its mean and of length one; a picture of one gray is all zeros."""
+    pixels = np.asarray([np.frombuffer(base64.b64decode(one), np.uint8) for one in thumbnails], np.float32)
+    pixels = pixels.reshape(len(thumbnails), SIDE * SIDE)
+    pixels = pixels - pixels.mean(1, keepdims=True)
+    return np.asarray(pixels / np.maximum(1e-6, np.linalg.norm(pixels, axis=1, keepdims=True)))

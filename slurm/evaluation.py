@@ -1,0 +1,71 @@
+"""The folder of an evaluation, and the job in it: what `launch.py evaluate` prepares before anything is submitted.
+
+    job = prepare(run, "step-000430", "9f86d0...", "test", [], settings, against=None)     # a RunDir
+    submit.submit(job, profile)
+
+An evaluation that was interrupted goes on when it is said again; what was asked otherwise begins anew (generated.py).
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from radhpc.errors import UserError
+from radhpc.files import write_atomically
+from radhpc.recipe import Evaluation, override
+from radhpc.run_dir import EVALUATION, RunDir
+from slurm import scheduler
+
+
+def settings_of(run: RunDir, overrides: Sequence[str], samples: int | None) -> Evaluation:
+    """The evaluation section of a run's recipe, with changes such as `beams=3`; all studies unless told otherwise."""
+    section = run.recipe().evaluation
+    return override(section, overrides, "evaluation").model_copy(update={"samples": samples, "images": 0})
+
+
+def prepare(
+    run: RunDir,
+    checkpoint: str,
+    weights: str,
+    split: str,
+    shards: Sequence[str],
+    settings: Evaluation,
+    against: Path | None,
+    every_convention: bool = True,
+) -> RunDir:
+    """Make the job's folder. `weights`: the identity of the checkpoint; `shards`: others than the run's own.
+
+    Raises UserError, also while a job works there.
+    """
+    folder = run.path / "evaluation" / f"{checkpoint}-{split}"
+    if shards:
+        folder = folder.with_name(f"{folder.name}-{'-'.join(_plain(url) for url in shards)}")
+    job = RunDir(folder / "job")
+    scheduler.refuse_if_alive(job)
+    scorers = {**settings.scorers.folders(), "sha256": settings.scorers.sha256}  # absolute: a job runs elsewhere
+    task = {
+        "run": str(run.path),
+        "checkpoint": checkpoint,
+        "weights": weights,
+        "split": split,
+        "shards": [url if "://" in url else str(Path(url).absolute()) for url in shards],
+        "settings": {**settings.model_dump(mode="json"), "scorers": scorers},
+        "every_convention": every_convention,
+        "against": None if against is None else str(RunDir.open(against).path),
+    }
+    try:
+        job.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for name in ("code", "logs"):  # of an evaluation before this one
+            shutil.rmtree(job.path / name, ignore_errors=True)
+        (job.path / "events.jsonl").unlink(missing_ok=True)
+        (job.path / "logs").mkdir()
+        write_atomically(job.path / EVALUATION, json.dumps(task, indent=1).encode(), 0o600)
+        write_atomically(job.recipe_path, run.recipe_path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{job.path}: {error.strerror}") from error
+    return job
+
+
+def _plain(url: str) -> str:
+    return "".join(letter if letter.isalnum() else "-" for letter in url.rstrip("/").rsplit("/", 1)[-1])

@@ -1,0 +1,220 @@
+"""What one rank of tests/radhpc/test_engines.py does: train under an engine, save, and go on from what others saved.
+
+The ranks of all engines and worlds are forked from one process that has imported everything, so that a life costs a
+second; see Lives.
+"""
+
+import json
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from radhpc import adapters, models, placing, quantise, zero
+from radhpc.collate import Batch, Encoder
+from radhpc.dist import Ranks
+from radhpc.engine import Engine
+from radhpc.recipe import Recipe, load
+from radhpc.source import Source
+
+SPECS: dict[str, list[str]] = {
+    "single": ["engine=single"],
+    "fsdp": ["engine=fsdp"],
+    "replicate": ["engine=fsdp", "replicate=true"],
+    "zero2": ["engine=deepspeed", "zero.stage=2"],
+    "zero3": ["engine=deepspeed", "zero.stage=3"],
+    "offload": ["engine=deepspeed", "zero.stage=2", "zero.offload=true"],
+}
+BATCH, MICRO = 6, 2
+
+
+class Life:
+    """One rank's world: the recipe, the samples, and engines made of them."""
+
+    def __init__(self, folder: Path, spec: str, overrides: list[str]) -> None:
+        self.recipe = load(folder / "tiny.yaml", [*SPECS[spec], *overrides])
+        self.folder, self.ranks = folder, Ranks()
+        self.family = models.family(self.recipe.model, str(folder / "tokenizer"))
+        encoder, source = Encoder(self.family, self.recipe.text), Source(self.recipe.shards, "train")
+        self.rows = [encoder.encode(*source.read(n)) for n in range(4 * BATCH)]
+        self.encoder = encoder
+
+    def engine(self, stage: int, recipe: Recipe | None = None) -> Engine:
+        recipe = recipe or self.recipe
+        model = self.family.build(0)
+        if recipe.model.quantise:
+            quantise.quantise(model, self.family.blocks, ())
+        adapters.prepare(model, recipe.stages[stage : stage + 1], 0, lambda _: {}, seed=1)
+        kind = zero.ZeroEngine if recipe.engine == "deepspeed" else Engine
+        return kind(model, recipe, recipe.stages[stage].optimizer, self.family.blocks, self.ranks)
+
+    def batches(self, step: int) -> tuple[list[Batch], int]:
+        """This rank's micro-batches of a step, and the supervised tokens of all."""
+        rows = self.rows[step * BATCH : (step + 1) * BATCH]
+        mine = rows[self.ranks.rank :: self.ranks.world]
+        supervised = sum(row.supervised for row in rows)
+        return [self.encoder.batch(mine[n : n + MICRO]) for n in range(0, len(mine), MICRO)], supervised
+
+    def step(self, engine: Engine, number: int) -> tuple[float, float]:
+        """Loss and norm of the gradients."""
+        batches, supervised = self.batches(number)
+        torch.manual_seed(number)
+        report = engine.step(batches, supervised, 1.0)
+        return report.loss, report.gradient_norm
+
+
+def train_and_save(life: Life, name: str, stages: tuple[int, ...] = (0, 1)) -> dict[str, Any]:
+    """Two steps, a checkpoint, a third step; for a stage that trains all, and one of adapters."""
+    results: dict[str, Any] = {}
+    for stage in stages:
+        engine = life.engine(stage)
+        if engine.scaler is not None:
+            engine.scaler.value = 2.0**40  # which overflows
+        steps = [life.step(engine, 0), life.step(engine, 1)]
+        state = engine.state()
+        steps.append(life.step(engine, 2))
+        last = engine.state()
+        if life.ranks.first:
+            save_file(state, life.folder / f"{name}.stage{stage}.safetensors")
+            save_file(last, life.folder / f"{name}.stage{stage}.last.safetensors")
+        ids = engine.generate(life.encoder.batch(life.rows[:1], left=True), 4).tolist()
+        loss = engine.loss_sum(life.encoder.batch(life.rows[:2]))
+        kinds = {str(p.dtype) for p in engine.model.parameters() if not p.requires_grad}
+        results[f"stage{stage}"] = {
+            "steps": steps,
+            "loss_sum": loss,
+            "ids": ids,
+            "frozen": sorted(kinds),
+            "trained": sorted({str(tensor.dtype) for tensor in state.values()}) if life.ranks.first else [],
+            "numbers": sum(p.numel() for p in engine.model.parameters() if not p.requires_grad),
+            "scale": engine.scaler.value if engine.scaler is not None else None,
+        }
+    return results
+
+
+def go_on(life: Life, name: str, sources: list[tuple[str, int]]) -> dict[str, Any]:
+    """The third step from each of these (checkpoint, stage), beside the state that its own run came to."""
+    results: dict[str, Any] = {}
+    for source, stage in sources:
+        tensors = load_file(life.folder / f"{source}.stage{stage}.safetensors")
+        engine = life.engine(stage)
+        engine.load(tensors, 2)
+        before = engine.state()
+        step = life.step(engine, 2)
+        after = engine.state()
+        if life.ranks.first:
+            same = before.keys() == tensors.keys() and all(torch.equal(before[n], tensors[n]) for n in tensors)
+            wanted = load_file(life.folder / f"{source}.stage{stage}.last.safetensors")
+            far = max(float((after[n] - wanted[n]).abs().max()) for n in wanted)
+            exact = all(torch.equal(after[n], wanted[n]) for n in wanted)
+            results[f"{source}.stage{stage}"] = {"same": same, "step": step, "far": far, "exact": exact}
+    return results
+
+
+def train_and_go_on(life: Life, name: str, stage: int) -> dict[str, Any]:
+    """Both, in one life."""
+    return train_and_save(life, name, (stage,)) | go_on(life, name, [(name, stage)])
+
+
+def read_folder(life: Life, name: str) -> dict[str, Any]:
+    """Weights of a folder, with a merged adapter and a changed parameter, beside the family's own way to them."""
+    folder = life.folder / f"{name}.model"
+    if life.ranks.first:
+        life.family.build(3).save_pretrained(folder, max_shard_size="100KB")  # type: ignore[operator]
+    life.ranks.barrier()
+    recipe = life.recipe.model.model_copy(update={"weights": str(folder), "config": None, "gates": None})
+    family: Any = models.family(recipe, str(life.folder / "tokenizer"))
+    lora = life.recipe.stages[1].lora
+    assert lora is not None
+    torch.manual_seed(5)
+    stages = (life.recipe.stages[1], life.recipe.stages[2].model_copy(update={"adapters": "merge"}))
+
+    def prepared(model: torch.nn.Module) -> torch.nn.Module:
+        norm = "model.language_model.norm.weight"
+        wanted = dict(model.named_parameters())[norm].shape
+        before: adapters.Tensors = {norm: torch.linspace(0, 1, wanted[0])}
+        torch.manual_seed(6)
+        for key, weight in model.named_parameters():
+            if (
+                key.endswith("q_proj.weight")
+                and "language_model" in key
+                or key.endswith("v_proj.weight")
+                and "language_model" in key
+            ):
+                before[key.replace(".weight", ".lora_A.weight")] = torch.randn(lora.rank, weight.shape[1])
+                before[key.replace(".weight", ".lora_B.weight")] = torch.randn(weight.shape[0], lora.rank)
+        adapters.prepare(model, stages, 1, lambda _: before, seed=1)
+        return model
+
+    stage = stages[1].optimizer
+    kind = zero.ZeroEngine if life.recipe.engine == "deepspeed" else Engine
+    whole = Engine(prepared(family.build(0)), life.recipe.model_copy(update={"replicate": True, "engine": "fsdp"}),
+                   stage, family.blocks, life.ranks)  # fmt: skip
+    promised = placing.build(family, recipe, 0)
+    assert all(p.untyped_storage().nbytes() <= 4 for p in promised.parameters()), "a value was read"
+    read = kind(prepared(promised), life.recipe, stage, family.blocks, life.ranks)
+    batch = life.encoder.batch(life.rows[:2])
+    buffers = all(torch.equal(a, b) for a, b in zip(whole.model.buffers(), read.model.buffers(), strict=True))
+    same = abs(whole.loss_sum(batch) / read.loss_sum(batch) - 1) < 1e-6
+    return {
+        "same": same and buffers and whole.model.generation_config.to_dict() == read.model.generation_config.to_dict()
+    }  # type: ignore[union-attr,operator]
+
+
+def _main(folder: Path, name: str, spec: str, overrides: list[str], work: Callable[..., Any], rank: int, world: int,
+          port: int) -> None:  # fmt: skip
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    life = Life(folder, spec, overrides)
+    results = work(life, name)
+    if rank == 0:
+        (folder / f"{name}.json").write_text(json.dumps(results))
+    life.ranks.close()
+
+
+class Lives:
+    """Starts ranks and waits for them."""
+
+    def __init__(self, folder: Path) -> None:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        self.folder = folder
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["tests.radhpc.engine_ranks", "deepspeed", "transformers.generation"])
+
+    def start(
+        self, name: str, spec: str, world: int, work: Callable[..., Any], overrides: list[str] | None = None
+    ) -> list[BaseProcess]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = int(free.getsockname()[1])
+        processes = [
+            self._context.Process(
+                target=_main, args=(self.folder, name, spec, overrides or [], work, rank, world, port), daemon=True
+            )
+            for rank in range(world)
+        ]
+        for process in processes:
+            process.start()
+        return list(processes)
+
+    def run(
+        self, name: str, spec: str, world: int, work: Callable[..., Any], overrides: list[str] | None = None
+    ) -> Any:
+        """What rank 0 gives."""
+        processes = self.start(name, spec, world, work, overrides)
+        for process in processes:
+            process.join(90)
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+        assert [process.exitcode for process in processes] == [0] * world, name
+        return json.loads((self.folder / f"{name}.json").read_text())

@@ -1,0 +1,66 @@
+"""Compiled layers in a whole run: the same losses, the cache where the next life finds it, and a signal meanwhile."""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from bench.chaos import losses
+from radhpc import compiling, worker
+from radhpc.recipe import load
+from radhpc.run_dir import RunDir
+from radhpc.stop import Stop
+
+SHORT = [
+    "stages=[{name: scratch, steps: 2, batch: 4, micro_batch: 2, train: ['.*'], optimizer: {learning_rate: 1.0e-3}}]",
+    "evaluation.samples=1", "evaluation.max_new_tokens=1",
+]  # fmt: skip
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(600)
+def test_compiled_layers_train_as_plain_ones_and_are_kept(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(compiling.CACHE, "")
+    monkeypatch.delenv(compiling.CACHE)
+    compiled = RunDir.create(tmp_path / "compiled", load(recipe_file, [*SHORT, "model.compile=true"]))
+    assert worker.run(str(compiled.path)).state == "finished"
+    assert os.environ[compiling.CACHE] == str(compiled.path / "compiled")
+    assert any((compiled.path / "compiled").rglob("*.so")) or any((compiled.path / "compiled").rglob("*.py"))
+    (event,) = compiled.events("compiled")
+    print("compiled in", event["seconds"], "s")
+    plain = RunDir.create(tmp_path / "plain", load(recipe_file, SHORT))
+    worker.run(str(plain.path))
+    assert losses(compiled.path) == pytest.approx(losses(plain.path), rel=1e-4)
+
+
+@pytest.mark.timeout(120)
+def test_a_signal_while_layers_are_compiled_ends_the_start_up(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from radhpc.engine import Engine
+
+    class Told(Stop):
+        """Told to stop as soon as the compilation has begun."""
+
+        def poll(self) -> int:
+            if begun:
+                self.tell("SIGTERM")
+            return super().poll()
+
+    begun: list[int] = []
+
+    def long(engine: Engine, batch: object) -> None:  # a compilation would go on behind the test
+        begun.append(1)
+        time.sleep(2)
+
+    monkeypatch.setattr(Engine, "warm_up", long)
+    monkeypatch.setenv(compiling.CACHE, str(tmp_path / "cache"))
+    run = RunDir.create(tmp_path / "run", load(recipe_file, [*SHORT, "model.compile=true"]))
+    with Told() as stop:
+        outcome = worker.run(str(run.path), stop)
+    assert (outcome.state, outcome.step) == ("interrupted", 0)
+    assert not run.events("first_step")
+    assert run.events("interrupted")[-1]["cause"] == "SIGTERM"

@@ -1,0 +1,153 @@
+"""Every engine and number of ranks trains alike, and goes on from what any other saved."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import TINY_RECIPE, tiny_family
+from tests.radhpc.engine_ranks import Lives, go_on, read_folder, train_and_go_on, train_and_save
+
+WORLDS = [
+    ("single", 1), ("fsdp", 2), ("fsdp", 3), ("replicate", 2), ("zero2", 1), ("zero2", 3), ("zero3", 2), ("zero3", 3),
+    ("offload", 2),
+]  # fmt: skip
+SOURCES = [("fsdp-3", 0), ("zero3-2", 0), ("single-1", 1), ("zero2-3", 1)]
+
+pytestmark = pytest.mark.timeout(280)
+
+
+@pytest.fixture(scope="module")
+def lives(tmp_path_factory: pytest.TempPathFactory, phantom_shards: Path) -> Lives:
+    from radhpc.recipe import load
+
+    folder = tmp_path_factory.mktemp("engines")
+    text = TINY_RECIPE.format(shards=phantom_shards).replace("dropout: 0.1, ", "")
+    text = text.replace("learning_rate: 1.0e-3}", "learning_rate: 1.0e-3, clip: 0.5, weight_decay: 1.0}")
+    (folder / "tiny.yaml").write_text(text.replace("schedule: linear", "clip: 0.01, weight_decay: 1.0"))
+    tiny_family(load(folder / "tiny.yaml"), folder / "tokenizer")
+    return Lives(folder)
+
+
+@pytest.fixture(scope="module")
+def trained(lives: Lives) -> dict[str, Any]:
+    return {f"{spec}-{n}": lives.run(f"{spec}-{n}", spec, n, train_and_save) for spec, n in WORLDS}
+
+
+def test_losses_and_norms_are_equal(trained: dict[str, Any]) -> None:
+    for stage in ("stage0", "stage1"):
+        wanted = trained["single-1"][stage]
+        assert max(norm for _, norm in wanted["steps"]) > {"stage0": 0.5, "stage1": 0.01}[stage]
+        for name, found in trained.items():
+            for (loss, norm), (wanted_loss, wanted_norm) in zip(found[stage]["steps"], wanted["steps"], strict=True):
+                assert loss == pytest.approx(wanted_loss, rel=2e-6), (name, stage)
+                assert norm == pytest.approx(wanted_norm, rel=2e-5), (name, stage)
+            assert found[stage]["loss_sum"] == pytest.approx(wanted["loss_sum"], rel=2e-6), (name, stage)
+            assert found[stage]["ids"] == wanted["ids"], (name, stage)
+
+
+@pytest.mark.parametrize(("spec", "world"), WORLDS)
+def test_a_run_goes_on_under_any_engine(lives: Lives, trained: dict[str, Any], spec: str, world: int) -> None:
+    name = f"{spec}-{world}"
+    done = lives.run(f"{name}-resumed", spec, world, partial(go_on, sources=list(dict.fromkeys([*SOURCES, (name, 0)]))))
+    for source, found in done.items():
+        assert found["same"], f"{source}: what was loaded is not what was saved"
+        stage = source.rpartition(".")[2]
+        assert found["step"][0] == pytest.approx(trained["single-1"][stage]["steps"][2][0], rel=2e-6), source
+        assert found["far"] < 1e-5, source
+        if source.startswith(f"{name}."):
+            assert found["exact"], f"{source}: a resume that changes nothing else is not exact"
+
+
+VARIANTS = [
+    ("fsdp", 2, 1, ["precision=bf16"]),
+    ("zero2", 2, 1, ["precision=bf16"]),
+    ("fsdp", 2, 0, ["precision=fp16"]),
+    ("zero2", 2, 1, ["precision=fp16"]),
+    ("fsdp", 3, 1, ["precision=bf16", "model.quantise=nf4"]),
+    ("fsdp", 2, 1, ["model.quantise=nf4"]),
+    ("zero3", 2, 1, ["model.quantise=nf4"]),
+    ("replicate", 2, 1, ["model.quantise=nf4"]),
+    ("single", 1, 0, ["stages.scratch.optimizer.kind=adamw_8bit"]),
+    ("fsdp", 3, 0, ["stages.scratch.optimizer.kind=adamw_8bit"]),
+    ("fsdp", 2, 0, ["stages.scratch.optimizer.kind=adamw_fused"]),
+]
+
+
+@pytest.mark.parametrize(("spec", "world", "stage", "overrides"), VARIANTS, ids=lambda v: str(v).replace(".", "-"))
+def test_precisions_four_bits_and_eight_bits(
+    lives: Lives, trained: dict[str, Any], spec: str, world: int, stage: int, overrides: list[str]
+) -> None:
+    """Master parameters and moments stay float32, the frozen base is as small as was asked for, a resume is exact."""
+    name = f"{spec}-{world}-{'-'.join(overrides)}"
+    done = lives.run(name, spec, world, partial(train_and_go_on, stage=stage), overrides)
+    found, resumed = done[f"stage{stage}"], done[f"{name}.stage{stage}"]
+    wanted = trained["single-1"][f"stage{stage}"]
+    assert resumed["same"], "what was loaded is not what was saved"
+    assert resumed["exact"], "a resumed run is not the one that was not interrupted"
+    assert "torch.bfloat16" not in found["trained"], "a trained parameter or a moment is not float32"
+    nf4, low = "model.quantise=nf4" in overrides, overrides[0].startswith("precision")
+    for (loss, norm), (wanted_loss, wanted_norm) in zip(found["steps"], wanted["steps"], strict=True):
+        assert loss == pytest.approx(wanted_loss, rel=1e-3 if nf4 else 1e-4 if low else 1e-5), "another function"
+        assert norm == pytest.approx(wanted_norm, rel=0.1 if nf4 else 0.02 if low else 1e-3)
+        assert not nf4 or loss != pytest.approx(wanted_loss, rel=1e-6), "nothing was quantised"
+    if "precision=bf16" in overrides:
+        assert found["frozen"] == ["torch.bfloat16"]
+    if "precision=fp16" in overrides:
+        assert found["scale"] < 2.0**40, "the first step overflowed and was made again"
+
+
+def test_a_folder_is_read_row_by_row_into_the_ranks(lives: Lives) -> None:
+    """As the family reads it whole, whatever the layout; earlier stages' changes of the base are in it."""
+    assert lives.run("folder-1", "single", 1, read_folder)["same"]
+    assert lives.run("folder-3", "fsdp", 3, read_folder)["same"]
+    assert lives.run("folder-z3", "zero3", 2, read_folder)["same"]
+
+
+def test_an_engine_that_cannot_be_is_refused(lives: Lives) -> None:
+    from radhpc.errors import UserError
+    from radhpc.recipe import load
+
+    for overrides, said in (
+        (["engine=deepspeed", "stages.scratch.optimizer.kind=adamw_8bit"], "goes with engines fsdp and single"),
+        (["model.quantise=nf4", "stages.refine.adapters=merge"], "four bits cannot hold a merged weight"),
+        (["engine=deepspeed", "zero.stage=1"], "2 or 3"),
+        (["precision=fp8"], "'fp32', 'bf16' or 'fp16'"),
+    ):
+        with pytest.raises(UserError, match=said):
+            load(lives.folder / "tiny.yaml", overrides)
+
+
+def test_a_library_that_is_missing_is_named(lives: Lives, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    from radhpc.errors import UserError
+    from radhpc.recipe import load
+
+    there = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name in ("deepspeed", "bitsandbytes") else there(name)
+    )
+    load(lives.folder / "tiny.yaml").refuse_missing()
+    for override, said in (
+        ("engine=deepspeed", "engine: deepspeed: deepspeed is not installed"),
+        ("model.quantise=nf4", "model.quantise: nf4: bitsandbytes"),
+        ("stages.adapt.optimizer.kind=adamw_paged", "optimizer.kind: adamw_paged: bitsandbytes"),
+    ):
+        with pytest.raises(UserError, match=said):
+            load(lives.folder / "tiny.yaml", [override]).refuse_missing()
+
+
+def test_a_gpu_that_is_full_is_told_what_to_change(lives: Lives, tmp_path: Path) -> None:
+    from radhpc.errors import UserError
+    from radhpc.exhausted import out_of_memory
+    from radhpc.recipe import load
+    from radhpc.run_dir import RunDir
+
+    run = RunDir.create(tmp_path / "run", load(lives.folder / "tiny.yaml"))
+    error = out_of_memory(run, rank=1, world=2)
+    assert isinstance(error, UserError)
+    for said in ("rank 1's GPU", "GB in stage 'adapt'", "precision: bf16", "micro_batch below 3", "nf4", "more ranks"):
+        assert said in str(error)
+    assert "\n" not in str(error)
