@@ -711,7 +711,9 @@ class Recipe(Section):
                 key = "objective.regularisation" if stage.objective.regularisation else "optimizer.sharpness"
                 raise ValueError(f"{where}: {key} goes with engines fsdp and single: ZeRO keeps gradients to itself")
             if self.model.quantise is not None and stage.lora is not None and stage.lora.dora:
-                raise ValueError(f"{where}: lora.dora with model.quantise '{self.model.quantise}': allowed is plain LoRA")
+                raise ValueError(
+                    f"{where}: lora.dora with model.quantise '{self.model.quantise}': allowed is plain LoRA"
+                )
             if self.model.quantise is not None and stage.adapters == "merge":
                 raise ValueError(
                     f"{where}: adapters 'merge' with model.quantise '{self.model.quantise}': four bits cannot hold a "
