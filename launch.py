@@ -667,8 +667,8 @@ def weights(
             weights_of.fetch(hub_id, folder)
         chosen = recipes.load(recipe, overrides or [])
     if convert:
-        for folder in chosen.model.folders.values():
-            for path in weights_of.convert(Path(folder)):
+        for part in chosen.model.folders.values():
+            for path in weights_of.convert(Path(part)):
                 _say(f"written: {path}", as_json)
     result = weights_of.report(chosen, hashes)
     _say(tables.weights(result), as_json)

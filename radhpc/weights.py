@@ -68,8 +68,9 @@ def check(recipe: Recipe) -> None:
     for part, path in recipe.model.folders.items():
         _check_image_token(recipe.model, part, Path(recipe.model.tokenizer.folder or path), known[part].image_token)
     context = _context(recipe.model)
-    if context is not None and recipe.text.max_tokens > context:
-        raise UserError(f"text.max_tokens {recipe.text.max_tokens}: the model's context is {context} tokens")
+    for stage in recipe.stages:
+        if context is not None and (longest := recipe.text_of(stage).max_tokens) > context:
+            raise UserError(f"text.max_tokens {longest}: the model's context is {context} tokens")
 
 
 def check_architecture(model: Model) -> None:

@@ -23,7 +23,7 @@ from radhpc.run_dir import RunDir
 from radhpc.tokenizer import train as train_tokenizer
 from tests.conftest import ROOT
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(400)
 
 TINY = {"llava": "gla", "swin_qwen": "lightmedvlm", "qwen3_vl": "qwen3_vl"}  # family: its tiny recipe
 FAMILIES = sorted(TINY)
@@ -128,7 +128,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, phantom_shards: Path) -> dict
         for rank in range(2)
     ]
     try:
-        assert [rank.wait(150) for rank in ranks] == [0, 0]
+        assert [rank.wait(300) for rank in ranks] == [0, 0]
     finally:
         for rank in ranks:
             rank.kill()
