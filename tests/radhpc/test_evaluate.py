@@ -23,7 +23,7 @@ from radhpc.run_dir import RunDir
 from slurm import evaluation
 from tests.conftest import TINY_MODEL
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(600)
 
 RECIPE = f"""
 name: tiny

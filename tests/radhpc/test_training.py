@@ -263,6 +263,6 @@ def test_generate_writes_a_text(reference: Path, launch_json: LaunchJson, tmp_pa
 
 
 def test_evaluate_writes_scores(reference: Path, launch_json: LaunchJson) -> None:
-    result = launch_json("evaluate", reference, "--split", "validate")
+    result = launch_json("evaluate", reference, "conventions=[r2gen_iu]", "--split", "validate")
     assert {"value", "low", "high", "convention"} <= result["scores"]["findings_macro_f1"].keys()
     assert (reference / "evaluation" / f"step-{result['step']:06d}-validate" / "scores.json").exists()
