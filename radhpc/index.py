@@ -6,9 +6,9 @@
 
 A vector is the mean of the vision encoder's last hidden states over patches, tiles and views, minus the mean of all
 training studies; similarity is the cosine. A study is called far where its distance to the nearest training study is
-longer than theirs to each other. Measured on the quickstart's model: of 80 unseen phantoms none is far, of 12 pictures
-that are no radiograph all are, and of 22 real radiographs, which it has never seen the like of, 21 (by the cosine it
-would be none of the 12). The index belongs to one checkpoint and one set of manifests.
+longer than theirs to each other. Measured on the quickstart's model: of 100 unseen phantoms none is far, of 12 pictures
+that are no radiograph all are, and so are 22 real radiographs, the like of which it has never seen (by the cosine, none
+of the 12 and one of the 22). The index belongs to one checkpoint and one set of manifests.
 """
 
 import inspect
