@@ -87,6 +87,7 @@ def export(parts: "Parts", out: Path, merge: bool = False, dtype: str | None = N
     stage, model = parts.recipe.stages[cursor.stage], engine.model
     if stage.lora is None and not merge:
         raise UserError(f"{parts.run.path}: stage '{stage.name}' has no adapters to export; say --merge for the whole")
+    _check_class(model, getattr(parts.family, "modules", ()))
     kept = dtype or _dtype_of(parts)
     probe = Probe.of(parts, engine)
     temporary = out.with_name(f".{out.name}.writing")
@@ -100,7 +101,8 @@ def export(parts: "Parts", out: Path, merge: bool = False, dtype: str | None = N
             assert stage.lora is not None
             weights = {name: tensor for name, tensor in engine.weights().items() if ".lora_" in name}
             whole = base_folder(parts.recipe.model)
-            changed = whole is None or base_was_changed(parts, cursor.stage)
+            also = any(".lora_" not in name for name in engine.trained)
+            changed = also or whole is None or base_was_changed(parts, cursor.stage)
             base = "base" if changed else whole
             config = adapters.peft_config(stage.lora)
             config.base_model_name_or_path = "base" if changed else Path(str(base)).name
@@ -165,8 +167,6 @@ def _merged(model: nn.Module) -> nn.Module:
 
 def _write_whole(parts: "Parts", model: nn.Module, folder: Path, dtype: str) -> int:
     """config.json and the weights, with the modules of the model that are not transformers' own beside them."""
-    modules = getattr(parts.family, "modules", ())
-    _check_class(model, modules)
     settings = parts.recipe.evaluation
     generation = copy.deepcopy(model.generation_config)
     generation.max_new_tokens = settings.max_new_tokens
@@ -174,7 +174,7 @@ def _write_whole(parts: "Parts", model: nn.Module, folder: Path, dtype: str) -> 
     model.requires_grad_(False).to(getattr(torch, dtype))  # type: ignore[arg-type]
     logging.disable_progress_bar()
     model.save_pretrained(str(folder), max_shard_size=SHARD)  # type: ignore[operator]
-    copy_modules(modules, folder)
+    copy_modules(getattr(parts.family, "modules", ()), folder)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -188,8 +188,9 @@ def _check_class(model: Any, modules: Sequence[str]) -> None:
             f"export: {kind.__name__} is no class of transformers, and has no module that can travel with it"
         )
     with torch.device("meta"):
-        known = kind(copy.deepcopy(model.config)).state_dict()
-    if more := sorted(set(model.state_dict()) - set(known)):
+        known = dict(kind(copy.deepcopy(model.config)).named_parameters())
+    mine = {adapters.canonical(name) for name, _ in model.named_parameters() if ".lora_" not in name}
+    if more := sorted(mine - set(known)):
         raise UserError(
             f"export: {len(more)} of the model's tensors, '{more[0]}' first, have no place in transformers' "
             f"{kind.__name__}, and no module travels with it that has one"

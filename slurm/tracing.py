@@ -30,7 +30,7 @@ def trace(run: RunDir, steps: int, seconds: float) -> dict[str, Any]:
         if scheduler.state(run.job()) != "RUNNING" and not _told(run) - known:
             request.unlink(missing_ok=True)
             raise UserError(f"{run.path}: the job ended before it had made {steps} more steps")
-        time.sleep(1)
+        time.sleep(0.2)
     found: dict[str, Any] = read_json(run.path / FOLDER / max(new)[1])
     return found
 
