@@ -172,9 +172,9 @@ def check(recipe: Recipe, stage: Stage, source: Source) -> None:
     start = 0
     for part in source.parts:
         count = len(part.rows)
-        some = start + np.unique(np.linspace(0, count - 1, min(count, LOOKED_AT)).astype(np.int64)) if count else []
+        some = start + np.unique(np.linspace(0, max(0, count - 1), min(count, LOOKED_AT)).astype(np.int64))
         start += count
-        samples = list(source.samples(np.asarray(some))) if count else []
+        samples = list(source.samples(some)) if count else []
         if not samples or any(_answered(tasks, sample) for sample in samples):
             continue
         has = sorted(_offers(samples))
