@@ -153,7 +153,8 @@ def convert(folder: Path) -> list[Path]:
     import torch
     from safetensors.torch import save_file
 
-    written, placed = [], {}
+    written: list[Path] = []
+    placed: dict[str, str] = {}
     for path in sorted(folder.glob("pytorch_model*.bin")):
         out = folder / path.name.replace("pytorch_model", "model").replace(".bin", ".safetensors")
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
