@@ -66,15 +66,14 @@ class Account:
 
     def living(self, now: float) -> "Account":
         """The same at `now`, where the last life still lives: its steps count until they are lost."""
-        if not self.lives:
+        if not self.growing:  # the last life is over, though perhaps another is in the queue
             return self
         last = self.lives[-1]
         lives = [*self.lives[:-1], replace(last, ended=max(last.ended, now), cause="")]
         found = replace(self, lives=lives, growing="", unsaved=0.0)
-        if self.growing:
-            found.useful, found.lost = self.useful + self.unsaved, self.lost - self.unsaved
-            more = (lives[-1].ended - last.ended) * last.world
-            setattr(found, self.growing, getattr(found, self.growing) + more)
+        found.useful, found.lost = self.useful + self.unsaved, self.lost - self.unsaved
+        more = (lives[-1].ended - last.ended) * last.world
+        setattr(found, self.growing, getattr(found, self.growing) + more)
         return found
 
     @property
@@ -90,8 +89,7 @@ class Account:
 
 def lives(events: Events, now: float | None = None) -> list[Life]:
     """The lives, oldest first; `now` where the last one still lives."""
-    found = Account(lives=_lives(_one_start(events)))
-    return (found if now is None else found.living(now)).lives
+    return account(events, now).lives
 
 
 def _lives(events: Events) -> list[Life]:

@@ -199,7 +199,7 @@ def test_code_is_frozen_once_and_replaced_beside_itself(tmp_path: Path) -> None:
     folder = tmp_path / "code"
     about = code.freeze(folder)
     assert about["code"] == code.current()
-    assert not [path for path in folder.rglob("*") if path.suffix not in (".py", ".yaml", ".json", "")]
+    assert not [path for path in folder.rglob("*") if path.suffix not in (".py", ".html", ".yaml", ".json", "")]
     (folder / "radhpc" / "__pycache__").mkdir()
     (folder / "radhpc" / "__pycache__" / "loop.pyc").touch()
     assert fingerprint.code_hash(folder) == about["code"]

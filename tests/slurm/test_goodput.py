@@ -100,6 +100,8 @@ def test_a_living_run_counts_until_now_and_an_unseen_end_until_its_last_event() 
     assert account(rows).used == 2 * 20
     assert account(rows, 1_700_000_050.0).used == 2 * 50
     assert account(rows, 1_700_000_050.0).useful == 2 * 40
+    # In the queue again: the life before it is over.
+    assert account([*rows, row(20, "submitted")], 1_700_000_050.0).used == 2 * 20
     # The same job started again, and nobody recorded why: a node that went down.
     assert restarts([*rows, *life(100, resumed=10)]) == {"unknown": 1}
     assert account([]).goodput is None
