@@ -39,6 +39,10 @@ class Parts(torch.optim.Optimizer):
         self.inner = kind(local, **options)
         self.param_groups, self.state = self.inner.param_groups, self.inner.state
 
+    def register_step_pre_hook(self, hook: Any) -> Any:
+        """Called with the optimizer of the parts, which have their gradients by then."""
+        return self.inner.register_step_pre_hook(hook)
+
     def part(self, parameter: nn.Parameter) -> nn.Parameter:
         return self._parts[parameter]
 

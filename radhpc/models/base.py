@@ -82,6 +82,11 @@ class InText:
         """This family's own template; None: the tokenizer's. That of a language model alone knows nothing of images."""
         return self.CHAT_TEMPLATE if "text" in self.recipe.folders or not self.tokenizer.chat_template else None
 
+    def plain_template(self) -> str:
+        """The chat template by itself, for a processor that passes no name of the image token."""
+        template = self.recipe.chat_template or self.chat_template() or self.tokenizer.chat_template
+        return str(template).replace("{{ image_token }}", self.image_token)
+
     def place_images(self, ids: list[int], images: Arrays) -> list[int]:
         """A prompt's ids with each image token as often as its view has vectors."""
         counts = iter(self.tokens(images))

@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from transformers import CLIPVisionModel, LlavaConfig, LlavaForConditionalGeneration
+from transformers import CLIPVisionModel, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from radhpc import processors
@@ -89,6 +90,26 @@ class Family(InText):
     def build_empty(self) -> Any:
         """The architecture alone, in float32 as build() gives it."""
         return self.empty(lambda: LlavaForConditionalGeneration(self.config))
+
+    def processor(self) -> Any:
+        """transformers' own, for squares: whoever has no radhpc pads views to squares before (plain.py)."""
+        images = CLIPImageProcessorPil(
+            size={"shortest_edge": self.image_processor.size},
+            crop_size={"height": self.image_processor.size, "width": self.image_processor.size},
+        )
+        folder = self.recipe.folders.get("model") or self.recipe.folders.get("vision")
+        if folder is not None and processors.described(Path(folder)):
+            images = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
+        strategy = self.config.vision_feature_select_strategy
+        return LlavaProcessor(
+            images,
+            self.tokenizer,
+            patch_size=self.config.vision_config.patch_size,
+            vision_feature_select_strategy=strategy,
+            chat_template=self.plain_template(),
+            image_token=self.image_token,
+            num_additional_image_tokens=1,  # the class token, which "default" leaves out again
+        )
 
     def tokens(self, images: Arrays) -> list[int]:
         return [self.view_tokens] * len(images["pixel_values"])

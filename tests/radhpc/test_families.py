@@ -154,6 +154,13 @@ def test_all_stages_on_one_process_and_on_two_ranks_that_resume(
     assert (one / "adapter" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.timeout(120)
+def test_llava_is_exported_for_plain_transformers(
+    runs: dict[str, tuple[Path, Path]], launch_json: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    assert launch_json("export", runs["llava"][0], "--out", tmp_path / "out", "--check")["difference"] < 1e-5
+
+
 # Generation.
 
 

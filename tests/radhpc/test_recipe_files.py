@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from radhpc import adapters, additions, tokenizer
+from radhpc import adapters, additions, tokenizer, worker
 from radhpc.errors import UserError
 from radhpc.models import ModelFamily, family
 from radhpc.recipe import Recipe, load
+from radhpc.run_dir import RunDir
 from tests.conftest import ROOT
 
 MINE = ("radixpert", "radixpert_code", "cxr_qlora", "t4", "rtx3090", "tiny/radixpert", "tiny/cxr_qlora")
@@ -46,6 +47,17 @@ def eleven(tmp_path_factory: pytest.TempPathFactory) -> ModelFamily:
 
 def recipe(name: str) -> Recipe:
     return load(ROOT / "recipes" / f"{name}.yaml")
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("name", ["radixpert", "cxr_qlora"])
+def test_a_twin_trains_through_all_its_stages(name: str, phantom_shards: Path, tmp_path: Path) -> None:
+    changes = [f"shards=[{phantom_shards}]", "evaluation.samples=1", "evaluation.max_new_tokens=2"]
+    twin = load(ROOT / "recipes" / "tiny" / f"{name}.yaml", changes)
+    few = twin.model_copy(update={"stages": tuple(stage.model_copy(update={"steps": 2}) for stage in twin.stages)})
+    run = RunDir.create(tmp_path / "run", few)
+    assert worker.run(str(run.path)).state == "finished"
+    assert [event["stage"] for event in run.events("stage_finished")] == [stage.name for stage in few.stages]
 
 
 def test_all_linear_layers_at_rank_16_are_67_million_parameters(eleven: ModelFamily) -> None:
