@@ -29,7 +29,8 @@ class _Prepared:
     compiled: Any = None
 
     def forward(self, *arguments: Any, **options: Any) -> Any:
-        call = self.compiled or super().forward  # type: ignore[misc]
+        # Not for generation, whose growing cache would have it compiled again and again.
+        call = self.compiled if self.compiled and self.training else super().forward  # type: ignore[misc]
         if self.recomputes and self.training and torch.is_grad_enabled():
             return checkpoint(partial(call, **options), *arguments, use_reentrant=False)
         return call(*arguments, **options)

@@ -20,12 +20,17 @@ from radhpc.recipe import Stage
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 
+def keep(parts: Parts) -> None:
+    """Say where the compiler keeps what it makes, before the engine is built: torch would choose a place of its own."""
+    if parts.recipe.model.compile:
+        os.environ.setdefault(CACHE, str(parts.run.folder("compiled")))
+
+
 def warm_up(parts: Parts, engine: Engine, stage: Stage) -> None:
     """Compile the layers of a stage, if the recipe wants it; all ranks call it. Raises Interrupted on all."""
     if not parts.recipe.model.compile:
         return
     ranks = parts.ranks
-    os.environ.setdefault(CACHE, str(parts.run.folder("compiled")))
     size = min(stage.micro_batch or stage.batch, -(-stage.batch // ranks.world))
     batch = parts.encoder.batch([parts.encoder.empty()] * size)
     started = time.perf_counter()
