@@ -12,7 +12,7 @@ import queue
 import re
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,42 +24,26 @@ from radhpc.engine import Engine
 from radhpc.errors import UserError
 from radhpc.recipe import Evaluation
 
-TRUTH = ("labels", "findings")  # in a batch: what the model is not given
-
 
 @dataclass(frozen=True)
 class Decoding:
-    """How words are chosen."""
+    """How words are chosen: as an evaluation does it, and from which random numbers where it samples."""
 
-    max_new_tokens: int
-    beams: int = 1
-    temperature: float | None = None  # None: the likeliest word; else sampled
-    top_p: float | None = None  # sample among the likeliest words of this share
-    repetition_penalty: float | None = None
-    length_penalty: float | None = None
+    evaluation: Evaluation
     seed: int = 0
 
     @classmethod
-    def of(cls, evaluation: Evaluation, **changes: Any) -> "Decoding":
+    def of(cls, evaluation: Evaluation, seed: int = 0, **changes: Any) -> "Decoding":
         """As the recipe evaluates, but for `changes` that are not None. Raises UserError."""
-        known = {f.name for f in fields(cls)} & set(type(evaluation).model_fields)
-        wanted = {name: value for name, value in changes.items() if value is not None}
-        settings = cls(**({name: getattr(evaluation, name) for name in known} | wanted))
+        settings = evaluation.model_copy(update={name: value for name, value in changes.items() if value is not None})
         if settings.top_p is not None and settings.temperature is None:
             raise UserError(f"--top-p {settings.top_p:g}: goes with --temperature, which samples")
         if settings.temperature is not None and settings.beams > 1:
             raise UserError(f"--temperature {settings.temperature:g}: goes with one beam, not {settings.beams}")
-        return settings
-
-    def arguments(self) -> dict[str, Any]:
-        """Those of transformers' generate()."""
-        given: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "num_beams": self.beams}
-        given["do_sample"] = self.temperature is not None
-        optional = ("temperature", "top_p", "repetition_penalty", "length_penalty")
-        given |= {name: getattr(self, name) for name in optional if getattr(self, name) is not None}
-        if self.beams == 1:
-            given.pop("length_penalty", None)  # of no effect without beams
-        return given
+        # What of the recipe does not go with the changes: there is no use in a refusal.
+        fitting = {"length_penalty": None} if settings.beams == 1 else {"cache": "dynamic"}
+        least = min(settings.min_new_tokens, settings.max_new_tokens)
+        return cls(settings.model_copy(update={**fitting, "min_new_tokens": least}), seed)
 
 
 def answers(
@@ -84,7 +68,7 @@ def stream(
 
     A consumer that goes away ends the writing at the next word.
     """
-    if settings.beams > 1:
+    if settings.evaluation.beams > 1:
         yield from answers(engine, encoder, [views], question, settings)
         return
     pieces: queue.Queue[str | BaseException | None] = queue.Queue()
@@ -124,16 +108,11 @@ class _GivenUp(Exception):
     """Nobody reads on."""
 
 
-@torch.no_grad()
-def _generate(engine: Engine, encoder: Encoder, rows: Sequence[Any], settings: Decoding, **more: Any) -> Any:
+def _generate(engine: Engine, encoder: Encoder, rows: Sequence[Any], settings: Decoding, **more: Any) -> torch.Tensor:
     """(rows, new tokens)."""
-    engine.model.eval()
-    batch = encoder.batch(rows, left=True)
-    inputs = {name: value for name, value in engine.to_device(batch).items() if name not in TRUTH}
     torch.manual_seed(settings.seed)
-    with engine._autocast:
-        ids = engine.model.generate(**inputs, **settings.arguments(), **more)  # type: ignore[operator]
-    return ids[:, batch["input_ids"].shape[1] :].cpu()
+    batch, evaluation = encoder.batch(rows, left=True), settings.evaluation
+    return engine.generate(batch, evaluation.max_new_tokens, **evaluation.decoding(), **more)
 
 
 def sections(text: str) -> dict[str, str]:

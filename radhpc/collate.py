@@ -22,6 +22,7 @@ from radhpc.source import BadSample, Raw, study
 from radhpc.tasks import Asked, OutsideTheSet, Tasks
 
 IGNORE = -100  # PyTorch's label for "no loss here"
+TRUTH = ("labels", "findings")  # in a batch: what a model that is asked is not given
 UNKNOWN = -1  # a finding that the study says nothing about
 
 _PROMPTS = 4096  # whose tokens are kept

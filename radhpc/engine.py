@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 from radhpc import optimizers
 from radhpc.adapters import Tensors, canonical
 from radhpc.blocks import leave_casting_to_autocast, prepare_blocks
-from radhpc.collate import Batch
+from radhpc.collate import TRUTH, Batch
 from radhpc.dist import Ranks
 from radhpc.errors import UserError
 from radhpc.host import remember
@@ -265,7 +265,7 @@ class Engine:
         all ranks call it together, with one batch each.
         """
         self.model.eval()
-        inputs = {n: value for n, value in self.to_device(batch).items() if n not in ("labels", "findings")}
+        inputs = {name: value for name, value in self.to_device(batch).items() if name not in TRUTH}
         with self._autocast:
             ids = self.model.generate(  # type: ignore[operator]
                 **inputs,
@@ -281,7 +281,7 @@ class Engine:
         In lockstep all ranks call it together.
         """
         self.model.eval()
-        inputs = {n: value for n, value in self.to_device(batch).items() if n not in ("labels", "findings")}
+        inputs = {name: value for name, value in self.to_device(batch).items() if name not in TRUTH}
         with self._autocast:
             return torch.as_tensor(self._forward(**inputs).logits)[:, -1].float().cpu()
 

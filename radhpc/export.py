@@ -32,7 +32,7 @@ from transformers.utils import logging
 
 from radhpc import adapters, plain
 from radhpc.adapters import Tensors
-from radhpc.answer import TRUTH
+from radhpc.collate import TRUTH
 from radhpc.errors import UserError
 from radhpc.model_card import base_folder, card
 from radhpc.processors import ClipImages

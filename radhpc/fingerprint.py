@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("radhpc", "shards", "slurm")
+PACKAGES = ("radhpc", "shards", "slurm", "verbs")
 # What a result may depend on; one that is not installed is left out.
 LIBRARIES = (
     "torch", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed", "flash-attn", "triton", "numpy",
@@ -27,7 +27,7 @@ def root() -> Path:
 
 
 def sources(folder: Path) -> Iterator[Path]:
-    """The files of the three packages in a folder, and launch.py: all that a job may import, and no caches."""
+    """The files of the packages in a folder, and launch.py: all that a job may import, and no caches."""
     found = [path for name in PACKAGES for path in (folder / name).rglob("*") if path.is_file()]
     for path in sorted([*found, folder / "launch.py"]):
         if path.exists() and "__pycache__" not in path.parts and path.suffix in (".py", ".yaml", ".html"):

@@ -78,7 +78,7 @@ def test_every_file_has_a_floor() -> None:
 def test_no_arrow_runs_up(path: Path) -> None:
     mine = path.relative_to(ROOT / "radhpc").parts[0].removesuffix(".py")
     for module in imports(path):
-        assert module.split(".")[0] not in ("slurm", "shards", "launch"), module
+        assert module.split(".")[0] not in ("slurm", "shards", "launch", "verbs"), module
         other = noun(module)
         if other is not None and mine != "__init__":
             assert FLOOR[other] <= FLOOR[mine], f"{mine} (floor {FLOOR[mine]}) imports {other} (floor {FLOOR[other]})"
@@ -100,7 +100,7 @@ def test_no_cycle_inside_radhpc() -> None:
 @pytest.mark.parametrize("path", files("shards"), ids=lambda path: str(path.relative_to(ROOT)))
 def test_shards_know_the_torch_free_contract_alone(path: Path) -> None:
     for module in imports(path):
-        assert module.split(".")[0] not in ("slurm", "torch", "launch"), module
+        assert module.split(".")[0] not in ("slurm", "torch", "launch", "verbs"), module
         assert noun(module) in (None, "errors", "files", "sample", "manifest", "remote", "store", "transforms"), module
 
 
@@ -108,7 +108,7 @@ def test_shards_know_the_torch_free_contract_alone(path: Path) -> None:
 def test_slurm_knows_no_tensors(path: Path) -> None:
     allowed = {None, "errors", "files", "recipe", "run_dir", "log", "fingerprint", "metrics"}
     for module in imports(path, top_level=True):
-        assert module.split(".")[0] not in ("shards", "torch", "launch"), module
+        assert module.split(".")[0] not in ("shards", "torch", "launch", "verbs"), module
         assert noun(module) in allowed, module
     if path.name != "job.py":  # the one local import is in the function that runs in the job
         assert {noun(module) for module in imports(path)} <= allowed
@@ -157,6 +157,6 @@ def test_the_readmes_commands_exist() -> None:
 
 def test_the_readme_shows_the_tree_as_it_is() -> None:
     text = (ROOT / "README.md").read_text()
-    for folder in ("recipes", "shards", "slurm", "radhpc", "tests"):
+    for folder in ("verbs", "recipes", "shards", "slurm", "radhpc", "tests"):
         assert f"{folder}/" in text
         assert (ROOT / folder).is_dir()

@@ -21,6 +21,7 @@ from radhpc.files import read_lines
 from radhpc.run_dir import RunDir
 from tests.browser import Browser, chromium
 from tests.conftest import ROOT, TINY_RECIPE
+from verbs.models import image_settings, parts_of
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -185,10 +186,6 @@ def test_an_adapter_on_given_weights_leaves_them_where_they_are(
     assert str(tmp_path) not in card
 
 
-def parts_of(run: Path) -> Any:
-    return launch._parts(run)
-
-
 def test_a_module_travels_with_its_weights(tmp_path: Path) -> None:
     from radhpc.export import copy_modules
 
@@ -314,7 +311,7 @@ def demo(run: Path) -> Iterator[Any]:
     from radhpc.reader import Reader
     from shards import views
 
-    run_dir, target = launch._image_settings(run)
+    run_dir, target = image_settings(run)
     parts = parts_of(run_dir.path)
     reader = Reader(parts, Decoding.of(parts.recipe.evaluation), neighbours=2)
     with Demo(reader, lambda data, name: views.read_bytes(data, name, target)) as page:
@@ -341,7 +338,7 @@ def test_the_page_reads_a_radiograph(run: Path, study: Path, photograph: Path, t
         from radhpc.answer import answers
         from shards.views import read_study
 
-        views, _ = read_study("", [study], launch._image_settings(run)[1])
+        views, _ = read_study("", [study], image_settings(run)[1])
         (text,) = answers(reader.engine, reader.parts.encoder, [views], None, reader.decoding)
         assert text.split()[-1] in browser.run("document.getElementById('text').textContent")
         assert browser.run("document.querySelectorAll('.neighbour img').length") == 2

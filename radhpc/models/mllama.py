@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, MllamaConfig, MllamaForConditionalGeneration
+from transformers import MllamaConfig, MllamaForConditionalGeneration
 from transformers.models.mllama import modeling_mllama as upstream
 from transformers.models.mllama.processing_mllama import (
     convert_sparse_cross_attention_mask_to_dense,
@@ -25,6 +25,7 @@ from transformers.models.mllama.processing_mllama import (
 from radhpc import processors
 from radhpc.errors import UserError, first_line
 from radhpc.models import Arrays, Taps, _mllama_attention, _mllama_tiles
+from radhpc.models.base import loaded, read_tokenizer
 from radhpc.processors import MllamaImages
 from radhpc.recipe import Model
 
@@ -49,13 +50,7 @@ class Family:
 
     def __init__(self, model: Model, tokenizer_folder: str) -> None:
         self._recipe = model
-        try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"model.tokenizer: {tokenizer_folder}: no tokenizer there that transformers reads; a local folder is "
-                "wanted, such as save_pretrained() writes"
-            ) from error
+        self.tokenizer: Any = read_tokenizer(tokenizer_folder)
         self.image_token_id: int = self.tokenizer.convert_tokens_to_ids("<|image|>")
         if self.image_token_id in (None, self.tokenizer.unk_token_id):
             raise UserError(
@@ -121,15 +116,7 @@ class Family:
     def build(self, seed: int) -> torch.nn.Module:
         """Random weights from the configuration (a pure function of the seed), or the local folder's."""
         if self._recipe.weights is not None:
-            try:
-                model = MllamaForConditionalGeneration.from_pretrained(
-                    self._recipe.weights,
-                    local_files_only=True,
-                    dtype=torch.float32,
-                    attn_implementation=self._recipe.attention,
-                )
-            except (OSError, ValueError) as error:
-                raise UserError(f"model.weights: {self._recipe.weights}: {first_line(error)}") from error
+            model = loaded(MllamaForConditionalGeneration, self._recipe.weights, "", self._recipe.attention)
         else:
             self.config._attn_implementation = self._recipe.attention
             torch.manual_seed(seed)
