@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from radhpc import adapters, additions, models, tokenizer
 from radhpc.allocations import Allocations
-from radhpc.collate import IGNORE, Batch, Encoded, Encoder, conversation
+from radhpc.collate import IGNORE, NEIGHBOUR_WORDS, Batch, Encoded, Encoder, conversation
 from radhpc.dist import Ranks
 from radhpc.engine import Engine
 from radhpc.errors import UserError
@@ -90,7 +90,10 @@ def foretell(recipe: Recipe, world: int, gpus: bool = False) -> list[StagePlan]:
 
 def _encoder(recipe: Recipe, stage: Stage, family: models.ModelFamily) -> Encoder:
     text, images, labelled = recipe.text_of(stage), recipe.images_of(stage), bool(stage.objective.clinical)
-    return Encoder(family, text, images, recipe.findings, recipe.seed, labelled)
+    encoder = Encoder(family, text, images, recipe.findings, recipe.seed, labelled)
+    if text.neighbours:  # as long as can be
+        encoder.alike = lambda views, patient: ["opacity " * NEIGHBOUR_WORDS] * text.neighbours
+    return encoder
 
 
 def _family(recipe: Recipe, source: Source, folder: Path) -> tuple[models.ModelFamily, bool]:

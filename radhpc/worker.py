@@ -112,6 +112,7 @@ def _run(run: RunDir, ranks: Ranks, stop: Stop, trial: Trial | None) -> Outcome:
         _agree_on_data(parts, steps)
         for stage, number in zip(recipe.stages, range(len(steps)), strict=True):
             on_first(lambda s=stage, n=number: tasks.check(recipe, s, parts.source(n, "train")), ranks, stop)
+        parts.find_neighbours()
         cursor = _restore(parts, run, life, ranks)
         board = Board(run.path / "tensorboard" if ranks.first else None, cursor.step if cursor else 0)
         board.layout([stage.name for stage in recipe.stages])

@@ -380,6 +380,8 @@ def answer(result: Mapping[str, Any], console: Console, heading: bool) -> None:
         console.print(Text.assemble(("warning ", "yellow"), warning), soft_wrap=True)
     for name, text in result["sections"].items() or [("", result["text"] or "(the model wrote nothing)")]:
         console.print(Text.assemble((f"{name.capitalize()}: " if name else "", "bold"), text), soft_wrap=True)
+    for text in result.get("given", ()):
+        console.print(Text.assemble(("  given to the model ", "dim"), text), soft_wrap=True)
     for line in neighbours(result["neighbours"]):
         console.print(line, soft_wrap=True)
 

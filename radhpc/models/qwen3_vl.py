@@ -17,11 +17,13 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from radhpc import processors
 from radhpc.errors import UserError
 from radhpc.models import Arrays
 from radhpc.models.base import Inputs, InText, loaded
+from radhpc.models.study_processor import StudyProcessor
 from radhpc.processors import QwenImages
 from radhpc.recipe import Model
 
@@ -83,6 +85,11 @@ class Family(InText):
     def chat_template(self) -> str | None:
         """The tokenizer's, if it is Qwen3-VL's own."""
         return None if "model" in self.recipe.folders else self.CHAT_TEMPLATE
+
+    def processor(self) -> Any:
+        """For those who have no radhpc. transformers' own wants torchvision, for films."""
+        images = Qwen2VLImageProcessorPil(**self.image_processor.described())
+        return StudyProcessor(images, self.tokenizer, chat_template=self.plain_template(), image_token=self.image_token)
 
     def tokens(self, images: Arrays) -> list[int]:
         return self._tokens(images["image_grid_thw"])
