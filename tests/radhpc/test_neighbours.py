@@ -21,7 +21,7 @@ RECIPE = f"""
 name: grounded
 shards: [SHARDS]
 model:
-{TINY_MODEL.replace('max_position_embeddings: 512', 'max_position_embeddings: 1024')}
+{TINY_MODEL.replace("max_position_embeddings: 512", "max_position_embeddings: 1024")}
 text: {{neighbours: 2, max_tokens: 900}}
 stages:
   - {{name: scratch, steps: 1, batch: 2, train: ['.*'], optimizer: {{learning_rate: 1.0e-3}}}}
