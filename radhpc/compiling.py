@@ -47,7 +47,7 @@ def warm_up(parts: Parts, engine: Engine, stage: Stage) -> None:
         work()  # the engine's collectives and the agreements go over the same group, and must not mix
     else:
         beside(work, ranks, parts.stop)
-    if parts.recipe.engine != "deepspeed":  # ZeRO would keep the gradients
+    if engine.meter.able:
         _count(parts, engine, size)
     if ranks.first:
         parts.run.record("compiled", stage=stage.name, seconds=round(time.perf_counter() - started, 1))

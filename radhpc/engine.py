@@ -78,7 +78,7 @@ class Engine:
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[recipe.precision]
         self.scaler = LossScale() if recipe.precision == "fp16" else None
         self._clip, self._stage = stage.clip, stage
-        self.meter = Meter()
+        self.meter = Meter(recipe.engine, recipe.model.quantise is not None, recipe.model.compile)
         prepare_blocks(model, blocks, recipe.model.checkpoint_activations, recipe.model.compile)
         self._lay_out(recipe, blocks)
         self.trained = {canonical(n): p for n, p in model.named_parameters() if p.requires_grad}
@@ -249,7 +249,7 @@ class Engine:
         call it alike.
         """
         self.model.train()
-        with self.meter.forward() if counted else contextlib.nullcontext():
+        with self.meter.forward(anyway=True) if counted else contextlib.nullcontext():
             loss = self._loss(batch)
         self._backward(loss, last=True)
         self.optimizer.zero_grad(set_to_none=True)

@@ -30,14 +30,18 @@ PEAKS = (
 class Meter:
     """Counts the operations of an engine's first step."""
 
-    def __init__(self) -> None:
+    def __init__(self, engine: str = "fsdp", quantised: bool = False, compiled: bool = False) -> None:
+        """As the recipe has it. Layers of ZeRO and of four bits have backward passes of their own, of which nothing is
+        to be seen in the forward pass: they are not counted. Of compiled layers the first step is not, see forward().
+        """
         self.per_sample: float | None = None  # once it is known
-        self._open, self._operations = True, 0.0
+        self.able = engine != "deepspeed" and not quantised
+        self._open, self._operations = self.able and not compiled, 0.0
 
     @contextlib.contextmanager
-    def forward(self) -> Iterator[None]:
-        """Around a micro-batch's forward pass, or one like it."""
-        if not self._open:
+    def forward(self, anyway: bool = False) -> Iterator[None]:
+        """Around a micro-batch's forward pass. `anyway`: one made for this, of layers that are compiled elsewhere."""
+        if not (self._open or (anyway and self.able)):
             yield
             return
         with _Counted() as counted:
@@ -46,7 +50,7 @@ class Meter:
 
     def close(self, samples: int) -> None:
         """Behind the passes that were counted, with so many samples on this rank."""
-        if self._open and samples:
+        if self._operations and samples and self.per_sample is None:
             self._open, self.per_sample = False, self._operations / samples
 
     def restart(self) -> None:

@@ -78,6 +78,23 @@ def test_a_meter_counts_once_and_knows_no_peak_of_a_cpu() -> None:
     assert peak(torch.device("cpu"), torch.bfloat16) is None
 
 
+def test_compiled_layers_are_counted_by_a_pass_of_their_own_and_zeros_not_at_all() -> None:
+    layer, x = nn.Linear(8, 8).requires_grad_(False), torch.randn(4, 8)
+    for meter, wanted in (
+        (Meter(compiled=True), 128),
+        (Meter(engine="deepspeed"), None),
+        (Meter(quantised=True), None),
+    ):
+        with meter.forward():
+            layer(x)
+        meter.close(4)
+        assert meter.per_sample is None
+        with meter.forward(anyway=True):
+            layer(x)
+        meter.close(4)
+        assert meter.per_sample == wanted
+
+
 def test_curves_of_nodes() -> None:
     told = [(f"n{n // 2}", {"gigabytes": float(n), "requests": 1.0}) for n in range(6)]
     found = by_node(told, many=3)

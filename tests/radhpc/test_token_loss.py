@@ -72,6 +72,21 @@ def test_loss_and_gradients_are_those_of_all_logits(monkeypatch: pytest.MonkeyPa
         torch.testing.assert_close(token_loss.summed(model, inputs, labels), wanted.detach(), rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("head", ["frozen", "adapted"])
+def test_losses_are_told_apart_by_what_their_rows_are_of(monkeypatch: pytest.MonkeyPatch, head: str) -> None:
+    """Also where chunks are computed again in the backward pass, which must not count twice."""
+    monkeypatch.setattr(token_loss, "CHUNK", 7 * 4 * 211)
+    inputs, labels = batch()
+    model = prepared(head)
+    tally = token_loss.Tally(torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 1.0], [0.0, 1.0, 0.0]]))
+    gradients(model, token_loss.summed(model, inputs, labels, tally=tally))
+    rows = [float(plain(model, {name: one[n : n + 1] for name, one in inputs.items()}, labels[n : n + 1]).detach())
+            for n in range(2)]  # fmt: skip
+    assert tally.sums.tolist() == pytest.approx([rows[0], rows[1], sum(rows)])
+    token_loss.summed(model, inputs, labels)
+    assert tally.sums[2] == pytest.approx(sum(rows)), "the head has forgotten it"
+
+
 @pytest.mark.parametrize("head", ["frozen", "trained"])
 def test_nothing_supervised_is_a_zero_with_gradients(head: str) -> None:
     """All ranks must have the same gradients to exchange, also one that was given empty slots alone."""
