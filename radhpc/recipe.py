@@ -295,6 +295,8 @@ class Text(Section):
         for key in ("prompt", "sections"):
             if self.tasks and getattr(self, key) != Text.model_fields[key].default:
                 raise ValueError(f"'{key}' goes without 'tasks': each task has its own")
+        if self.neighbours and not any(task.kind == "report" for task in self.mixture().values()):
+            raise ValueError(f"'neighbours' {self.neighbours} stand before the prompt of a report: no task is a report")
         return self
 
     def mixture(self) -> dict[str, Task]:

@@ -291,6 +291,8 @@ def _show(recipe: Recipe, number: int, split: Split, count: int, out: Path) -> N
     limit = recipe.images_of(stage).limit
     if limit is not None and (more := int((images > limit).sum())):
         print(f"{more} of them have more than {limit} view(s), of which the others are left out")
+    if near := recipe.text_of(stage).neighbours:
+        print(f"before the prompt of a report, not shown here: reports of {near} training studies that look alike")
     with tempfile.TemporaryDirectory() as temporary:
         folder = recipe.model.tokenizer.folder or recipe.model.weights or temporary
         if recipe.model.tokenizer.train_vocabulary is not None:  # on what the first stage is trained on, as a run does

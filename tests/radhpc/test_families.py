@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from bench.chaos import losses
 from radhpc import models
@@ -19,7 +20,7 @@ from radhpc.collate import Encoder
 from radhpc.errors import UserError
 from radhpc.models.connector import Abstractor, Sasa
 from radhpc.recipe import Recipe, load
-from radhpc.run_dir import RunDir
+from radhpc.run_dir import RunDir, node_name
 from radhpc.tokenizer import train as train_tokenizer
 from tests.conftest import ROOT
 
@@ -152,6 +153,12 @@ def test_all_stages_on_one_process_and_on_two_ranks_that_resume(
         assert len(scores) == len(stages)
         assert all(score["samples"] == 3 for score in scores)
     assert (one / "adapter" / "adapter_model.safetensors").exists()
+    curves = EventAccumulator(str(two / "tensorboard"), size_guidance={"scalars": 0})
+    curves.Reload()
+    tags = set(curves.Tags()["scalars"])
+    assert {f"nodes_gigabytes/{node_name()}", f"nodes_data_wait_seconds/{node_name()}", "loss_by_task/report"} <= tags
+    by_dataset = {point.step: point.value for point in curves.Scalars("loss_by_dataset/phantom")}
+    assert by_dataset == pytest.approx(together, rel=1e-4), "all tokens are of one dataset"
 
 
 @pytest.mark.timeout(120)

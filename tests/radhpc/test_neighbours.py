@@ -89,6 +89,12 @@ def test_a_resume_needs_the_same_library(run: RunDir, tmp_path: Path) -> None:
     assert event["stage"] == "scratch"
 
 
+def test_neighbours_of_questions_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(RECIPE)
+    with pytest.raises(UserError, match="'neighbours' 2 stand before the prompt of a report: no task"):
+        load(tmp_path / "tiny.yaml", ["text.tasks={ask: {kind: question, prompt: '{question}'}}"])
+
+
 def test_whoever_asks_sees_what_the_model_got(run: RunDir) -> None:
     from radhpc.answer import Decoding
     from radhpc.reader import Reader, Study
