@@ -105,3 +105,18 @@ def test_whoever_asks_sees_what_the_model_got(run: RunDir) -> None:
     (answer,) = reader.read([Study("one", views)])
     assert answer.given == parts.encoder.given(views)
     assert answer.given[0] == Library.load(parts._library(0)).alike(thumbnail(views), 1, "")[0]
+
+
+def test_the_page_is_told_what_the_model_got(run: RunDir) -> None:
+    from radhpc.answer import Decoding
+    from radhpc.demo import Demo
+    from radhpc.reader import Reader
+
+    parts = Parts(run, run.recipe(), Ranks())
+    reader = Reader(parts, Decoding.of(run.recipe().evaluation))
+    _, _, views = parts.source(0, "test").read(0)
+    with Demo(reader, lambda data, name: (views[0], None)) as demo:
+        told = list(demo.read([{"data": "", "name": "one.png"}], None))
+    (given,) = [piece["given"] for piece in told if "given" in piece]
+    assert given == parts.encoder.given(views[:1])
+    assert told[-1] == {"end": True}
