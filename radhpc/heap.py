@@ -2,9 +2,9 @@
 
     keep_freed_memory()         # once, where a process begins
 
-glibc gives large blocks back to the kernel when they are freed and asks for them anew, page by page and zeroed. A stream
-frees and allocates images and batches all the time, in threads: with 55 KB JPEGs of 224 to 512 pixels this cost 1 % of
-the decoder's time (3.9 page faults a sample, 0.5 to 1.2 with it). The memory of a process stays as high as its peak was.
+glibc gives large blocks back to the kernel when they are freed and asks for them anew, page by page and zeroed. A
+stream frees and allocates images and batches all the time, in threads: with 55 KB JPEGs of 224 to 512 pixels this cost
+1% of the decoder's time (3.9 page faults a sample, 1.2 with it). In return a process stays as large as it once was.
 """
 
 import ctypes
