@@ -1,5 +1,6 @@
 """What every rank of a job starts with: the scheduler's variables become PyTorch's, then radhpc.worker takes over."""
 
+import gc
 import os
 import socket
 import sys
@@ -20,7 +21,11 @@ def main(run: str) -> Any:
 
     try:
         with Stop() as stop:  # what comes while PyTorch is imported must not meet submitit's handlers
-            import radhpc.worker  # the one import of what needs torch, inside the job
+            gc.disable()  # 400,000 objects come now, and no garbage
+            try:
+                import radhpc.worker  # the one import of what needs torch, inside the job
+            finally:
+                gc.enable()
 
             trial = Trial.of(run)
             outcome = radhpc.worker.run(run, stop, trial)

@@ -12,7 +12,8 @@ from tests.conftest import ROOT
 
 # Inside radhpc a file imports only from its own floor or from lower ones.
 FLOORS = (
-    ("errors", "files", "sample", "manifest", "recipe", "run_dir", "fingerprint", "weights"),
+    ("errors", "files", "sample", "manifest", "recipe", "run_dir", "fingerprint", "weights",
+     "lean"),
     ("dist", "heap", "heartbeat", "log", "stop", "remote", "store", "board", "ledger", "cache", "probe", "grace",
      "storage", "background"),
     ("order", "transforms", "radiograph", "processors", "models", "tokenizer", "source", "fetch", "tasks", "collate",
