@@ -25,7 +25,7 @@ from radhpc.engine import Engine
 from radhpc.errors import UserError, first_line
 from radhpc.exhausted import out_of_memory
 from radhpc.files import FULL, insist, read_json, write_atomically
-from radhpc.heap import settle
+from radhpc.heap import keep_freed_memory
 from radhpc.heartbeat import Heartbeat, Limits
 from radhpc.ledger import Ledger
 from radhpc.log import Bar
@@ -59,7 +59,7 @@ def run(path: str, stop: Stop | None = None, trial: Trial | None = None) -> Outc
     run_dir = RunDir.open(path)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     logs.start(rank, world)
-    settle()
+    keep_freed_memory()
     if threads := os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(int(threads))
     ranks: Ranks | None = None

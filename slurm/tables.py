@@ -76,6 +76,9 @@ class Runs:
         self.results, self.height = results, height
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if not self.results:
+            yield Text("no run is there: 'launch.py train RECIPE --on PROFILE' starts one in runs/")
+            return
         shown, notes = list(self.results), self._notes()
         if self.height is not None:
             said = len(notes)
