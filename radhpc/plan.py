@@ -23,7 +23,7 @@ from PIL import Image
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from radhpc import adapters, additions, models, tokenizer
+from radhpc import adapters, additions, models, tokenizer, zero
 from radhpc.allocations import Allocations
 from radhpc.collate import IGNORE, Batch, Encoded, Encoder, conversation
 from radhpc.dist import Ranks
@@ -112,7 +112,7 @@ def _stage(
     size = min(stage.micro_batch or stage.batch, -(-stage.batch // world))
     rows, tokens, views = _largest_rows(recipe, source, encoder, size, stand_in)
     rounds = -(-stage.batch // (size * world))
-    with _pretended_group(world):
+    with _pretended_group(world, recipe.engine == "deepspeed"):
         engine, mode = fake_engine(recipe, stage, encoder.family, PretendedRanks(world))
         for group in engine.optimizer.param_groups:
             group["foreach"] = gpus and world == 1  # as PyTorch does by itself for plain tensors on a GPU
@@ -132,7 +132,7 @@ def _stage(
             samples=stage_samples(stage, len(source)),
             epoch_samples=len(source),
             parameters=engine.parameters,
-            trainable=sum(parameter.numel() for parameter in trained),
+            trainable=engine.trainable,
             micro_batch=size,
             tokens=tokens,
             views=views,
@@ -155,6 +155,11 @@ def _bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 def trace(engine: Engine, batches: list[Batch], memory: Allocations) -> int:
     """The most bytes that one optimizer step has alive, the optimizer's state being there already."""
+    if isinstance(engine, zero.ZeroEngine):  # its state is made, and its order of layers learnt, in a whole step
+        engine.step(batches, supervised=1, schedule=1.0)
+        memory.peak = memory.now
+        engine.step(batches, supervised=1, schedule=1.0)
+        return memory.peak
     for parameter in engine.trained.values():
         parameter.grad = torch.zeros_like(parameter)
     engine.optimizer.step()
@@ -181,7 +186,10 @@ def fake_engine(
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     _replace_tensors(model, mode)
     model.to = lambda *_, **__: model  # type: ignore[method-assign,assignment]  # they lie where they should
-    return Engine(model, recipe, stage.optimizer, family.blocks, ranks, stage.objective), mode
+    if recipe.engine != "deepspeed":
+        return Engine(model, recipe, stage.optimizer, family.blocks, ranks, stage.objective), mode
+    with mode:
+        return zero.ZeroEngine(model, recipe, stage.optimizer, family.blocks, ranks, stage.objective), mode
 
 
 def _replace_tensors(model: nn.Module, mode: FakeTensorMode) -> None:
@@ -231,9 +239,9 @@ def _largest_rows(
 
 
 @contextmanager
-def _pretended_group(world: int) -> Iterator[None]:
+def _pretended_group(world: int, deepspeed: bool) -> Iterator[None]:
     """A process group of so many ranks, of which only this one is there: collectives return at once."""
-    if world == 1:
+    if world == 1 and not deepspeed:  # which wants one also for a single rank
         yield
         return
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -242,4 +250,4 @@ def _pretended_group(world: int) -> Iterator[None]:
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        zero.leave() if deepspeed else dist.destroy_process_group()

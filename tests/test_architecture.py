@@ -16,7 +16,7 @@ FLOORS = (
     ("dist", "heartbeat", "log", "stop", "remote", "store", "board", "ledger", "cache", "probe", "grace", "storage",
      "background"),
     ("order", "transforms", "radiograph", "processors", "models", "tokenizer", "source", "fetch", "tasks", "collate",
-     "stream", "host", "attention", "blocks", "token_loss", "additions", "objective", "sam", "quantise", "placing",
+     "stream", "host", "attention", "blocks", "token_loss", "additions", "objective", "sam", "quantise", "rows", "placing",
      "adapters", "optimizers", "engine", "zero", "allocations"),
     ("checkpoint", "metrics", "generate", "generated", "answer", "index", "reader", "neighbours", "scoring",
      "evaluate", "evaluation_job", "evaluation_page", "demo", "plain", "model_card", "export", "audit", "parts", "loop",

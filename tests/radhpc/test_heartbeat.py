@@ -4,12 +4,14 @@ The ranks are real: processes that meet over gloo and train a tiny run. A forkse
 them in a moment.
 """
 
+import itertools
 import json
 import multiprocessing
 import os
 import re
 import signal
 import socket
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -122,12 +124,20 @@ def endless_load() -> None:
 
 
 def one_slow_rank() -> None:
-    """A step of 0.3 s on both, and on rank 1 of 1.2 s after two windows. Sleep is the same on a busy machine."""
+    """Steps of 0.3 s on both, and on rank 1 four times as long after two windows, however busy the machine is."""
     from radhpc import straggler
 
     straggler.WINDOW = WINDOW
-    at_step(range(2 * WINDOW), lambda: time.sleep(0.3))
-    at_step(range(2 * WINDOW, 1000), lambda: time.sleep(1.2 if os.environ["RANK"] == "1" else 0.3))
+    begun: list[float] = []
+
+    def sleep() -> None:
+        time.sleep(0.3)
+        begun.append(time.monotonic())
+        if os.environ["RANK"] == "1" and len(begun) > 2 * WINDOW:
+            steps = [after - before for before, after in itertools.pairwise(begun[: 2 * WINDOW])]
+            time.sleep(3 * statistics.median(steps))
+
+    at_step(range(1000), sleep)
 
 
 TROUBLES: dict[str, tuple[int | None, Callable[[], None]]] = {
@@ -144,7 +154,7 @@ TROUBLES: dict[str, tuple[int | None, Callable[[], None]]] = {
 @pytest.fixture(scope="module")
 def nursery() -> Any:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["radhpc.worker", "transformers.models.mllama.modeling_mllama"])
+    context.set_forkserver_preload(["radhpc.worker", "deepspeed", "transformers.models.mllama.modeling_mllama"])
     return context
 
 
@@ -154,9 +164,9 @@ def start(nursery: Any, tmp_path: Path, recipe_file: Path) -> Iterator[START]:
     ranks: list[ForkServerProcess] = []
 
     def call(
-        trouble: str = "", limit: float = LIMIT, slow: float = 60, steps: int = 400, world: int = 2
+        trouble: str = "", limit: float = LIMIT, slow: float = 60, steps: int = 400, world: int = 2, more: Any = ()
     ) -> list[ForkServerProcess]:
-        changes = [f"stages.scratch.steps={steps}", "checkpoint.every=1000"]
+        changes = [f"stages.scratch.steps={steps}", "checkpoint.every=1000", *more]
         RunDir.create(tmp_path / "run", load(recipe_file, changes))
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -282,9 +292,12 @@ def test_a_rank_whose_peer_died_does_not_wait_for_it(start: START, tmp_path: Pat
     assert found["cause"] == f"rank 1 on {HOST}: process {ranks[1].pid} is gone"
 
 
-def test_a_slow_rank_is_named_once_and_equal_ranks_never(start: START, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "engine", [["engine=fsdp"], ["engine=deepspeed"], ["engine=deepspeed", "zero.stage=2"]], ids=["fsdp", "zero3", "zero2"]
+)
+def test_a_slow_rank_is_named_once_and_equal_ranks_never(start: START, tmp_path: Path, engine: list[str]) -> None:
     run = tmp_path / "run"
-    start("slow")
+    start("slow", more=engine)
     wait_for(lambda: step(run) >= 4 * WINDOW + 1, 90)
     (event,) = told(run, "straggler")  # not in the first two windows, and not in the fourth again
     assert (event["rank"], event["host"], event["step"]) == (1, HOST, 3 * WINDOW)
