@@ -3,14 +3,14 @@
     for stage in foretell(recipe, world=8, gpus=True):
         print(stage.name, stage.trainable, stage.gigabytes_per_gpu)
 
-Nothing is estimated by a formula. The stage's real model is built without values, sharded by the real engine over as
-many pretended ranks, and one real optimizer step is traced on fake tensors over the largest micro-batch that the data
-holds. Of a local model folder its config.json is enough. What comes on top on a GPU, the CUDA context, workspaces of
+Nothing is estimated by a formula. The stage's real model is built without values, sharded by the real engine (FSDP2 or
+DeepSpeed's own ZeRO) over as many pretended ranks, and one real optimizer step is traced on fake tensors over the
+largest micro-batch that the data holds. Of a local model folder its config.json is enough. What comes on top on a GPU, the CUDA context, workspaces of
 libraries and fragmentation, is not in these figures.
 """
 
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,8 +124,7 @@ def _stage(
         with mode, Allocations([*weights, *batch.values()], made_up_values=True) as memory:
             # From the second micro-batch of a step on, the gradients of the first are there, too.
             peak = trace(engine, [batch] * min(2, rounds), memory)
-        state = [value for values in engine.optimizer.state.values() for value in values.values()]
-        trained = list(engine.trained.values())
+        offloaded = engine.offloaded() if isinstance(engine, zero.ZeroEngine) else 0
         return StagePlan(
             name=stage.name,
             steps=stage_steps(stage, len(source)),
@@ -136,21 +135,17 @@ def _stage(
             micro_batch=size,
             tokens=tokens,
             views=views,
-            gigabytes_per_gpu=peak / 1e9,
-            host_gigabytes=_on_the_host(engine, recipe) * 4 / 1e9,
-            checkpoint_megabytes=_bytes([*trained, *state]) / 1e6,
+            gigabytes_per_gpu=(peak - offloaded) / 1e9,
+            host_gigabytes=(_on_the_host(engine, recipe) * 4 + offloaded) / 1e9,
+            checkpoint_megabytes=engine.trainable * 12 / 1e6,  # parameters and moments in float32, of every engine
         )
 
 
 def _on_the_host(engine: Engine, recipe: Recipe) -> int:
-    """Numbers that a rank has there at a time: random weights are made whole, those of a folder come one by one."""
-    if not isinstance(recipe.model.weights, str):
+    """Numbers that a rank has there at a time: random weights are made whole, those of folders come one by one."""
+    if recipe.model.weights is None or recipe.model.config:
         return engine.parameters
-    return max(parameter.numel() for parameter in engine.model.parameters())
-
-
-def _bytes(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return max(getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.model.parameters())
 
 
 def trace(engine: Engine, batches: list[Batch], memory: Allocations) -> int:

@@ -202,6 +202,12 @@ class ZeroEngine(Engine):
                 value = tensors[f"{key}/{self._names[parameter]}"].reshape(-1)
                 part.copy_(value[first : first + part.numel()])
 
+    def offloaded(self) -> int:
+        """Bytes of this rank's state that lie on the host: parameters, gradients and moments of its parts, in float32
+        (DeepSpeed's documentation of offload_optimizer).
+        """
+        return 16 * sum(flat.numel() for flat in self._flats()) if self._recipe.zero.offload and self._zero else 0
+
     # Where ZeRO keeps its parts
 
     def _flats(self) -> list[torch.Tensor]:

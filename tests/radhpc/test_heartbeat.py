@@ -140,6 +140,25 @@ def one_slow_rank() -> None:
     at_step(range(1000), sleep)
 
 
+def another_recipe() -> None:
+    """As on a node whose file system still shows the file of yesterday."""
+    before = RunDir.recipe
+    RunDir.recipe = lambda self: before(self).model_copy(update={"seed": 77})  # type: ignore[method-assign]
+
+
+def full_gpu() -> None:
+    import torch
+
+    from radhpc import exhausted
+
+    exhausted.SECONDS = 0  # what it would foretell is tested in test_engines.py
+
+    def out_of_memory() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    at_step(4, out_of_memory)
+
+
 TROUBLES: dict[str, tuple[int | None, Callable[[], None]]] = {
     "reader": (1, sleeping_reader),
     "loop": (1, lambda: at_step(4, endless_loop)),
@@ -147,6 +166,8 @@ TROUBLES: dict[str, tuple[int | None, Callable[[], None]]] = {
     "away": (0, lambda: at_step(4, lambda: time.sleep(600))),
     "load": (1, endless_load),
     "slow": (None, one_slow_rank),
+    "recipe": (1, another_recipe),
+    "memory": (1, full_gpu),
     "long": (None, long_pieces),
 }
 
@@ -293,7 +314,9 @@ def test_a_rank_whose_peer_died_does_not_wait_for_it(start: START, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "engine", [["engine=fsdp"], ["engine=deepspeed"], ["engine=deepspeed", "zero.stage=2"]], ids=["fsdp", "zero3", "zero2"]
+    "engine",
+    [["engine=fsdp"], ["engine=deepspeed"], ["engine=deepspeed", "zero.stage=2"]],
+    ids=["fsdp", "zero3", "zero2"],
 )
 def test_a_slow_rank_is_named_once_and_equal_ranks_never(start: START, tmp_path: Path, engine: list[str]) -> None:
     run = tmp_path / "run"
@@ -306,6 +329,30 @@ def test_a_slow_rank_is_named_once_and_equal_ranks_never(start: START, tmp_path:
     found = RunDir(run).progress()["slowest"]
     assert (found["rank"], found["host"]) == (1, HOST)
     assert not told(run, "stuck")
+
+
+def test_ranks_on_another_recipe_are_told_so_and_all_leave(start: START, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert ended(start("recipe"), 60) == [1, 1]
+    for rank in range(2):
+        found = end(run, rank)
+        assert found is not None
+        assert found["state"] == "mistake"
+        said = (
+            r"rank 1 reads another .*/recipe\.yaml than rank 0: fsdp \w+ there, fsdp \w+ on rank 0; all nodes must .*"
+        )
+        assert re.fullmatch(said, found["cause"])
+    assert not told(run, "first_step")
+
+
+def test_a_gpu_without_memory_is_one_line_and_its_peers_leave(start: START, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert ended(start("memory", limit=60), 60) == [1, 1]
+    ends = [end(run, rank) for rank in range(2)]
+    assert [found and found["state"] for found in ends] == ["lost_peer", "mistake"]
+    assert ends[1] is not None
+    assert ends[1]["cause"].startswith("rank 1's GPU is out of memory; change, in this order: ")
+    assert step(run) == 4
 
 
 def test_long_pieces_of_work_are_no_hang(start: START, tmp_path: Path) -> None:
