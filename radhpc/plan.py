@@ -5,8 +5,8 @@
 
 Nothing is estimated by a formula. The stage's real model is built without values, sharded by the real engine (FSDP2 or
 DeepSpeed's own ZeRO) over as many pretended ranks, and one real optimizer step is traced on fake tensors over the
-largest micro-batch that the data holds. Of a local model folder its config.json is enough. What comes on top on a GPU, the CUDA context, workspaces of
-libraries and fragmentation, is not in these figures.
+largest micro-batch that the data holds. Of a local model folder its config.json is enough. What comes on top on a GPU,
+the CUDA context, workspaces of libraries and fragmentation, is not in these figures.
 """
 
 import tempfile
