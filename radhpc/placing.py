@@ -173,7 +173,7 @@ def _fill_buffers(model: nn.Module) -> bool:
                 continue
             unset = math.nan if buffer.is_floating_point() else -1
             filled = module._buffers[name] = torch.full_like(buffer, unset, device="cpu")
-            for parameter in module.parameters(recurse=False):
+            for parameter in module.parameters():  # some classes set those of their children, too
                 parameter._is_hf_initialized = True  # type: ignore[attr-defined]
             # The innermost model around it knows its configuration.
             *_, owner = (m for m in model.modules() if hasattr(m, "_init_weights") and module in set(m.modules()))

@@ -83,6 +83,8 @@ class Family(InText):
         whole: Any = self.build_empty()
         language = language_model(folders.get("text"), self.config.text_config, self.kernels, load)
         vision = vision_model(folders.get("vision"), self.config.vision_config, CLIPVisionModel, self.kernels, load)
+        if folders:
+            torch.manual_seed(seed)  # however the parts were read
         whole.model.vision_tower, whole.model.language_model = vision, language.model
         whole.model.multi_modal_projector, whole.lm_head = LlavaMultiModalProjector(self.config), language.lm_head
         return self.finish(whole)

@@ -129,6 +129,8 @@ class Family(InText):
         language = language_model(folders.get("text"), config.text_config, self.kernels, load)
         vision = vision_model(folders.get("vision"), config.vision_config, SwinModel, self.kernels, load)
         vision.pooler = None
+        if folders:
+            torch.manual_seed(seed)  # however the parts were read
         connector = build_connector(config, self.connector)
         if isinstance(connector, Sasa):
             connector.set_concepts(self._concepts(values(language.get_input_embeddings().weight)))

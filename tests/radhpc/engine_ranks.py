@@ -172,10 +172,12 @@ def read_folder(life: Life, name: str) -> dict[str, Any]:
 
 
 def read_parts(life: Life, name: str) -> dict[str, Any]:
-    """Models of two folders, whose tokenizer was given a token more, beside the families' own way to them."""
+    """What is not the same in models of two folders, whose tokenizer was given a token more, and the families' own way
+    to them.
+    """
     from transformers import AutoModelForCausalLM
 
-    same = {}
+    differs = {}
     for twin in ("gla", "lightmedvlm"):
         path, folder = ROOT / "recipes" / "tiny" / f"{twin}.yaml", life.folder / f"{name}.{twin}"
         if life.ranks.first:
@@ -200,10 +202,11 @@ def read_parts(life: Life, name: str) -> dict[str, Any]:
         state, wanted = engine.model.state_dict(), whole.state_dict()
         assert state.keys() == wanted.keys()
         found = {n: value.full_tensor() if isinstance(value, DTensor) else value for n, value in state.items()}
-        same[twin] = all(torch.equal(found[n], wanted[n]) for n in wanted) and all(
-            torch.equal(a, b) for a, b in zip(engine.model.buffers(), whole.buffers(), strict=True)
-        )
-    return same
+        other = [n for n in wanted if not torch.equal(found[n], wanted[n])]
+        theirs = dict(whole.named_buffers())
+        other += [n for n, value in engine.model.named_buffers() if not torch.equal(value, theirs[n])]
+        differs[twin] = other
+    return differs
 
 
 def peak(life: Life, name: str, stage: int) -> float:
