@@ -3,14 +3,14 @@
     for stage in foretell(recipe, world=8, gpus=True):
         print(stage.name, stage.trainable, stage.gigabytes_per_gpu)
 
-Nothing is estimated by a formula. The stage's real model is built without values, sharded by the real engine over as
-many pretended ranks, and one real optimizer step is traced on fake tensors over the largest micro-batch that the data
-holds. Of a local model folder its config.json is enough. What comes on top on a GPU, the CUDA context, workspaces of
-libraries and fragmentation, is not in these figures.
+Nothing is estimated by a formula. The stage's real model is built without values, sharded by the real engine (FSDP2 or
+DeepSpeed's own ZeRO) over as many pretended ranks, and one real optimizer step is traced on fake tensors over the
+largest micro-batch that the data holds. Of a local model folder its config.json is enough. What comes on top on a GPU,
+the CUDA context, workspaces of libraries and fragmentation, is not in these figures.
 """
 
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from PIL import Image
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from radhpc import adapters, additions, models, tokenizer
+from radhpc import adapters, additions, models, tokenizer, zero
 from radhpc.allocations import Allocations
 from radhpc.collate import IGNORE, Batch, Encoded, Encoder, conversation
 from radhpc.dist import Ranks
@@ -112,7 +112,7 @@ def _stage(
     size = min(stage.micro_batch or stage.batch, -(-stage.batch // world))
     rows, tokens, views = _largest_rows(recipe, source, encoder, size, stand_in)
     rounds = -(-stage.batch // (size * world))
-    with _pretended_group(world):
+    with _pretended_group(world, recipe.engine == "deepspeed"):
         engine, mode = fake_engine(recipe, stage, encoder.family, PretendedRanks(world))
         for group in engine.optimizer.param_groups:
             group["foreach"] = gpus and world == 1  # as PyTorch does by itself for plain tensors on a GPU
@@ -124,37 +124,37 @@ def _stage(
         with mode, Allocations([*weights, *batch.values()], made_up_values=True) as memory:
             # From the second micro-batch of a step on, the gradients of the first are there, too.
             peak = trace(engine, [batch] * min(2, rounds), memory)
-        state = [value for values in engine.optimizer.state.values() for value in values.values()]
-        trained = list(engine.trained.values())
+        offloaded = engine.offloaded() if isinstance(engine, zero.ZeroEngine) else 0
         return StagePlan(
             name=stage.name,
             steps=stage_steps(stage, len(source)),
             samples=stage_samples(stage, len(source)),
             epoch_samples=len(source),
             parameters=engine.parameters,
-            trainable=sum(parameter.numel() for parameter in trained),
+            trainable=engine.trainable,
             micro_batch=size,
             tokens=tokens,
             views=views,
-            gigabytes_per_gpu=peak / 1e9,
-            host_gigabytes=_on_the_host(engine, recipe) * 4 / 1e9,
-            checkpoint_megabytes=_bytes([*trained, *state]) / 1e6,
+            gigabytes_per_gpu=(peak - offloaded) / 1e9,
+            host_gigabytes=(_on_the_host(engine, recipe) * 4 + offloaded) / 1e9,
+            checkpoint_megabytes=engine.trainable * 12 / 1e6,  # parameters and moments in float32, of every engine
         )
 
 
 def _on_the_host(engine: Engine, recipe: Recipe) -> int:
-    """Numbers that a rank has there at a time: random weights are made whole, those of a folder come one by one."""
-    if not isinstance(recipe.model.weights, str):
+    """Numbers that a rank has there at a time: random weights are made whole, those of folders come one by one."""
+    if recipe.model.weights is None or recipe.model.config:
         return engine.parameters
-    return max(parameter.numel() for parameter in engine.model.parameters())
-
-
-def _bytes(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return max(getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.model.parameters())
 
 
 def trace(engine: Engine, batches: list[Batch], memory: Allocations) -> int:
     """The most bytes that one optimizer step has alive, the optimizer's state being there already."""
+    if isinstance(engine, zero.ZeroEngine):  # its state is made, and its order of layers learnt, in a whole step
+        engine.step(batches, supervised=1, schedule=1.0)
+        memory.peak = memory.now
+        engine.step(batches, supervised=1, schedule=1.0)
+        return memory.peak
     for parameter in engine.trained.values():
         parameter.grad = torch.zeros_like(parameter)
     engine.optimizer.step()
@@ -181,7 +181,10 @@ def fake_engine(
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     _replace_tensors(model, mode)
     model.to = lambda *_, **__: model  # type: ignore[method-assign,assignment]  # they lie where they should
-    return Engine(model, recipe, stage.optimizer, family.blocks, ranks, stage.objective), mode
+    if recipe.engine != "deepspeed":
+        return Engine(model, recipe, stage.optimizer, family.blocks, ranks, stage.objective), mode
+    with mode:
+        return zero.ZeroEngine(model, recipe, stage.optimizer, family.blocks, ranks, stage.objective), mode
 
 
 def _replace_tensors(model: nn.Module, mode: FakeTensorMode) -> None:
@@ -231,9 +234,9 @@ def _largest_rows(
 
 
 @contextmanager
-def _pretended_group(world: int) -> Iterator[None]:
+def _pretended_group(world: int, deepspeed: bool) -> Iterator[None]:
     """A process group of so many ranks, of which only this one is there: collectives return at once."""
-    if world == 1:
+    if world == 1 and not deepspeed:  # which wants one also for a single rank
         yield
         return
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -242,4 +245,4 @@ def _pretended_group(world: int) -> Iterator[None]:
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        zero.leave() if deepspeed else dist.destroy_process_group()

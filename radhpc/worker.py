@@ -32,6 +32,7 @@ from radhpc.log import Bar
 from radhpc.loop import Hook, Position, Quarantine, train
 from radhpc.parts import Parts, Trial
 from radhpc.profiling import Profiling
+from radhpc.recipe import Recipe
 from radhpc.run_dir import RunDir, node_name
 from radhpc.saving import Ending, Saving
 from radhpc.stop import PRUNED, Interrupted, Stop
@@ -99,7 +100,7 @@ def _run(run: RunDir, ranks: Ranks, stop: Stop, trial: Trial | None) -> Outcome:
         nodes = os.environ.get("SLURM_JOB_NODELIST", socket.gethostname())
         run.record("started", life=life, job=job, world=ranks.world, engine=recipe.engine, nodes=nodes)
         run.hold_back()
-    _agree_on_environment(run, ranks)
+    _agree_on_environment(run, recipe, ranks)
     if run.evaluates is not None:
         return _evaluate(run, ranks, stop)
     parts = Parts(run, recipe, ranks, stop, trial)
@@ -253,8 +254,17 @@ def _run_stage(
     return name_of(position.step)
 
 
-def _agree_on_environment(run: RunDir, ranks: Ranks) -> None:
-    """All ranks run the same code with the same libraries; what is not as it was at the submission is recorded."""
+def _agree_on_environment(run: RunDir, recipe: Recipe, ranks: Ranks) -> None:
+    """All ranks run the same recipe and code with the same libraries; what is not as it was at the submission is
+    recorded.
+    """
+    read = ranks.gather((recipe.hash, recipe.engine))
+    for rank, theirs in enumerate(read):
+        if theirs != read[0]:
+            raise UserError(
+                f"rank {rank} reads another {run.path}/recipe.yaml than rank 0: {theirs[1]} {theirs[0][:12]} there, "
+                f"{read[0][1]} {read[0][0][:12]} on rank 0; all nodes must see the same run folder"
+            )
     prints = ranks.gather(fingerprint.take())
     for rank, theirs in enumerate(prints):
         if what := fingerprint.differences(prints[0], theirs):

@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from radhpc.errors import UserError, first_line, nearest
-from radhpc.models import Arrays
+from radhpc.models import Arrays, Load
 from radhpc.recipe import Model
 
 Inputs = Mapping[str, torch.Tensor]
@@ -216,10 +216,16 @@ def loaded(kind: Any, folder: str, part: str, attention: str, config: Any = None
     return model
 
 
-def language_model(folder: str | None, config: Any, attention: str) -> Any:
+def language_model(folder: str | None, config: Any, attention: str, load: Load | None = None) -> Any:
     """With its head. A token that was added to its tokenizer starts as the mean of the others."""
+
+    def make() -> Any:
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+
     if folder is None:
-        return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+        return make()
+    if load is not None and (promised := load(make, folder, ".text")) is not None:
+        return promised
     model = loaded(AutoModelForCausalLM, folder, ".text", attention)
     old = model.get_input_embeddings().num_embeddings
     if old < config.vocab_size:
@@ -230,11 +236,24 @@ def language_model(folder: str | None, config: Any, attention: str) -> Any:
     return model
 
 
-def vision_model(folder: str | None, config: Any, kind: Any, attention: str) -> Any:
+def vision_model(folder: str | None, config: Any, kind: Any, attention: str, load: Load | None = None) -> Any:
     """Of class `kind`, from a folder that may hold more than that, or random."""
+
+    def make() -> Any:
+        return kind._from_config(config, dtype=torch.float32, attn_implementation=attention)
+
     if folder is None:
-        return kind._from_config(config, attn_implementation=attention)
+        return make()
+    if load is not None and (promised := load(make, folder, ".vision")) is not None:
+        return promised
     return loaded(kind, folder, ".vision", attention, config)
+
+
+def values(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """Of a parameter that may be a promise (placing.py) the whole tensor, in float32."""
+    promise: Any = getattr(parameter, "promise", None)
+    whole: torch.Tensor = parameter.detach() if promise is None else promise.rows(0, len(parameter)).float()
+    return whole
 
 
 def encode_inside_forward(model: Any, parts: Callable[[torch.Tensor, Inputs], dict[str, list[int]]]) -> None:

@@ -24,7 +24,7 @@ from transformers.models.mllama.processing_mllama import (
 
 from radhpc import processors
 from radhpc.errors import UserError, first_line
-from radhpc.models import Arrays, Taps, _mllama_attention, _mllama_tiles
+from radhpc.models import Arrays, Load, Taps, _mllama_attention, _mllama_tiles
 from radhpc.models.base import loaded, read_tokenizer
 from radhpc.processors import MllamaImages
 from radhpc.recipe import Model
@@ -113,7 +113,7 @@ class Family:
         except Exception as error:  # transformers raises several kinds for values that do not fit
             raise UserError(f"model.config: {first_line(error)}") from error
 
-    def build(self, seed: int) -> torch.nn.Module:
+    def build(self, seed: int, load: Load | None = None) -> torch.nn.Module:
         """Random weights from the configuration (a pure function of the seed), or the local folder's."""
         if self._recipe.weights is not None:
             model = loaded(MllamaForConditionalGeneration, self._recipe.weights, "", self._recipe.attention)

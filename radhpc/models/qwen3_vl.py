@@ -20,7 +20,7 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from radhpc import processors
 from radhpc.errors import UserError
-from radhpc.models import Arrays
+from radhpc.models import Arrays, Load
 from radhpc.models.base import Inputs, InText, loaded
 from radhpc.processors import QwenImages
 from radhpc.recipe import Model
@@ -68,7 +68,7 @@ class Family(InText):
             vision_end_token_id=known.get("<|vision_end|>", -1),
         )
 
-    def build(self, seed: int) -> Any:
+    def build(self, seed: int, load: Load | None = None) -> Any:
         """From the folder, or random: a pure function of the seed."""
         if folder := self.recipe.folders.get("model"):
             return self.finish(loaded(Qwen3VLForConditionalGeneration, folder, "", self.kernels))

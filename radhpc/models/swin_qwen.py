@@ -28,8 +28,8 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from transformers.models.swin.modeling_swin import SwinLayer
 
 from radhpc import processors
-from radhpc.models import Arrays
-from radhpc.models.base import InText, language_model, vision_model
+from radhpc.models import Arrays, Load
+from radhpc.models.base import InText, language_model, values, vision_model
 from radhpc.models.connector import Abstractor, Sasa
 from radhpc.processors import SwinImages
 from radhpc.recipe import Connector, Model
@@ -121,17 +121,19 @@ class Family(InText):
             vision.drop_path_rate = 0.0  # for training Swin alone: here it would blur what the connector learns from
         return LlavaConfig(vision_config=vision, text_config=self.text_config(), image_token_index=self.image_token_id)
 
-    def build(self, seed: int) -> Any:
+    def build(self, seed: int, load: Load | None = None) -> Any:
         """From the folders; what none of them holds is random, a pure function of the seed."""
         folders, config = self.recipe.folders, self.config
         torch.manual_seed(seed)
         whole: Any = self.build_empty()
-        language = language_model(folders.get("text"), config.text_config, self.kernels)
-        vision = vision_model(folders.get("vision"), config.vision_config, SwinModel, self.kernels)
+        language = language_model(folders.get("text"), config.text_config, self.kernels, load)
+        vision = vision_model(folders.get("vision"), config.vision_config, SwinModel, self.kernels, load)
         vision.pooler = None
+        if folders:
+            torch.manual_seed(seed)  # however the parts were read
         connector = build_connector(config, self.connector)
         if isinstance(connector, Sasa):
-            connector.set_concepts(self._concepts(language.get_input_embeddings().weight.detach()))
+            connector.set_concepts(self._concepts(values(language.get_input_embeddings().weight)))
         whole.model.vision_tower, whole.model.language_model = vision, language.model
         whole.model.multi_modal_projector, whole.lm_head = connector, language.lm_head
         return self.finish(whole)

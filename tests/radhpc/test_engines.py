@@ -7,13 +7,29 @@ from typing import Any
 import pytest
 
 from tests.conftest import TINY_RECIPE, tiny_family
-from tests.radhpc.engine_ranks import Lives, go_on, read_folder, train_and_go_on, train_and_save
+from tests.radhpc.engine_ranks import (
+    Lives,
+    foretold,
+    go_on,
+    peak,
+    read_folder,
+    read_parts,
+    train_and_go_on,
+    train_and_save,
+)
 
 WORLDS = [
     ("single", 1), ("fsdp", 2), ("fsdp", 3), ("replicate", 2), ("zero2", 1), ("zero2", 3), ("zero3", 2), ("zero3", 3),
     ("offload", 2),
 ]  # fmt: skip
 SOURCES = [("fsdp-3", 0), ("zero3-2", 0), ("single-1", 1), ("zero2-3", 1)]
+
+# Large enough that tensors of the model outweigh a buffer or two.
+WIDE = [
+    "model.config.text.hidden_size=128", "model.config.text.intermediate_size=512",
+    "model.config.text.num_hidden_layers=4", "model.config.text.cross_attention_layers=[1, 3]",
+    "stages.scratch.batch=8", "stages.scratch.micro_batch=2", "stages.adapt.batch=8", "stages.adapt.micro_batch=2",
+]  # fmt: skip
 
 pytestmark = pytest.mark.timeout(280)
 
@@ -120,6 +136,20 @@ def test_a_folder_is_read_row_by_row_into_the_ranks(lives: Lives) -> None:
     assert lives.run("folder-z3", "zero3", 2, read_folder)["same"]
 
 
+def test_a_model_of_several_folders_is_read_row_by_row_too(lives: Lives) -> None:
+    assert lives.run("parts-3", "fsdp", 3, read_parts) == {"gla": [], "lightmedvlm": []}
+
+
+@pytest.mark.parametrize("spec", ["fsdp", "zero2", "zero3"])
+def test_the_memory_of_a_rank_is_foretold(lives: Lives, spec: str) -> None:
+    """By a step on fake tensors and without peers, against a real one on two ranks: all that is alive at its peak."""
+    wanted = lives.run(f"foretold-{spec}", spec, 1, partial(foretold, world=2), WIDE)
+    for stage in (0, 1):
+        found = lives.run(f"peak-{spec}-{stage}", spec, 2, partial(peak, stage=stage), WIDE)
+        print(f"{spec}, stage {stage}: foretold {1e3 * wanted[stage]:.2f} MB, measured {1e3 * found:.2f} MB")
+        assert wanted[stage] == pytest.approx(found, rel=0.15)
+
+
 def test_an_engine_that_cannot_be_is_refused(lives: Lives) -> None:
     from radhpc.errors import UserError
     from radhpc.recipe import load
@@ -152,6 +182,24 @@ def test_a_library_that_is_missing_is_named(lives: Lives, monkeypatch: pytest.Mo
     ):
         with pytest.raises(UserError, match=said):
             load(lives.folder / "tiny.yaml", [override]).refuse_missing()
+
+
+def test_a_card_without_bf16_is_named(lives: Lives, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The card is one that only says of itself what it can: there is none here."""
+    import torch
+
+    from radhpc.dist import Ranks
+    from radhpc.engine import check
+    from radhpc.errors import UserError
+    from radhpc.recipe import load
+
+    ranks = Ranks()
+    ranks.device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    check(load(lives.folder / "tiny.yaml", ["precision=fp16"]), ranks)
+    with pytest.raises(UserError, match="precision: bf16: Tesla T4 cannot compute in it; allowed here are fp16 and"):
+        check(load(lives.folder / "tiny.yaml", ["precision=bf16"]), ranks)
 
 
 def test_a_gpu_that_is_full_is_told_what_to_change(lives: Lives, tmp_path: Path) -> None:
