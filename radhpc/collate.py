@@ -102,7 +102,8 @@ class Encoder:
 
     def _encode(self, key: str, sample: Sample, views: Sequence[Image.Image], asked: Asked | None) -> Encoded:
         """A study that serves no task has no supervised token: it is passed over, not taught."""
-        images, prompt = self._asked(asked.prompt if asked else self.tasks.plain(sample.language), views)
+        asking = asked.prompt if asked else self.tasks.plain(sample.language)
+        images, prompt = self._asked(asking, self.in_order(views, sample))
         ids = [*self._ids(asked.answer), self.family.tokenizer.eos_token_id] if asked and asked.answer else []
         room = max(1, self.text.max_tokens - len(prompt))
         cut = len(ids) > room
@@ -131,7 +132,7 @@ class Encoder:
             text = self.tasks.asking(question, language)
         else:
             text = self.tasks.plain(language)
-        images, prompt = self._asked(text, views)
+        images, prompt = self._asked(text, self.in_order(views, sample))
         ids = np.asarray(prompt, np.int64)
         return Encoded(key, ids, np.full_like(ids, IGNORE), images)
 
@@ -170,6 +171,15 @@ class Encoder:
         nothing = np.full(len(self.tasks.findings.names), UNKNOWN, np.int8)
         known = [nothing if row.findings is None else row.findings for row in rows]
         return {"findings": torch.from_numpy(np.stack(known))}
+
+    def in_order(self, views: Sequence[Image.Image], sample: Sample | None) -> Sequence[Image.Image]:
+        """The views by their projections as the recipe wants them; those of one projection stay as they were."""
+        if self.images.order is None or sample is None:
+            return views
+        first = {name.casefold(): n for n, name in enumerate(self.images.order)}
+        known = [first.get((view.view or "").casefold(), len(first)) for view in sample.images]
+        known += [len(first)] * (len(views) - len(known))
+        return [views[n] for n in sorted(range(len(views)), key=known.__getitem__)]
 
     def _shown(self, views: Sequence[Image.Image]) -> Sequence[Image.Image]:
         """The pictures that the model gets for the views of a study: as many of them as the recipe wants, or one."""

@@ -5,8 +5,9 @@
 
 Nothing is estimated by a formula. The stage's real model is built without values, sharded by the real engine (FSDP2 or
 DeepSpeed's own ZeRO) over as many pretended ranks, and one real optimizer step is traced on fake tensors over the
-largest micro-batch that the data holds. Of a local model folder its config.json is enough. What comes on top on a GPU,
-the CUDA context, workspaces of libraries and fragmentation, is not in these figures.
+largest micro-batch that the data holds. Of a local model folder its config.json is enough, and for what is not there at
+all standins.py has something. What comes on top on a GPU, the CUDA context, workspaces of libraries and fragmentation,
+is not in these figures.
 """
 
 import tempfile
@@ -23,7 +24,7 @@ from PIL import Image
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from radhpc import adapters, additions, models, tokenizer, zero
+from radhpc import adapters, additions, models, standins, tokenizer, zero
 from radhpc.allocations import Allocations
 from radhpc.collate import IGNORE, Batch, Encoded, Encoder, conversation
 from radhpc.dist import Ranks
@@ -43,9 +44,9 @@ class StagePlan:
     """One stage, foretold. Gigabytes and megabytes are decimal."""
 
     name: str
-    steps: int
-    samples: int  # that it trains on, with repetitions
-    epoch_samples: int
+    steps: int | None  # None: whole epochs of shards that are not there yet
+    samples: int | None  # that it trains on, with repetitions
+    epoch_samples: int | None
     parameters: int
     trainable: int
     micro_batch: int  # samples per rank and forward pass
@@ -77,10 +78,8 @@ def foretell(recipe: Recipe, world: int, gpus: bool = False) -> list[StagePlan]:
     Raises UserError for what cannot be trained at all, as the job would.
     """
     with tempfile.TemporaryDirectory(prefix="radhpc-plan-") as folder:
-        sources = [Source(recipe.shards_of(stage), "train") for stage in recipe.stages]
-        for stage, source in zip(recipe.stages, sources, strict=True):
-            if not len(source):
-                raise UserError(f"stage '{stage.name}': no sample of split 'train' in its shards")
+        recipe = recipe.model_copy(update={"model": standins.configured(recipe.model, Path(folder))})
+        sources = [_source(recipe, stage) for stage in recipe.stages]
         family, stand_in = _family(recipe, sources[0], Path(folder))
         return [
             _stage(recipe, stage, source, _encoder(recipe, stage, family), world, gpus, stand_in)
@@ -88,26 +87,39 @@ def foretell(recipe: Recipe, world: int, gpus: bool = False) -> list[StagePlan]:
         ]
 
 
+def _source(recipe: Recipe, stage: Stage) -> Source | None:
+    """What a stage is trained on; None: not all of it is there yet."""
+    if standins.missing(recipe.shards_of(stage)):
+        return None
+    source = Source(recipe.shards_of(stage), "train")
+    if not len(source):
+        raise UserError(f"stage '{stage.name}': no sample of split 'train' in its shards")
+    return source
+
+
 def _encoder(recipe: Recipe, stage: Stage, family: models.ModelFamily) -> Encoder:
     text, images, labelled = recipe.text_of(stage), recipe.images_of(stage), bool(stage.objective.clinical)
     return Encoder(family, text, images, recipe.findings, recipe.seed, labelled)
 
 
-def _family(recipe: Recipe, source: Source, folder: Path) -> tuple[models.ModelFamily, bool]:
+def _family(recipe: Recipe, source: Source | None, folder: Path) -> tuple[models.ModelFamily, bool]:
     """The model family, and whether its tokenizer is a stand-in, so that texts cannot be measured with it."""
-    given = recipe.model.tokenizer_folder
+    given, folder = recipe.model.tokenizer_folder, folder / "tokenizer"
     if given is not None and (
         recipe.model.tokenizer.folder is not None or any((Path(given) / name).exists() for name in TOKENIZER_FILES)
     ):
         return models.family(recipe.model, given), False
-    text = recipe.text_of(recipe.stages[0])
-    texts = [text.prompt] if given else (conversation(sample, text, recipe.findings) for sample in source.samples())
-    tokenizer.train(texts, recipe.model.tokenizer.train_vocabulary or 300, folder)
-    return models.family(recipe.model, str(folder)), given is not None
+    if given is not None or source is None:
+        standins.tokenizer(recipe, folder)
+        return models.family(recipe.model, str(folder)), True
+    text, size = recipe.text_of(recipe.stages[0]), recipe.model.tokenizer.train_vocabulary
+    assert size is not None
+    tokenizer.train((conversation(sample, text, recipe.findings) for sample in source.samples()), size, folder)
+    return models.family(recipe.model, str(folder)), False
 
 
 def _stage(
-    recipe: Recipe, stage: Stage, source: Source, encoder: Encoder, world: int, gpus: bool, stand_in: bool
+    recipe: Recipe, stage: Stage, source: Source | None, encoder: Encoder, world: int, gpus: bool, stand_in: bool
 ) -> StagePlan:
     size = min(stage.micro_batch or stage.batch, -(-stage.batch // world))
     rows, tokens, views = _largest_rows(recipe, source, encoder, size, stand_in)
@@ -125,11 +137,13 @@ def _stage(
             # From the second micro-batch of a step on, the gradients of the first are there, too.
             peak = trace(engine, [batch] * min(2, rounds), memory)
         offloaded = engine.offloaded() if isinstance(engine, zero.ZeroEngine) else 0
+        length = len(source) if source is not None else None
+        known = length if length is not None or stage.steps is None else 0  # a number of steps needs no length
         return StagePlan(
             name=stage.name,
-            steps=stage_steps(stage, len(source)),
-            samples=stage_samples(stage, len(source)),
-            epoch_samples=len(source),
+            steps=None if known is None else stage_steps(stage, known),
+            samples=None if known is None else stage_samples(stage, known),
+            epoch_samples=length,
             parameters=engine.parameters,
             trainable=engine.trainable,
             micro_batch=size,
@@ -158,7 +172,10 @@ def trace(engine: Engine, batches: list[Batch], memory: Allocations) -> int:
     for parameter in engine.trained.values():
         parameter.grad = torch.zeros_like(parameter)
     engine.optimizer.step()
-    engine.optimizer.zero_grad(set_to_none=True)
+    if engine.lockstep or len(batches) == 1:
+        engine.optimizer.zero_grad(set_to_none=True)
+    else:  # the gradients of a micro-batch before are as good as there, which saves half of the time
+        batches = batches[:1]
     memory.peak = memory.now
     engine.step(batches, supervised=1, schedule=1.0)
     return memory.peak
@@ -209,21 +226,23 @@ def _replace_tensors(model: nn.Module, mode: FakeTensorMode) -> None:
 
 
 def _largest_rows(
-    recipe: Recipe, source: Source, encoder: Encoder, size: int, stand_in: bool
+    recipe: Recipe, source: Source | None, encoder: Encoder, size: int, stand_in: bool
 ) -> tuple[list[Encoded], int, int]:
     """A micro-batch of samples that are each as long as the longest and have as many views as the one with most."""
-    sizes = source.sizes(np.arange(len(source)))
-    views = int(min(sizes[:, 0].max(), encoder.images.limit or sizes[:, 0].max()))
-    longest = np.argsort(-sizes[:, 1], kind="stable")[:LONGEST]
-    samples = list(source.samples(np.sort(longest)))
-    shapes = [(view.width, view.height) for sample in samples for view in sample.images]
-    picture = Image.new("L", max(shapes, key=lambda shape: shape[0] * shape[1], default=(64, 64)))
-    prompt = encoder.encode_prompt("", None, [picture] * views)
-    if stand_in:
-        tokens = encoder.text.max_tokens
+    tokens, samples, limit = encoder.text.max_tokens, [], encoder.images.limit
+    if source is None:
+        views, shape = limit or standins.VIEWS, (standins.PIXELS, standins.PIXELS)
     else:
-        texts = [encoder.encode("", sample, [picture] * views) for sample in samples]
-        tokens = max((text.length for text in texts), default=encoder.text.max_tokens)
+        sizes = source.sizes(np.arange(len(source)))
+        views = int(min(sizes[:, 0].max(), limit or sizes[:, 0].max()))
+        longest = np.argsort(-sizes[:, 1], kind="stable")[:LONGEST]
+        samples = list(source.samples(np.sort(longest)))
+        shapes = [(view.width, view.height) for sample in samples for view in sample.images]
+        shape = max(shapes, key=lambda shape: shape[0] * shape[1], default=(64, 64))
+    picture = Image.new("L", shape)
+    prompt = encoder.encode_prompt("", None, [picture] * views)
+    if not stand_in:
+        tokens = max((encoder.encode("", sample, [picture] * views).length for sample in samples), default=tokens)
     ids = np.resize(prompt.input_ids, max(tokens, prompt.length))
     ids[: prompt.length] = prompt.input_ids
     ids[prompt.length :] = encoder.family.tokenizer.eos_token_id

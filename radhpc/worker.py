@@ -18,7 +18,7 @@ import torch
 
 from radhpc import compiling, evaluation_job, fingerprint, hooks, log as logs, seam, tasks
 from radhpc.background import beside, on_first
-from radhpc.board import Board
+from radhpc.board import Board, Curves
 from radhpc.checkpoint import Checkpoints, Cursor, name_of
 from radhpc.dist import Ranks, lost_peer
 from radhpc.engine import Engine
@@ -116,7 +116,9 @@ def _run(run: RunDir, ranks: Ranks, stop: Stop, trial: Trial | None) -> Outcome:
         for stage, number in zip(recipe.stages, range(len(steps)), strict=True):
             on_first(lambda s=stage, n=number: tasks.check(recipe, s, parts.source(n, "train")), ranks, stop)
         cursor = _restore(parts, run, life, ranks)
-        board = Board(run.path / "tensorboard" if ranks.first else None, cursor.step if cursor else 0)
+        wandb = recipe.board.wandb if ranks.first else None
+        curves = Curves(wandb, run.path, life) if wandb is not None else None
+        board = Board(run.path / "tensorboard" if ranks.first else None, cursor.step if cursor else 0, curves)
         board.layout([stage.name for stage in recipe.stages])
         board.event(cursor.step if cursor else 0, "resumed" if cursor else "started", _history(run))
         if trial is not None and ranks.first:

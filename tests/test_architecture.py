@@ -21,7 +21,7 @@ FLOORS = (
      "placing", "adapters", "optimizers", "engine", "zero", "allocations"),
     ("checkpoint", "metrics", "generate", "generated", "answer", "index", "reader", "neighbours", "scoring",
      "evaluate", "evaluation_job", "evaluation_page", "demo", "plain", "model_card", "export", "audit", "parts", "loop",
-     "straggler", "profiling", "hooks", "saving", "plan", "lineage", "seam", "exhausted", "compiling"),
+     "straggler", "profiling", "hooks", "saving", "standins", "plan", "lineage", "seam", "exhausted", "compiling"),
     ("worker",),
 )  # fmt: skip
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

@@ -84,6 +84,10 @@ class Family(InText):
         """The tokenizer's, if it is Qwen3-VL's own."""
         return None if "model" in self.recipe.folders else self.CHAT_TEMPLATE
 
+    def projector(self, model: Any) -> torch.nn.Module:
+        found: torch.nn.Module = model.model.visual.merger
+        return found
+
     def tokens(self, images: Arrays) -> list[int]:
         return self._tokens(images["image_grid_thw"])
 
