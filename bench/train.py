@@ -30,7 +30,7 @@ from torch import nn
 from bench import report
 from radhpc import adapters, models, token_loss
 from radhpc.allocations import Allocations
-from radhpc.collate import IGNORE, Batch
+from radhpc.collate import IGNORE, TRUTH, Batch
 from radhpc.dist import Ranks
 from radhpc.engine import Engine
 from radhpc.ledger import Ledger
@@ -197,13 +197,13 @@ class Hook:
 
 def plain(model: nn.Module, batch: Batch) -> torch.Tensor:
     """The summed loss as transformers' users compute it: over all logits."""
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    inputs = {name: value for name, value in batch.items() if name not in TRUTH}
     logits = model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1).float()
     return nn.functional.cross_entropy(logits, batch["labels"][:, 1:].flatten(), ignore_index=IGNORE, reduction="sum")
 
 
 def ours(model: nn.Module, batch: Batch) -> torch.Tensor:
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    inputs = {name: value for name, value in batch.items() if name not in TRUTH}
     return token_loss.summed(model, inputs, batch["labels"])
 
 

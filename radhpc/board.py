@@ -96,11 +96,21 @@ class Board:
                         "loss by stage, restarts marked": ["Multiline", lines],
                         "gradient norm by group": ["Multiline", ["gradient_norm/.*"]],
                         "learning rate by group": ["Multiline", ["learning_rate/.*"]],
+                        "loss by dataset": ["Multiline", ["loss_by_dataset/.*"]],
+                        "loss by task": ["Multiline", ["loss_by_task/.*"]],
                     },
                     "Where the time goes": {
                         "seconds": ["Multiline", ["speed/step_seconds", "speed/data_wait_seconds"]],
                         "seconds of a save": ["Multiline", ["checkpoint/.*seconds"]],
                         "padding": ["Multiline", ["data/padding"]],
+                        "10^12 operations a second, of a rank": ["Multiline", ["speed/teraflops_per_rank"]],
+                    },
+                    "Nodes": {
+                        "memory, GB": ["Multiline", ["nodes_gigabytes/.*"]],
+                        "own seconds of a step": ["Multiline", ["nodes_own_seconds/.*"]],
+                        "data wait, seconds of a step": ["Multiline", ["nodes_data_wait_seconds/.*"]],
+                        "megabytes from stores, a step": ["Multiline", ["nodes_megabytes/.*"]],
+                        "hits of the cache, a step": ["Multiline", ["nodes_cache_hits/.*"]],
                     },
                     "Evaluation": {"scores": ["Multiline", ["evaluation/.*"]]},
                 }
@@ -114,6 +124,14 @@ class Board:
         """Show a picture of shape (height, width, 3)."""
         if self._writer is not None:
             self._writer.add_image(name, picture, step, dataformats="HWC")
+
+    def curve(
+        self, step: int, name: str, probabilities: npt.NDArray[np.float64], truth: npt.NDArray[np.float64]
+    ) -> None:
+        """Precision and recall at each threshold, where both classes are there; truth: 1, 0, or NaN: no case."""
+        known = np.isfinite(truth)
+        if self._writer is not None and 0 < truth[known].sum() < known.sum():
+            self._writer.add_pr_curve(name, truth[known], probabilities[known], step)
 
     def hyperparameters(self, values: Mapping[str, bool | int | float | str | None], metric: str) -> None:
         """What this run is in a sweep, for TensorBoard's HParams; `metric` is the curve that it is ranked by."""

@@ -22,7 +22,7 @@ from radhpc.source import BadSample, Raw, study
 from radhpc.tasks import Asked, OutsideTheSet, Tasks
 
 IGNORE = -100  # PyTorch's label for "no loss here"
-TRUTH = ("labels", "findings")  # in a batch: what a model that is asked is not given
+TRUTH = ("labels", "findings", "kinds")  # in a batch: what a model that is asked is not given
 UNKNOWN = -1  # a finding that the study says nothing about
 
 _PROMPTS = 4096  # whose tokens are kept
@@ -41,6 +41,7 @@ class Encoded:
     cut: bool = False  # whether the answer was longer than Text.max_tokens allows
     findings: npt.NDArray[np.int8] | None = None  # (names,) 1, 0 or UNKNOWN, where a head learns them
     task: str = ""  # its name in the recipe
+    dataset: str = ""
 
     @property
     def supervised(self) -> int:
@@ -63,10 +64,15 @@ class Encoder:
         findings: Findings = Findings(),  # type: ignore[call-arg]  # noqa: B008
         seed: int = 0,
         labelled: bool = False,
+        datasets: Sequence[str] = (),
     ) -> None:
-        """`labelled`: whether batches hold the findings, too. Raises UserError for a prompt that leaves no room."""
-        self.family, self.text, self.images, self._labelled = family, text, images, labelled
+        """`labelled`: whether batches hold the findings, too; `datasets`: whose losses are told apart in training, as
+        those of tasks are. Raises UserError for a prompt that leaves no room.
+        """
+        self.family, self.text, self.images, self.labelled = family, text, images, labelled
         self.tasks = Tasks(text, findings, seed)
+        known = [*(("dataset", name) for name in dict.fromkeys(datasets)), *(("task", name) for name in text.mixture())]
+        self.kinds = tuple(known) if datasets else ()
         self._known: dict[tuple[str, int], list[int]] = {}  # the ids of the recipe's own prompts, by number of views
         for name, task in self.tasks.mixture.items():
             if task.kind in ("report", "caption", "findings") and len(ids := self._ids(task.prompt)) >= text.max_tokens:
@@ -116,6 +122,7 @@ class Encoder:
             cut,
             self._findings(sample),
             asked.task if asked else "",
+            sample.dataset,
         )
 
     def encode_prompt(
@@ -137,7 +144,7 @@ class Encoder:
         return Encoded(key, ids, np.full_like(ids, IGNORE), images)
 
     def _findings(self, sample: Sample) -> npt.NDArray[np.int8] | None:
-        if not self._labelled:
+        if not self.labelled:
             return None
         known = self.tasks.known(sample)
         return np.asarray([int(known.get(name, UNKNOWN)) for name in self.tasks.findings.names], np.int8)
@@ -161,12 +168,13 @@ class Encoder:
             "attention_mask": torch.from_numpy(mask),
             "labels": torch.from_numpy(labels),
             **self._collated_findings(rows, left),
+            **self._collated_kinds(rows, left),
             **self.family.collate_images([row.images for row in rows], ids),
         }
 
     def _collated_findings(self, rows: Sequence[Encoded], left: bool) -> Batch:
         """(rows, names); nothing is known about a slot without a sample."""
-        if not self._labelled or left:
+        if not self.labelled or left:
             return {}
         nothing = np.full(len(self.tasks.findings.names), UNKNOWN, np.int8)
         known = [nothing if row.findings is None else row.findings for row in rows]
@@ -180,6 +188,13 @@ class Encoder:
         known = [first.get((view.view or "").casefold(), len(first)) for view in sample.images]
         known += [len(first)] * (len(views) - len(known))
         return [views[n] for n in sorted(range(len(views)), key=known.__getitem__)]
+
+    def _collated_kinds(self, rows: Sequence[Encoded], left: bool) -> Batch:
+        """(rows, kinds) of 0 and 1: the dataset and the task of each row."""
+        if not self.kinds or left:
+            return {}
+        found = [[getattr(row, kind) == name for kind, name in self.kinds] for row in rows]
+        return {"kinds": torch.tensor(found, dtype=torch.float32)}
 
     def _shown(self, views: Sequence[Image.Image]) -> Sequence[Image.Image]:
         """The pictures that the model gets for the views of a study: as many of them as the recipe wants, or one."""

@@ -7,6 +7,7 @@ step, beside which the ranks go on agreeing whether to stop; and what the compil
 environment names is left as it is: runs of one user may share theirs.
 """
 
+import contextlib
 import os
 import time
 
@@ -16,6 +17,7 @@ from radhpc.background import beside
 from radhpc.engine import Engine
 from radhpc.parts import Parts
 from radhpc.recipe import Stage
+from radhpc.source import BadSample
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
@@ -45,5 +47,20 @@ def warm_up(parts: Parts, engine: Engine, stage: Stage) -> None:
         work()  # the engine's collectives and the agreements go over the same group, and must not mix
     else:
         beside(work, ranks, parts.stop)
+    if parts.recipe.engine != "deepspeed":  # ZeRO would keep the gradients
+        _count(parts, engine, size)
     if ranks.first:
         parts.run.record("compiled", stage=stage.name, seconds=round(time.perf_counter() - started, 1))
+
+
+def _count(parts: Parts, engine: Engine, size: int) -> None:
+    """The operations of a step, by passes of their own through layers that are not compiled: inside of one that is
+    there are no single operations to be seen. They leave nothing else.
+    """
+    source = parts.source(parts.stage, "train")
+    rows = []
+    for number in range(min(size, len(source))):
+        with contextlib.suppress(BadSample):  # the stream names it
+            rows.append(parts.encoder.encode(*source.read(number)))
+    with torch.compiler.set_stance("force_eager"):
+        engine.warm_up(parts.encoder.batch(rows or [parts.encoder.empty()]), counted=True)

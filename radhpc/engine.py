@@ -34,6 +34,7 @@ from radhpc.dist import Ranks
 from radhpc.errors import UserError
 from radhpc.host import remember
 from radhpc.objective import Objective, random_state, set_random_state
+from radhpc.operations import Meter
 from radhpc.placing import place
 from radhpc.recipe import Objective as ObjectiveRecipe, Optimizer, Recipe
 from radhpc.sam import ascended
@@ -50,6 +51,7 @@ class StepReport:
     gradient_norm: float
     learning_rates: dict[str, float]  # by group
     terms: dict[str, float]  # of the objective, by name, without their weights
+    by_kind: tuple[tuple[float, float], ...] = ()  # summed token loss and tokens of each of Encoder.kinds
 
 
 class Engine:
@@ -76,6 +78,7 @@ class Engine:
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[recipe.precision]
         self.scaler = LossScale() if recipe.precision == "fp16" else None
         self._clip, self._stage = stage.clip, stage
+        self.meter = Meter()
         prepare_blocks(model, blocks, recipe.model.checkpoint_activations, recipe.model.compile)
         self._lay_out(recipe, blocks)
         self.trained = {canonical(n): p for n, p in model.named_parameters() if p.requires_grad}
@@ -203,12 +206,14 @@ class Engine:
                     "by it: a smaller optimizer.learning_rate, longer warmup_steps, or precision bf16 or fp32 may help"
                 )
             scale = self.scaler.value
+            self.meter.restart()
             again()
         if self.scaler is not None:
             self.scaler.good()
-        terms = self._objective.values()
+        self.meter.close(sum(len(batch["labels"]) for batch in batches))
+        terms, by_kind = self._objective.values()
         rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
-        return StepReport(self._objective.weighted(terms), norm, rates, terms)
+        return StepReport(self._objective.weighted(terms), norm, rates, terms, by_kind)
 
     def _passes(self, batches: Sequence[Batch], supervised: int, scale: float, check: Callable[[], None]) -> None:
         """Forward and backward over the micro-batches; leaves the gradients, `scale` times too large."""
@@ -224,7 +229,9 @@ class Engine:
             last = n == len(batches) - 1
             if isinstance(self.model, FSDPModule):
                 self.model.set_requires_gradient_sync(last)
-            self._backward(self._loss(batch) * (scale / max(1, supervised)), last)
+            with self.meter.forward():
+                loss = self._loss(batch)
+            self._backward(loss * (scale / max(1, supervised)), last)
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         with self._autocast:
@@ -235,11 +242,17 @@ class Engine:
         """What a forward pass is called on."""
         return self.model
 
-    def warm_up(self, batch: Batch) -> None:
-        """A forward and a backward pass that leave nothing but what was compiled. All ranks call it alike."""
+    def warm_up(self, batch: Batch, counted: bool = False) -> None:
+        """A forward and a backward pass that leave nothing but what was compiled, or `counted` by the meter. All ranks
+        call it alike.
+        """
         self.model.train()
-        self._backward(self._loss(batch), last=True)
+        with self.meter.forward() if counted else contextlib.nullcontext():
+            loss = self._loss(batch)
+        self._backward(loss, last=True)
         self.optimizer.zero_grad(set_to_none=True)
+        if counted:
+            self.meter.close(len(batch["labels"]))
 
     @torch.no_grad()
     def loss_sum(self, batch: Batch) -> float:

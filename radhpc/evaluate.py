@@ -164,7 +164,7 @@ def _answered(
         given_up=lambda: bool(stop.poll()), **settings.decoding(),
     )  # fmt: skip
     stop.check(ranks.max)  # texts that a signal has cut short are worth nothing
-    loss, tokens = _loss(engine, encoder, studies, ranks)
+    loss, tokens, heads = _taught(engine, encoder, studies, ranks)
     shares: dict[str, dict[str, float]] = {}
     if settings.findings_question is not None:
         rows = [row for _, _, row in questions]
@@ -174,9 +174,9 @@ def _answered(
     answered = [
         Row(
             key, sample.patient, sample.study, sample.dataset, sample.question, encoder.answer(sample), text,
-            sample.labels, shares.get(key), thumbnail(views),
+            sample.labels, shares.get(key), thumbnail(views), head,
         )
-        for (key, sample, views), text in zip(studies, texts, strict=True)
+        for (key, sample, views), text, head in zip(studies, texts, heads, strict=True)
     ]  # fmt: skip
     return {"rows": [asdict(row) for row in answered], "bad": bad, "loss": loss, "tokens": tokens}
 
@@ -202,13 +202,26 @@ def _read(source: Source, numbers: list[int]) -> tuple[list[Study], list[str]]:
     return studies, bad
 
 
-def _loss(engine: Engine, encoder: Encoder, studies: list[Study], ranks: Ranks) -> tuple[float, int]:
-    """Summed loss and supervised tokens of this rank's batch; all ranks make a forward pass if any has studies."""
+def _taught(
+    engine: Engine, encoder: Encoder, studies: list[Study], ranks: Ranks
+) -> tuple[float, int, list[dict[str, float] | None]]:
+    """Summed loss and supervised tokens of this rank's batch, and the findings of each study by the multi-label head,
+    where the stage trains one. All ranks make the same forward passes if any of them has studies.
+    """
     if not ranks.max([float(len(studies))])[0]:
-        return 0.0, 0
+        return 0.0, 0, []
     rows = [encoder.encode(*study) for study in studies]
-    loss = engine.loss_sum(encoder.batch(rows or [encoder.empty()]))
-    return (loss, sum(row.supervised for row in rows)) if rows else (0.0, 0)
+    batch = encoder.batch(rows or [encoder.empty()])
+    loss = engine.loss_sum(batch)
+    # A head that no stage has taught yet may be there, too: for what comes later.
+    found = engine.findings(batch) if encoder.labelled else None
+    if not rows:
+        return 0.0, 0, []
+    names = encoder.tasks.findings.names
+    heads: list[dict[str, float] | None] = [None] * len(rows)
+    if found is not None:
+        heads = [dict(zip(names, (round(p, 6) for p in each), strict=True)) for each in found.tolist()]
+    return loss, sum(row.supervised for row in rows), heads
 
 
 def _pictures(source: Source, numbers: list[int], rows: Sequence[Row], count: int) -> list[np.ndarray[Any, Any]]:

@@ -7,19 +7,23 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from radhpc import adapters, evaluate, evaluation_page
 from radhpc.board import RESTART, Board
+from radhpc.dist import Ranks
 from radhpc.engine import Engine
 from radhpc.export import write_adapter
 from radhpc.log import Bar
-from radhpc.loop import Position, Report
+from radhpc.loop import Pace, Position, Report
+from radhpc.operations import peak
 from radhpc.parts import Parts
 from radhpc.recipe import Split
+from radhpc.run_dir import node_name
+from radhpc.scoring import CLASSIFIERS, classified
 from radhpc.stop import PRUNED, Interrupted, Stop
 from radhpc.straggler import Stragglers
 
@@ -74,6 +78,9 @@ class Evaluating:
             self.board.scalars(position.step, values)
             for n, picture in enumerate(result.pictures):
                 self.board.picture(position.step, f"reports/{n}", picture)
+            for kind, (prefix, _) in CLASSIFIERS.items():
+                for name, (probabilities, truth) in classified(result.rows, kind).items():
+                    self.board.curve(position.step, f"precision_and_recall/{prefix}{name}", probabilities, truth)
             self.board.text(position.step, "evaluation/table", "\n".join(evaluate.table(result)))
             self.board.flush()
             seconds = round(time.perf_counter() - started, 1)
@@ -91,17 +98,20 @@ class Evaluating:
             raise Interrupted(PRUNED)
 
 
-def board_hook(board: Board, parts: Parts, restarted: bool = False) -> Callable[[Position, Report], None]:
+def board_hook(
+    board: Board, parts: Parts, engine: Engine, restarted: bool = False
+) -> Callable[[Position, Report], None]:
     """Curves of every step; the first point behind a restart is marked."""
-    life = parts.run.lives
+    life, ranks = parts.run.lives, parts.ranks
+    ceiling, kinds = peak(ranks.device, engine.dtype), parts.encoder.kinds
 
     def write(position: Position, report: Report) -> None:
         nonlocal restarted
         stage = parts.recipe.stages[position.stage].name
         marks = {f"by_stage/{RESTART}": report.engine.loss} if restarted else {}
         restarted = False
-        device = parts.ranks.device
-        memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident_bytes()
+        by_kind = zip(kinds, report.engine.by_kind, strict=False)
+        speed = engine.meter.speed(report.samples / ranks.world, report.seconds, ceiling)
         board.scalars(
             position.step,
             {
@@ -117,13 +127,67 @@ def board_hook(board: Board, parts: Parts, restarted: bool = False) -> Callable[
                 "speed/data_wait_seconds": report.wait_seconds,
                 "data/padding": report.padding,
                 **{f"data/{name}": value for name, value in report.traffic.items()},
-                "memory/gigabytes": memory / 1e9,
+                "memory/gigabytes": _memory(ranks) / 1e9,
+                **{f"speed/{name}": value for name, value in speed.items()},
+                **{f"loss_by_{kind}/{name}": loss / tokens for (kind, name), (loss, tokens) in by_kind if tokens},
                 **{f"loss/{name}": value for name, value in report.engine.terms.items()},
                 **{f"learning_rate/{name}": rate for name, rate in report.engine.learning_rates.items()},
             },
         )
 
     return write
+
+
+class Nodes:
+    """Curves of each node, on all ranks: memory, own seconds per step, data wait, requests to stores, the node's cache.
+
+    Every WINDOW steps, and at a stage's end. Where there are many nodes, the least, the middle and the most of them.
+    """
+
+    WINDOW = 50
+    MANY = 16
+
+    def __init__(self, board: Board, ranks: Ranks, traffic: Callable[[], dict[str, float]]) -> None:
+        """`traffic`: of this rank so far, as Stream.traffic() gives it."""
+        self.board, self.ranks, self.traffic = board, ranks, traffic
+        self._paces: list[Pace] = []
+        self._before = traffic()
+
+    def __call__(self, position: Position, report: Report) -> None:
+        if self.ranks.world == 1:  # then they are the run's own
+            return
+        self._paces.append(report.pace)
+        if len(self._paces) < self.WINDOW and not position.stage_done:
+            return
+        now = self.traffic()
+        mine = {
+            "gigabytes": _memory(self.ranks) / 1e9,
+            "own_seconds": sum(pace.seconds - pace.collective_seconds for pace in self._paces) / len(self._paces),
+            "data_wait_seconds": sum(pace.data_seconds for pace in self._paces) / len(self._paces),
+            **{name: (value - self._before[name]) / len(self._paces) for name, value in now.items()},
+        }
+        self._before, self._paces = now, []
+        told = self.ranks.gather((node_name(), mine))
+        if self.ranks.first:
+            self.board.scalars(position.step, by_node(told, self.MANY))
+
+
+def by_node(told: Sequence[tuple[str, Mapping[str, float]]], many: int) -> dict[str, float]:
+    """Curves of what ranks tell, with the names of their nodes: a node's ranks add up in what they ask of stores, the
+    largest of them counts in all else.
+    """
+    nodes: dict[str, list[Mapping[str, float]]] = {}
+    for node, values in told:
+        nodes.setdefault(node, []).append(values)
+    found: dict[str, float] = {}
+    for name in told[0][1]:
+        whole = max if name in ("gigabytes", "own_seconds", "data_wait_seconds") else sum
+        each = {node: whole(values[name] for values in theirs) for node, theirs in nodes.items()}
+        if len(each) > many:
+            ordered = sorted(each.values())
+            each = {"least": ordered[0], "middle": ordered[len(ordered) // 2], "most": ordered[-1]}
+        found |= {f"nodes_{name}/{node}": value for node, value in each.items()}
+    return found
 
 
 class GroupNorms:
@@ -217,6 +281,12 @@ def export_adapter(parts: Parts, engine: Engine, position: Position) -> None:
     weights = engine.weights()
     if parts.ranks.first:
         write_adapter(parts.run.path / "adapter", adapters.peft_config(lora), weights)
+
+
+def _memory(ranks: Ranks) -> float:
+    """Bytes: the most that this rank had on its GPU, or has resident now."""
+    on_gpu = ranks.device.type == "cuda"
+    return torch.cuda.max_memory_allocated(ranks.device) if on_gpu else _resident_bytes()
 
 
 def _resident_bytes() -> int:

@@ -6,7 +6,7 @@ Between engine.py, which runs the passes, and additions.py, whose heads and fusi
     objective.begin(batches, supervised, ranks, run)     # once per pass over a step's micro-batches, on all ranks
     loss = objective(model, batch)                       # for each: a sum, for the engine to divide by `supervised`
     objective.regularise(trained)                        # once, behind the gradients' sum over the ranks
-    objective.values()                                   # each term's mean over the global batch, on all ranks
+    objective.values()                                   # each term's mean over the global batch, and losses by kind
 
 What a term is worth must not depend on how the batch is dealt to ranks and micro-batches. Sums over tokens, samples
 and findings do not, once divided by counts of the global batch. InfoNCE is no sum: each pair is held against all
@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from radhpc import rows, token_loss
 from radhpc.additions import Heads
-from radhpc.collate import IGNORE, UNKNOWN, Batch
+from radhpc.collate import IGNORE, TRUTH, UNKNOWN, Batch
 from radhpc.dist import Ranks
 from radhpc.models.hcf import HierarchicalFusion
 from radhpc.recipe import Objective as ObjectiveRecipe
@@ -40,11 +40,11 @@ class NextToken:
     def __init__(self, label_smoothing: float = 0.0) -> None:
         self.label_smoothing = label_smoothing
 
-    def __call__(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+    def __call__(self, model: nn.Module, batch: Batch, tally: token_loss.Tally | None = None) -> torch.Tensor:
         """The sum of the token losses, in float32: the caller divides by the tokens of the whole global batch."""
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        inputs = {name: value for name, value in batch.items() if name not in TRUTH}
         smoothing = self.label_smoothing if torch.is_grad_enabled() else 0.0  # a loss is reported without
-        return token_loss.summed(model, inputs, batch["labels"], smoothing)
+        return token_loss.summed(model, inputs, batch["labels"], smoothing, tally)
 
 
 class Objective:
@@ -62,6 +62,7 @@ class Objective:
         self._tokens = self._samples = self._known = 0.0  # of the global batch
         self._sums: dict[str, torch.Tensor] = {}
         self._means: dict[str, float] = {}
+        self._kinds: torch.Tensor | None = None  # (2, kinds): summed token losses, and tokens
         self._ranks: Ranks | None = None
 
     def begin(self, batches: Sequence[Batch], supervised: int, ranks: Ranks, run: Callable[[Batch], object]) -> None:
@@ -69,7 +70,7 @@ class Objective:
 
         Call it with the same random state as the pass that follows.
         """
-        self._begun, self._sums, self._means, self._ranks = True, {}, {}, ranks
+        self._begun, self._sums, self._means, self._kinds, self._ranks = True, {}, {}, None, ranks
         self._tokens = float(supervised)
         if self.recipe.clinical or self.recipe.fusion:
             samples = sum(float(_valid(batch["labels"]).sum()) for batch in batches)
@@ -82,7 +83,6 @@ class Objective:
         """The loss of a micro-batch, in float32, times the supervised tokens of the global batch. Before the first
         begin(), and where no gradient is wanted, the sum of the token losses alone: what an evaluation reports.
         """
-        inputs = {name: value for name, value in batch.items() if name != "findings"}
         looking = self._looking is not None
         with contextlib.ExitStack() as stack:
             if self._fusion is not None:
@@ -90,13 +90,18 @@ class Objective:
                 stack.enter_context(self._fusion.prompted(prompt))
             terms = self._begun and (looking or torch.is_grad_enabled())
             heard = stack.enter_context(self._heads.listening(batch)) if self._heads is not None and terms else {}
-            loss = self._next_token(model, inputs)
+            tally = token_loss.Tally(batch["kinds"]) if terms and not looking and "kinds" in batch else None
+            loss = self._next_token(model, batch, tally)
             if looking:
                 assert self._looking is not None
                 self._looking.append(torch.stack([heard["image"], heard["text"]], dim=1).detach())
                 return loss
             if not terms:
                 return loss
+            if tally is not None:
+                tokens = (batch["labels"][:, 1:] != IGNORE).sum(1).double() @ tally.kinds.double()
+                found = torch.stack([tally.sums, tokens])
+                self._kinds = found if self._kinds is None else self._kinds + found
             return self._sum(loss, batch, heard)
 
     def findings(self, model: nn.Module, batch: Batch) -> torch.Tensor | None:
@@ -201,17 +206,22 @@ class Objective:
     @contextlib.contextmanager
     def silently(self) -> Iterator[None]:
         """What is computed in here leaves values() as they were."""
-        sums, means = self._sums, self._means
+        sums, means, kinds = self._sums, self._means, self._kinds
         try:
             yield
         finally:
-            self._sums, self._means = sums, means
+            self._sums, self._means, self._kinds = sums, means, kinds
 
-    def values(self) -> dict[str, float]:
-        """The mean of each term over the global batch, without its weight. All ranks must call it."""
+    def values(self) -> tuple[dict[str, float], tuple[tuple[float, float], ...]]:
+        """The mean of each term over the global batch, without its weight; and of each of Encoder.kinds the summed loss
+        of its tokens and their number. All ranks must call it; it is one collective.
+        """
         assert self._ranks is not None
-        sums = self._ranks.sum([float(value) for value in self._sums.values()])
-        return dict(zip(self._sums, sums, strict=True)) | self._means
+        kinds = [] if self._kinds is None else self._kinds.flatten().tolist()
+        sums = self._ranks.sum([*(float(value) for value in self._sums.values()), *kinds])
+        by_kind, count = sums[len(self._sums) :], len(kinds) // 2
+        terms = dict(zip(self._sums, sums, strict=False)) | self._means
+        return terms, tuple(zip(by_kind[:count], by_kind[count:], strict=True))
 
     def loss(self) -> float:
         """What is minimised, of this rank alone."""

@@ -76,7 +76,10 @@ class Parts:
             recipe, stage = self.recipe, self.recipe.stages[number]
             text, images = recipe.text_of(stage), recipe.images_of(stage)
             labelled = bool(stage.objective.clinical)
-            self._encoders[number] = Encoder(self.family, text, images, recipe.findings, recipe.seed, labelled)
+            datasets = [part.manifest.dataset for part in self.source(number, "train").parts]
+            self._encoders[number] = Encoder(
+                self.family, text, images, recipe.findings, recipe.seed, labelled, datasets
+            )
         return self._encoders[number]
 
     def engine(self, stage: int, lineage: tuple[str, ...], training: bool = True) -> Engine:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from radhpc.errors import UserError
 from radhpc.files import read_json, read_lines
@@ -25,6 +26,12 @@ from radhpc.metrics.scorers import Judges
 from radhpc.recipe import Evaluation
 
 Scores = dict[str, dict[str, Any]]
+Floats = npt.NDArray[np.float64]
+# What tells findings apart: the field of a Row, what its scores' names begin with, and how it does so.
+CLASSIFIERS = {
+    "likelihoods": ("", "likelihood of 'yes' against 'no'"),
+    "head": ("head_", "probability by the multi-label head"),
+}
 RULE = "findings read back from the text by rule"
 NORMAL_NAMES = (*findings.NAMES, findings.NORMAL)
 
@@ -43,6 +50,7 @@ class Row:
     labels: dict[str, dict[str, int | None]]
     likelihoods: dict[str, float] | None = None  # of yes, by finding, where Evaluation.findings_question asks
     thumbnail: str = ""  # see neighbours.py
+    head: dict[str, float] | None = None  # probabilities by finding, of the multi-label head, where a stage trains one
 
     @property
     def findings(self) -> frozenset[str] | None:
@@ -83,7 +91,8 @@ class Scoring:
         if len(reports) < len(rows):
             found |= _questions(rows)
         if model:
-            found |= _likelihoods(rows)
+            for kind in CLASSIFIERS:
+                found |= _classified(rows, kind)
         return found
 
     def _texts(self, rows: Sequence[Row], model: bool) -> dict[str, Measure]:
@@ -195,18 +204,27 @@ def _questions(rows: Sequence[Row]) -> dict[str, Measure]:
     return found
 
 
-def _likelihoods(rows: Sequence[Row]) -> dict[str, Measure]:
-    """AUROC, AUPRC and F1 of each finding by the likelihood of yes beside no."""
-    names = sorted({name for row in rows for name in row.likelihoods or ()})
-    if not names:
-        return {}
-    about = "likelihood of 'yes' against 'no'; unsaid labels count as absent, uncertain ones are left out"
-    found: dict[str, Measure] = {}
-    parts: dict[str, list[bootstrap.Statistic]] = defaultdict(list)
-    for name in names:
-        probabilities = np.asarray([(row.likelihoods or {}).get(name, np.nan) for row in rows])
+def classified(rows: Sequence[Row], kind: str) -> dict[str, tuple[Floats, Floats]]:
+    """By finding: probabilities (rows,) of a kind of CLASSIFIERS, and the truth (rows,): 1, 0, or NaN where either is
+    not known.
+    """
+    given = [getattr(row, kind) or {} for row in rows]
+    found = {}
+    for name in sorted({name for each in given for name in each}):
+        probabilities = np.asarray([each.get(name, np.nan) for each in given])
         truth = np.asarray([_truth(row, name) for row in rows])
         truth[~np.isfinite(probabilities)] = np.nan
+        found[name] = probabilities, truth
+    return found
+
+
+def _classified(rows: Sequence[Row], kind: str) -> dict[str, Measure]:
+    """AUROC, AUPRC and F1 of each finding, by the likelihood of yes beside no or by the head."""
+    prefix, how = CLASSIFIERS[kind]
+    about = f"{how}; unsaid labels count as absent, uncertain ones are left out; F1 above 0.5"
+    found: dict[str, Measure] = {}
+    parts: dict[str, list[bootstrap.Statistic]] = defaultdict(list)
+    for name, (probabilities, truth) in classified(rows, kind).items():
         known = np.isfinite(truth)
         there, said = known & (truth == 1), known & (probabilities > 0.5)
         counts = np.stack([there & said, there.astype(int) + said, there], 1).astype(float)[:, None]
@@ -215,13 +233,13 @@ def _likelihoods(rows: Sequence[Row]) -> dict[str, Measure]:
             "auprc": answers.auprc(probabilities, truth),
             "f1": answers.label_f1(counts, "micro"),
         }
-        for kind, statistic in kinds.items():
+        for score, statistic in kinds.items():
             if there.any():
-                parts[kind].append(statistic)
-                found[f"{kind}/{name}"] = Measure(statistic, about)
+                parts[score].append(statistic)
+                found[f"{prefix}{score}/{name}"] = Measure(statistic, about)
     macro = {
-        f"{kind}/macro": Measure(answers.Mean(tuple(each)), f"mean of findings; {about}")
-        for kind, each in parts.items()
+        f"{prefix}{score}/macro": Measure(answers.Mean(tuple(each)), f"mean of findings; {about}")
+        for score, each in parts.items()
     }
     return macro | found
 
@@ -262,7 +280,7 @@ def trivial(rows: Sequence[Row], known: Sequence[tuple[str | None, str]]) -> dic
 
 def saying(rows: Sequence[Row], texts: Sequence[str]) -> list[Row]:
     """The same studies with other answers."""
-    return [replace(row, generated=told, likelihoods=None) for row, told in zip(rows, texts, strict=True)]
+    return [replace(row, generated=told, likelihoods=None, head=None) for row, told in zip(rows, texts, strict=True)]
 
 
 def load_rows(folder: Path) -> list[Row]:

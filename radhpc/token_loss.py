@@ -26,7 +26,26 @@ from radhpc.collate import IGNORE
 CHUNK = 128 << 20  # bytes of float32 logits that are there at a time
 
 
-def summed(model: nn.Module, inputs: Mapping[str, Any], labels: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
+class Tally:
+    """Sums of the token losses by what each row is of, for people to look at: kinds (B, K) of 0 and 1 -> sums (K,)."""
+
+    def __init__(self, kinds: torch.Tensor) -> None:
+        self.kinds = kinds
+        self.sums = torch.zeros(kinds.shape[1], dtype=torch.float64, device=kinds.device)
+
+    def add(self, each: torch.Tensor, rows: torch.Tensor) -> None:
+        """Losses of tokens, (N,), and the row of each, (N,)."""
+        with torch.no_grad():
+            self.sums += each.double() @ self.kinds[rows].double()
+
+
+def summed(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    labels: torch.Tensor,
+    smoothing: float = 0.0,
+    tally: Tally | None = None,
+) -> torch.Tensor:
     """The sum over all supervised tokens of their negative log-likelihood, in float32. With `smoothing`, this part of
     each target is spread evenly over all V entries (Szegedy et al., 2016).
 
@@ -37,11 +56,11 @@ def summed(model: nn.Module, inputs: Mapping[str, Any], labels: torch.Tensor, sm
     if not isinstance(head, _Told):
         head.__class__ = _class(type(head))
     assert isinstance(head, _Told)
-    head.labels, head.smoothing = labels, smoothing
+    head.labels, head.smoothing, head.tally = labels, smoothing, tally
     try:
         loss: torch.Tensor = model(**inputs, use_cache=False).logits
     finally:
-        head.labels = None
+        head.labels = head.tally = None
     assert loss.ndim == 0, "the model has not called its output head"
     return loss
 
@@ -63,6 +82,7 @@ class _Told:
 
     labels: torch.Tensor | None = None
     smoothing = 0.0
+    tally: Tally | None = None
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         own = super().forward  # type: ignore[misc]
@@ -82,18 +102,24 @@ class _Told:
             if torch.is_autocast_enabled(kind):  # once, not for every chunk
                 weight = weight.to(torch.get_autocast_dtype(kind))
             rows = _rows(weight.shape[0])
-            loss: torch.Tensor = _Frozen.apply(  # type: ignore[no-untyped-call]
+            each = _Frozen.apply(  # type: ignore[no-untyped-call]
                 chosen, weight, self.bias, targets, rows, self.smoothing
             )
-            return loss
+            return self._told(each, index, shown.shape[1])
         rows = _rows(_entries(self))
         if len(positions) <= rows:  # also none at all: a sharded weight wants its gradient
-            return _loss(own, chosen, targets, self.smoothing)
-        total = torch.zeros((), dtype=_wide(chosen.dtype), device=chosen.device)
+            return self._told(_losses(own, chosen, targets, self.smoothing), index, shown.shape[1])
+        parts = []
         for start in range(0, len(positions), rows):
             part = (chosen[start : start + rows], targets[start : start + rows], self.smoothing)
-            total = total + checkpoint(_loss, own, *part, use_reentrant=False)
-        return total
+            parts.append(checkpoint(_losses, own, *part, use_reentrant=False))
+        return self._told(torch.cat(parts), index, shown.shape[1])
+
+    def _told(self, each: torch.Tensor, index: torch.Tensor, length: int) -> torch.Tensor:
+        """The sum of the losses of the tokens at these places of rows of this length."""
+        if self.tally is not None:
+            self.tally.add(each.detach(), index // length)
+        return each.sum()
 
 
 @cache
@@ -116,10 +142,11 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _loss(own: Any, hidden: torch.Tensor, targets: torch.Tensor, smoothing: float) -> torch.Tensor:
+def _losses(own: Any, hidden: torch.Tensor, targets: torch.Tensor, smoothing: float) -> torch.Tensor:
+    """Of each position, (N,)."""
     logits = own(hidden)
     logits = logits.to(_wide(logits.dtype))
-    return nn.functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=smoothing)
+    return nn.functional.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
 
 
 class _Frozen(torch.autograd.Function):
@@ -135,10 +162,10 @@ class _Frozen(torch.autograd.Function):
         rows: int,
         smoothing: float,
     ) -> torch.Tensor:
-        """hidden (N, D), weight (V, D), bias (V,), targets (N,) -> the summed loss."""
+        """hidden (N, D), weight (V, D), bias (V,), targets (N,) -> the loss of each, (N,)."""
         gradient = torch.empty_like(hidden, dtype=_wide(hidden.dtype))
         lift = 1024.0 if weight.dtype == torch.float16 else 1.0  # most of softmax(...) is below what float16 can say
-        total = torch.zeros((), dtype=_wide(hidden.dtype), device=hidden.device)
+        each = torch.empty(len(hidden), dtype=_wide(hidden.dtype), device=hidden.device)
         for start in range(0, len(hidden), rows):
             part, wanted = hidden[start : start + rows], targets[start : start + rows, None]
             logits = nn.functional.linear(part, weight, bias)
@@ -147,16 +174,16 @@ class _Frozen(torch.autograd.Function):
             right = logits.gather(1, wanted)
             if smoothing:
                 right = right + smoothing * (logits.mean(1, keepdim=True) - right)
-            total += (scale - right).sum()
+            each[start : start + rows] = (scale - right).squeeze(1)
             logits.sub_(scale).exp_().scatter_add_(1, wanted, torch.full_like(scale, smoothing - 1))
             if smoothing:
                 logits.sub_(smoothing / logits.shape[1])
             gradient[start : start + rows] = logits.mul_(lift).to(weight.dtype) @ weight
         ctx.save_for_backward(gradient.div_(lift))
         ctx.dtype = hidden.dtype
-        return total
+        return each
 
     @staticmethod
     def backward(ctx: Any, *outward: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
-        return (gradient * outward[0]).to(ctx.dtype), None, None, None, None, None
+        return (gradient * outward[0][:, None]).to(ctx.dtype), None, None, None, None, None

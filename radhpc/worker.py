@@ -224,9 +224,10 @@ def _run_stage(
         with Bar(stage.name, position.stage_steps, position.stage_step, "steps", not ranks.first) as bar:
             stragglers = Stragglers(parts.run, ranks, board)
             calls = [Hook(1, stragglers), Hook(1, hooks.GroupNorms(engine, board, parts))]
+            calls.append(Hook(1, hooks.Nodes(board, ranks, stream.traffic)))
             calls.append(Hook(recipe.checkpoint.every, saving))
             if ranks.first:
-                calls.insert(0, Hook(recipe.board.every, hooks.board_hook(board, parts, cursor is not None)))
+                calls.insert(0, Hook(recipe.board.every, hooks.board_hook(board, parts, engine, cursor is not None)))
                 calls.insert(1, Hook(1, hooks.Progress(parts, bar, total_steps, stragglers)))
                 calls.append(Hook(1, profiling))
             if every is not None:

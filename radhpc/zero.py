@@ -153,7 +153,7 @@ class ZeroEngine(Engine):
             for name, value in super().to_device(batch).items()
         }
 
-    def warm_up(self, batch: Batch) -> None:
+    def warm_up(self, batch: Batch, counted: bool = False) -> None:
         """The forward pass alone: of a backward pass ZeRO would keep the gradients."""
         self.loss_sum(batch)
 
