@@ -83,6 +83,7 @@ bench: install slurm ceph faketime
 	$(BIN)/python -m bench.status
 	$(BIN)/python -m bench.conventions
 	$(BIN)/python -m bench.chaos
+	$(BIN)/python -m bench.chaos_peers
 
 clean:
 	rm -rf .venv .venv-peers .venv-wheels *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -60,7 +60,7 @@ checkpoint: {{every: {every}, keep: 3}}
 evaluation: {{samples: 2, batch: 2, max_new_tokens: 2, images: 1}}
 """
 NOTES = """\
-goodput: the steps at the pace of the same system's undisturbed run, over the time from the submission to the last step.
+goodput: the steps at the pace of the same run's last life, over the time from the submission to the last step.
 until back: from the moment at which the job is in the queue again until the first step that was never made before.
 as undisturbed: 1 where it is that of the same system's undisturbed run, to the last bit.
 SLURM sends SIGTERM to a job that it preempts, unless its administrators have set preempt_send_user_signal. submitit
@@ -75,8 +75,8 @@ class Course:
     """How one run went."""
 
     submitted: float
-    began: float = 0.0  # the first step was made
     ended: float = 0.0
+    pace: float = 0.0  # seconds of a step in the last life
     back: list[float] = field(default_factory=list)  # seconds from a requeue to the first new step
     by_hand: int = 0
 
@@ -324,20 +324,22 @@ def course(system: System, run: Path, preemptions: int) -> Course:
 
     first = 1
     reach(first, 240)
-    found.began = time.time()
+    began = time.time()
     for _ in range(preemptions):
         reach(first + LIFE - 1, 240)
         urgent(system.conf)
         wait(lambda: state() in LEFT, 180, f"{system.name} is not preempted")
         again, first = time.time(), max(system.made(run)) + 1
-        assert first <= system.steps, f"{system.name} has finished before the grace was over: more steps are needed"
+        assert first < system.steps, f"{system.name} has finished before the grace was over: more steps are needed"
         if state() != "PENDING":
             found.by_hand += 1
             job = system.submit(run)
         reach(first, 240)
-        found.back.append(time.time() - again)
+        began = time.time()
+        found.back.append(began - again)
     reach(system.steps, 900)
     found.ended = time.time()
+    found.pace = (found.ended - began) / (system.steps - first)
     wait(lambda: state() not in ("RUNNING", "COMPLETING"), 120, f"{system.name}: its job goes on")
     return found
 
@@ -365,13 +367,12 @@ def measure(folder: Path, steps: int, preemptions: int) -> tuple[dict[str, float
         for system in (Radhpc(folder, conf, steps), Submitit(folder, conf, steps), Trainer(folder, conf, steps)):
             name, calm, wild = system.name, folder / f"{system.name}-calm", folder / f"{system.name}-wild"
             print(f"{name}: undisturbed", file=sys.stderr, flush=True)
-            peace = course(system, calm, 0)
+            course(system, calm, 0)
             if name == "radhpc":
                 (folder / "tokenizer").symlink_to(calm / "tokenizer")
             print(f"{name}: preempted", file=sys.stderr, flush=True)
             found = course(system, wild, preemptions)
-            useful = steps * (peace.ended - peace.began) / (steps - 1)
-            goodput[name] = useful / (found.ended - found.submitted)
+            goodput[name] = steps * found.pace / (found.ended - found.submitted)
             back[name] = statistics.median(found.back)
             wanted, mine = system.losses(calm), system.losses(wild)
             made, undisturbed = system.made(wild), system.made(calm)
@@ -387,7 +388,7 @@ def measure(folder: Path, steps: int, preemptions: int) -> tuple[dict[str, float
                 f"{name}: all losses as undisturbed": float(mine == wanted),
                 f"{name}: all steps' samples as undisturbed": float(made == undisturbed),
                 f"{name}: seconds in all": found.ended - found.submitted,
-                f"{name}: seconds of a step, undisturbed": useful / steps,
+                f"{name}: seconds of a step": found.pace,
             }
             print(json.dumps(figures), file=sys.stderr, flush=True)
     peers = [name for name in goodput if name != "radhpc"]
