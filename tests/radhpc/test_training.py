@@ -168,8 +168,9 @@ def test_a_run_interrupted_again_and_again_ends_bit_for_bit(
 
     run = tmp_path / "run"
     RunDir.create(run, load(recipe_file))
-    for at_step in (*at_steps, None):
+    for number, at_step in enumerate((*at_steps, None), 1):
         life = start(run, 2)
+        wait_for(lambda n=number: events(run).count("started") == n)  # type: ignore[misc]  # all ranks hear signals
         if at_step is not None:
             wait_for(lambda step=at_step: any_ledger(run, step))  # type: ignore[misc]
             for rank in life:
