@@ -151,7 +151,7 @@ def test_an_interrupted_run_ends_bit_for_bit_as_one_that_was_not(
     launch("train", recipe_file, "--on", "local", "--run", run)
     controller = RunDir.open(run).job()
     assert controller is not None
-    wait_for(lambda: any_ledger(run, STAGES["scratch"] + 3))
+    wait_for(lambda: any_ledger(run, STAGES["scratch"] + 3), 240)  # both ranks import everything first
     os.kill(controller["pid"], signal.SIGTERM)
     wait_for(lambda: events(run)[-1] in ("interrupted", "finished"))
     wait_for(lambda: not Path(f"/proc/{controller['pid']}/cmdline").exists() or gone(controller["pid"]))
