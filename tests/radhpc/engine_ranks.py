@@ -4,6 +4,7 @@ The ranks of all engines and worlds are forked from one process that has importe
 second; see Lives.
 """
 
+import gc
 import json
 import multiprocessing
 import os
@@ -99,6 +100,7 @@ def train_and_save(life: Life, name: str, stages: tuple[int, ...] = (0, 1)) -> d
             "numbers": sum(p.numel() for p in engine.model.parameters() if not p.requires_grad),
             "scale": engine.scaler.value if engine.scaler is not None else None,
         }
+    life.ranks.barrier()  # what the first rank has written is there for all
     return results
 
 
@@ -121,9 +123,9 @@ def go_on(life: Life, name: str, sources: list[tuple[str, int]]) -> dict[str, An
     return results
 
 
-def train_and_go_on(life: Life, name: str, stage: int) -> dict[str, Any]:
-    """Both, in one life."""
-    return train_and_save(life, name, (stage,)) | go_on(life, name, [(name, stage)])
+def train_and_go_on(life: Life, name: str, stages: tuple[int, ...], sources: list[tuple[str, int]]) -> dict[str, Any]:
+    """Both, in one life: from its own checkpoint of the first of the stages, and from these."""
+    return train_and_save(life, name, stages) | go_on(life, name, [(name, stages[0]), *sources])
 
 
 def read_folder(life: Life, name: str) -> dict[str, Any]:
@@ -245,6 +247,7 @@ def _main(folder: Path, name: str, spec: str, overrides: list[str], work: Callab
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
     }  # fmt: skip
+    gc.freeze()  # what was imported before the fork is no garbage, and DeepSpeed looks for some often
     torch.set_num_threads(1)
     life = Life(folder, spec, overrides)
     results = work(life, name)

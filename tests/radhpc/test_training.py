@@ -156,7 +156,7 @@ def test_an_interrupted_run_ends_bit_for_bit_as_one_that_was_not(
     launch("train", recipe_file, "--on", "local", "--run", run)
     controller = RunDir.open(run).job()
     assert controller is not None
-    wait_for(lambda: any_ledger(run, STAGES["scratch"] + 3))
+    wait_for(lambda: any_ledger(run, STAGES["scratch"] + 3), 240)  # both ranks import everything first
     os.kill(controller["pid"], signal.SIGTERM)
     wait_for(lambda: events(run)[-1] in ("interrupted", "finished"))
     wait_for(lambda: not Path(f"/proc/{controller['pid']}/cmdline").exists() or gone(controller["pid"]))
@@ -173,8 +173,9 @@ def test_a_run_interrupted_again_and_again_ends_bit_for_bit(
 
     run = tmp_path / "run"
     RunDir.create(run, load(recipe_file))
-    for at_step in (*at_steps, None):
+    for number, at_step in enumerate((*at_steps, None), 1):
         life = start(run, 2)
+        wait_for(lambda n=number: events(run).count("started") == n)  # type: ignore[misc]  # all ranks hear signals
         if at_step is not None:
             wait_for(lambda step=at_step: any_ledger(run, step))  # type: ignore[misc]
             for rank in life:
