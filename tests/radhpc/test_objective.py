@@ -51,7 +51,7 @@ def tiny(folder: Path, shards: Path, variant: str) -> Recipe:
         changes = [
             f"shards=[{shards}]", "stages.reports.lora.dropout=0",
             "stages.reports.objective={contrastive: 0.7, clinical: 0.5}",
-            "stages.reports.optimizer={learning_rate: 3.0e-3, schedule: constant}",
+            "stages.reports.optimizer={learning_rate: 5.0e-4, schedule: constant}",
         ]  # fmt: skip
         return load(ROOT / "recipes" / "tiny" / f"{variant}.yaml", [*changes, *FAMILIES[variant]])
     terms = dict(VARIANTS[variant])
