@@ -22,8 +22,7 @@ from torch.nn.functional import normalize
 
 from radhpc.collate import IGNORE, Batch
 from radhpc.errors import UserError
-from radhpc.models import ModelFamily, Taps
-from radhpc.models.hcf import HierarchicalFusion, attach as attach_fusion
+from radhpc.models import ModelFamily, Taps, hcf
 from radhpc.recipe import Recipe
 
 DIMENSION = 256  # of the space that images and answers meet in
@@ -76,11 +75,8 @@ def attach(model: nn.Module, family: ModelFamily, recipe: Recipe, seed: int) -> 
     torch.manual_seed(seed)
     if recipe.model.fusion is not None:
         config: Any = model.config
-        states = 1 + len(config.vision_config.intermediate_layers_indices)
-        width, fusion = config.vision_config.hidden_size, recipe.model.fusion
-        attach_fusion(
-            model, HierarchicalFusion(width, config.text_config.hidden_size, fusion.width, fusion.heads, states).eval()
-        )
+        config.fusion = recipe.model.fusion.model_dump()  # it travels with the weights
+        hcf.attach(model, hcf.of(config).eval())
     if recipe.heads:
         if not hasattr(family, "taps"):
             raise UserError(

@@ -173,22 +173,22 @@ def _in_order(folder: Path) -> None:
 
 def panel(images: Sequence[Image.Image], texts: dict[str, str], height: int = 320) -> npt.NDArray[np.uint8]:
     """Draw a study: its views side by side, and titled texts beside them. Returns (height, width, 3) in 0..255."""
-    font, bold = ImageFont.load_default(14), ImageFont.load_default(15)
+    font, bold = ImageFont.load_default(20), ImageFont.load_default(21)  # to be read where TensorBoard shrinks it
     views = [image.convert("RGB").resize((round(image.width * height / image.height), height)) for image in images]
     lines = [
         (line, font) if n else (title, bold)
         for title, text in texts.items()
-        for n, line in enumerate([title, *textwrap.wrap(text or "(nothing)", 62), ""])
+        for n, line in enumerate([title, *textwrap.wrap(text or "(nothing)", 44), ""])
     ]
     width = sum(view.width + 8 for view in views)
-    canvas = Image.new("RGB", (width + 460, max(height, 18 * len(lines) + 12)), "white")
+    canvas = Image.new("RGB", (width + 460, max(height, 26 * len(lines) + 12)), "white")
     x = 0
     for view in views:
         canvas.paste(view, (x, 0))
         x += view.width + 8
     draw = ImageDraw.Draw(canvas)
     for n, (line, face) in enumerate(lines):
-        draw.text((width + 6, 6 + 18 * n), line, fill="black" if face is font else "#1a4f8a", font=face)
+        draw.text((width + 6, 6 + 26 * n), line, fill="black" if face is font else "#1a4f8a", font=face)
     return np.asarray(canvas)
 
 

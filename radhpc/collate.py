@@ -5,7 +5,7 @@ prompt, image tokens and padding carry the label -100. Example: a study with one
 answer of 30 becomes 43 ids (the end token is learnt too), of which 31 are supervised. Stitched views count as one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +24,8 @@ from radhpc.tasks import Asked, OutsideTheSet, Tasks
 IGNORE = -100  # PyTorch's label for "no loss here"
 TRUTH = ("labels", "findings", "kinds")  # in a batch: what a model that is asked is not given
 UNKNOWN = -1  # a finding that the study says nothing about
+
+NEIGHBOUR_WORDS = 60  # of the report of a training study that looks alike
 
 _PROMPTS = 4096  # whose tokens are kept
 
@@ -53,6 +55,9 @@ class Encoded:
         return len(self.input_ids)
 
 
+_NOTHING = [Image.new("L", (64, 64))]
+
+
 class Encoder:
     """Turns samples into Encoded ones, and those into batches."""
 
@@ -73,6 +78,8 @@ class Encoder:
         self.tasks = Tasks(text, findings, seed)
         known = [*(("dataset", name) for name in dict.fromkeys(datasets)), *(("task", name) for name in text.mixture())]
         self.kinds = tuple(known) if datasets else ()
+        # Views and patient -> reports of training studies that look alike, where the recipe wants them: parts.py.
+        self.alike: Callable[[Sequence[Image.Image], str], list[str]] | None = None
         self._known: dict[tuple[str, int], list[int]] = {}  # the ids of the recipe's own prompts, by number of views
         for name, task in self.tasks.mixture.items():
             if task.kind in ("report", "caption", "findings") and len(ids := self._ids(task.prompt)) >= text.max_tokens:
@@ -108,8 +115,9 @@ class Encoder:
 
     def _encode(self, key: str, sample: Sample, views: Sequence[Image.Image], asked: Asked | None) -> Encoded:
         """A study that serves no task has no supervised token: it is passed over, not taught."""
-        asking = asked.prompt if asked else self.tasks.plain(sample.language)
-        images, prompt = self._asked(asking, self.in_order(views, sample))
+        text = asked.prompt if asked else self.tasks.plain(sample.language)
+        text = self._grounded(text, asked, views, sample.patient)
+        images, prompt = self._asked(text, self.in_order(views, sample))
         ids = [*self._ids(asked.answer), self.family.tokenizer.eos_token_id] if asked and asked.answer else []
         room = max(1, self.text.max_tokens - len(prompt))
         cut = len(ids) > room
@@ -139,9 +147,23 @@ class Encoder:
             text = self.tasks.asking(question, language)
         else:
             text = self.tasks.plain(language)
+        if not question and views is not _NOTHING:
+            text = self._grounded(text, asked, views, sample.patient if sample else "")
         images, prompt = self._asked(text, self.in_order(views, sample))
         ids = np.asarray(prompt, np.int64)
         return Encoded(key, ids, np.full_like(ids, IGNORE), images)
+
+    def given(self, views: Sequence[Image.Image], patient: str = "") -> list[str]:
+        """What stands before the prompt of a report: of each training study that looks alike, the beginning."""
+        found = self.alike(views, patient) if self.alike is not None else []
+        return [" ".join(text.split()[:NEIGHBOUR_WORDS]) for text in found]
+
+    def _grounded(self, prompt: str, asked: Asked | None, views: Sequence[Image.Image], patient: str) -> str:
+        """The prompt of a report behind reports of similar studies, if the recipe wants them."""
+        if asked is not None and asked.task and self.tasks.mixture[asked.task].kind != "report":
+            return prompt
+        told = [f"Similar study {n}: {text}" for n, text in enumerate(self.given(views, patient), 1)]
+        return "\n".join([*told, prompt])
 
     def _findings(self, sample: Sample) -> npt.NDArray[np.int8] | None:
         if not self.labelled:
@@ -153,7 +175,7 @@ class Encoder:
         """A slot without a sample: a black image and a prompt, nothing supervised. Every rank computes as many
         forward passes as its peers, and none ever meets a batch without an image.
         """
-        return self.encode_prompt("", None, [Image.new("L", (64, 64))])
+        return self.encode_prompt("", None, _NOTHING)
 
     def batch(self, rows: Sequence[Encoded], left: bool = False) -> Batch:
         """Pad to the longest row: on the right for training, on the left for generation."""

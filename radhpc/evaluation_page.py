@@ -100,7 +100,7 @@ def table(scores: Mapping[str, Any]) -> str:
         convention = score.get("convention") or score.get("weights") or ""
         mark = ' class="number below" title="no better than a baseline"' if beaten else ' class="number"'
         lines.append(
-            f"<tr><td>{html.escape(name)}</td><td{mark}>{_number(value)}</td><td>{limits}</td>{cells}"
+            f'<tr><td>{html.escape(name)}</td><td{mark}>{_number(value)}</td><td class="limits">{limits}</td>{cells}'
             f'<td class="quiet">{html.escape(str(convention))}</td></tr>'
         )
     said = "".join(
@@ -166,8 +166,8 @@ def bars(scores: Mapping[str, Any]) -> Iterator[str]:
             lines.append(f'<div>{label}</div><div class="bar">{drawn}</div><div>{_number(score["value"])}</div>')
         convention = scores["scores"][names[0]].get("convention") or ""
         yield (
-            f'<h2>{html.escape(group)}</h2><p class="quiet">{html.escape(str(convention))}. The mark is the best '
-            f'baseline.</p><div class="bars">{"".join(lines)}</div>'
+            f'<h2>{html.escape(group)}</h2><p class="quiet">{html.escape(str(convention))}. The line is '
+            f'the 95% interval, the mark the best baseline.</p><div class="bars">{"".join(lines)}</div>'
         )
 
 

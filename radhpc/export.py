@@ -4,12 +4,15 @@
     export(parts, out, merge=True)    # config.json, model-*.safetensors, the adapters added in
     check(out, ...)                   # a process that cannot import radhpc gives the same logits
 
-Beside the weights lie processor, tokenizer, generation settings, README.md (the model card), recipe.yaml and example.py
-(radhpc/plain.py), which is how somebody else starts. What comes out is whole: it is written beside and moved.
+Beside the weights lie processor, tokenizer, generation settings, README.md (the model card) and example.py (plain.py),
+which is how somebody else starts. Classes that transformers has not (the fusion of hcf.py, the connectors of
+connector.py) travel as files that stand alone, which transformers loads by `auto_map`. The heads of objectives are no
+part of what answers: heads.safetensors keeps them. What comes out is whole: it is written beside and moved.
 """
 
 import ast
 import copy
+import importlib.util
 import json
 import os
 import shutil
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
     from radhpc.parts import Parts
 
 SHARD = "5GB"  # the largest file of the weights
+HEADS = "heads.safetensors"
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-3}  # of the largest logit, between two roads to it
 
 
@@ -87,9 +91,11 @@ def export(parts: "Parts", out: Path, merge: bool = False, dtype: str | None = N
     stage, model = parts.recipe.stages[cursor.stage], engine.model
     if stage.lora is None and not merge:
         raise UserError(f"{parts.run.path}: stage '{stage.name}' has no adapters to export; say --merge for the whole")
-    _check_class(model, getattr(parts.family, "modules", ()))
+    modules = tuple(getattr(parts.family, "modules", ()))
+    _check_class(model, modules)
     kept = dtype or _dtype_of(parts)
     probe = Probe.of(parts, engine)
+    heads = model._modules.pop("heads", None)
     temporary = out.with_name(f".{out.name}.writing")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -101,7 +107,7 @@ def export(parts: "Parts", out: Path, merge: bool = False, dtype: str | None = N
             assert stage.lora is not None
             weights = {name: tensor for name, tensor in engine.weights().items() if ".lora_" in name}
             whole = base_folder(parts.recipe.model)
-            also = any(".lora_" not in name for name in engine.trained)
+            also = any(".lora_" not in name and not name.startswith("heads.") for name in engine.trained)
             changed = also or whole is None or base_was_changed(parts, cursor.stage)
             base = "base" if changed else whole
             config = adapters.peft_config(stage.lora)
@@ -115,6 +121,12 @@ def export(parts: "Parts", out: Path, merge: bool = False, dtype: str | None = N
                 (temporary / "base").mkdir()
                 written += _write_whole(parts, _bare(model), temporary / "base", kept)
         _write_beside(parts, temporary)
+        if heads is not None:
+            kept_heads = {
+                name: tensor.detach().float().cpu().contiguous() for name, tensor in heads.state_dict().items()
+            }
+            told = {"format": "pt", "findings": json.dumps(parts.recipe.findings.names)}
+            save_file(kept_heads, temporary / HEADS, told)
         exported = Exported(out, "model" if merge else "adapter", base, cursor.step, written, kept)
         (temporary / "README.md").write_text(card(parts, cursor, exported.kind, base, kept), encoding="utf-8")
         if out.exists():
@@ -173,23 +185,24 @@ def _write_whole(parts: "Parts", model: nn.Module, folder: Path, dtype: str) -> 
     model.generation_config = generation
     model.requires_grad_(False).to(getattr(torch, dtype))  # type: ignore[arg-type]
     logging.disable_progress_bar()
-    model.save_pretrained(str(folder), max_shard_size=SHARD)  # type: ignore[operator]
-    copy_modules(getattr(parts.family, "modules", ()), folder)
+    modules = getattr(parts.family, "modules", ())
+    # transformers renames tensors of its own classes alone, when it loads them.
+    model.save_pretrained(str(folder), max_shard_size=SHARD, save_original_format=not modules)  # type: ignore[operator]
+    copy_modules(modules, folder)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _check_class(model: Any, modules: Sequence[str]) -> None:
     """Raises UserError where plain transformers would not build this model: some of its weights would be lost."""
-    kind = type(model)
-    if modules:
-        return
-    if not kind.__module__.startswith("transformers."):
+    kind = _travelling(modules) or type(model)
+    if not modules and not kind.__module__.startswith("transformers."):
         raise UserError(
             f"export: {kind.__name__} is no class of transformers, and has no module that can travel with it"
         )
     with torch.device("meta"):
         known = dict(kind(copy.deepcopy(model.config)).named_parameters())
     mine = {adapters.canonical(name) for name, _ in model.named_parameters() if ".lora_" not in name}
+    mine = {name for name in mine if not name.startswith("heads.")}
     if more := sorted(mine - set(known)):
         raise UserError(
             f"export: {len(more)} of the model's tensors, '{more[0]}' first, have no place in transformers' "
@@ -197,31 +210,43 @@ def _check_class(model: Any, modules: Sequence[str]) -> None:
         )
 
 
+def _travelling(modules: Sequence[str]) -> Any:
+    """The class of the whole model in the modules that travel; None where none is there."""
+    for name in modules:
+        module = importlib.import_module(name)
+        if found := getattr(module, "AUTO_MAP", {}).get("AutoModelForImageTextToText"):
+            return getattr(module, found)
+    return None
+
+
 def copy_modules(modules: Sequence[str], folder: Path) -> None:
     """Lay a family's own modules beside the weights, where transformers' `auto_map` finds them.
 
-    Each is a file that stands alone; its constant AUTO_MAP, if it has one, says which of its classes is which of
-    transformers' Auto classes, such as {"AutoModelForImageTextToText": "Mine"}, and goes into config.json.
+    Each is a file that needs nothing of radhpc but, by relative imports, the others; its constant AUTO_MAP, if it has
+    one, says which of its classes is which of transformers' Auto classes, such as {"AutoModelForImageTextToText":
+    "Mine"}, and goes into config.json, or into processor_config.json where it is a processor's.
     """
+    beside = {name.rpartition(".")[2] for name in modules}
     for name in modules:
         path = Path(str(sys.modules[name].__file__)) if name in sys.modules else _file_of(name)
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             found = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            found += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if isinstance(node, ast.ImportFrom):
+                alone = node.level == 0 or (node.level == 1 and node.module in beside)
+                found += [node.module or ""] if alone else ["radhpc"]
             assert not any(module.split(".")[0] == "radhpc" for module in found), f"{path} does not stand alone"
         shutil.copyfile(path, folder / path.name)
         for node in tree.body:
             if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "AUTO_MAP":
-                config = json.loads((folder / "config.json").read_text())
                 classes = {kind: f"{path.stem}.{what}" for kind, what in ast.literal_eval(node.value).items()}
+                file = folder / ("processor_config.json" if "AutoProcessor" in classes else "config.json")
+                config = json.loads(file.read_text())
                 config["auto_map"] = config.get("auto_map", {}) | classes
-                (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+                file.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _file_of(name: str) -> Path:
-    import importlib.util
-
     found = importlib.util.find_spec(name)
     assert found is not None, name
     assert found.origin is not None, name
@@ -231,21 +256,25 @@ def _file_of(name: str) -> Path:
 def _write_beside(parts: "Parts", folder: Path) -> None:
     """Processor, tokenizer, how to ask, and the file that shows it."""
     family, weights = parts.family, base_folder(parts.recipe.model)
+    family.tokenizer.save_pretrained(str(folder))  # before the processor, whose chat template is the one that counts
     if hasattr(family, "processor"):
-        family.processor().save_pretrained(str(folder))
+        processor = family.processor()
+        processor.save_pretrained(str(folder))
+        if not type(processor).__module__.startswith("transformers."):
+            copy_modules([type(processor).__module__], folder)
     elif weights is not None:
         from transformers import AutoProcessor
 
         AutoProcessor.from_pretrained(weights, local_files_only=True).save_pretrained(str(folder))
     else:
         raise UserError(f"export: family '{parts.recipe.model.family}' has no processor that plain transformers reads")
-    family.tokenizer.save_pretrained(str(folder))
     images = getattr(family, "image_processor", None)
+    shown = parts.encoder.images
     asking = {
-        "prompt": parts.recipe.text.prompt,
-        "views": parts.recipe.images.limit,
-        "stitch": parts.recipe.images.stitch,
-        "gap": parts.recipe.images.gap,
+        "prompt": parts.encoder.tasks.plain(),
+        "views": shown.limit,
+        "stitch": shown.stitch,
+        "gap": shown.gap,
         "square": images._background if isinstance(images, ClipImages) and images.fit == "pad" else None,
         "max_new_tokens": parts.recipe.evaluation.max_new_tokens,
     }
@@ -264,7 +293,9 @@ class Probe:
     @classmethod
     def of(cls, parts: "Parts", engine: Any) -> "Probe":
         picture = probe_picture()
-        batch = parts.encoder.batch([parts.encoder.encode_prompt("", None, [picture])])
+        encoder = copy.copy(parts.encoder)
+        encoder.alike = None  # whoever has no radhpc has no training studies to look up
+        batch = encoder.batch([encoder.encode_prompt("", None, [picture])])
         inputs = {name: value for name, value in engine.to_device(batch).items() if name not in TRUTH}
         with torch.no_grad(), engine._autocast:
             logits = engine.model.eval()(**inputs).logits[0, -1].float().cpu()

@@ -42,7 +42,7 @@ def card(parts: "Parts", cursor: "Cursor", kind: str, base: str | None, dtype: s
         _what(parts, cursor, kind, base, dtype),
         "## How to use it\n\n```\npython example.py frontal.png"
         f"{' --base FOLDER' if kind == 'adapter' and base != 'base' else ''}\n```\n\n"
-        f"The prompt it was trained with: {recipe.text.prompt!r}. {_images(parts, cursor)}",
+        f"What it is asked for a report: {parts.encoder.tasks.plain()!r}.{_code(parts)} {_images(parts, cursor)}",
         "## Lineage\n\n" + _lineage(parts, cursor),
         "## Data\n\n" + _data(parts, cursor),
         "## Scores\n\n" + _scores(parts),
@@ -88,11 +88,23 @@ def _what(parts: "Parts", cursor: "Cursor", kind: str, base: str | None, dtype: 
 
 def _images(parts: "Parts", cursor: "Cursor") -> str:
     build = parts.source(cursor.stage, "train").parts[0].manifest.build
-    side, images = build.get("longest_side"), parts.recipe.images
+    side, images = build.get("longest_side"), parts.encoder.images
     told = f"Images were shrunk to {side} pixels on their longest side by area averages and stored as 8 bits"
     told += ", those of more bits between their 0.5% and 99.5% percentiles or by the window of the file."
     if images.limit:
         told += f" At most {images.limit} views of a study{', stitched side by side' if images.stitch else ''}."
+    return told
+
+
+def _code(parts: "Parts") -> str:
+    """That classes travel as files, and heads beside."""
+    told = ""
+    if modules := getattr(parts.family, "modules", ()):
+        files = " and ".join(f"{name.rpartition('.')[2]}.py" for name in modules)
+        told += f" Its classes are not all transformers' own: {files} hold the others, so load it with "
+        told += "`trust_remote_code=True`, as example.py does; read them first."
+    if parts.recipe.heads:
+        told += " heads.safetensors keeps the heads of its objectives, which answers do not need."
     return told
 
 

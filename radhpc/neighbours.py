@@ -1,11 +1,13 @@
-"""The training study whose image is most alike: what a report copied from it scores, a model has to beat.
+"""The training studies whose images are most alike: what a report copied from the nearest one scores, a model has to
+beat; and what a model gets to read that is trained so (`text.neighbours`).
 
-    library = Library.build(training, encoder.answer, 1024, folder, ranks, stop)
+    library = Library.build(training, answer, 1024, folder, ranks, stop)
     library.nearest([thumbnail(views) for views in studies])          # a training report for each
+    library.alike(thumbnail(views), 2, patient)                       # two of other patients
 
 An image is 16 by 16 gray pixels of its first view, less their mean and of length one; alike is the largest cosine.
 That is coarse on purpose: it needs no weights and is the same for every model. Thumbnails of training studies are made
-once and kept in the run folder.
+once and kept in the run folder, in a file whose name and bytes follow from the data alone.
 """
 
 import base64
@@ -13,6 +15,7 @@ import hashlib
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,7 @@ class Library:
 
     thumbnails: list[str]
     texts: list[str]
+    patients: list[str]  # salted hashes
 
     @classmethod
     def build(
@@ -51,15 +55,14 @@ class Library:
         """From so many training studies, the same ones in every evaluation; all ranks read their share. Complete on
         rank 0 only. Studies with a question, without a text, or that cannot be read are passed over.
         """
-        identity = hashlib.sha256(repr((training.hashes, count, SIDE)).encode()).hexdigest()[:16]
-        path = folder / f"neighbours-{identity}.npz"
+        path = cls.path(training, count, folder)
         known = ranks.broadcast(path.exists())
         if known:
-            return cls._load(path) if ranks.first else cls([], [])
+            return cls.load(path) if ranks.first else cls([], [], [])
         count = min(count, len(training))
         chosen = [int(n) for n in order.permute(np.arange(count), len(training), order.number("neighbours"))]
 
-        def read() -> list[tuple[str, str]]:
+        def read() -> list[tuple[str, str, str]]:
             found = []
             for number in chosen[ranks.rank :: ranks.world]:
                 try:
@@ -67,29 +70,51 @@ class Library:
                 except BadSample:  # the stream names it when its turn comes
                     continue
                 if sample.question is None and (told := answer(sample)):
-                    found.append((thumbnail(views), told))
+                    found.append((thumbnail(views), told, sample.patient))
             return found
 
         mine = beside(read, ranks, stop) or []
-        every = [pair for theirs in ranks.gather(mine) for pair in theirs]
-        library = cls([picture for picture, _ in every], [told for _, told in every])
+        # In an order of its own: the file is the same whatever the number of ranks.
+        every = sorted(one for theirs in ranks.gather(mine) for one in theirs)
+        library = cls(*(list(column) for column in zip(*every, strict=True))) if every else cls([], [], [])
         if ranks.first:
             library._save(path)
         return library
 
     def nearest(self, thumbnails: Sequence[str]) -> list[str]:
         """For each the text of the training study that is most alike."""
-        mine, known = _vectors(thumbnails), _vectors(self.thumbnails)
-        return [self.texts[int(np.argmax(known @ vector))] for vector in mine]
+        return [self.texts[int(np.argmax(self._known @ vector))] for vector in _vectors(thumbnails)]
+
+    def alike(self, thumbnail: str, count: int, patient: str) -> list[str]:
+        """The texts of the most alike, most alike first, without this patient's."""
+        similar = self._known @ _vectors([thumbnail])[0]
+        found: list[str] = []
+        for n in np.argsort(-similar, kind="stable"):
+            if len(found) == count:
+                break
+            if self.patients[n] != patient:
+                found.append(self.texts[n])
+        return found
+
+    @cached_property
+    def _known(self) -> npt.NDArray[Any]:
+        return _vectors(self.thumbnails)
+
+    @staticmethod
+    def path(training: Source, count: int, folder: Path) -> Path:
+        """Where the library of so many of these studies lies."""
+        identity = hashlib.sha256(repr((training.hashes, count, SIDE, "patients")).encode()).hexdigest()[:16]
+        return folder / f"neighbours-{identity}.npz"
 
     @classmethod
-    def _load(cls, path: Path) -> "Library":
+    def load(cls, path: Path) -> "Library":
         with np.load(path, allow_pickle=False) as data:
-            return cls([str(one) for one in data["thumbnails"]], [str(one) for one in data["texts"]])
+            return cls(*([str(one) for one in data[name]] for name in ("thumbnails", "texts", "patients")))
 
     def _save(self, path: Path) -> None:
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, thumbnails=np.asarray(self.thumbnails, str), texts=np.asarray(self.texts, str))
+        columns = {name: np.asarray(getattr(self, name), str) for name in ("thumbnails", "texts", "patients")}
+        np.savez_compressed(buffer, **columns)  # type: ignore[arg-type]
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_atomically(path, buffer.getvalue(), 0o600)
 

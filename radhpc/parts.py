@@ -5,12 +5,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
 import torch
+from PIL import Image
 
 from radhpc import adapters, additions, models, placing, tokenizer, zero
 from radhpc.background import beside, on_first
@@ -20,12 +21,14 @@ from radhpc.dist import Ranks
 from radhpc.engine import Engine, check
 from radhpc.errors import UserError
 from radhpc.files import read_json, write_atomically
+from radhpc.neighbours import Library, thumbnail
 from radhpc.quantise import quantise
 from radhpc.recipe import Recipe
 from radhpc.run_dir import RunDir
-from radhpc.sample import Split
+from radhpc.sample import Sample, Split
 from radhpc.source import Source
 from radhpc.stop import Stop
+from radhpc.tasks import Tasks
 
 
 class Trial(Protocol):
@@ -77,10 +80,53 @@ class Parts:
             text, images = recipe.text_of(stage), recipe.images_of(stage)
             labelled = bool(stage.objective.clinical)
             datasets = [part.manifest.dataset for part in self.source(number, "train").parts]
-            self._encoders[number] = Encoder(
+            encoder = self._encoders[number] = Encoder(
                 self.family, text, images, recipe.findings, recipe.seed, labelled, datasets
             )
+            if text.neighbours:
+                encoder.alike = self._alike(number, text.neighbours)
         return self._encoders[number]
+
+    def find_neighbours(self) -> None:
+        """Before the first step, on all ranks: the library of each stage that grounds its reports, made once and then
+        kept as it is. Raises UserError where it is not what an earlier life was trained with.
+        """
+        for number, stage in enumerate(self.recipe.stages):
+            text = self.recipe.text_of(stage)
+            if not text.neighbours:
+                continue
+            training, tasks = self.source(number, "train"), Tasks(text, self.recipe.findings, self.recipe.seed)
+
+            def answer(sample: Sample, tasks: Tasks = tasks) -> str:
+                asked = tasks.usual(sample)
+                return asked.answer if asked and tasks.mixture[asked.task].kind == "report" else ""
+
+            Library.build(training, answer, len(training), self._libraries(number), self.ranks, self.stop)
+            on_first(lambda n=number: self._check_library(n), self.ranks, self.stop)
+
+    def _libraries(self, number: int) -> Path:
+        """A stage's own: two stages may learn other sections of the same studies."""
+        return self.run.folder(f"neighbours/{self.recipe.stages[number].name}")
+
+    def _library(self, number: int) -> Path:
+        training = self.source(number, "train")
+        return Library.path(training, len(training), self._libraries(number))
+
+    def _check_library(self, number: int) -> None:
+        path, name = self._library(number), self.recipe.stages[number].name
+        found = sha256(path)
+        known = next((event for event in self.run.events("neighbours") if event["stage"] == name), None)
+        if known is None:
+            self.run.record("neighbours", stage=name, sha256=found)
+        elif known["sha256"] != found:
+            raise UserError(f"{path}: changed since stage '{name}' began; its prompts would be others: start a new run")
+
+    def _alike(self, number: int, count: int) -> Callable[[Sequence[Image.Image], str], list[str]]:
+        path = self._library(number)
+        if not path.exists():
+            raise UserError(f"{path}: missing; without it the model does not get the reports that it was trained with")
+        library = Library.load(path)
+        return lambda views, patient: library.alike(thumbnail(views), count, patient)
 
     def engine(self, stage: int, lineage: tuple[str, ...], training: bool = True) -> Engine:
         """The model at the start of a stage, ready to train. `lineage` names the checkpoints of the stages before.

@@ -21,17 +21,23 @@ SETTINGS = "asking.json"  # the prompt, and how the views of a study are laid ou
 
 def load(base: str | None = None) -> tuple[Any, Any]:
     """The processor and the model of this folder."""
-    processor = AutoProcessor.from_pretrained(HERE, local_files_only=True)
+    # The code in question, if there is any, lies in the folder itself.
+    own = has_code(HERE / "processor_config.json")
+    processor = AutoProcessor.from_pretrained(HERE, local_files_only=True, trust_remote_code=own)
     adapter = (HERE / "adapter_config.json").exists()
     weights = Path(base) if base else HERE / "base" if adapter else HERE
-    # The code in question, if there is any, lies in the folder itself.
-    own_code = "auto_map" in json.loads((weights / "config.json").read_text())
-    model = AutoModelForImageTextToText.from_pretrained(weights, local_files_only=True, trust_remote_code=own_code)
+    own = has_code(weights / "config.json")
+    model = AutoModelForImageTextToText.from_pretrained(weights, local_files_only=True, trust_remote_code=own)
     if adapter:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, str(HERE))
     return processor, model.eval()
+
+
+def has_code(file: Path) -> bool:
+    """Whether a configuration names classes of files beside it."""
+    return file.exists() and "auto_map" in json.loads(file.read_text())
 
 
 def pad(view: Image.Image, colour: tuple[int, ...]) -> Image.Image:

@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from radhpc import adapters, additions, models, standins, tokenizer, zero
 from radhpc.allocations import Allocations
-from radhpc.collate import IGNORE, Batch, Encoded, Encoder, conversation
+from radhpc.collate import IGNORE, NEIGHBOUR_WORDS, Batch, Encoded, Encoder, conversation
 from radhpc.dist import Ranks
 from radhpc.engine import Engine
 from radhpc.errors import UserError
@@ -99,7 +99,10 @@ def _source(recipe: Recipe, stage: Stage) -> Source | None:
 
 def _encoder(recipe: Recipe, stage: Stage, family: models.ModelFamily) -> Encoder:
     text, images, labelled = recipe.text_of(stage), recipe.images_of(stage), bool(stage.objective.clinical)
-    return Encoder(family, text, images, recipe.findings, recipe.seed, labelled)
+    encoder = Encoder(family, text, images, recipe.findings, recipe.seed, labelled)
+    if text.neighbours:  # as long as can be
+        encoder.alike = lambda views, patient: ["opacity " * NEIGHBOUR_WORDS] * text.neighbours
+    return encoder
 
 
 def _family(recipe: Recipe, source: Source | None, folder: Path) -> tuple[models.ModelFamily, bool]:

@@ -202,6 +202,14 @@ class SwinImages:
             self._levels.write(np.asarray(view.resize((self.size, self.size), self._resample)), values)
         return {"pixel_values": pixel_values}
 
+    def described(self) -> dict[str, Any]:
+        """The arguments of transformers' ViTImageProcessor that does the same."""
+        return {
+            "size": {"height": self.size, "width": self.size},
+            "resample": int(self._resample),
+            **self._levels.described(),
+        }
+
     def show(self, images: Arrays) -> list[Image.Image]:
         """The views of one study as the model sees them."""
         return [self._levels.read(values) for values in images["pixel_values"]]
@@ -267,6 +275,16 @@ class QwenImages:
             patches.append(twice.reshape(int(grid.prod()), -1))
         return {"pixel_values": np.concatenate(patches), "image_grid_thw": grids}
 
+    def described(self) -> dict[str, Any]:
+        """The arguments of transformers' Qwen2VLImageProcessor that does the same."""
+        return {
+            "patch_size": self.patch,
+            "merge_size": self.merge,
+            "size": {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels},
+            "resample": int(self._resample),
+            **self._levels.described(),
+        }
+
     def show(self, images: Arrays) -> list[Image.Image]:
         """The views of one study as the model sees them."""
         pictures, done = [], 0
@@ -321,6 +339,11 @@ class _Levels:
     def __init__(self, mean: Colour, std: Colour, factor: float) -> None:
         self._scale = (factor / np.asarray(std)).astype(np.float32)
         self._shift = (-np.asarray(mean) / np.asarray(std)).astype(np.float32)
+        self._told = {"image_mean": list(mean), "image_std": list(std), "rescale_factor": factor}
+
+    def described(self) -> dict[str, Any]:
+        """As arguments of transformers' image processors."""
+        return dict(self._told)
 
     def write(self, pixels: npt.NDArray[np.uint8], values: npt.NDArray[np.float32]) -> None:
         """Fill values (3, height, width) from pixels of shape (height, width) or (height, width, 3)."""

@@ -45,6 +45,7 @@ class Answer:
     sections: dict[str, str]  # of a report: findings, impression, other
     warnings: list[str]
     neighbours: list[Neighbour] = field(default_factory=list)
+    given: list[str] = field(default_factory=list)  # reports of training studies that the model got to read
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -111,7 +112,8 @@ class Reader:
             )
             for study, text, (neighbours, far) in zip(some, texts, self.near(some), strict=True):
                 warnings = [*self.warnings(study), *far, *([unlearnt] if unlearnt else [])]
-                yield Answer(study.name, text, {} if question else sections(text), warnings, neighbours)
+                given = [] if question else self.parts.encoder.given(study.views)
+                yield Answer(study.name, text, {} if question else sections(text), warnings, neighbours, given)
 
     def stream(self, study: Study, question: str | None = None) -> Iterator[str]:
         """The text alone, as it is written."""

@@ -279,6 +279,13 @@ class Text(Section):
         description="instead of 'prompt' and 'sections': a mixture by name; the first that a study can serve is the "
         "one that it is evaluated by",
     )
+    neighbours: int = Field(
+        0,
+        ge=0,
+        le=8,
+        description="reports of so many training studies that look alike stand before the prompt of a report: in "
+        "training never one of the same patient",
+    )
     max_tokens: int = Field(
         512, ge=8, description="longest prompt and answer together; longer answers are cut, and counted"
     )

@@ -115,6 +115,7 @@ def _run(run: RunDir, ranks: Ranks, stop: Stop, trial: Trial | None) -> Outcome:
         _agree_on_data(parts, steps)
         for stage, number in zip(recipe.stages, range(len(steps)), strict=True):
             on_first(lambda s=stage, n=number: tasks.check(recipe, s, parts.source(n, "train")), ranks, stop)
+        parts.find_neighbours()
         cursor = _restore(parts, run, life, ranks)
         wandb = recipe.board.wandb if ranks.first else None
         curves = Curves(wandb, run.path, life) if wandb is not None else None

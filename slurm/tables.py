@@ -17,15 +17,34 @@ SHOWN = 20  # samples that were seen too often or never
 
 
 def scores(found: dict[str, Any]) -> Iterator[Table | str]:
-    """scores.json of an evaluation beside its baselines, the difference to another run, and what is missing."""
-    table = Table(
-        "score", "model", "95% interval", *found["baselines"], title=f"step {found['step']}, {found['split']}"
-    )
-    for name, score in found["scores"].items():
-        limits = "" if score["low"] is None else f"{score['low']:.3f} to {score['high']:.3f}"
-        others = [values.get(name, {}).get("value") for values in found["baselines"].values()]
-        table.add_row(name, f"{score['value']:.3f}", limits, *("" if v is None else f"{v:.3f}" for v in others))
-    yield table
+    """scores.json of an evaluation beside its baselines, the difference to another run, and what is missing. Scores of
+    single findings have a table for each kind of them.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in found["scores"]:
+        kind, slash, _ = name.partition("/")
+        alone = not slash or kind.rpartition("_")[2] not in ("f1", "auroc", "auprc")
+        groups.setdefault("score" if alone else kind, []).append(name)
+    for kind, names in groups.items():
+        title = f"step {found['step']}, {found['split']}" if kind == "score" else None
+        table = Table(
+            kind,
+            "model",
+            "95% interval",
+            *found["baselines"],
+            title=title,
+            box=SIMPLE_HEAD,
+            pad_edge=False,
+            collapse_padding=True,
+        )
+        for column in table.columns[1:]:
+            column.justify, column.no_wrap = "right", True
+        for name in names:
+            score, short = found["scores"][name], name if kind == "score" else name.partition("/")[2]
+            limits = "" if score["low"] is None else f"{score['low']:.3f} to {score['high']:.3f}"
+            others = [values.get(name, {}).get("value") for values in found["baselines"].values()]
+            table.add_row(short, f"{score['value']:.3f}", limits, *("" if v is None else f"{v:.3f}" for v in others))
+        yield table
     if other := found.get("comparison"):
         title = f"against {other['against']}: {other['test']}, {other['samples']} studies"
         differences = Table("score", "difference", "95% interval", "p", title=title)
@@ -384,6 +403,8 @@ def answer(result: Mapping[str, Any], console: Console, heading: bool) -> None:
         console.print(Text.assemble(("warning ", "yellow"), warning), soft_wrap=True)
     for name, text in result["sections"].items() or [("", result["text"] or "(the model wrote nothing)")]:
         console.print(Text.assemble((f"{name.capitalize()}: " if name else "", "bold"), text), soft_wrap=True)
+    for text in result.get("given", ()):
+        console.print(Text.assemble(("  given to the model ", "dim"), text), soft_wrap=True)
     for line in neighbours(result["neighbours"]):
         console.print(line, soft_wrap=True)
 

@@ -1,6 +1,6 @@
 """Hierarchical cross-modal fusion: what the prompt asks for, looked up in three levels of Mllama's vision encoder.
 
-A module of its own, which needs nothing but PyTorch and so can travel with a model's weights:
+A module of its own, which needs nothing but PyTorch and transformers and so travels with a model's weights (export.py):
 
     fusion = HierarchicalFusion(vision=1280, hidden=4096, width=4096, heads=16)
     attach(model, fusion)             # from now on the model's forward pass and generate() use it
@@ -25,6 +25,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import normalize, scaled_dot_product_attention
+from transformers import MllamaConfig, MllamaForConditionalGeneration
+
+AUTO_MAP = {"AutoModelForImageTextToText": "FusedMllama"}
 
 LEVELS = ((1, 2), (3, 4), (5, 0))  # of the states [final, 3, 7, 15, 23, 30]
 MIX = 0.7
@@ -147,6 +150,20 @@ def attach(model: Any, fusion: HierarchicalFusion) -> None:
 
     inner.register_forward_pre_hook(remember, with_kwargs=True)
     inner.multi_modal_projector.register_forward_hook(add)
+
+
+class FusedMllama(MllamaForConditionalGeneration):
+    """Mllama with the fusion that its configuration tells of: what AutoModelForImageTextToText makes of an export."""
+
+    def __init__(self, config: MllamaConfig) -> None:
+        super().__init__(config)
+        attach(self, of(config))
+
+
+def of(config: Any) -> HierarchicalFusion:
+    """The fusion of an MllamaConfig whose `fusion` is {"width": ..., "heads": ...}."""
+    vision, states = config.vision_config.hidden_size, 1 + len(config.vision_config.intermediate_layers_indices)
+    return HierarchicalFusion(vision, config.text_config.hidden_size, **config.fusion, states=states)
 
 
 def _levels(states: int) -> tuple[tuple[int, ...], ...]:

@@ -61,6 +61,11 @@ class Family:
         self.max_tiles: int = vision.max_num_tiles
         self.image_processor = self._image_processor(vision.image_size)
 
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """What travels with exported weights, because transformers has no class for it."""
+        return ("radhpc.models.hcf",) if self._recipe.fusion is not None else ()
+
     def _image_processor(self, size: int) -> MllamaImages:
         """As the weights' folder says, where it says anything."""
         path = processors.described(Path(self._recipe.weights)) if self._recipe.weights is not None else None

@@ -17,11 +17,13 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from radhpc import processors
 from radhpc.errors import UserError
 from radhpc.models import Arrays, Load
 from radhpc.models.base import Inputs, InText, loaded
+from radhpc.models.study_processor import StudyProcessor
 from radhpc.processors import QwenImages
 from radhpc.recipe import Model
 
@@ -87,6 +89,11 @@ class Family(InText):
     def projector(self, model: Any) -> torch.nn.Module:
         found: torch.nn.Module = model.model.visual.merger
         return found
+
+    def processor(self) -> Any:
+        """For those who have no radhpc. transformers' own wants torchvision, for films."""
+        images = Qwen2VLImageProcessorPil(**self.image_processor.described())
+        return StudyProcessor(images, self.tokenizer, chat_template=self.plain_template(), image_token=self.image_token)
 
     def tokens(self, images: Arrays) -> list[int]:
         return self._tokens(images["image_grid_thw"])

@@ -5,8 +5,8 @@ studies with at most V views of S x S pixels, T tokens each:
 
     pixel_values (B, V, 3, S, S)   image_sizes (B,): views of each study   input_ids (B, L)
 
-The classes are LLaVA's with another vision model and connector (connector.py). The parts come from folders of their
-own, the connector is new:
+The classes are LLaVA's with another vision model and connector (swin_llava.py, connector.py). The parts come from
+folders of their own, the connector is new:
 
     model: {family: swin_qwen, weights: {vision: models/swin-base-patch4-window7-224, text: models/Qwen3-0.6B}}
 """
@@ -19,18 +19,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from torch import nn
-from transformers import AutoModel, LlavaConfig, LlavaForConditionalGeneration, SwinModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers import LlavaConfig, SwinModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-from transformers.models.llava.modeling_llava import LlavaModel, LlavaPreTrainedModel
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from transformers.models.swin.modeling_swin import SwinLayer
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from radhpc import processors
 from radhpc.models import Arrays, Load
 from radhpc.models.base import InText, language_model, values, vision_model
-from radhpc.models.connector import Abstractor, Sasa
+from radhpc.models.connector import Sasa
+from radhpc.models.study_processor import StudyProcessor
+from radhpc.models.swin_llava import SwinQwen, build_connector, features_of
 from radhpc.processors import SwinImages
 from radhpc.recipe import Connector, Model
 
@@ -40,60 +40,11 @@ WEIGHTS = {
 }
 
 
-class SwinQwenModel(LlavaModel):
-    """Without the language model's head."""
-
-    def __init__(self, config: LlavaConfig, connector: Connector) -> None:
-        LlavaPreTrainedModel.__init__(self, config)
-        self.vision_tower: Any = SwinModel(config.vision_config, add_pooling_layer=False)
-        self.multi_modal_projector: Any = build_connector(config, connector)
-        self.language_model: Any = AutoModel.from_config(config.text_config)
-
-    def get_image_features(
-        self, pixel_values: torch.Tensor, *_: Any, image_sizes: torch.Tensor | None = None, **__: Any
-    ) -> BaseModelOutputWithPooling:
-        """pixel_values (B, V, 3, S, S), image_sizes (B,): the tokens (T, D) of each study, from its views' mean."""
-        studies, views = pixel_values.shape[:2]
-        features = self.vision_tower(pixel_values.flatten(0, 1)).last_hidden_state.unflatten(0, (studies, views))
-        if image_sizes is not None:
-            there = torch.arange(views, device=image_sizes.device) < image_sizes[:, None]
-            weights = (there / image_sizes[:, None]).to(features.dtype)
-            features = (features * weights[:, :, None, None]).sum(dim=1)
-        else:
-            features = features.mean(dim=1)
-        tokens = self.multi_modal_projector(features)
-        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=list(tokens))
-
-
-class SwinQwen(LlavaForConditionalGeneration):
-    """With it: forward() and generate() are LLaVA's."""
-
-    def __init__(self, config: LlavaConfig, connector: Connector) -> None:
-        LlavaPreTrainedModel.__init__(self, config)
-        self.model = SwinQwenModel(config, connector)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.post_init()
-
-
-def features_of(config: LlavaConfig) -> int:
-    """Vectors that the vision model gives for a view."""
-    vision: Any = config.vision_config
-    return int(vision.image_size // vision.patch_size // 2 ** (len(vision.depths) - 1)) ** 2
-
-
-def build_connector(config: LlavaConfig, connector: Connector) -> nn.Module:
-    channels, width = config.vision_config.hidden_size, config.text_config.hidden_size
-    if connector.kind == "sasa":
-        return Sasa(channels, width, connector.latents, connector.heads, connector.dropout)
-    if connector.kind == "abstractor":
-        return Abstractor(channels, width, connector.latents, features_of(config))
-    return nn.Linear(channels, width)
-
-
 class Family(InText):
     """LightMedVLM as radhpc.models.ModelFamily wants it."""
 
     blocks = (SwinLayer, Qwen3DecoderLayer, LlamaDecoderLayer)
+    modules = ("radhpc.models.connector", "radhpc.models.swin_llava")  # travel with exported weights
 
     IMAGE_TOKENS = ("<|image_pad|>", "<|image|>", "<image>")
     VISION, TEXT = "swin", "qwen3"
@@ -119,7 +70,12 @@ class Family(InText):
         vision: Any = self.vision_config()
         if "drop_path_rate" not in (self.recipe.config or {}).get("vision", {}):
             vision.drop_path_rate = 0.0  # for training Swin alone: here it would blur what the connector learns from
-        return LlavaConfig(vision_config=vision, text_config=self.text_config(), image_token_index=self.image_token_id)
+        return LlavaConfig(
+            vision_config=vision,
+            text_config=self.text_config(),
+            image_token_index=self.image_token_id,
+            connector=self.connector.model_dump(exclude={"concepts"}),
+        )
 
     def build(self, seed: int, load: Load | None = None) -> Any:
         """From the folders; what none of them holds is random, a pure function of the seed."""
@@ -131,7 +87,7 @@ class Family(InText):
         vision.pooler = None
         if folders:
             torch.manual_seed(seed)  # however the parts were read
-        connector = build_connector(config, self.connector)
+        connector = build_connector(config)
         if isinstance(connector, Sasa):
             connector.set_concepts(self._concepts(values(language.get_input_embeddings().weight)))
         whole.model.vision_tower, whole.model.language_model = vision, language.model
@@ -140,7 +96,18 @@ class Family(InText):
 
     def build_empty(self) -> Any:
         """The architecture alone, in float32 as build() gives it."""
-        return self.empty(lambda: SwinQwen(self.config, self.connector))
+        return self.empty(lambda: SwinQwen(self.config))
+
+    def processor(self) -> Any:
+        """For those who have no radhpc: a study's views, and its one image token as often as the study has vectors."""
+        images = ViTImageProcessorPil(**self.image_processor.described())
+        return StudyProcessor(
+            images,
+            self.tokenizer,
+            chat_template=self.plain_template(),
+            image_token=self.image_token,
+            study_tokens=self.study_tokens,
+        )
 
     def _concepts(self, table: torch.Tensor) -> torch.Tensor:
         """(concepts, D): the mean embedding of each name's tokens."""
