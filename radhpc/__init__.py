@@ -10,7 +10,7 @@ import os
 # with any other busy process makes a training step up to ten times slower; sleeping threads cost next to nothing.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-# PEFT loads bitsandbytes where it is installed, which then says what a CPU could do faster with one more library.
+# On a CPU it says what would be faster with one more library.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 # transformers loads DeepSpeed where it is installed, which writes what it guesses of the device to standard output.
 logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)

@@ -13,13 +13,21 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
-import peft
 import torch
 from torch import nn
 
 from radhpc.errors import UserError, first_line
+from radhpc.lean import without
 from radhpc.placing import change
 from radhpc.recipe import Lora, Stage
+
+# PEFT would load bitsandbytes, and that the compiler of PyTorch: a fifth of the processor time that a rank takes to
+# start. Layers in four bits are our own (quantise.py), so that PEFT need not know of it; it remembers what it found.
+with without("bitsandbytes"):
+    import peft
+    from peft.import_utils import is_bnb_4bit_available
+
+    is_bnb_4bit_available()
 
 Tensors = dict[str, torch.Tensor]
 

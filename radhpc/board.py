@@ -1,4 +1,7 @@
-"""TensorBoard: the curves, the events and the pictures of a run, without a step twice after a resume."""
+"""TensorBoard: the curves, the events and the pictures of a run, without a step twice after a resume.
+
+The curves go to Weights & Biases, too, where a recipe wants that: see Curves.
+"""
 
 import math
 import re
@@ -12,15 +15,56 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
+from radhpc.errors import UserError, first_line
+from radhpc.recipe import Wandb
+
 _EVENTS = "events.out.tfevents."  # followed by the time, in ten digits, and who wrote it
 RESTART = "restart"  # the name of the marks in by_stage/, beside those of stages
+
+
+class Curves:
+    """One life's curves for Weights & Biases, in files under RUN/wandb and, if online, on its server.
+
+    The lives of a run are a group there. What a life has written behind the step that the next one starts from stays
+    in the first one's curve alone, as nothing that was sent can be taken back.
+    """
+
+    def __init__(self, settings: Wandb, run: Path, life: int) -> None:
+        """Raises UserError where W&B refuses, such as without a key when online."""
+        import wandb
+
+        try:
+            self._run: Any = wandb.init(
+                project=settings.project,
+                mode=settings.mode,
+                dir=str(run),
+                group=run.name,
+                name=f"{run.name}-life-{life}",
+                settings=wandb.Settings(
+                    # Curves alone: nothing of the machine, the code or what is printed.
+                    console="off", disable_code=True, disable_git=True, save_code=False, silent=True,
+                    x_disable_meta=True, x_disable_stats=True, x_disable_machine_info=True, x_save_requirements=False,
+                    reinit="create_new", host="-",
+                ),
+            )  # fmt: skip
+            # By a step of our own: W&B's must not go back, and a save that ends late tells of an earlier one.
+            self._run.define_metric("*", step_metric="step")
+        except (wandb.Error, OSError) as error:
+            raise UserError(f"board.wandb.mode {settings.mode}: {first_line(error)}") from error
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log({"step": step, **values})
+
+    def close(self) -> None:
+        self._run.finish()
 
 
 class Board:
     """The event file of one life of a run. On ranks other than 0 give no folder: every call does nothing."""
 
-    def __init__(self, folder: Path | None, resumed_at: int = 0) -> None:
+    def __init__(self, folder: Path | None, resumed_at: int = 0, curves: Curves | None = None) -> None:
         self._writer: Any = None
+        self._curves = curves
         self._session_end: Any = None  # of a trial of a sweep
         if folder is not None:
             from torch.utils.tensorboard import SummaryWriter
@@ -35,6 +79,8 @@ class Board:
         if self._writer is not None:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
+        if self._curves is not None:
+            self._curves.log(step, values)
 
     def text(self, step: int, name: str, value: str) -> None:
         if self._writer is not None:
@@ -109,6 +155,8 @@ class Board:
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+        if self._curves is not None:
+            self._curves.close()
 
 
 def _in_order(folder: Path) -> None:

@@ -116,7 +116,8 @@ class Encoder:
     def _encode(self, key: str, sample: Sample, views: Sequence[Image.Image], asked: Asked | None) -> Encoded:
         """A study that serves no task has no supervised token: it is passed over, not taught."""
         text = asked.prompt if asked else self.tasks.plain(sample.language)
-        images, prompt = self._asked(self._grounded(text, asked, views, sample.patient), views)
+        text = self._grounded(text, asked, views, sample.patient)
+        images, prompt = self._asked(text, self.in_order(views, sample))
         ids = [*self._ids(asked.answer), self.family.tokenizer.eos_token_id] if asked and asked.answer else []
         room = max(1, self.text.max_tokens - len(prompt))
         cut = len(ids) > room
@@ -148,7 +149,7 @@ class Encoder:
             text = self.tasks.plain(language)
         if not question and views is not _NOTHING:
             text = self._grounded(text, asked, views, sample.patient if sample else "")
-        images, prompt = self._asked(text, views)
+        images, prompt = self._asked(text, self.in_order(views, sample))
         ids = np.asarray(prompt, np.int64)
         return Encoded(key, ids, np.full_like(ids, IGNORE), images)
 
@@ -200,6 +201,15 @@ class Encoder:
         nothing = np.full(len(self.tasks.findings.names), UNKNOWN, np.int8)
         known = [nothing if row.findings is None else row.findings for row in rows]
         return {"findings": torch.from_numpy(np.stack(known))}
+
+    def in_order(self, views: Sequence[Image.Image], sample: Sample | None) -> Sequence[Image.Image]:
+        """The views by their projections as the recipe wants them; those of one projection stay as they were."""
+        if self.images.order is None or sample is None:
+            return views
+        first = {name.casefold(): n for n, name in enumerate(self.images.order)}
+        known = [first.get((view.view or "").casefold(), len(first)) for view in sample.images]
+        known += [len(first)] * (len(views) - len(known))
+        return [views[n] for n in sorted(range(len(views)), key=known.__getitem__)]
 
     def _collated_kinds(self, rows: Sequence[Encoded], left: bool) -> Batch:
         """(rows, kinds) of 0 and 1: the dataset and the task of each row."""

@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from radhpc import optimizers
+from radhpc import optimizers, rows
 from radhpc.adapters import Tensors, canonical
 from radhpc.blocks import leave_casting_to_autocast, prepare_blocks
 from radhpc.collate import TRUTH, Batch
@@ -146,8 +146,7 @@ class Engine:
         """
         pieces = {}
         for name, parameter in self.trained.items():
-            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            pieces[name] = local.detach().reshape(-1)
+            pieces[name] = rows.local(parameter).detach().reshape(-1)
             if moments:
                 for moment, tensor in optimizers.moments(self.optimizer, parameter).items():
                     pieces[self._saved_name(moment, name)] = tensor
@@ -155,11 +154,10 @@ class Engine:
 
     def _restore(self, tensors: Tensors, steps: int) -> None:
         for name, parameter in self.trained.items():
-            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
             with torch.no_grad():
-                local.copy_(_mine(tensors[name], parameter))
+                rows.local(parameter).copy_(rows.part(tensors[name], parameter))
             if steps:
-                values = {m: _mine(tensors[f"{m}/{name}"], parameter).reshape(-1) for m in optimizers.MOMENTS}
+                values = {m: rows.part(tensors[f"{m}/{name}"], parameter).reshape(-1) for m in optimizers.MOMENTS}
                 for scales in optimizers.SCALES:
                     saved = tensors.get(self._saved_name(scales, name))
                     if saved is not None:
@@ -336,10 +334,9 @@ class Engine:
         """Of the scales of all ranks' parts those of this rank's."""
         if not isinstance(parameter, DTensor):
             return saved
-        count = parameter.shape[0]
-        rows = -(-count // self.ranks.world)
-        row = parameter.numel() // max(1, count)
-        sizes = [max(0, min(rows, count - rows * rank)) * row for rank in range(self.ranks.world)]
+        count, world = parameter.shape[0], self.ranks.world
+        dealt = [rows.rows_of(count, rank, world) for rank in range(world)]
+        sizes = [(theirs.stop - theirs.start) * parameter.numel() // max(1, count) for theirs in dealt]
         blocks = [-(-size // 256) if size >= 4096 else 0 for size in sizes]
         first = sum(blocks[: self.ranks.rank])
         return saved[first : first + blocks[self.ranks.rank]]
@@ -481,16 +478,6 @@ def groups(trained: dict[str, nn.Parameter], stage: Optimizer) -> list[dict[str,
 
 def _full(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _mine(tensor: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
-    """This rank's part of a whole tensor, laid out as the parameter is."""
-    tensor = tensor.to(parameter.dtype)
-    if not isinstance(parameter, DTensor):
-        return tensor.to(parameter.device)
-    local = parameter.to_local()
-    first = min(len(tensor), -(-len(tensor) // parameter.device_mesh.size()) * parameter.device_mesh.get_local_rank())
-    return tensor[first : first + len(local)].to(local.device)
 
 
 def _buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:

@@ -187,7 +187,7 @@ def _questions(encoder: Encoder, studies: Sequence[Study], settings: Evaluation)
         for key, sample, views in studies:
             for name in sample.labels.get(settings.findings_vocabulary, ()) if sample.question is None else ():
                 question = settings.findings_question.replace("{finding}", name)
-                yield key, name, encoder.encode_prompt(key, question, views)
+                yield key, name, encoder.encode_prompt(key, question, encoder.in_order(views, sample))
 
 
 def _read(source: Source, numbers: list[int]) -> tuple[list[Study], list[str]]:

@@ -47,6 +47,8 @@ def _advice(recipe: Recipe, world: int) -> str:
         f"stages.N.micro_batch below {micro}": micro > 1,
         "model.quantise: nf4": recipe.model.quantise is None and any(stage.lora for stage in recipe.stages),
         "replicate: false": recipe.replicate,
+        "zero.stage: 3": recipe.engine == "deepspeed" and recipe.zero.stage == 2,
+        "zero.offload: true": recipe.engine == "deepspeed" and not recipe.zero.offload,
         "optimizer.kind: adamw_8bit": any(stage.optimizer.kind.startswith("adamw") and "8bit" not in
                                           stage.optimizer.kind for stage in recipe.stages),
         "more ranks": True,

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from radhpc import token_loss
+from radhpc import rows, token_loss
 from radhpc.additions import Heads
 from radhpc.collate import IGNORE, TRUTH, UNKNOWN, Batch
 from radhpc.dist import Ranks
@@ -187,7 +187,7 @@ class Objective:
                 whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
                 value, gradient = self._penalty(whole.detach().float(), ".lora_A." in name)
                 total += value
-                gradient = _like(gradient * (self.recipe.regularisation * scale), parameter)
+                gradient = rows.laid_out(gradient * (self.recipe.regularisation * scale), parameter)
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         self._means["regularisation"] = total
 
@@ -273,12 +273,3 @@ def set_random_state(state: tuple[torch.Tensor, Any], device: torch.device) -> N
     torch.set_rng_state(state[0])
     if state[1] is not None:
         torch.cuda.set_rng_state(state[1], device)
-
-
-def _like(whole: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
-    """A tensor that every rank has, laid out as the parameter is, without a collective."""
-    whole = whole.to(parameter.dtype)
-    if not isinstance(parameter, DTensor):
-        return whole
-    replicated = DTensor.from_local(whole, parameter.device_mesh, run_check=False)
-    return replicated.redistribute(parameter.device_mesh, parameter.placements)

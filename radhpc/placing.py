@@ -23,8 +23,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from radhpc import rows
 from radhpc.dist import Ranks
 from radhpc.errors import UserError
 from radhpc.models import ModelFamily
@@ -42,17 +42,21 @@ class Promise:
 
     file: Path  # safetensors
     name: str  # in that file
+    length: int = 0  # rows that are wanted: those that the file lacks are the mean of those that it has
     changes: list[Change] = field(default_factory=list)  # to be made to the whole tensor, in float32, in this order
 
     def rows(self, first: int, last: int) -> torch.Tensor:
-        """Rows from `first` up to `last`, on the CPU, in the file's type, or in float32 where there are changes."""
+        """Rows from `first` up to `last`, on the CPU, in the file's type, or in float32 where the whole is read."""
         with safe_open(self.file, framework="pt") as file:
-            if self.changes:
+            shape = file.get_slice(self.name).get_shape()
+            if self.changes or shape and shape[0] < min(last, self.length):
                 whole: torch.Tensor = file.get_tensor(self.name).float()
+                if shape and shape[0] < self.length:
+                    whole = torch.cat([whole, whole.mean(dim=0).expand(self.length - len(whole), *shape[1:])])
                 for change in self.changes:
                     change(whole)
                 return whole[first:last]
-            if not file.get_slice(self.name).get_shape():
+            if not shape:
                 return file.get_tensor(self.name)  # type: ignore[no-any-return]
             return file.get_slice(self.name)[first:last]  # type: ignore[no-any-return]
 
@@ -71,25 +75,36 @@ def build(family: ModelFamily, recipe: Model, seed: int, whole: bool = False) ->
     """The base model on the CPU: random values as the family makes them, or the promise of a local folder's.
 
     `whole`: read the values at once, for adapters that start from them. So is a folder whose tensors the model takes
-    apart or puts together anew, and a model of several folders. Raises UserError where the folder lacks a tensor.
+    apart or puts together anew. Raises UserError where a folder lacks a tensor.
     """
-    if not isinstance(recipe.weights, str) or whole:
+    if recipe.weights is None or whole:
         return family.build(seed)
-    folder = Path(recipe.weights)
-    model = family.build_empty()
-    found = _find(model, folder)
-    if found is None:
-        log.info("%s: its tensors are converted while they are read, so each rank reads the whole model", folder)
+    if not isinstance(recipe.weights, str):
+        return family.build(seed, _promised)
+    model = _promised(family.build_empty, recipe.weights, "")
+    if model is None:
         return family.build(seed)
-    _promise(model, found)
-    if not _fill_buffers(model):
-        return family.build(seed)
-    _generation(model, folder)
+    _generation(model, Path(recipe.weights))
     return family.finish(model)
 
 
-def _find(model: nn.Module, folder: Path) -> dict[str, tuple[Path, str]] | None:
-    """The file and the name there of each parameter and persistent buffer; None where names do not map one to one."""
+def _promised(make: Callable[[], nn.Module], folder: str, part: str) -> nn.Module | None:
+    """What `make` makes, with the promise of a folder's values; None where they have to be read at once."""
+    with torch.device("meta"):
+        model = make()
+    found = _find(model, Path(folder), part)
+    if found is None:
+        log.info("%s: its tensors are converted while they are read, so each rank reads all of them", folder)
+        return None
+    _promise(model, found)
+    return model.eval() if _fill_buffers(model) else None
+
+
+def _find(model: nn.Module, folder: Path, part: str) -> dict[str, tuple[Path, str]] | None:
+    """The file and the name there of each parameter and persistent buffer; None where names do not map one to one.
+
+    A language model's folder may lack rows for tokens that its tokenizer was given.
+    """
     from transformers import PreTrainedModel
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
@@ -99,7 +114,9 @@ def _find(model: nn.Module, folder: Path) -> dict[str, tuple[Path, str]] | None:
     steps = get_model_conversion_mapping(model)
     renamings = [step for step in steps if isinstance(step, WeightRenaming)]
     converters: Any = [step for step in steps if not isinstance(step, WeightRenaming)]
-    state = model.state_dict()
+    state = model.state_dict(keep_vars=True)
+    tables = [model.get_input_embeddings(), model.get_output_embeddings()] if part == ".text" else []
+    growing = {id(table.weight) for table in tables if table is not None}
     found = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
@@ -107,10 +124,12 @@ def _find(model: nn.Module, folder: Path) -> dict[str, tuple[Path, str]] | None:
                 name, converted = rename_source_key(key, renamings, converters, model.base_model_prefix, state)
                 if converted is not None:
                     return None
-                if name in state and list(state[name].shape) != tensors.get_slice(key).get_shape():
+                shape = tensors.get_slice(key).get_shape()
+                wanted = list(state[name].shape) if name in state else shape
+                fewer = name in state and id(state[name]) in growing and shape[0] < wanted[0]
+                if wanted != shape and not (fewer and wanted[1:] == shape[1:]):
                     raise UserError(
-                        f"model.weights: {file.name}: {key} has shape {tensors.get_slice(key).get_shape()}, "
-                        f"config.json wants {list(state[name].shape)}"
+                        f"model.weights{part}: {file.name}: {key} has shape {shape}, config.json wants {wanted}"
                     )
                 found[name] = (file, key)
     tied = {id(state[name]) for name in found if name in state}
@@ -118,7 +137,7 @@ def _find(model: nn.Module, folder: Path) -> dict[str, tuple[Path, str]] | None:
     missing = [name for name in state if name not in found and id(state[name]) not in tied and name not in ties]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"model.weights: {folder}: no tensor for {missing[0]}{more} in its .safetensors files")
+        raise UserError(f"model.weights{part}: {folder}: no tensor for {missing[0]}{more} in its .safetensors files")
     return found
 
 
@@ -127,7 +146,8 @@ def _promise(model: nn.Module, found: dict[str, tuple[Path, str]]) -> None:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name in found and id(parameter) not in made:
             made[id(parameter)] = nn.Parameter(torch.zeros(()).expand(parameter.shape), parameter.requires_grad)
-            made[id(parameter)].promise = Promise(*found[name])  # type: ignore[attr-defined]
+            length = parameter.shape[0] if parameter.ndim else 0
+            made[id(parameter)].promise = Promise(*found[name], length)  # type: ignore[attr-defined]
     by_name = dict(model.named_parameters(remove_duplicate=False))
     ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
     keep = list(by_name.values())  # so that no address comes twice
@@ -153,7 +173,7 @@ def _fill_buffers(model: nn.Module) -> bool:
                 continue
             unset = math.nan if buffer.is_floating_point() else -1
             filled = module._buffers[name] = torch.full_like(buffer, unset, device="cpu")
-            for parameter in module.parameters(recurse=False):
+            for parameter in module.parameters():  # some classes set those of their children, too
                 parameter._is_hf_initialized = True  # type: ignore[attr-defined]
             # The innermost model around it knows its configuration.
             *_, owner = (m for m in model.modules() if hasattr(m, "_init_weights") and module in set(m.modules()))
@@ -202,6 +222,9 @@ def place(
     if shard is not None:
         shard(model)
     if fake:
+        for parameter in list(model.parameters()) if placed is not None else ():
+            assert placed is not None
+            placed(parameter)
         return
     if shard is not None:
         model.to_empty(device=ranks.device)
@@ -269,18 +292,9 @@ def _slice(tensor: torch.Tensor, first: int, last: int) -> torch.Tensor:
     return tensor[first:last] if tensor.ndim else tensor
 
 
-def _fill(parameter: nn.Parameter, rows: Callable[[int, int], torch.Tensor]) -> None:
+def _fill(parameter: nn.Parameter, values: Callable[[int, int], torch.Tensor]) -> None:
     """Copy what this rank holds of a parameter."""
-    count = parameter.shape[0] if parameter.ndim else 1
-    with torch.no_grad():
-        if not isinstance(parameter, DTensor):
-            parameter.copy_(rows(0, count))
-            return
-        (placement,), mesh = parameter.placements, parameter.device_mesh
-        assert placement in (Shard(0), Replicate()), placement
-        local = parameter.to_local()
-        first = 0
-        if isinstance(placement, Shard):
-            first = min(count, -(-count // mesh.size()) * mesh.get_local_rank())
-        if local.numel():
-            local.copy_(rows(first, first + len(local)))
+    mine, held = rows.mine(parameter), rows.local(parameter)
+    if held.numel():
+        with torch.no_grad():
+            held.copy_(values(mine.start, mine.stop))

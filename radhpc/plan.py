@@ -3,14 +3,15 @@
     for stage in foretell(recipe, world=8, gpus=True):
         print(stage.name, stage.trainable, stage.gigabytes_per_gpu)
 
-Nothing is estimated by a formula. The stage's real model is built without values, sharded by the real engine over as
-many pretended ranks, and one real optimizer step is traced on fake tensors over the largest micro-batch that the data
-holds. Of a local model folder its config.json is enough. What comes on top on a GPU, the CUDA context, workspaces of
-libraries and fragmentation, is not in these figures.
+Nothing is estimated by a formula. The stage's real model is built without values, sharded by the real engine (FSDP2 or
+DeepSpeed's own ZeRO) over as many pretended ranks, and one real optimizer step is traced on fake tensors over the
+largest micro-batch that the data holds. Of a local model folder its config.json is enough, and for what is not there at
+all standins.py has something. What comes on top on a GPU, the CUDA context, workspaces of libraries and fragmentation,
+is not in these figures.
 """
 
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from PIL import Image
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from radhpc import adapters, additions, models, tokenizer
+from radhpc import adapters, additions, models, standins, tokenizer, zero
 from radhpc.allocations import Allocations
 from radhpc.collate import IGNORE, NEIGHBOUR_WORDS, Batch, Encoded, Encoder, conversation
 from radhpc.dist import Ranks
@@ -43,9 +44,9 @@ class StagePlan:
     """One stage, foretold. Gigabytes and megabytes are decimal."""
 
     name: str
-    steps: int
-    samples: int  # that it trains on, with repetitions
-    epoch_samples: int
+    steps: int | None  # None: whole epochs of shards that are not there yet
+    samples: int | None  # that it trains on, with repetitions
+    epoch_samples: int | None
     parameters: int
     trainable: int
     micro_batch: int  # samples per rank and forward pass
@@ -77,15 +78,23 @@ def foretell(recipe: Recipe, world: int, gpus: bool = False) -> list[StagePlan]:
     Raises UserError for what cannot be trained at all, as the job would.
     """
     with tempfile.TemporaryDirectory(prefix="radhpc-plan-") as folder:
-        sources = [Source(recipe.shards_of(stage), "train") for stage in recipe.stages]
-        for stage, source in zip(recipe.stages, sources, strict=True):
-            if not len(source):
-                raise UserError(f"stage '{stage.name}': no sample of split 'train' in its shards")
+        recipe = recipe.model_copy(update={"model": standins.configured(recipe.model, Path(folder))})
+        sources = [_source(recipe, stage) for stage in recipe.stages]
         family, stand_in = _family(recipe, sources[0], Path(folder))
         return [
             _stage(recipe, stage, source, _encoder(recipe, stage, family), world, gpus, stand_in)
             for stage, source in zip(recipe.stages, sources, strict=True)
         ]
+
+
+def _source(recipe: Recipe, stage: Stage) -> Source | None:
+    """What a stage is trained on; None: not all of it is there yet."""
+    if standins.missing(recipe.shards_of(stage)):
+        return None
+    source = Source(recipe.shards_of(stage), "train")
+    if not len(source):
+        raise UserError(f"stage '{stage.name}': no sample of split 'train' in its shards")
+    return source
 
 
 def _encoder(recipe: Recipe, stage: Stage, family: models.ModelFamily) -> Encoder:
@@ -96,26 +105,29 @@ def _encoder(recipe: Recipe, stage: Stage, family: models.ModelFamily) -> Encode
     return encoder
 
 
-def _family(recipe: Recipe, source: Source, folder: Path) -> tuple[models.ModelFamily, bool]:
+def _family(recipe: Recipe, source: Source | None, folder: Path) -> tuple[models.ModelFamily, bool]:
     """The model family, and whether its tokenizer is a stand-in, so that texts cannot be measured with it."""
-    given = recipe.model.tokenizer_folder
+    given, folder = recipe.model.tokenizer_folder, folder / "tokenizer"
     if given is not None and (
         recipe.model.tokenizer.folder is not None or any((Path(given) / name).exists() for name in TOKENIZER_FILES)
     ):
         return models.family(recipe.model, given), False
-    text = recipe.text_of(recipe.stages[0])
-    texts = [text.prompt] if given else (conversation(sample, text, recipe.findings) for sample in source.samples())
-    tokenizer.train(texts, recipe.model.tokenizer.train_vocabulary or 300, folder)
-    return models.family(recipe.model, str(folder)), given is not None
+    if given is not None or source is None:
+        standins.tokenizer(recipe, folder)
+        return models.family(recipe.model, str(folder)), True
+    text, size = recipe.text_of(recipe.stages[0]), recipe.model.tokenizer.train_vocabulary
+    assert size is not None
+    tokenizer.train((conversation(sample, text, recipe.findings) for sample in source.samples()), size, folder)
+    return models.family(recipe.model, str(folder)), False
 
 
 def _stage(
-    recipe: Recipe, stage: Stage, source: Source, encoder: Encoder, world: int, gpus: bool, stand_in: bool
+    recipe: Recipe, stage: Stage, source: Source | None, encoder: Encoder, world: int, gpus: bool, stand_in: bool
 ) -> StagePlan:
     size = min(stage.micro_batch or stage.batch, -(-stage.batch // world))
     rows, tokens, views = _largest_rows(recipe, source, encoder, size, stand_in)
     rounds = -(-stage.batch // (size * world))
-    with _pretended_group(world):
+    with _pretended_group(world, recipe.engine == "deepspeed"):
         engine, mode = fake_engine(recipe, stage, encoder.family, PretendedRanks(world))
         for group in engine.optimizer.param_groups:
             group["foreach"] = gpus and world == 1  # as PyTorch does by itself for plain tensors on a GPU
@@ -127,41 +139,46 @@ def _stage(
         with mode, Allocations([*weights, *batch.values()], made_up_values=True) as memory:
             # From the second micro-batch of a step on, the gradients of the first are there, too.
             peak = trace(engine, [batch] * min(2, rounds), memory)
-        state = [value for values in engine.optimizer.state.values() for value in values.values()]
-        trained = list(engine.trained.values())
+        offloaded = engine.offloaded() if isinstance(engine, zero.ZeroEngine) else 0
+        length = len(source) if source is not None else None
+        known = length if length is not None or stage.steps is None else 0  # a number of steps needs no length
         return StagePlan(
             name=stage.name,
-            steps=stage_steps(stage, len(source)),
-            samples=stage_samples(stage, len(source)),
-            epoch_samples=len(source),
+            steps=None if known is None else stage_steps(stage, known),
+            samples=None if known is None else stage_samples(stage, known),
+            epoch_samples=length,
             parameters=engine.parameters,
-            trainable=sum(parameter.numel() for parameter in trained),
+            trainable=engine.trainable,
             micro_batch=size,
             tokens=tokens,
             views=views,
-            gigabytes_per_gpu=peak / 1e9,
-            host_gigabytes=_on_the_host(engine, recipe) * 4 / 1e9,
-            checkpoint_megabytes=_bytes([*trained, *state]) / 1e6,
+            gigabytes_per_gpu=(peak - offloaded) / 1e9,
+            host_gigabytes=(_on_the_host(engine, recipe) * 4 + offloaded) / 1e9,
+            checkpoint_megabytes=engine.trainable * 12 / 1e6,  # parameters and moments in float32, of every engine
         )
 
 
 def _on_the_host(engine: Engine, recipe: Recipe) -> int:
-    """Numbers that a rank has there at a time: random weights are made whole, those of a folder come one by one."""
-    if not isinstance(recipe.model.weights, str):
+    """Numbers that a rank has there at a time: random weights are made whole, those of folders come one by one."""
+    if recipe.model.weights is None or recipe.model.config:
         return engine.parameters
-    return max(parameter.numel() for parameter in engine.model.parameters())
-
-
-def _bytes(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return max(getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.model.parameters())
 
 
 def trace(engine: Engine, batches: list[Batch], memory: Allocations) -> int:
     """The most bytes that one optimizer step has alive, the optimizer's state being there already."""
+    if isinstance(engine, zero.ZeroEngine):  # its state is made, and its order of layers learnt, in a whole step
+        engine.step(batches, supervised=1, schedule=1.0)
+        memory.peak = memory.now
+        engine.step(batches, supervised=1, schedule=1.0)
+        return memory.peak
     for parameter in engine.trained.values():
         parameter.grad = torch.zeros_like(parameter)
     engine.optimizer.step()
-    engine.optimizer.zero_grad(set_to_none=True)
+    if engine.lockstep or len(batches) == 1:
+        engine.optimizer.zero_grad(set_to_none=True)
+    else:  # the gradients of a micro-batch before are as good as there, which saves half of the time
+        batches = batches[:1]
     memory.peak = memory.now
     engine.step(batches, supervised=1, schedule=1.0)
     return memory.peak
@@ -184,7 +201,10 @@ def fake_engine(
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     _replace_tensors(model, mode)
     model.to = lambda *_, **__: model  # type: ignore[method-assign,assignment]  # they lie where they should
-    return Engine(model, recipe, stage.optimizer, family.blocks, ranks, stage.objective), mode
+    if recipe.engine != "deepspeed":
+        return Engine(model, recipe, stage.optimizer, family.blocks, ranks, stage.objective), mode
+    with mode:
+        return zero.ZeroEngine(model, recipe, stage.optimizer, family.blocks, ranks, stage.objective), mode
 
 
 def _replace_tensors(model: nn.Module, mode: FakeTensorMode) -> None:
@@ -209,21 +229,23 @@ def _replace_tensors(model: nn.Module, mode: FakeTensorMode) -> None:
 
 
 def _largest_rows(
-    recipe: Recipe, source: Source, encoder: Encoder, size: int, stand_in: bool
+    recipe: Recipe, source: Source | None, encoder: Encoder, size: int, stand_in: bool
 ) -> tuple[list[Encoded], int, int]:
     """A micro-batch of samples that are each as long as the longest and have as many views as the one with most."""
-    sizes = source.sizes(np.arange(len(source)))
-    views = int(min(sizes[:, 0].max(), encoder.images.limit or sizes[:, 0].max()))
-    longest = np.argsort(-sizes[:, 1], kind="stable")[:LONGEST]
-    samples = list(source.samples(np.sort(longest)))
-    shapes = [(view.width, view.height) for sample in samples for view in sample.images]
-    picture = Image.new("L", max(shapes, key=lambda shape: shape[0] * shape[1], default=(64, 64)))
-    prompt = encoder.encode_prompt("", None, [picture] * views)
-    if stand_in:
-        tokens = encoder.text.max_tokens
+    tokens, samples, limit = encoder.text.max_tokens, [], encoder.images.limit
+    if source is None:
+        views, shape = limit or standins.VIEWS, (standins.PIXELS, standins.PIXELS)
     else:
-        texts = [encoder.encode("", sample, [picture] * views) for sample in samples]
-        tokens = max((text.length for text in texts), default=encoder.text.max_tokens)
+        sizes = source.sizes(np.arange(len(source)))
+        views = int(min(sizes[:, 0].max(), limit or sizes[:, 0].max()))
+        longest = np.argsort(-sizes[:, 1], kind="stable")[:LONGEST]
+        samples = list(source.samples(np.sort(longest)))
+        shapes = [(view.width, view.height) for sample in samples for view in sample.images]
+        shape = max(shapes, key=lambda shape: shape[0] * shape[1], default=(64, 64))
+    picture = Image.new("L", shape)
+    prompt = encoder.encode_prompt("", None, [picture] * views)
+    if not stand_in:
+        tokens = max((encoder.encode("", sample, [picture] * views).length for sample in samples), default=tokens)
     ids = np.resize(prompt.input_ids, max(tokens, prompt.length))
     ids[: prompt.length] = prompt.input_ids
     ids[prompt.length :] = encoder.family.tokenizer.eos_token_id
@@ -234,9 +256,9 @@ def _largest_rows(
 
 
 @contextmanager
-def _pretended_group(world: int) -> Iterator[None]:
+def _pretended_group(world: int, deepspeed: bool) -> Iterator[None]:
     """A process group of so many ranks, of which only this one is there: collectives return at once."""
-    if world == 1:
+    if world == 1 and not deepspeed:  # which wants one also for a single rank
         yield
         return
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -245,4 +267,4 @@ def _pretended_group(world: int) -> Iterator[None]:
     try:
         yield
     finally:
-        dist.destroy_process_group()
+        zero.leave() if deepspeed else dist.destroy_process_group()

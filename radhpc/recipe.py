@@ -336,6 +336,12 @@ class Images(Section):
     )
     stitch: bool = Field(False, description="put them side by side, as one picture")
     gap: int = Field(10, ge=0, description="black pixels between stitched views")
+    order: tuple[str, ...] | None = Field(
+        None,
+        min_length=1,
+        description="of projections as the archive names them, such as [PA, AP, LATERAL, LL, L]: these first, the rest "
+        "behind; default: the archive's order, which builders make PA, AP, lateral ones, the rest",
+    )
 
     @model_validator(mode="after")
     def _gap_goes_with_stitch(self) -> "Images":
@@ -617,10 +623,20 @@ class Evaluation(Section):
         return given | ({"cache_implementation": "static"} if self.cache == "static" else {})
 
 
+class Wandb(Section):
+    """Weights & Biases beside TensorBoard: curves alone, no texts, images, code or names of machines."""
+
+    project: str = Field("radhpc", min_length=1)
+    mode: Literal["offline", "online"] = Field(
+        "offline", description="offline: files in RUN/wandb, which 'wandb sync' sends; online: sent as they come"
+    )
+
+
 class Board(Section):
     """TensorBoard."""
 
     every: int = Field(1, ge=1, description="steps between two points of a curve")
+    wandb: Wandb | None = Field(None, description="these curves for Weights & Biases, too; needs radhpc[wandb]")
 
 
 class Zero(Section):
@@ -762,13 +778,14 @@ class Recipe(Section):
         """Raise UserError where a library that only some recipes need is not installed here."""
         kinds = [stage.optimizer.kind for stage in self.stages]
         eight = next((kind for kind in kinds if kind not in ("adamw", "adamw_fused")), None)
-        for library, wanted, key in (
-            ("deepspeed", self.engine == "deepspeed", "engine: deepspeed"),
-            ("bitsandbytes", self.model.quantise is not None, f"model.quantise: {self.model.quantise}"),
-            ("bitsandbytes", eight is not None, f"optimizer.kind: {eight}"),
+        for library, extra, wanted, key in (
+            ("deepspeed", "engines", self.engine == "deepspeed", "engine: deepspeed"),
+            ("bitsandbytes", "engines", self.model.quantise is not None, f"model.quantise: {self.model.quantise}"),
+            ("bitsandbytes", "engines", eight is not None, f"optimizer.kind: {eight}"),
+            ("wandb", "wandb", self.board.wandb is not None, "board.wandb"),
         ):
             if wanted and importlib.util.find_spec(library) is None:
-                raise UserError(f"{key}: {library} is not installed; 'pip install radhpc[engines]' brings it")
+                raise UserError(f"{key}: {library} is not installed; 'pip install radhpc[{extra}]' brings it")
 
     @property
     def hash(self) -> str:

@@ -76,10 +76,15 @@ def check(recipe: Recipe) -> None:
 def check_architecture(model: Model) -> None:
     """Raise UserError where a folder is not there or is that of another kind of model; only config.json is read."""
     known = parts(model.family)
+    told = ", ".join("a folder" if part == "model" else f"weights.{part}" for part in known)
     if unknown := [part for part in model.folders if part not in known]:
         where = "a folder" if unknown[0] == "model" else f"weights.{unknown[0]}"
-        told = ", ".join("a folder" if part == "model" else f"weights.{part}" for part in known)
         raise UserError(f"model.weights: family {model.family} does not take {where}; allowed are {told}")
+    if isinstance(model.weights, dict) and ("model" in model.weights or set(known) == {"model"}):
+        raise UserError(
+            f"model.weights {model.weights}: a mapping names parts in folders of their own; allowed with family "
+            f"{model.family} are {told}"
+        )
     if model.weights is not None and "model" not in model.folders:
         for part in known:
             if part not in ("model", *model.folders, *(model.config or {})):

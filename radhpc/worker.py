@@ -18,19 +18,21 @@ import torch
 
 from radhpc import compiling, evaluation_job, fingerprint, hooks, log as logs, seam, tasks
 from radhpc.background import beside, on_first
-from radhpc.board import Board
+from radhpc.board import Board, Curves
 from radhpc.checkpoint import Checkpoints, Cursor, name_of
 from radhpc.dist import Ranks, lost_peer
 from radhpc.engine import Engine
 from radhpc.errors import UserError, first_line
 from radhpc.exhausted import out_of_memory
 from radhpc.files import FULL, insist, read_json, write_atomically
+from radhpc.heap import keep_freed_memory
 from radhpc.heartbeat import Heartbeat, Limits
 from radhpc.ledger import Ledger
 from radhpc.log import Bar
 from radhpc.loop import Hook, Position, Quarantine, train
 from radhpc.parts import Parts, Trial
 from radhpc.profiling import Profiling
+from radhpc.recipe import Recipe
 from radhpc.run_dir import RunDir, node_name
 from radhpc.saving import Ending, Saving
 from radhpc.stop import PRUNED, Interrupted, Stop
@@ -58,6 +60,7 @@ def run(path: str, stop: Stop | None = None, trial: Trial | None = None) -> Outc
     run_dir = RunDir.open(path)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     logs.start(rank, world)
+    keep_freed_memory()
     if threads := os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(int(threads))
     ranks: Ranks | None = None
@@ -97,7 +100,7 @@ def _run(run: RunDir, ranks: Ranks, stop: Stop, trial: Trial | None) -> Outcome:
         nodes = os.environ.get("SLURM_JOB_NODELIST", socket.gethostname())
         run.record("started", life=life, job=job, world=ranks.world, engine=recipe.engine, nodes=nodes)
         run.hold_back()
-    _agree_on_environment(run, ranks)
+    _agree_on_environment(run, recipe, ranks)
     if run.evaluates is not None:
         return _evaluate(run, ranks, stop)
     parts = Parts(run, recipe, ranks, stop, trial)
@@ -114,7 +117,9 @@ def _run(run: RunDir, ranks: Ranks, stop: Stop, trial: Trial | None) -> Outcome:
             on_first(lambda s=stage, n=number: tasks.check(recipe, s, parts.source(n, "train")), ranks, stop)
         parts.find_neighbours()
         cursor = _restore(parts, run, life, ranks)
-        board = Board(run.path / "tensorboard" if ranks.first else None, cursor.step if cursor else 0)
+        wandb = recipe.board.wandb if ranks.first else None
+        curves = Curves(wandb, run.path, life) if wandb is not None else None
+        board = Board(run.path / "tensorboard" if ranks.first else None, cursor.step if cursor else 0, curves)
         board.layout([stage.name for stage in recipe.stages])
         board.event(cursor.step if cursor else 0, "resumed" if cursor else "started", _history(run))
         if trial is not None and ranks.first:
@@ -253,8 +258,17 @@ def _run_stage(
     return name_of(position.step)
 
 
-def _agree_on_environment(run: RunDir, ranks: Ranks) -> None:
-    """All ranks run the same code with the same libraries; what is not as it was at the submission is recorded."""
+def _agree_on_environment(run: RunDir, recipe: Recipe, ranks: Ranks) -> None:
+    """All ranks run the same recipe and code with the same libraries; what is not as it was at the submission is
+    recorded.
+    """
+    read = ranks.gather((recipe.hash, recipe.engine))
+    for rank, theirs in enumerate(read):
+        if theirs != read[0]:
+            raise UserError(
+                f"rank {rank} reads another {run.path}/recipe.yaml than rank 0: {theirs[1]} {theirs[0][:12]} there, "
+                f"{read[0][1]} {read[0][0][:12]} on rank 0; all nodes must see the same run folder"
+            )
     prints = ranks.gather(fingerprint.take())
     for rank, theirs in enumerate(prints):
         if what := fingerprint.differences(prints[0], theirs):

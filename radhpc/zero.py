@@ -23,11 +23,17 @@ from torch import nn
 from radhpc import optimizers
 from radhpc.adapters import Tensors
 from radhpc.collate import Batch
+from radhpc.dist import Ranks
 from radhpc.engine import Engine, groups
 from radhpc.errors import UserError
 from radhpc.placing import place
 from radhpc.recipe import Recipe
 
+COLLECTIVES = (
+    "all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor", "broadcast", "all_gather",
+    "all_gather_into_tensor", "all_gather_coalesced", "all_to_all_single", "barrier",
+)  # fmt: skip
+_BUCKET = 1 << 28  # numbers that ZeRO sums at a time; it allocates them even where less is trained
 _KEYS = ("", *optimizers.MOMENTS)  # of what is saved of a parameter: itself and its moments
 
 
@@ -43,6 +49,7 @@ class ZeroEngine(Engine):
             )
         os.environ.setdefault("LOCAL_RANK", "0")  # it wants this also of one process
         self._library.init_distributed(dist_init_required=False)
+        _time_collectives(self._library.comm.comm.cdb, self.ranks)
         self._autocast = torch.autocast(self.ranks.device.type, enabled=False)
         self._lockstep = recipe.zero.stage == 3
         self._values: dict[nn.Parameter, torch.Tensor] = {}  # flat, in float32, until ZeRO has copied them
@@ -63,6 +70,11 @@ class ZeroEngine(Engine):
         holder = nn.Module()
         holder.register_parameter("parameter", parameter)
         self._library.zero.Init(module=holder, config_dict_or_path=self._configuration(), dtype=self.dtype)
+
+    @staticmethod
+    def _numel(parameter: nn.Parameter) -> int:
+        """Of a trained parameter, which stage 3 may have emptied."""
+        return int(getattr(parameter, "ds_numel", parameter.numel())) if parameter.requires_grad else 0
 
     def _share(self, whole: torch.Tensor) -> torch.Tensor:
         """What this rank will hold of a tensor, or more: flat, in float32, a copy."""
@@ -91,6 +103,7 @@ class ZeroEngine(Engine):
             "zero_optimization": {
                 "stage": zero.stage,
                 "overlap_comm": False,
+                "reduce_bucket_size": min(_BUCKET, sum(self._numel(p) for p in self.model.parameters())),
                 **({"offload_optimizer": {"device": "cpu"}} if zero.offload else {}),
                 # Gradients of small parameters are summed like the others, not kept whole on each rank.
                 **({"stage3_param_persistence_threshold": 0} if zero.stage == 3 else {}),
@@ -189,6 +202,12 @@ class ZeroEngine(Engine):
                 value = tensors[f"{key}/{self._names[parameter]}"].reshape(-1)
                 part.copy_(value[first : first + part.numel()])
 
+    def offloaded(self) -> int:
+        """Bytes of this rank's state that lie on the host: parameters, gradients and moments of its parts, in float32
+        (DeepSpeed's documentation of offload_optimizer).
+        """
+        return 16 * sum(flat.numel() for flat in self._flats()) if self._recipe.zero.offload and self._zero else 0
+
     # Where ZeRO keeps its parts
 
     def _flats(self) -> list[torch.Tensor]:
@@ -231,6 +250,42 @@ class ZeroEngine(Engine):
             for key in _KEYS if moments else _KEYS[:1]:
                 whole = self._torch.state[flat][key] if key else flat
                 yield parameter, key, whole.detach().narrow(0, start, numel), first
+
+
+def leave() -> None:
+    """Leave the process group, and let DeepSpeed forget what it has made of it."""
+    if dist.is_initialized():
+        _deepspeed(torch.device("cpu")).comm.destroy_process_group()
+
+
+def _time_collectives(backend: Any, ranks: Ranks) -> None:
+    """Let ranks.waited() count what DeepSpeed's ranks stand in collectives: all of them go through this object.
+
+    Of one that is begun here and awaited later both ends count, and what is computed in between does not.
+    """
+    for name in COLLECTIVES:
+        usual = getattr(type(backend), name)
+
+        def timed(*arguments: Any, usual: Any = usual, **options: Any) -> Any:
+            with ranks.timed():
+                work = usual(backend, *arguments, **options)
+            return work if work is None else _TimedWork(work, ranks)
+
+        setattr(backend, name, timed)
+
+
+class _TimedWork:
+    """A collective under way."""
+
+    def __init__(self, work: Any, ranks: Ranks) -> None:
+        self._work, self._ranks = work, ranks
+
+    def wait(self, *arguments: Any) -> Any:
+        with self._ranks.timed():
+            return self._work.wait(*arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._work, name)
 
 
 def _deepspeed(device: torch.device) -> Any:

@@ -9,7 +9,7 @@ import hashlib
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,9 @@ def costs(
     gpu = own_gpu(profile, cluster)
     limits = {name: size * (1 << 30) for _, name, size in GPUS if name in SHOWN_GPUS}
     rate, source = _rate(profile, like, samples_per_second)
-    samples = sum(stage.samples for stage in stages)
-    hours = samples / rate / 3600 if rate else None
+    samples = _sum(stage.samples for stage in stages)
+    last = stages[-1].epoch_samples
+    hours = samples / rate / 3600 if rate and samples is not None else None
     bytes_per_second = write_rate(folder)
     megabytes = max(stage.checkpoint_megabytes for stage in stages)
     save = megabytes * 1e6 / bytes_per_second
@@ -72,11 +73,11 @@ def costs(
         "host_gigabytes_per_node": round(host, 3),
         "parameters": max(stage.parameters for stage in stages),
         "trainable": max(stage.trainable for stage in stages),
-        "steps": sum(stage.steps for stage in stages),
+        "steps": _sum(stage.steps for stage in stages),
         "samples_per_second": rate,
         "samples_per_second_from": source,
         "hours": hours,
-        "hours_per_epoch": stages[-1].epoch_samples / rate / 3600 if rate else None,
+        "hours_per_epoch": last / rate / 3600 if rate and last is not None else None,
         "gpu_hours": hours * profile.world if hours is not None and profile.gpus_per_node else None,
         "checkpoint_megabytes": round(megabytes, 3),
         "megabytes_per_second": round(bytes_per_second / 1e6, 1),
@@ -84,6 +85,12 @@ def costs(
         "grace_seconds": grace,
         "signal_seconds": profile.signal_seconds if profile.cluster == "slurm" else None,
     }
+
+
+def _sum(counts: Iterable[int | None]) -> int | None:
+    """Of all stages; None where that of one is not known."""
+    known = list(counts)
+    return None if None in known else sum(count for count in known if count is not None)
 
 
 def fits(gigabytes: float, gpu_bytes: float) -> bool:

@@ -95,6 +95,9 @@ class Runs:
         self.results, self.height = results, height
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if not self.results:
+            yield Text("no run is there: 'launch.py train RECIPE --on PROFILE' starts one in runs/")
+            return
         shown, notes = list(self.results), self._notes()
         if self.height is not None:
             said = len(notes)
@@ -328,13 +331,14 @@ def plan(result: dict[str, Any]) -> Iterator[RenderableType]:
     for stage in result["stages"]:
         table.add_row(
             stage["name"],
-            f"{stage['steps']:,}",
+            "?" if stage["steps"] is None else f"{stage['steps']:,}",
             f"{stage['trainable']:,} of {stage['parameters']:,}",
             f"{stage['gigabytes_per_gpu']:.2f}",
             f"{stage['micro_batch']} x {stage['tokens']} tokens, {stage['views']} view(s)",
             f"{stage['checkpoint_megabytes']:.1f}",
         )
     yield table
+    yield from result["assumed"]
     yield "fits on: " + ", ".join(f"{card} {'yes' if fits else 'NO'}" for card, fits in result["fits_on"].items())
     if result["hours"] is None:
         yield "hours: unknown; --like RUN takes the samples/s of an earlier run"

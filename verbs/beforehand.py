@@ -30,8 +30,8 @@ def plan(
 ) -> None:
     """Before queueing: memory per GPU, steps and hours, size and time of a checkpoint against the grace.
 
-    The model's real step is traced without values, so that a large one takes a minute and no memory; of model.weights
-    the config.json is enough. Exit status 1 where it cannot fit.
+    The model's real step is traced without values, so that a large one takes a minute and no memory. Weights and shards
+    may be missing: it says what stands in for them. Exit status 1 where it cannot fit.
     """
     from radhpc import recipe as recipes
     from radhpc.run_dir import RunDir
@@ -40,11 +40,13 @@ def plan(
     chosen, profile = recipes.load(recipe, overrides or []), profiles.load(on)
     earlier = RunDir.open(like) if like else None
     from radhpc.plan import foretell
+    from radhpc.standins import told
 
     # With a range of nodes a GPU holds most on the fewest of them.
     stages = foretell(chosen, profile.least_nodes * profile.tasks_per_node, bool(profile.gpus_per_node))
     result = plans.costs(stages, profile, run, earlier, samples_per_second)
     result["stages"] = [vars(stage) for stage in stages]
+    result["assumed"] = told(chosen)
     say(tables.plan(result), as_json)
     emit(result, as_json)
     raise typer.Exit(0 if result["fits"] else 1)

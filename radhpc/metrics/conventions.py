@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from radhpc.lean import without
 from radhpc.metrics import ngrams
 from radhpc.metrics.bootstrap import Array, Statistic, Sums, mean
 
@@ -210,7 +211,8 @@ def _stem(word: str) -> str:
 
 @functools.cache
 def _stemmer() -> Any:
-    from nltk.stem.porter import PorterStemmer
+    with without("sklearn", "scipy", "scipy.stats"):  # which nltk loads for its classifiers
+        from nltk.stem.porter import PorterStemmer
 
     return PorterStemmer()
 

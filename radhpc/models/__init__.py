@@ -13,6 +13,8 @@ from radhpc import weights
 from radhpc.recipe import Model
 
 Arrays = dict[str, npt.NDArray[Any]]
+# (what makes a part without values, its folder, its name) -> the part; None where its folder must be read at once.
+Load = Callable[[Callable[[], Any], str, str], Any]
 
 
 class Taps(NamedTuple):
@@ -33,8 +35,10 @@ class ModelFamily(Protocol):
     tokenizer: Any
     blocks: tuple[type[torch.nn.Module], ...]  # the layers that are sharded and recomputed one by one
 
-    def build(self, seed: int) -> torch.nn.Module:
-        """The whole model on the CPU, in float32 and in evaluation mode."""
+    def build(self, seed: int, load: "Load | None" = None) -> torch.nn.Module:
+        """The whole model on the CPU, in float32 and in evaluation mode. `load`: for what is put together from several
+        folders, how each is read, where not at once.
+        """
         ...
 
     def build_empty(self) -> torch.nn.Module:

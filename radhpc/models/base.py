@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from radhpc.errors import UserError, first_line, nearest
-from radhpc.models import Arrays
+from radhpc.models import Arrays, Load, Taps
 from radhpc.recipe import Model
 
 Inputs = Mapping[str, torch.Tensor]
@@ -141,20 +141,13 @@ class InText:
         """A part's configuration: its folder's, or the recipe's keys, each of which its class must know."""
         if (folder := self.recipe.folders.get(part)) is not None:
             return AutoConfig.from_pretrained(folder, local_files_only=True)
-        given = self.recipe.config or {}
-        for key in given:
-            if key not in ("text", "vision"):
-                raise UserError(f"model.config: unknown key '{key}'; allowed are text and vision")
-        keys = dict(given.get(part, {}))
+        keys = keys_of(self.recipe.config, part)
         kind = keys.pop("model_type", kind)
         if kind not in CONFIG_MAPPING:
             raise UserError(
                 f"model.config.{part}: no 'model_type' of transformers is '{kind}'{nearest(kind, CONFIG_MAPPING)}"
             )
-        known = CONFIG_MAPPING[kind]()
-        for key in keys:
-            if not hasattr(known, key):
-                raise UserError(f"model.config.{part}: '{key}' is no key of transformers' {type(known).__name__}")
+        check_keys(keys, part, CONFIG_MAPPING[kind])
         return CONFIG_MAPPING[kind](**keys)
 
     # Models.
@@ -180,9 +173,44 @@ class InText:
         encode_inside_forward(model, self.image_parts)
         return model.eval()
 
+    def projector(self, model: Any) -> torch.nn.Module:
+        """What gives the vectors of images, (..., width), one study behind the other as their tokens stand."""
+        found: torch.nn.Module = model.model.multi_modal_projector
+        return found
+
+    def taps(self, model: Any) -> Taps:
+        """Images as the language model gets them; of what is said its words alone, as the first layer sees images."""
+        text, language = model.get_input_embeddings(), model.model.language_model
+        return Taps(self.projector(model), text, language, self.config.text_config.hidden_size, self._pool)
+
+    def _pool(self, vectors: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """(..., width) -> the mean over the vectors of each row's views, (B, width)."""
+        vectors = vectors.flatten(0, -2)
+        counts = (batch["input_ids"] == self.image_token_id).sum(1, keepdim=True)
+        ends = counts.cumsum(0)
+        number = torch.arange(len(vectors), device=vectors.device)
+        own = (number >= ends - counts) & (number < ends)
+        return (own / counts.clamp_min(1)).to(vectors.dtype) @ vectors
+
     def image_parts(self, input_ids: torch.Tensor, inputs: Inputs) -> dict[str, list[int]]:
         """Of the inputs whose first axis is not the batch's: how many entries belong to each of its rows."""
         return {}
+
+
+def keys_of(config: dict[str, Any] | None, part: str) -> dict[str, Any]:
+    """What a recipe's model.config says of a part. Raises UserError for a part that no model has."""
+    for key in config or {}:
+        if key not in ("text", "vision"):
+            raise UserError(f"model.config: unknown key '{key}'; allowed are text and vision")
+    return dict((config or {}).get(part, {}))
+
+
+def check_keys(keys: Mapping[str, Any], part: str, kind: Callable[[], Any]) -> None:
+    """Raise UserError for a key that transformers' configuration class `kind` does not have."""
+    known = kind()
+    for key in keys:
+        if not hasattr(known, key):
+            raise UserError(f"model.config.{part}: '{key}' is no key of transformers' {type(known).__name__}")
 
 
 def read_tokenizer(folder: str) -> Any:
@@ -216,10 +244,16 @@ def loaded(kind: Any, folder: str, part: str, attention: str, config: Any = None
     return model
 
 
-def language_model(folder: str | None, config: Any, attention: str) -> Any:
+def language_model(folder: str | None, config: Any, attention: str, load: Load | None = None) -> Any:
     """With its head. A token that was added to its tokenizer starts as the mean of the others."""
+
+    def make() -> Any:
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+
     if folder is None:
-        return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+        return make()
+    if load is not None and (promised := load(make, folder, ".text")) is not None:
+        return promised
     model = loaded(AutoModelForCausalLM, folder, ".text", attention)
     old = model.get_input_embeddings().num_embeddings
     if old < config.vocab_size:
@@ -230,11 +264,24 @@ def language_model(folder: str | None, config: Any, attention: str) -> Any:
     return model
 
 
-def vision_model(folder: str | None, config: Any, kind: Any, attention: str) -> Any:
+def vision_model(folder: str | None, config: Any, kind: Any, attention: str, load: Load | None = None) -> Any:
     """Of class `kind`, from a folder that may hold more than that, or random."""
+
+    def make() -> Any:
+        return kind._from_config(config, dtype=torch.float32, attn_implementation=attention)
+
     if folder is None:
-        return kind._from_config(config, attn_implementation=attention)
+        return make()
+    if load is not None and (promised := load(make, folder, ".vision")) is not None:
+        return promised
     return loaded(kind, folder, ".vision", attention, config)
+
+
+def values(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """Of a parameter that may be a promise (placing.py) the whole tensor, in float32."""
+    promise: Any = getattr(parameter, "promise", None)
+    whole: torch.Tensor = parameter.detach() if promise is None else promise.rows(0, len(parameter)).float()
+    return whole
 
 
 def encode_inside_forward(model: Any, parts: Callable[[torch.Tensor, Inputs], dict[str, list[int]]]) -> None:

@@ -25,7 +25,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from radhpc import processors
-from radhpc.models import Arrays
+from radhpc.models import Arrays, Load
 from radhpc.models.base import Inputs, InText, language_model, loaded, vision_model
 from radhpc.processors import ClipImages
 from radhpc.recipe import Model
@@ -74,15 +74,17 @@ class Family(InText):
             image_seq_length=(vision.image_size // vision.patch_size) ** 2,
         )
 
-    def build(self, seed: int) -> Any:
+    def build(self, seed: int, load: Load | None = None) -> Any:
         """From the folder, or put together: what no folder holds is random, a pure function of the seed."""
         folders = self.recipe.folders
         if "model" in folders:
             return self.finish(loaded(LlavaForConditionalGeneration, folders["model"], "", self.kernels))
         torch.manual_seed(seed)
         whole: Any = self.build_empty()
-        language = language_model(folders.get("text"), self.config.text_config, self.kernels)
-        vision = vision_model(folders.get("vision"), self.config.vision_config, CLIPVisionModel, self.kernels)
+        language = language_model(folders.get("text"), self.config.text_config, self.kernels, load)
+        vision = vision_model(folders.get("vision"), self.config.vision_config, CLIPVisionModel, self.kernels, load)
+        if folders:
+            torch.manual_seed(seed)  # however the parts were read
         whole.model.vision_tower, whole.model.language_model = vision, language.model
         whole.model.multi_modal_projector, whole.lm_head = LlavaMultiModalProjector(self.config), language.lm_head
         return self.finish(whole)

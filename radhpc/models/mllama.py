@@ -24,8 +24,8 @@ from transformers.models.mllama.processing_mllama import (
 
 from radhpc import processors
 from radhpc.errors import UserError, first_line
-from radhpc.models import Arrays, Taps, _mllama_attention, _mllama_tiles
-from radhpc.models.base import loaded, read_tokenizer
+from radhpc.models import Arrays, Load, Taps, _mllama_attention, _mllama_tiles
+from radhpc.models.base import check_keys, keys_of, loaded, read_tokenizer
 from radhpc.processors import MllamaImages
 from radhpc.recipe import Model
 
@@ -93,19 +93,9 @@ class Family:
     def _configuration(self) -> MllamaConfig:
         if self._recipe.weights is not None:
             return MllamaConfig.from_pretrained(self._recipe.weights, local_files_only=True)
-        given = self._recipe.config
-        assert given is not None
-        unknown = set(given) - {"text", "vision"}
-        if unknown:
-            raise UserError(f"model.config: unknown key '{unknown.pop()}'; allowed are text and vision")
-        text, vision = dict(given.get("text", {})), dict(given.get("vision", {}))
-        for part, keys, known in (
-            ("text", text, upstream.MllamaTextConfig()),
-            ("vision", vision, upstream.MllamaVisionConfig()),
-        ):
-            for key in keys:
-                if not hasattr(known, key):
-                    raise UserError(f"model.config.{part}: '{key}' is no key of transformers' {type(known).__name__}")
+        text, vision = (keys_of(self._recipe.config, part) for part in ("text", "vision"))
+        check_keys(text, "text", upstream.MllamaTextConfig)
+        check_keys(vision, "vision", upstream.MllamaVisionConfig)
         # Upstream's output head has no row for the image token, which is therefore the last one.
         text |= {
             "vocab_size": self.image_token_id,
@@ -118,7 +108,7 @@ class Family:
         except Exception as error:  # transformers raises several kinds for values that do not fit
             raise UserError(f"model.config: {first_line(error)}") from error
 
-    def build(self, seed: int) -> torch.nn.Module:
+    def build(self, seed: int, load: Load | None = None) -> torch.nn.Module:
         """Random weights from the configuration (a pure function of the seed), or the local folder's."""
         if self._recipe.weights is not None:
             model = loaded(MllamaForConditionalGeneration, self._recipe.weights, "", self._recipe.attention)
@@ -169,7 +159,15 @@ class Family:
         # Text before an image cannot see it, so the images come first.
         content = [{"type": "image"}] * images + [{"type": "text", "text": text}]
         chat = [{"role": "user", "content": content}]
-        return str(self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+        return str(
+            self.tokenizer.apply_chat_template(
+                chat,
+                chat_template=self._recipe.chat_template,
+                tokenize=False,
+                add_generation_prompt=True,
+                image_token="<|image|>",
+            )
+        )
 
     def place_images(self, ids: list[int], images: Arrays) -> list[int]:
         return ids  # an image is one token, at which nothing stands

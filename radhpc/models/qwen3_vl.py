@@ -21,7 +21,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from radhpc import processors
 from radhpc.errors import UserError
-from radhpc.models import Arrays
+from radhpc.models import Arrays, Load
 from radhpc.models.base import Inputs, InText, loaded
 from radhpc.models.study_processor import StudyProcessor
 from radhpc.processors import QwenImages
@@ -70,7 +70,7 @@ class Family(InText):
             vision_end_token_id=known.get("<|vision_end|>", -1),
         )
 
-    def build(self, seed: int) -> Any:
+    def build(self, seed: int, load: Load | None = None) -> Any:
         """From the folder, or random: a pure function of the seed."""
         if folder := self.recipe.folders.get("model"):
             return self.finish(loaded(Qwen3VLForConditionalGeneration, folder, "", self.kernels))
@@ -85,6 +85,10 @@ class Family(InText):
     def chat_template(self) -> str | None:
         """The tokenizer's, if it is Qwen3-VL's own."""
         return None if "model" in self.recipe.folders else self.CHAT_TEMPLATE
+
+    def projector(self, model: Any) -> torch.nn.Module:
+        found: torch.nn.Module = model.model.visual.merger
+        return found
 
     def processor(self) -> Any:
         """For those who have no radhpc. transformers' own wants torchvision, for films."""

@@ -26,8 +26,8 @@ from transformers.models.swin.modeling_swin import SwinLayer
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from radhpc import processors
-from radhpc.models import Arrays
-from radhpc.models.base import InText, language_model, vision_model
+from radhpc.models import Arrays, Load
+from radhpc.models.base import InText, language_model, values, vision_model
 from radhpc.models.connector import Sasa
 from radhpc.models.study_processor import StudyProcessor
 from radhpc.models.swin_llava import SwinQwen, build_connector, features_of
@@ -77,17 +77,19 @@ class Family(InText):
             connector=self.connector.model_dump(exclude={"concepts"}),
         )
 
-    def build(self, seed: int) -> Any:
+    def build(self, seed: int, load: Load | None = None) -> Any:
         """From the folders; what none of them holds is random, a pure function of the seed."""
         folders, config = self.recipe.folders, self.config
         torch.manual_seed(seed)
         whole: Any = self.build_empty()
-        language = language_model(folders.get("text"), config.text_config, self.kernels)
-        vision = vision_model(folders.get("vision"), config.vision_config, SwinModel, self.kernels)
+        language = language_model(folders.get("text"), config.text_config, self.kernels, load)
+        vision = vision_model(folders.get("vision"), config.vision_config, SwinModel, self.kernels, load)
         vision.pooler = None
+        if folders:
+            torch.manual_seed(seed)  # however the parts were read
         connector = build_connector(config)
         if isinstance(connector, Sasa):
-            connector.set_concepts(self._concepts(language.get_input_embeddings().weight.detach()))
+            connector.set_concepts(self._concepts(values(language.get_input_embeddings().weight)))
         whole.model.vision_tower, whole.model.language_model = vision, language.model
         whole.model.multi_modal_projector, whole.lm_head = connector, language.lm_head
         return self.finish(whole)

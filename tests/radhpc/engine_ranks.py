@@ -4,9 +4,11 @@ The ranks of all engines and worlds are forked from one process that has importe
 second; see Lives.
 """
 
+import gc
 import json
 import multiprocessing
 import os
+import shutil
 import socket
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -15,13 +17,16 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 
-from radhpc import adapters, models, placing, quantise, zero
+from radhpc import adapters, models, placing, plan, quantise, zero
+from radhpc.allocations import Allocations
 from radhpc.collate import Batch, Encoder
 from radhpc.dist import Ranks
 from radhpc.engine import Engine
 from radhpc.recipe import Recipe, load
 from radhpc.source import Source
+from tests.conftest import ROOT
 
 SPECS: dict[str, list[str]] = {
     "single": ["engine=single"],
@@ -95,6 +100,7 @@ def train_and_save(life: Life, name: str, stages: tuple[int, ...] = (0, 1)) -> d
             "numbers": sum(p.numel() for p in engine.model.parameters() if not p.requires_grad),
             "scale": engine.scaler.value if engine.scaler is not None else None,
         }
+    life.ranks.barrier()  # what the first rank has written is there for all
     return results
 
 
@@ -117,9 +123,9 @@ def go_on(life: Life, name: str, sources: list[tuple[str, int]]) -> dict[str, An
     return results
 
 
-def train_and_go_on(life: Life, name: str, stage: int) -> dict[str, Any]:
-    """Both, in one life."""
-    return train_and_save(life, name, (stage,)) | go_on(life, name, [(name, stage)])
+def train_and_go_on(life: Life, name: str, stages: tuple[int, ...], sources: list[tuple[str, int]]) -> dict[str, Any]:
+    """Both, in one life: from its own checkpoint of the first of the stages, and from these."""
+    return train_and_save(life, name, stages) | go_on(life, name, [(name, stages[0]), *sources])
 
 
 def read_folder(life: Life, name: str) -> dict[str, Any]:
@@ -167,12 +173,81 @@ def read_folder(life: Life, name: str) -> dict[str, Any]:
     }  # type: ignore[union-attr,operator]
 
 
+def read_parts(life: Life, name: str) -> dict[str, Any]:
+    """What is not the same in models of two folders, whose tokenizer was given a token more, and the families' own way
+    to them.
+    """
+    from transformers import AutoModelForCausalLM
+
+    differs = {}
+    for twin in ("gla", "lightmedvlm"):
+        path, folder = ROOT / "recipes" / "tiny" / f"{twin}.yaml", life.folder / f"{name}.{twin}"
+        if life.ranks.first:
+            made: Any = models.family(load(path, ["shards=[none]"]).model, str(life.folder / "tokenizer"))
+            made.build(3).model.vision_tower.save_pretrained(folder / "vision")
+            shutil.copytree(life.folder / "tokenizer", folder / "text")
+            for file in (folder / "text").glob("tokenizer*.json"):
+                file.write_text(file.read_text().replace("<|image|>", "<|other|>"))
+            language = AutoModelForCausalLM.from_config(made.config.text_config)
+            language.save_pretrained(folder / "text", max_shard_size="100KB")
+        life.ranks.barrier()
+        folders = f"model.weights={{vision: {folder}/vision, text: {folder}/text}}"
+        recipe = load(path, ["model.config=null", "model.tokenizer={}", folders, "shards=[none]"])
+        assert recipe.model.tokenizer_folder is not None
+        family: Any = models.family(recipe.model, recipe.model.tokenizer_folder)
+        whole, promised = family.build(7), placing.build(family, recipe.model, 7)
+        read = {n for n, p in promised.named_parameters() if p.untyped_storage().nbytes() > 4}
+        assert all("multi_modal_projector" in n for n in read), f"a value was read: {read}"
+        assert promised.get_input_embeddings().num_embeddings > language_rows(folder / "text")
+        adapters.choose_trained(promised, recipe.stages[0])
+        engine = Engine(promised, recipe, recipe.stages[0].optimizer, family.blocks, life.ranks)
+        state, wanted = engine.model.state_dict(), whole.state_dict()
+        assert state.keys() == wanted.keys()
+        found = {n: value.full_tensor() if isinstance(value, DTensor) else value for n, value in state.items()}
+        other = [n for n in wanted if not torch.equal(found[n], wanted[n])]
+        theirs = dict(whole.named_buffers())
+        other += [n for n, value in engine.model.named_buffers() if not torch.equal(value, theirs[n])]
+        differs[twin] = other
+    return differs
+
+
+def peak(life: Life, name: str, stage: int) -> float:
+    """Gigabytes of live tensors at the peak of a real step, over the batch that `plan` would take."""
+    recipe, chosen = life.recipe, life.recipe.stages[stage]
+    source = Source(recipe.shards, "train")
+    family, _ = plan._family(recipe, source, life.folder / f"{name}.tokenizer.{life.ranks.rank}")
+    encoder = Encoder(family, recipe.text, recipe.images)
+    rows, _, _ = plan._largest_rows(recipe, source, encoder, chosen.micro_batch or 1, False)
+    life.family, batch = family, encoder.batch(rows)
+    engine = life.engine(stage)
+    held = [
+        *engine.model.parameters(),
+        *engine.model.buffers(),
+        *batch.values(),
+        *getattr(engine, "_values", {}).values(),
+    ]
+    held += [p.ds_tensor for p in engine.model.parameters() if hasattr(p, "ds_tensor")]
+    with Allocations(held) as memory:
+        return plan.trace(engine, [batch, batch], memory) / 1e9
+
+
+def foretold(life: Life, name: str, world: int) -> list[float]:
+    """The same by `plan`, of each stage, without peers."""
+    return [stage.gigabytes_per_gpu for stage in plan.foretell(life.recipe, world)]
+
+
+def language_rows(folder: Path) -> int:
+    """Tokens that a language model's folder has vectors for."""
+    return int(json.loads((folder / "config.json").read_text())["vocab_size"])
+
+
 def _main(folder: Path, name: str, spec: str, overrides: list[str], work: Callable[..., Any], rank: int, world: int,
           port: int) -> None:  # fmt: skip
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
     }  # fmt: skip
+    gc.freeze()  # what was imported before the fork is no garbage, and DeepSpeed looks for some often
     torch.set_num_threads(1)
     life = Life(folder, spec, overrides)
     results = work(life, name)

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch._inductor.config as inductor
 
 from bench.chaos import losses
 from radhpc import compiling, worker
@@ -25,6 +26,9 @@ def test_compiled_layers_train_as_plain_ones_and_are_kept(
 ) -> None:
     monkeypatch.setenv(compiling.CACHE, "")
     monkeypatch.delenv(compiling.CACHE)
+    # The C++ compiler takes most of the time, to make kernels of a few numbers fast.
+    monkeypatch.setattr(inductor.cpp, "simdlen", 1)
+    monkeypatch.setattr(inductor.aot_inductor, "debug_compile", True)
     compiled = RunDir.create(tmp_path / "compiled", load(recipe_file, [*SHORT, "model.compile=true"]))
     assert worker.run(str(compiled.path)).state == "finished"
     assert os.environ[compiling.CACHE] == str(compiled.path / "compiled")

@@ -19,8 +19,9 @@ from radhpc import models
 from radhpc.collate import Encoder
 from radhpc.errors import UserError
 from radhpc.models.connector import Abstractor, Sasa
-from radhpc.recipe import Recipe, load
+from radhpc.recipe import Images, Recipe, load
 from radhpc.run_dir import RunDir, node_name
+from radhpc.sample import Report, Sample, View
 from radhpc.tokenizer import train as train_tokenizer
 from tests.conftest import ROOT
 
@@ -277,6 +278,34 @@ def test_swin_qwen_generates_what_its_forward_pass_says(built: Any) -> None:
     assert said == wanted
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_studys_features_are_its_own(built: Any, name: str) -> None:
+    """What the objective pools of a row does not depend on the other rows, their views and their padding."""
+    family, model = built(name)
+    taps = family.taps(model)
+    asked = Encoder(family, short(name, "none").text)
+    rows = [
+        asked.encode_prompt("a", None, [view(90, 70), view(60, 100, 1)]),
+        asked.encode_prompt("b", "Is there an effusion in the left lower lobe?", [view(80, 80, 2)]),
+    ]
+
+    def pooled(*some: Any) -> torch.Tensor:
+        heard = []
+        batch = asked.batch(list(some))
+        hook = taps.image.register_forward_hook(lambda module, given, output: heard.append(taps.pool(output, batch)))
+        with torch.no_grad():
+            model(**{key: value for key, value in batch.items() if key != "labels"})
+        hook.remove()
+        (found,) = heard
+        assert found.shape == (len(some), taps.width)
+        return found  # type: ignore[no-any-return]
+
+    together = pooled(*rows)
+    for number, row in enumerate(rows):
+        assert torch.allclose(together[number], pooled(row)[0], atol=1e-5)
+    assert not torch.allclose(together[0], together[1], atol=1e-3)
+
+
 # Models.
 
 
@@ -325,6 +354,27 @@ def test_a_connector_turns_features_into_as_many_tokens_as_it_says(tokenizer: st
         assert family.build(0)(**batch).logits.isfinite().all()
 
 
+def test_views_come_in_the_order_that_the_recipe_says(built: Any) -> None:
+    family, _ = built("llava")
+    views = [view(90, 90, n) for n in range(4)]
+    shown = tuple(View(view=name, width=90, height=90) for name in ("LATERAL", None, "pa", "AP"))
+    sample = Sample(
+        dataset="d", patient="0" * 16, study="0" * 16, split="train", images=shown, report=Report(findings="Clear.")
+    )
+    images = Images(order=("PA", "AP", "LATERAL"), views=3)  # type: ignore[call-arg]
+    asked = Encoder(family, short("llava", "none").text, images)
+    wanted = family.encode_images([views[2], views[3], views[0]])["pixel_values"]
+    for encoded in (asked.encode("", sample, views), asked.encode_prompt("", None, views, sample)):
+        assert np.array_equal(encoded.images["pixel_values"], wanted)
+    assert not np.array_equal(asked.encode_prompt("", None, views).images["pixel_values"], wanted), "files of a user"
+
+
+def test_mllama_takes_a_chat_template_too(tokenizer: str) -> None:
+    template = "'{{ image_token }}{{ messages[0].content[1].text }}'"
+    recipe = load(ROOT / "recipes" / "tiny" / "radixpert.yaml", [f"model.chat_template={template}"])
+    assert models.family(recipe.model, tokenizer).prompt("What?", 1) == "<|image|>What?"
+
+
 def test_a_studys_views_are_averaged_whatever_pads_the_batch(built: Any) -> None:
     family, model = built("swin_qwen")
     views = [view(90, 90), view(100, 100, 1)]
@@ -364,4 +414,11 @@ def test_a_recipe_that_does_not_fit_gets_one_line(tokenizer: str) -> None:
     assert "1 image(s) become 0 times <|image|>" in llava("model.chat_template='{{ bos_token }}USER:'")
     assert "'text' has both 'weights' and 'config'" in llava("model.weights={text: somewhere}")
     assert "an abstractor pools to a square" in refused("swin_qwen", "model.connector={kind: abstractor, latents: 15}")
+    assert "does not take weights.text" in refused("llava", "model={family: mllama, weights: {text: somewhere}}")
+    assert "a mapping names parts" in refused(
+        "llava", "model={family: mllama, weights: {model: x}, tokenizer: {folder: x}}"
+    )
+    assert "a mapping names parts" in refused(
+        "llava", "model={family: mllama, weights: {}, tokenizer: {train_vocabulary: 400}}"
+    )
     assert "'concepts' do not fit into 3 'latents'" in refused("swin_qwen", "model.connector={latents: 3}")

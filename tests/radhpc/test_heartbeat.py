@@ -4,12 +4,14 @@ The ranks are real: processes that meet over gloo and train a tiny run. A forkse
 them in a moment.
 """
 
+import itertools
 import json
 import multiprocessing
 import os
 import re
 import signal
 import socket
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -122,12 +124,39 @@ def endless_load() -> None:
 
 
 def one_slow_rank() -> None:
-    """A step of 0.3 s on both, and on rank 1 of 1.2 s after two windows. Sleep is the same on a busy machine."""
+    """Steps of 0.3 s on both, and on rank 1 four times as long after two windows, however busy the machine is."""
     from radhpc import straggler
 
     straggler.WINDOW = WINDOW
-    at_step(range(2 * WINDOW), lambda: time.sleep(0.3))
-    at_step(range(2 * WINDOW, 1000), lambda: time.sleep(1.2 if os.environ["RANK"] == "1" else 0.3))
+    begun: list[float] = []
+
+    def sleep() -> None:
+        time.sleep(0.3)
+        begun.append(time.monotonic())
+        if os.environ["RANK"] == "1" and len(begun) > 2 * WINDOW:
+            steps = [after - before for before, after in itertools.pairwise(begun[: 2 * WINDOW])]
+            time.sleep(3 * statistics.median(steps))
+
+    at_step(range(1000), sleep)
+
+
+def another_recipe() -> None:
+    """As on a node whose file system still shows the file of yesterday."""
+    before = RunDir.recipe
+    RunDir.recipe = lambda self: before(self).model_copy(update={"seed": 77})  # type: ignore[method-assign]
+
+
+def full_gpu() -> None:
+    import torch
+
+    from radhpc import exhausted
+
+    exhausted.SECONDS = 0  # what it would foretell is tested in test_engines.py
+
+    def out_of_memory() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    at_step(4, out_of_memory)
 
 
 TROUBLES: dict[str, tuple[int | None, Callable[[], None]]] = {
@@ -137,6 +166,8 @@ TROUBLES: dict[str, tuple[int | None, Callable[[], None]]] = {
     "away": (0, lambda: at_step(4, lambda: time.sleep(600))),
     "load": (1, endless_load),
     "slow": (None, one_slow_rank),
+    "recipe": (1, another_recipe),
+    "memory": (1, full_gpu),
     "long": (None, long_pieces),
 }
 
@@ -144,7 +175,7 @@ TROUBLES: dict[str, tuple[int | None, Callable[[], None]]] = {
 @pytest.fixture(scope="module")
 def nursery() -> Any:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["radhpc.worker", "transformers.models.mllama.modeling_mllama"])
+    context.set_forkserver_preload(["radhpc.worker", "deepspeed", "transformers.models.mllama.modeling_mllama"])
     return context
 
 
@@ -154,9 +185,9 @@ def start(nursery: Any, tmp_path: Path, recipe_file: Path) -> Iterator[START]:
     ranks: list[ForkServerProcess] = []
 
     def call(
-        trouble: str = "", limit: float = LIMIT, slow: float = 60, steps: int = 400, world: int = 2
+        trouble: str = "", limit: float = LIMIT, slow: float = 60, steps: int = 400, world: int = 2, more: Any = ()
     ) -> list[ForkServerProcess]:
-        changes = [f"stages.scratch.steps={steps}", "checkpoint.every=1000"]
+        changes = [f"stages.scratch.steps={steps}", "checkpoint.every=1000", *more]
         RunDir.create(tmp_path / "run", load(recipe_file, changes))
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -282,9 +313,14 @@ def test_a_rank_whose_peer_died_does_not_wait_for_it(start: START, tmp_path: Pat
     assert found["cause"] == f"rank 1 on {HOST}: process {ranks[1].pid} is gone"
 
 
-def test_a_slow_rank_is_named_once_and_equal_ranks_never(start: START, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "engine",
+    [["engine=fsdp"], ["engine=deepspeed"], ["engine=deepspeed", "zero.stage=2"]],
+    ids=["fsdp", "zero3", "zero2"],
+)
+def test_a_slow_rank_is_named_once_and_equal_ranks_never(start: START, tmp_path: Path, engine: list[str]) -> None:
     run = tmp_path / "run"
-    start("slow")
+    start("slow", more=engine)
     wait_for(lambda: step(run) >= 4 * WINDOW + 1, 90)
     (event,) = told(run, "straggler")  # not in the first two windows, and not in the fourth again
     assert (event["rank"], event["host"], event["step"]) == (1, HOST, 3 * WINDOW)
@@ -293,6 +329,30 @@ def test_a_slow_rank_is_named_once_and_equal_ranks_never(start: START, tmp_path:
     found = RunDir(run).progress()["slowest"]
     assert (found["rank"], found["host"]) == (1, HOST)
     assert not told(run, "stuck")
+
+
+def test_ranks_on_another_recipe_are_told_so_and_all_leave(start: START, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert ended(start("recipe"), 60) == [1, 1]
+    for rank in range(2):
+        found = end(run, rank)
+        assert found is not None
+        assert found["state"] == "mistake"
+        said = (
+            r"rank 1 reads another .*/recipe\.yaml than rank 0: fsdp \w+ there, fsdp \w+ on rank 0; all nodes must .*"
+        )
+        assert re.fullmatch(said, found["cause"])
+    assert not told(run, "first_step")
+
+
+def test_a_gpu_without_memory_is_one_line_and_its_peers_leave(start: START, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert ended(start("memory", limit=60), 60) == [1, 1]
+    ends = [end(run, rank) for rank in range(2)]
+    assert [found and found["state"] for found in ends] == ["lost_peer", "mistake"]
+    assert ends[1] is not None
+    assert ends[1]["cause"].startswith("rank 1's GPU is out of memory; change, in this order: ")
+    assert step(run) == 4
 
 
 def test_long_pieces_of_work_are_no_hang(start: START, tmp_path: Path) -> None:

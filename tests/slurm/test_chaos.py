@@ -1,4 +1,7 @@
-"""Some rounds of bench/chaos.py: whatever happens, the samples, losses and weights are those of a calm run."""
+"""Some rounds of bench/chaos.py: whatever happens, the samples, losses and weights are those of a calm run.
+
+The checkpoints are objects of a store here; the other tests have files.
+"""
 
 import shutil
 import tempfile
@@ -16,7 +19,7 @@ def test_trouble_leaves_no_trace() -> None:
     if missing := chaos.lacking():
         pytest.skip(f"NO CLOCK IS MOVED HERE: {missing}; see `make faketime`")
     folder = Path(tempfile.mkdtemp())  # short, as a box's folder must be
-    ratios, figures = chaos.chaos(folder, ["flipped", "clock", "decision", "full"], seed=1, steps=70)
+    ratios, figures = chaos.chaos(folder, ["flipped", "clock", "decision", "full"], 1, 70, in_store=True)
     shutil.rmtree(folder)
     assert 0 < ratios["goodput"] < 1
     assert figures["lives"] >= 5

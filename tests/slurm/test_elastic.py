@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bench.chaos import losses
+from bench.chaos import losses, setting
 from radhpc.errors import UserError
 from radhpc.ledger import consumed
 from slurm import profile as profiles
@@ -21,18 +21,23 @@ STEPS = ["stages.scratch.steps=60", "stages.adapt.lora.dropout=0", "evaluation.e
 @pytest.mark.box
 @pytest.mark.timeout(280)
 def test_a_run_on_two_nodes_comes_back_on_one_and_then_on_two(
-    launch_json: Launch, launch: Launch, slurm: Callable[..., str], box_profile: Path, recipe_file: Path,
+    launch_json: Launch, launch: Launch, slurm: Callable[..., str], box: str, box_profile: Path, recipe_file: Path,
     tmp_path: Path,
 ) -> None:  # fmt: skip
-    """An urgent job takes one of the two nodes and keeps it; the second life begins on the other one."""
+    """An urgent job takes one of the two nodes and keeps it; the second life begins on the other one. SLURM warns by
+    SIGUSR2, as some sites have it, and that is not taken for the time limit.
+    """
     box_profile.write_text(box_profile.read_text().replace("nodes: 2", "nodes: 1-2"))
     run = tmp_path / "run"
     job = start(launch, recipe_file, box_profile, run, STEPS)
     wait_for(lambda: step(run) >= 4)
-    urgent = slurm(
-        "sbatch", "--parsable", "--partition=urgent", "--nodes=1", "--exclusive", "--output=/dev/null",
-        "--wrap", "sleep 600",
-    ).strip()  # fmt: skip
+    with setting(box, "SlurmctldParameters=preempt_send_user_signal"):
+        urgent = slurm(
+            "sbatch", "--parsable", "--partition=urgent", "--nodes=1", "--exclusive", "--output=/dev/null",
+            "--wrap", "sleep 600",
+        ).strip()  # fmt: skip
+        wait_for(lambda: bool(events(run, "requeued")), 60)
+    assert events(run, "interrupted")[0]["cause"] == "SIGUSR2"
     wait_for(lambda: len(events(run, "started")) == 2 and step(run) >= events(run, "preempted")[0]["step"] + 3)
     slurm("scancel", urgent)
     slurm("scancel", "--signal=USR2", job)  # as before the time limit

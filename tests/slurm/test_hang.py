@@ -20,8 +20,10 @@ pytestmark = [pytest.mark.box, pytest.mark.timeout(180)]
 def test_a_stopped_rank_ends_the_life_and_the_job_comes_back(
     launch: Callable[..., Any], slurm: Callable[..., str], box_profile: Path, recipe_file: Path, tmp_path: Path
 ) -> None:
+    """And comes back elsewhere: with `node_losses: 1` the node of the culprit is left out at once."""
     run = tmp_path / "run"
-    box_profile.write_text(box_profile.read_text() + "hang_seconds: 5\n")
+    text = box_profile.read_text().replace("nodes: 2", "nodes: 1-2")
+    box_profile.write_text(f"{text}hang_seconds: 5\nnode_losses: 1\n")
     job = start(launch, recipe_file, box_profile, run)
     wait_for(lambda: step(run) >= 3)
     pid = rank_pid(job, 1)
@@ -40,4 +42,7 @@ def test_a_stopped_rank_ends_the_life_and_the_job_comes_back(
     assert hung["nodes"] == [culprit["host"]]
     names = [event["event"] for event in events(run)]
     assert names.index("stuck") < names.index("requeued")
+    wait_for(lambda: bool(events(run, "excluded")), 30)
+    assert events(run, "excluded")[0]["nodes"] == [culprit["host"]]
+    assert f"ExcNodeList={culprit['host']}" in slurm("scontrol", "show", "job", job)
     slurm("scancel", job)

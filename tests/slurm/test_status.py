@@ -90,6 +90,10 @@ def test_the_table_fits_and_says_what_it_leaves_out(width: int) -> None:
     assert ("33 h 36" in text) == (width >= 80)
 
 
+def test_without_a_run_it_says_how_to_start_one() -> None:
+    assert printed([], 80).strip() == "no run is there: 'launch.py train RECIPE --on PROFILE' starts one in runs/"
+
+
 def test_a_thousand_waiting_trials_take_one_sentence_and_no_more_lines_than_there_are() -> None:
     trials = [
         result(run=f"/runs/sweep/trials/{n:04}", state="pending", why=reasons.words("JobArrayTaskLimit"))
