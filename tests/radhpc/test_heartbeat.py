@@ -320,7 +320,7 @@ def test_a_rank_whose_peer_died_does_not_wait_for_it(start: START, tmp_path: Pat
 )
 def test_a_slow_rank_is_named_once_and_equal_ranks_never(start: START, tmp_path: Path, engine: list[str]) -> None:
     run = tmp_path / "run"
-    start("slow", more=engine)
+    start("slow", limit=60, more=engine)  # the slow steps are as long as the machine is busy, and no hang
     wait_for(lambda: step(run) >= 4 * WINDOW + 1, 90)
     (event,) = told(run, "straggler")  # not in the first two windows, and not in the fourth again
     assert (event["rank"], event["host"], event["step"]) == (1, HOST, 3 * WINDOW)
@@ -347,7 +347,9 @@ def test_ranks_on_another_recipe_are_told_so_and_all_leave(start: START, tmp_pat
 
 def test_a_gpu_without_memory_is_one_line_and_its_peers_leave(start: START, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert ended(start("memory", limit=60), 60) == [1, 1]
+    codes = ended(start("memory", limit=60), 60)
+    assert codes[1] == 1
+    assert codes[0] in (1, EXIT_STATUS), "by the broken connection, or by the heartbeat"
     ends = [end(run, rank) for rank in range(2)]
     assert [found and found["state"] for found in ends] == ["lost_peer", "mistake"]
     assert ends[1] is not None
