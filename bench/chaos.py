@@ -65,7 +65,7 @@ stages:
     lora: {{rank: 2, alpha: 4, dropout: 0.1, targets: '.*language_model.*(q|v)_proj'}}
     optimizer: {{learning_rate: 1.0e-3, schedule: linear}}
 checkpoint: {{every: 6, keep: 3, url: {checkpoints}}}
-evaluation: {{samples: 4, batch: 2, max_new_tokens: 8, images: 1}}
+evaluation: {{samples: 2, batch: 2, max_new_tokens: 4, images: 1}}
 """
 NOTES = """\
 steps repeated: trained again because a hard kill, a lost node or a broken checkpoint had undone them.
