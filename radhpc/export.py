@@ -347,7 +347,7 @@ def check(exported: Exported, probe: Probe) -> float:
 # What `python -I` hides is the checkout; an installed radhpc is hidden by name.
 _ALONE = """
 import runpy, sys
-for name in ("radhpc", "shards", "slurm", "launch"):
+for name in ("radhpc", "shards", "slurm", "verbs", "launch"):
     sys.modules[name] = None
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,6 +1,6 @@
 """What stands in for weights, tokenizers and shards that are not there yet, so that a plan needs none of them.
 
-Between recipe.py and plan.py:
+Between recipe/ and plan.py:
 
     told(recipe)                            # a line for people for each thing that is not there
     model = configured(recipe.model, Path("/tmp/x"))   # folders with a config.json in the place of missing ones

@@ -76,7 +76,7 @@ def test_every_field_says_its_type() -> None:
     """An attribute without annotation would be no field, and could not be set from a recipe."""
     import ast
 
-    tree = ast.parse((ROOT / "radhpc" / "recipe.py").read_text())
-    for section in (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name != "Section"):
+    nodes = [node for path in (ROOT / "radhpc" / "recipe").glob("*.py") for node in ast.parse(path.read_text()).body]
+    for section in (node for node in nodes if isinstance(node, ast.ClassDef) and node.name != "Section"):
         bare = [node for node in section.body if isinstance(node, ast.Assign)]
         assert not bare, section.name
