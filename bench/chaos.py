@@ -247,24 +247,20 @@ def rank_pid(job: str, rank: int) -> int:
 
 @contextlib.contextmanager
 def frozen(node: str, job: str, conf: str) -> Iterator[None]:
-    """A node whose every process stands still, as when its power is gone; afterwards it starts anew.
-
-    SLURM gives such a node up after SlurmdTimeout, here ten seconds.
-    """
+    """A node whose every process stands still, as when its power is gone; afterwards it starts anew."""
     rank = rank_pid(job, 1)
     assert f"SLURMD_NODENAME={node}".encode() in Path(f"/proc/{rank}/environ").read_bytes()
     step_daemon = int(Path(f"/proc/{rank}/stat").read_text().rsplit(")", 1)[1].split()[1])
     daemon = int((Path(conf).parent / f"{node}.pid").read_text())
-    with setting(conf, "SlurmdTimeout=10"):
+    for pid in (daemon, step_daemon, rank):
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
         for pid in (daemon, step_daemon, rank):
-            os.kill(pid, signal.SIGSTOP)
-        try:
-            yield
-        finally:
-            for pid in (daemon, step_daemon, rank):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            subprocess.run(["slurmd", "-N", node, "-f", conf], check=True, env={**os.environ, **box.ENVIRONMENT})
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        subprocess.run(["slurmd", "-N", node, "-f", conf], check=True, env={**os.environ, **box.ENVIRONMENT})
 
 
 def wait(condition: Callable[[], bool], seconds: float, what: str, every: float = 0.2) -> None:

@@ -19,7 +19,7 @@ STEPS = ["stages.scratch.steps=60", "stages.adapt.lora.dropout=0", "evaluation.e
 
 
 @pytest.mark.box
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(400)
 def test_a_run_on_two_nodes_comes_back_on_one_and_then_on_two(
     launch_json: Launch, launch: Launch, slurm: Callable[..., str], box: str, box_profile: Path, recipe_file: Path,
     tmp_path: Path,
