@@ -21,8 +21,8 @@ from radhpc.log import Bar
 from radhpc.loop import Pace, Position, Report
 from radhpc.operations import peak
 from radhpc.parts import Parts
-from radhpc.recipe import Split
 from radhpc.run_dir import node_name
+from radhpc.sample import Split
 from radhpc.scoring import CLASSIFIERS, classified
 from radhpc.stop import PRUNED, Interrupted, Stop
 from radhpc.straggler import Stragglers
