@@ -37,6 +37,7 @@ from radhpc.files import read_lines
 from radhpc.ledger import consumed
 from radhpc.run_dir import RunDir
 from slurm import box, scheduler
+from slurm.job import port
 from slurm.profile import FOLDER as PROFILES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -299,8 +300,8 @@ def train_with_trainer(folder: Path, run: Path, steps: int) -> None:
 def _join() -> tuple[int, int]:
     """Set PyTorch's variables from SLURM's."""
     rank, world = os.environ["SLURM_PROCID"], os.environ["SLURM_NTASKS"]
-    port = 12000 + (int(os.environ["SLURM_JOB_ID"]) * 7 + int(os.environ.get("SLURM_RESTART_COUNT", "0"))) % 20000
-    os.environ.update(RANK=rank, WORLD_SIZE=world, LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    master_port = str(port(os.environ["SLURM_JOB_ID"]))
+    os.environ.update(RANK=rank, WORLD_SIZE=world, LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=master_port)
     return int(rank), int(world)
 
 

@@ -69,15 +69,11 @@ class Encoder:
         findings: Findings = Findings(),  # type: ignore[call-arg]  # noqa: B008
         seed: int = 0,
         labelled: bool = False,
-        datasets: Sequence[str] = (),
     ) -> None:
-        """`labelled`: whether batches hold the findings, too; `datasets`: whose losses are told apart in training, as
-        those of tasks are. Raises UserError for a prompt that leaves no room.
-        """
+        """`labelled`: whether batches hold the findings, too. Raises UserError for a prompt that leaves no room."""
         self.family, self.text, self.images, self.labelled = family, text, images, labelled
         self.tasks = Tasks(text, findings, seed)
-        known = [*(("dataset", name) for name in dict.fromkeys(datasets)), *(("task", name) for name in text.mixture())]
-        self.kinds = tuple(known) if datasets else ()
+        self.kinds: tuple[tuple[str, str], ...] = ()  # whose losses are told apart: tell_apart
         # Views and patient -> reports of training studies that look alike, where the recipe wants them: parts.py.
         self.alike: Callable[[Sequence[Image.Image], str], list[str]] | None = None
         self._known: dict[tuple[str, int], list[int]] = {}  # the ids of the recipe's own prompts, by number of views
@@ -88,6 +84,11 @@ class Encoder:
                     f"{where}: a prompt of {len(ids)} tokens leaves no room for an answer in text.max_tokens "
                     f"{text.max_tokens}"
                 )
+
+    def tell_apart(self, datasets: Sequence[str]) -> None:
+        """From now on batches say which of these datasets and which task each row is of."""
+        names = dict.fromkeys(datasets)
+        self.kinds = (*(("dataset", name) for name in names), *(("task", name) for name in self.text.mixture()))
 
     def answer(self, sample: Sample) -> str:
         """What the model shall say in an evaluation, of the first task of the recipe that the study can serve."""

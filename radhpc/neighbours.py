@@ -88,17 +88,23 @@ class Library:
     def alike(self, thumbnail: str, count: int, patient: str) -> list[str]:
         """The texts of the most alike, most alike first, without this patient's."""
         similar = self._known @ _vectors([thumbnail])[0]
-        found: list[str] = []
-        for n in np.argsort(-similar, kind="stable"):
-            if len(found) == count:
-                break
-            if self.patients[n] != patient:
-                found.append(self.texts[n])
-        return found
+        similar[self._rows.get(patient, [])] = -np.inf
+        # For each sample of a training: only the few that are alike enough are put in order.
+        least = np.partition(similar, -count)[-count] if count < len(similar) else -np.inf
+        enough = np.flatnonzero((similar >= least) & np.isfinite(similar))
+        return [self.texts[n] for n in enough[np.argsort(-similar[enough], kind="stable")][:count]]
 
     @cached_property
     def _known(self) -> npt.NDArray[Any]:
         return _vectors(self.thumbnails)
+
+    @cached_property
+    def _rows(self) -> dict[str, list[int]]:
+        """Where each patient's studies are."""
+        rows: dict[str, list[int]] = {}
+        for row, patient in enumerate(self.patients):
+            rows.setdefault(patient, []).append(row)
+        return rows
 
     @staticmethod
     def path(training: Source, count: int, folder: Path) -> Path:

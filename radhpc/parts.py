@@ -79,10 +79,8 @@ class Parts:
             recipe, stage = self.recipe, self.recipe.stages[number]
             text, images = recipe.text_of(stage), recipe.images_of(stage)
             labelled = bool(stage.objective.clinical)
-            datasets = [part.manifest.dataset for part in self.source(number, "train").parts]
-            encoder = self._encoders[number] = Encoder(
-                self.family, text, images, recipe.findings, recipe.seed, labelled, datasets
-            )
+            encoder = Encoder(self.family, text, images, recipe.findings, recipe.seed, labelled)
+            self._encoders[number] = encoder
             if text.neighbours:
                 encoder.alike = self._alike(number, text.neighbours)
         return self._encoders[number]

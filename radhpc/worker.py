@@ -204,6 +204,8 @@ def _run_stage(
         del tensors
     elif number:
         seam.check(parts, engine, number)
+    training = parts.source(number, "train")
+    parts.encoder.tell_apart([part.manifest.dataset for part in training.parts])
     compiling.warm_up(parts, engine, stage)
     stop.check(ranks.max)
     _describe(engine, position, parts)
@@ -215,7 +217,7 @@ def _run_stage(
         saving.start_at(position.step)
     evaluating = hooks.Evaluating(parts, engine, board, stop)
     stream = Stream(
-        parts.source(number, "train"), parts.encoder, stage, number, recipe.stream, recipe.seed,
+        training, parts.encoder, stage, number, recipe.stream, recipe.seed,
         ranks.rank, ranks.world, position.samples, pin=ranks.device.type == "cuda",
         told=stop.poll,
     )  # fmt: skip

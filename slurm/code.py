@@ -1,6 +1,6 @@
 """The code that a run was submitted with, frozen into its folder: what its jobs run, whatever the checkout becomes.
 
-    RUN/code/radhpc/, slurm/, shards/, launch.py     copies, under a megabyte
+    RUN/code/radhpc/, slurm/, shards/, verbs/, ...   copies, under a megabyte
     RUN/code/environment.json                        hash of the code, commit, Python, versions of the libraries
     RUN/code-1/                                      what `resume --current-code` replaced
 

@@ -20,7 +20,7 @@ from radhpc.errors import UserError
 from radhpc.files import read_lines
 from radhpc.run_dir import RunDir
 from tests.browser import Browser, chromium
-from tests.conftest import ROOT, TINY_RECIPE
+from tests.conftest import ROOT, TINY_RECIPE, free_port
 from verbs.models import image_settings, parts_of
 
 pytestmark = pytest.mark.timeout(300)
@@ -450,14 +450,6 @@ def test_tensorboard_shows_it(run: Path, tmp_path: Path) -> None:
 
 def children(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def listens(port: int) -> bool:

@@ -8,7 +8,7 @@ import typer
 from radhpc.errors import UserError
 from radhpc.log import Bar
 from slurm import tables
-from verbs.face import Json, On, app, emit, say
+from verbs.face import Json, On, Overrides, RecipePath, app, emit, say
 
 
 @app.command(
@@ -16,10 +16,8 @@ from verbs.face import Json, On, app, emit, say
     epilog="Example: python launch.py plan recipes/image_text.yaml stages.adapt.micro_batch=2 --on a100_preemptible",
 )
 def plan(
-    recipe: Annotated[Path, typer.Argument(help="A YAML file, such as those in recipes/.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, such as seed=1.")
-    ] = None,
+    recipe: RecipePath,
+    overrides: Overrides = None,
     on: On = "inline",
     like: Annotated[Path | None, typer.Option(help="An earlier run, whose samples/s tell the hours.")] = None,
     samples_per_second: Annotated[
@@ -54,10 +52,8 @@ def plan(
 
 @app.command(rich_help_panel="Before queueing", epilog="Example: python launch.py weights recipes/gla.yaml --online")
 def weights(
-    recipe: Annotated[Path, typer.Argument(help="A YAML file, such as those in recipes/.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, such as model.weights=DIR.")
-    ] = None,
+    recipe: RecipePath,
+    overrides: Overrides = None,
     online: Annotated[bool, typer.Option("--online", help="Download what is missing; else nothing ever is.")] = False,
     convert: Annotated[bool, typer.Option("--convert", help="Write pytorch_model*.bin as safetensors.")] = False,
     hashes: Annotated[bool, typer.Option(help="Read every byte and compare its sha256, where it is known.")] = True,

@@ -32,6 +32,8 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line, for programs.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The run's folder.")]
+RecipePath = Annotated[Path, typer.Argument(help="A YAML file, such as those in recipes/.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, such as seed=1.")]
 On = Annotated[
     str, typer.Option("--on", metavar="PROFILE", help="inline, local, box, a name in slurm/profiles/, or a file.")
 ]

@@ -12,7 +12,7 @@ import typer
 from radhpc.errors import UserError
 from slurm import tables
 from verbs.data import build_shards
-from verbs.face import HERE, Json, On, RunPath, app, emit, new_run, say
+from verbs.face import HERE, Json, On, Overrides, RecipePath, RunPath, app, emit, new_run, say
 from verbs.submitting import announce, check_data, check_engine, submit_job
 
 if TYPE_CHECKING:
@@ -24,9 +24,7 @@ if TYPE_CHECKING:
 def quickstart(
     run: Annotated[Path | None, typer.Option(help="Folder of the run; default: runs/quickstart-DATE.")] = None,
     studies: Annotated[int, typer.Option(help="Phantom studies to draw.", min=200)] = 3000,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe.")
-    ] = None,
+    overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
     """Draw phantom radiographs, build shards, train all stages, evaluate and write reports: on a CPU, in minutes."""
@@ -69,10 +67,8 @@ def quickstart(
     epilog="Example: python launch.py train recipes/image_text.yaml stages.adapt.steps=100 --on box --watch",
 )
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A YAML file, such as those in recipes/.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Changes, such as seed=1.")
-    ] = None,
+    recipe: RecipePath,
+    overrides: Overrides = None,
     on: On = "inline",
     run: Annotated[Path | None, typer.Option(help="Folder of the run; default: runs/NAME-DATE.")] = None,
     engine: Annotated[str | None, typer.Option(help="fsdp, deepspeed or single; as engine=.")] = None,

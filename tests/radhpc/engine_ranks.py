@@ -9,7 +9,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import socket
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -26,7 +25,7 @@ from radhpc.dist import Ranks
 from radhpc.engine import Engine
 from radhpc.recipe import Recipe, load
 from radhpc.source import Source
-from tests.conftest import ROOT
+from tests.conftest import ROOT, free_port
 
 SPECS: dict[str, list[str]] = {
     "single": ["engine=single"],
@@ -268,9 +267,7 @@ class Lives:
     def start(
         self, name: str, spec: str, world: int, work: Callable[..., Any], overrides: list[str] | None = None
     ) -> list[BaseProcess]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = int(free.getsockname()[1])
+        port = free_port()
         processes = [
             self._context.Process(
                 target=_main, args=(self.folder, name, spec, overrides or [], work, rank, world, port), daemon=True

@@ -29,6 +29,7 @@ from radhpc.loop import Pace
 from radhpc.recipe import load
 from radhpc.run_dir import RunDir
 from radhpc.straggler import slowest
+from tests.conftest import free_port
 from tests.radhpc.test_training import wait_for
 
 pytestmark = pytest.mark.timeout(120)
@@ -189,9 +190,7 @@ def start(nursery: Any, tmp_path: Path, recipe_file: Path) -> Iterator[START]:
     ) -> list[ForkServerProcess]:
         changes = [f"stages.scratch.steps={steps}", "checkpoint.every=1000", *more]
         RunDir.create(tmp_path / "run", load(recipe_file, changes))
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         for rank in range(world):
             args = (str(tmp_path / "run"), rank, port, limit, slow, trouble)
             ranks.append(nursery.Process(target=rank_main, args=args))

@@ -5,7 +5,6 @@ Ranks are spawned once for each number of them, and do all the checks inside.
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +23,7 @@ from radhpc.models.hcf import HierarchicalFusion, _levels
 from radhpc.objective import info_nce
 from radhpc.recipe import Objective, Recipe, load
 from radhpc.source import Source
-from tests.conftest import ROOT, TINY_RECIPE, tiny_family
+from tests.conftest import ROOT, TINY_RECIPE, free_port, tiny_family
 
 ALL_TERMS = {
     "contrastive": 0.7, "clinical": 0.5, "fusion": 0.3, "regularisation": 0.1, "label_smoothing": 0.1,
@@ -152,9 +151,7 @@ def test_no_term_depends_on_the_number_of_ranks(
 ) -> None:
     """Promise 2, of every term, of their sum, and of sharpness-aware minimisation."""
     (tmp_path / "tokenizer").symlink_to(folder / "tokenizer")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     code = f"from pathlib import Path; from tests.radhpc.test_objective import main; main(Path({str(tmp_path)!r}), "
     code += f"Path({str(phantom_shards)!r}))"
     processes = []

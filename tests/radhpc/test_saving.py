@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -26,7 +25,7 @@ from radhpc.recipe import load
 from radhpc.run_dir import RunDir
 from radhpc.storage import Bucket, Buffer, Folder
 from radhpc.store import Store
-from tests.conftest import ROOT, TINY_RECIPE
+from tests.conftest import ROOT, TINY_RECIPE, free_port
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -170,9 +169,7 @@ except radhpc.errors.UserError as error:
 
 def ranks(run: RunDir, seconds: float, world: int, **environment: str) -> list[subprocess.Popen[str]]:
     """The ranks of a run on a slow disk, each a process of its own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     return [
         subprocess.Popen(

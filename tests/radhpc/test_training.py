@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ from bench.chaos import losses
 from radhpc.files import read_lines
 from radhpc.ledger import consumed
 from radhpc.run_dir import RunDir
-from tests.conftest import ROOT
+from tests.conftest import ROOT, free_port
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 LaunchJson = Callable[..., dict[str, Any]]
@@ -108,9 +107,7 @@ def start() -> Iterator[Start]:
     ranks: list[ForkServerProcess] = []
 
     def call(run: Path, world: int) -> list[ForkServerProcess]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = int(free.getsockname()[1])
+        port = free_port()
         life = [context.Process(target=rank_main, args=(str(run), rank, world, port)) for rank in range(world)]
         for rank in life:
             rank.start()
