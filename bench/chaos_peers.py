@@ -42,15 +42,16 @@ from slurm.profile import FOLDER as PROFILES
 
 ROOT = Path(__file__).resolve().parent.parent
 LEFT = ("PENDING", "COMPLETED", "FAILED", "CANCELLED", "")  # states of a job whose ranks are gone
-EVERY, BATCH, RATE, SEED = 30, 16, 1e-3, 0
+EVERY, BATCH, RATE, SEED = 30, 48, 1e-3, 0
 LIFE = 20  # new steps of a life until it is preempted
-GRACE = 20  # seconds
+GRACE = 10  # seconds
 # submitit is killed up to 30 s after its grace, and must have something to train until then.
-STEPS, QUICK_STEPS = 600, 360
+STEPS, QUICK_STEPS = 900, 500
 LORA = {"rank": 2, "alpha": 4, "targets": ".*language_model.*(q|v)_proj"}
 RECIPE = """
 name: peers
 seed: {seed}
+replicate: true
 shards: ['{shards}']
 model:
 {model}
@@ -352,7 +353,7 @@ def measure(folder: Path, steps: int, preemptions: int) -> tuple[dict[str, float
 
     shards = folder / "shards"
     settings = Settings(workers=1, longest_side=56, shard_samples=16, work=folder / "work")
-    build("phantom", None, str(shards), {"studies": "60", "size": "96"}, settings, lambda done, total: None)
+    build("phantom", None, str(shards), {"studies": "200", "size": "96"}, settings, lambda done, total: None)
     text = RECIPE.format(
         seed=SEED, shards=shards, model=TINY_MODEL, steps=steps, batch=BATCH, micro=BATCH // 2, lora=json.dumps(LORA),
         rate=RATE, every=EVERY,

@@ -65,6 +65,13 @@ evaluation: {{samples: 4, batch: 2, max_new_tokens: 8, images: 1}}
 )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with tests of minutes come first, so that the workers who share the suite end together."""
+    long = {item.path for item in items if item.get_closest_marker("heavy") or item.get_closest_marker("box")}
+    first, later = ([item for item in items if (item.path in long) is wanted] for wanted in (True, False))
+    items[:] = sorted(first, key=lambda item: item.path, reverse=True) + later  # within a file as it was
+
+
 @pytest.fixture(scope="session")
 def phantom_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sixty phantom studies in several shards."""

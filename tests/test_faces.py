@@ -23,7 +23,7 @@ from tests.browser import Browser, chromium
 from tests.conftest import ROOT, TINY_RECIPE, free_port
 from verbs.models import image_settings, parts_of
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.heavy, pytest.mark.timeout(300)]
 
 
 def call(*arguments: object) -> int:

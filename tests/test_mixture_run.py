@@ -30,7 +30,7 @@ from radhpc.stop import Interrupted
 from radhpc.store import Store
 from radhpc.stream import order_of, stage_steps
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = [pytest.mark.heavy, pytest.mark.timeout(240)]
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 LaunchJson = Callable[..., dict[str, Any]]

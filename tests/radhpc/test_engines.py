@@ -32,7 +32,7 @@ WIDE = [
     "stages.scratch.batch=8", "stages.scratch.micro_batch=2", "stages.adapt.batch=8", "stages.adapt.micro_batch=2",
 ]  # fmt: skip
 
-pytestmark = pytest.mark.timeout(280)
+pytestmark = [pytest.mark.heavy, pytest.mark.timeout(280)]
 
 
 @pytest.fixture(scope="module")

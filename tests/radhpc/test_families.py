@@ -25,7 +25,7 @@ from radhpc.sample import Report, Sample, View
 from radhpc.tokenizer import train as train_tokenizer
 from tests.conftest import ROOT
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.heavy, pytest.mark.timeout(400)]
 
 TINY = {"llava": "gla", "swin_qwen": "lightmedvlm", "qwen3_vl": "qwen3_vl"}  # family: its tiny recipe
 FAMILIES = sorted(TINY)

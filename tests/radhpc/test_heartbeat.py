@@ -32,7 +32,7 @@ from radhpc.straggler import slowest
 from tests.conftest import free_port
 from tests.radhpc.test_training import wait_for
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.heavy, pytest.mark.timeout(120)]
 
 LIMIT = 2.5
 LONG = 4.0

@@ -25,6 +25,8 @@ from tests.conftest import ROOT, free_port
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 LaunchJson = Callable[..., dict[str, Any]]
 Start = Callable[[Path, int], list[ForkServerProcess]]
+pytestmark = pytest.mark.heavy
+
 STAGES = {"scratch": 6, "adapt": 9, "refine": 14}  # steps: the adapters see 50 samples once, by six
 STEPS = sum(STAGES.values())
 LAST = f"checkpoints/step-{STEPS:06d}/state.safetensors"
