@@ -7,6 +7,7 @@ it can say what is allowed; then sbatch itself, with --test-only and the very sa
 """
 
 import os
+import pwd
 import re
 import shlex
 import shutil
@@ -95,7 +96,7 @@ def _accounts(profile: Profile, cluster: Cluster, names: list[str]) -> list[str]
         return []
     command = ["sacctmgr", "--noheader", "--parsable2", "show", "associations", "format=account"]
     try:
-        mine = set(call([*command, f"user={os.environ.get('USER', os.getuid())}"], profile.environment).split())
+        mine = set(call([*command, f"user={_user()}"], profile.environment).split())
     except UserError:  # it may be missing on a login node; sbatch --test-only has the last word
         return []
     if not mine or profile.account in mine:
@@ -103,6 +104,14 @@ def _accounts(profile: Profile, cluster: Cluster, names: list[str]) -> list[str]
     return [
         f"account '{profile.account}': not yours{nearest(profile.account, mine)}; you have {', '.join(sorted(mine))}"
     ]
+
+
+def _user() -> str:
+    """Whose jobs these will be: SLURM looks at the process, not at $USER, which cron and containers leave out."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:  # known to the cluster alone
+        return os.environ.get("USER", str(os.getuid()))
 
 
 def _features(profile: Profile, cluster: Cluster) -> list[str]:
