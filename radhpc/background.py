@@ -11,6 +11,8 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from contextvars import copy_context
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 from radhpc.dist import Ranks
@@ -27,7 +29,8 @@ class Background(threading.Thread, Generic[T]):
 
     def __init__(self, work: Callable[[], T], name: str | None = None) -> None:
         super().__init__(name=name, daemon=True)  # a process that must end does not wait for it
-        self._work = work
+        # PyTorch's settings belong to a thread; the work sees those of whoever wants it done.
+        self._work = partial(copy_context().run, work)
         self._value: T | None = None
         self.problem: BaseException | None = None
 

@@ -26,6 +26,10 @@ def keep(parts: Parts) -> None:
     """Say where the compiler keeps what it makes, before the engine is built: torch would choose a place of its own."""
     if parts.recipe.model.compile:
         os.environ.setdefault(CACHE, str(parts.run.folder("compiled")))
+        from torch.fx.experimental import _config as symbolic
+
+        # Else sizes that happen to be equal in the first batch are taken for one, and the next batch compiles anew.
+        symbolic.use_duck_shape = False
 
 
 def warm_up(parts: Parts, engine: Engine, stage: Stage) -> None:

@@ -9,6 +9,7 @@ import torch._inductor.config as inductor
 
 from bench.chaos import losses
 from radhpc import compiling, worker
+from radhpc.background import Background
 from radhpc.recipe import load
 from radhpc.run_dir import RunDir
 from radhpc.stop import Stop
@@ -68,3 +69,15 @@ def test_a_signal_while_layers_are_compiled_ends_the_start_up(
     assert (outcome.state, outcome.step) == ("interrupted", 0)
     assert not run.events("first_step")
     assert run.events("interrupted")[-1]["cause"] == "SIGTERM"
+
+
+def test_work_beside_the_ranks_sees_the_settings_of_the_compiler() -> None:
+    """They belong to a thread, and layers are compiled in one of their own."""
+    from torch.fx.experimental import _config as symbolic
+
+    seen: list[bool] = []
+    with symbolic.patch(use_duck_shape=False):
+        work = Background(lambda: seen.append(symbolic.use_duck_shape))
+    work.start()
+    work.join()
+    assert seen == [False]
