@@ -27,7 +27,7 @@ from tests.radhpc.test_families import view
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(250)]
 
-STEPS, BATCH = 6, 2
+STEPS, BATCH = 10, 2
 RATES = {"gla": 2e-3, "lightmedvlm": 3e-4}  # without the warm-up that SASA's would need
 
 
