@@ -74,6 +74,7 @@ def accounting(folder: Path, conf: Path, port: int) -> Iterator[None]:
         os.kill(old, signal.SIGTERM)
         wait_for(lambda: not Path(f"/proc/{old}").exists(), 30)
         subprocess.run(["slurmctld", "-f", conf], env={**os.environ, **box.ENVIRONMENT}, check=True)
+        wait_for(lambda: [node["state"] for node in box.status(conf.parent)["nodes"]] == ["idle"], 60)
         yield
     finally:
         daemon.kill()
