@@ -39,7 +39,7 @@ slurm:
 	@command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v munged >/dev/null && command -v slurmdbd >/dev/null && command -v mariadbd >/dev/null || { \
 		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 			apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge slurmdbd mariadb-server-core mariadb-client-core >/dev/null; \
-		else echo "SLURM is not installed and may not be installed here: its tests will be skipped"; fi; }
+		else echo "SLURM, slurmdbd or MariaDB is not installed and may not be installed here: tests will be skipped"; fi; }
 	@# SLURM listens on the address of this machine's name; Debian's 127.0.1.1 and a container's own address do not serve.
 	@[ "$$(id -u)" != 0 ] || getent ahostsv4 "$$(hostname)" | grep -q '^127\.0\.0\.1 ' || echo "127.0.0.1 $$(hostname)" >> /etc/hosts
 

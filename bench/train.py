@@ -14,7 +14,6 @@ import contextlib
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -40,6 +39,7 @@ from radhpc.recipe import Recipe, load
 from radhpc.run_dir import RunDir
 from radhpc.stop import Stop
 from radhpc.stream import Step, Stream
+from slurm.box import free_ports
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 BATCH, MICRO_BATCH = 16, 4
@@ -336,9 +336,7 @@ def two_ranks(folder: Path, steps: int) -> dict[str, float]:
                 import deepspeed  # type: ignore[import-not-found,import-untyped,unused-ignore]  # noqa: F401
             except ImportError:
                 continue
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        (port,) = free_ports("127.0.0.1", 1)
         command = [sys.executable, "-m", "bench.train", "--rank-of", str(folder), engine, str(steps)]
         environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
                        "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}  # fmt: skip

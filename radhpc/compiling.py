@@ -22,9 +22,10 @@ from radhpc.source import BadSample
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 
-def keep(parts: Parts) -> None:
-    """Say where the compiler keeps what it makes, before the engine is built: torch would choose a place of its own."""
+def prepare(parts: Parts) -> None:
+    """Before the engine is built: where the compiler keeps what it makes, and what it may not take for granted."""
     if parts.recipe.model.compile:
+        # torch would choose a place of its own.
         os.environ.setdefault(CACHE, str(parts.run.folder("compiled")))
         from torch.fx.experimental import _config as symbolic
 

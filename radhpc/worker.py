@@ -104,7 +104,7 @@ def _run(run: RunDir, ranks: Ranks, stop: Stop, trial: Trial | None) -> Outcome:
     if run.evaluates is not None:
         return _evaluate(run, ranks, stop)
     parts = Parts(run, recipe, ranks, stop, trial)
-    compiling.keep(parts)
+    compiling.prepare(parts)
     position: Position | None = None
     try:
         lengths = beside(lambda: [len(parts.source(n, "train")) for n in range(len(recipe.stages))], ranks, stop) or []

@@ -68,8 +68,7 @@ evaluation: {{samples: 4, batch: 2, max_new_tokens: 8, images: 1}}
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with tests of minutes come first, so that the workers who share the suite end together."""
     long = {item.path for item in items if item.get_closest_marker("heavy") or item.get_closest_marker("box")}
-    first, later = ([item for item in items if (item.path in long) is wanted] for wanted in (True, False))
-    items[:] = sorted(first, key=lambda item: item.path, reverse=True) + later  # within a file as it was
+    items.sort(key=lambda item: (item.path in long, item.path), reverse=True)  # within a file it stays as it was
 
 
 @pytest.fixture(scope="session")
@@ -196,9 +195,9 @@ class Moto:
 
 
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+    from slurm.box import free_ports
+
+    return free_ports("127.0.0.1", 1)[0]
 
 
 @contextlib.contextmanager

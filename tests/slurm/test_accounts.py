@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -124,7 +123,5 @@ def test_an_account_that_is_not_ours_is_named_before_the_submission(
     ours = profile("radiology")
     launch("train", recipe_file, "--on", ours, "--run", run)
     environment = {**os.environ, "SLURM_CONF": ours.read_text().split("SLURM_CONF: ")[1].split()[0]}
-    deadline = time.monotonic() + 60
-    while "radiology" not in subprocess.check_output(["squeue", "-h", "-o", "%a"], env=environment, text=True):
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    command = ["squeue", "-h", "-o", "%a"]
+    wait_for(lambda: "radiology" in subprocess.check_output(command, env=environment, text=True), 60)
