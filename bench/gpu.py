@@ -339,17 +339,18 @@ def kernels(setting: Setting) -> dict[str, float]:
     figures = {}
     for causal in (True, False):
         parts = [np.arange(row * length + length - n, (row + 1) * length) for row, n in enumerate(lengths)]
-        mask = attention.segments(
-            [Segment(part, part) for part in parts], (rows, length, length), setting.device, causal
-        )
+        shape = (rows, length, length)
+        packed = attention.Segments([Segment(part, part) for part in parts], shape, setting.device, causal).packed
         seen = torch.zeros(rows, length, dtype=torch.bool, device=setting.device)
         for row, n in enumerate(lengths):
             seen[row, length - n :] = True
 
-        def run(call: Any, dtype: torch.dtype, mask: Any = mask, seen: Any = seen) -> list[torch.Tensor]:
+        def run(
+            call: Any, dtype: torch.dtype, packed: Any = packed, causal: bool = causal, seen: Any = seen
+        ) -> list[torch.Tensor]:
             leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in (q, k, v)]
-            packed = [leaf.transpose(1, 2).flatten(0, 1).index_select(0, mask.queries) for leaf in leaves]
-            found = call(*packed, mask, size**-0.5, 0.0)
+            tokens = [leaf.transpose(1, 2).flatten(0, 1).index_select(0, packed.queries) for leaf in leaves]
+            found = call(*tokens, packed, causal, size**-0.5, 0.0)
             found.backward(outward[seen].to(dtype))
             return [found.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 

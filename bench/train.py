@@ -46,7 +46,8 @@ BATCH, MICRO_BATCH = 16, 4
 LOOPS = 180  # seconds for the five programs; the whole takes five minutes on two cores
 NOTES = """\
 step: 16 studies in micro-batches of 4, ready batches, forward to optimizer step, least of each step over the rounds.
-bare loop: forward, cross-entropy, backward, clip_grad_norm_, AdamW; 'our layers' adds segments and the chunked loss.
+bare loop: forward, cross-entropy, backward, clip_grad_norm_, AdamW; 'our layers' has segments and the chunked loss.
+AdamW is what each has by itself: in one kernel with the Trainer and here ('our layers', too), else PyTorch's default.
 save: all parameters and moments, asynchronous; 'waits' is what the step is held up, the rest runs beside it.
 loss memory: 512 positions, all supervised, a frozen head of 128,256 rows, forward and backward, live tensors."""
 
@@ -105,8 +106,10 @@ class Bench:
             )  # fmt: skip
         return differences(ready.times), losses
 
-    def bare(self, model: nn.Module, loss_sum: Callable[[nn.Module, Batch], torch.Tensor]) -> tuple[Times, Times]:
-        optimizer, ready, losses = self.adamw(model), Ready(self.steps), Times()
+    def bare(
+        self, model: nn.Module, loss_sum: Callable[[nn.Module, Batch], torch.Tensor], fused: bool | None = None
+    ) -> tuple[Times, Times]:
+        optimizer, ready, losses = self.adamw(model, fused), Ready(self.steps), Times()
         for step in ready:
             total = 0.0
             for batch in step.micro_batches:
@@ -165,7 +168,7 @@ class Bench:
                 return loss
 
         model = self.model("sdpa")
-        optimizer = self.adamw(model)
+        optimizer = self.adamw(model, fused=True)
         arguments = TrainingArguments(
             output_dir=str(self.folder / "trainer"), use_cpu=True, max_steps=len(steps), report_to=[],
             gradient_accumulation_steps=rounds, max_grad_norm=1.0, lr_scheduler_type="constant", logging_strategy="no",
@@ -180,11 +183,12 @@ class Bench:
         summed = np.asarray(losses).reshape(len(steps), rounds).sum(1)
         return differences(times), [float(value) for value in summed]
 
-    def adamw(self, model: nn.Module) -> torch.optim.Optimizer:
+    def adamw(self, model: nn.Module, fused: bool | None = None) -> torch.optim.Optimizer:
         recipe = self.recipe.stages[0].optimizer
         return torch.optim.AdamW(
-            model.parameters(), lr=recipe.learning_rate, betas=recipe.betas, eps=recipe.epsilon, weight_decay=0.0
-        )
+            model.parameters(), lr=recipe.learning_rate, betas=recipe.betas, eps=recipe.epsilon, weight_decay=0.0,
+            fused=fused,
+        )  # fmt: skip
 
 
 class Hook:
@@ -242,7 +246,7 @@ def loops(bench: Bench, seconds: float) -> tuple[dict[str, float], dict[str, flo
     """Seconds per step of each program, in as many rounds as fit into so many seconds, at least two."""
     programs: Mapping[str, Callable[[], tuple[Times, Times]]] = {
         "radhpc": bench.ours,
-        "bare loop, our layers": lambda: bench.bare(bench.model(), ours),
+        "bare loop, our layers": lambda: bench.bare(bench.model(), ours, fused=True),
         "bare loop, transformers' layers": lambda: bench.bare(bench.model("sdpa"), plain),
         "accelerate": bench.accelerate,
         "Trainer": bench.trainer,

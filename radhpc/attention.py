@@ -7,7 +7,7 @@ implementation of transformers' AttentionInterface, queries (batch, heads, lengt
 many heads or a divisor of them. Leaves: (batch, length, heads, size). Example, two rows of which one has padding:
 
     rows = [np.arange(0, 7), np.arange(7, 12)]
-    mask = segments([Segment(row, row) for row in rows], (2, 7, 7), device, causal=True)
+    mask = Segments([Segment(row, row) for row in rows], (2, 7, 7), device, causal=True)
 
 Kernels, the first that is installed and that the device and the type of the numbers allow: the flash-attn package
 (4, 3, 2), torch's variable-length kernel, and scaled_dot_product_attention over equal segments at once, which chooses
@@ -48,19 +48,27 @@ class Segment(NamedTuple):
     keys: Numbers
 
 
-@dataclass(frozen=True, eq=False)
-class Segments:
-    """What stands in the place of a mask: see segments()."""
+class Packed(NamedTuple):
+    """Segments as kernels of packed tokens want them."""
 
-    parts: tuple[Segment, ...]
-    shape: tuple[int, int, int]  # rows, and of each the positions of queries and of keys
-    causal: bool  # then a segment's n-th query sees its first n keys
     queries: torch.Tensor | None  # (sum of query_lengths,) int64, positions in the batch; None: all, in their order
     keys: torch.Tensor | None
     query_starts: torch.Tensor  # (segments + 1,) int32: where each segment begins in `queries`, and the end
     key_starts: torch.Tensor
     query_lengths: tuple[int, ...]
     key_lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """What stands in the place of a mask. Each segment belongs to one row of the batch. A query must not be in two; the
+    attention of one in no segment means nothing.
+    """
+
+    parts: Sequence[Segment]
+    shape: tuple[int, int, int]  # rows, and of each the positions of queries and of keys
+    device: torch.device
+    causal: bool = False  # then a segment's n-th query sees its first n keys
 
     @cached_property
     def plainly_causal(self) -> bool:
@@ -77,31 +85,30 @@ class Segments:
         rows, length, keys = self.shape
         if rows * length * keys > SMALL:
             return None
-        seen = np.zeros((rows * length, keys), bool)
-        for part in self.parts:
-            row = part.queries[0] // length
-            columns = part.keys - row * keys
-            seen[np.ix_(part.queries, columns)] = np.tri(len(columns), dtype=bool) if self.causal else True
-        seen[~seen.any(-1)] = True  # in no segment: whatever is finite
-        return _to(seen.reshape(rows, 1, length, keys), self.query_starts.device)
+        segment = np.full(rows * length, -1)
+        # A query sees the keys up to its own number within the segment, or all of them: then each has the number 0.
+        # In no segment, the last one here: whatever is finite.
+        numbers = np.full((len(self.parts) + 1, keys), np.iinfo(np.int32).max, np.int32)
+        numbers[-1] = 0
+        own = np.zeros((rows * length, 1), np.int32)
+        for n, part in enumerate(self.parts):
+            segment[part.queries] = n
+            numbers[n, part.keys % keys] = np.arange(len(part.keys)) if self.causal else 0
+            if self.causal:
+                own[part.queries, 0] = np.arange(len(part.queries))
+        return _to((numbers[segment] <= own).reshape(rows, 1, length, keys), self.device)
 
-
-def segments(
-    parts: Sequence[Segment], shape: tuple[int, int, int], device: torch.device, causal: bool = False
-) -> Segments:
-    """Segments on a device. `shape`: rows of the batch, and of each the positions of queries and of keys.
-
-    Each segment belongs to one row. A query must not be in two; the attention of one in no segment means nothing.
-    """
-    rows, *lengths = shape
-    chosen: list[torch.Tensor | None] = []
-    for positions, length in zip(zip(*parts, strict=True), lengths, strict=True):
-        joined = np.concatenate(positions).astype(np.int64)
-        whole = len(joined) == rows * length and bool((joined == np.arange(rows * length)).all())
-        chosen.append(None if whole else _to(joined, device))
-    sizes = [tuple(len(part[side]) for part in parts) for side in (0, 1)]
-    starts = [_to(np.cumsum([0, *side], dtype=np.int32), device) for side in sizes]
-    return Segments(tuple(parts), shape, causal, chosen[0], chosen[1], starts[0], starts[1], sizes[0], sizes[1])
+    @cached_property
+    def packed(self) -> Packed:
+        rows, *lengths = self.shape
+        chosen: list[torch.Tensor | None] = []
+        for positions, length in zip(zip(*self.parts, strict=True), lengths, strict=True):
+            joined = np.concatenate(positions).astype(np.int64)
+            whole = len(joined) == rows * length and bool((joined == np.arange(rows * length)).all())
+            chosen.append(None if whole else _to(joined, self.device))
+        sizes = [tuple(len(part[side]) for part in self.parts) for side in (0, 1)]
+        starts = [_to(np.cumsum([0, *side], dtype=np.int32), self.device) for side in sizes]
+        return Packed(chosen[0], chosen[1], starts[0], starts[1], sizes[0], sizes[1])
 
 
 def _to(array: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
@@ -150,19 +157,16 @@ def attend_segments(
     query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
     chosen = kernel(query.device, dtype, size, dropout)
     if chosen.call is _by_shape and (mask.plainly_causal or mask.small_mask is not None):
-        key, value = _all_heads(key, value, heads)
         seen = None if mask.plainly_causal else mask.small_mask
-        output = scaled_dot_product_attention(
-            query, key, value, attn_mask=seen, dropout_p=dropout, is_causal=seen is None, scale=scale
-        )
-        return output.transpose(1, 2)
+        return _dot_product(query, key, value, seen, seen is None, scale, dropout).transpose(1, 2)
     # As packed tokens: (positions, heads, size).
+    queries, keys = mask.packed.queries, mask.packed.keys
     q, k, v = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
-    q = q if mask.queries is None else q.index_select(0, mask.queries)
-    k, v = (k, v) if mask.keys is None else (k.index_select(0, mask.keys), v.index_select(0, mask.keys))
-    output = chosen.call(q, k, v, mask, scale, dropout)
-    if mask.queries is not None:
-        output = output.new_zeros(batch * length, heads, size).index_copy(0, mask.queries, output)
+    q = q if queries is None else q.index_select(0, queries)
+    k, v = (k, v) if keys is None else (k.index_select(0, keys), v.index_select(0, keys))
+    output = chosen.call(q, k, v, mask.packed, mask.causal, scale, dropout)
+    if queries is not None:
+        output = output.new_zeros(batch * length, heads, size).index_copy(0, queries, output)
     return output.view(batch, length, heads, size)
 
 
@@ -191,7 +195,7 @@ def text_mask(
     valid = np.ones_like(positions, bool) if shown is None else shown.astype(bool)
     rows = [row[seen] for row, seen in zip(positions, valid, strict=True)]
     shape = (batch_size, q_length, q_length)
-    return segments([Segment(row, row) for row in rows if len(row)], shape, torch.device(device), causal=True)
+    return Segments([Segment(row, row) for row in rows if len(row)], shape, torch.device(device), causal=True)
 
 
 AttentionInterface.register(NAME, attend)
@@ -242,7 +246,7 @@ class Kernel(NamedTuple):
     """A way to compute attention over packed tokens."""
 
     name: str
-    call: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Segments, float, float], torch.Tensor]
+    call: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Packed, bool, float, float], torch.Tensor]
 
 
 def kernel(device: torch.device, dtype: torch.dtype, size: int, dropout: float = 0.0) -> Kernel:
@@ -291,14 +295,14 @@ def _packaged(function: Callable[..., Any], takes_dropout: bool = False) -> Call
     """flash_attn_varlen_func of any version of the package; the newer ones give the log-sum-exp as well."""
 
     def call(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Segments, scale: float, dropout: float
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Packed, causal: bool, scale: float, dropout: float
     ) -> torch.Tensor:
         more = {"dropout_p": dropout} if takes_dropout else {}
         found = function(
             q, k, v,
-            cu_seqlens_q=mask.query_starts, cu_seqlens_k=mask.key_starts,
-            max_seqlen_q=max(mask.query_lengths), max_seqlen_k=max(mask.key_lengths),
-            softmax_scale=scale, causal=mask.causal, **more,
+            cu_seqlens_q=packed.query_starts, cu_seqlens_k=packed.key_starts,
+            max_seqlen_q=max(packed.query_lengths), max_seqlen_k=max(packed.key_lengths),
+            softmax_scale=scale, causal=causal, **more,
         )  # fmt: skip
         output: torch.Tensor = found[0] if isinstance(found, tuple) else found
         return output
@@ -310,14 +314,14 @@ def _torch_variable_length(function: Callable[..., Any]) -> Callable[..., torch.
     windows = "window_size" in inspect.signature(function).parameters  # torch 2.10 and before have is_causal
 
     def call(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Segments, scale: float, dropout: float
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Packed, causal: bool, scale: float, dropout: float
     ) -> torch.Tensor:
         assert not dropout
         k, v = _all_heads(k, v, q.shape[1])  # older ones know no groups of heads
-        causal = {"window_size": (-1, 0)} if windows else {"is_causal": True}
+        triangle: dict[str, Any] = {"window_size": (-1, 0)} if windows else {"is_causal": True}
         output: torch.Tensor = function(
-            q, k, v, mask.query_starts, mask.key_starts, max(mask.query_lengths), max(mask.key_lengths),
-            scale=scale, **(causal if mask.causal else {}),
+            q, k, v, packed.query_starts, packed.key_starts, max(packed.query_lengths), max(packed.key_lengths),
+            scale=scale, **(triangle if causal else {}),
         )  # fmt: skip
         return output
 
@@ -325,23 +329,35 @@ def _torch_variable_length(function: Callable[..., Any]) -> Callable[..., torch.
 
 
 def _by_shape(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Segments, scale: float, dropout: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Packed, causal: bool, scale: float, dropout: float
 ) -> torch.Tensor:
     """scaled_dot_product_attention without a mask, once for all segments of the same lengths."""
-    k, v = _all_heads(k, v, q.shape[1])
-    shapes = list(zip(mask.query_lengths, mask.key_lengths, strict=True))
-    queries, keys, values = q.split(mask.query_lengths), k.split(mask.key_lengths), v.split(mask.key_lengths)
+    shapes = list(zip(packed.query_lengths, packed.key_lengths, strict=True))
+    queries, keys, values = q.split(packed.query_lengths), k.split(packed.key_lengths), v.split(packed.key_lengths)
     outputs: list[torch.Tensor | None] = [None] * len(shapes)
     for shape in dict.fromkeys(shapes):
         members = [n for n, other in enumerate(shapes) if other == shape]
         gathered = [torch.stack([side[n] for n in members]).transpose(1, 2) for side in (queries, keys, values)]
-        found = scaled_dot_product_attention(*gathered, dropout_p=dropout, is_causal=mask.causal, scale=scale)
+        found = _dot_product(*gathered, None, causal, scale, dropout)
         for n, part in zip(members, found.transpose(1, 2), strict=True):
             outputs[n] = part
     return torch.cat([output for output in outputs if output is not None])
 
 
+def _dot_product(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+    seen: torch.Tensor | None, causal: bool, scale: float, dropout: float,
+) -> torch.Tensor:  # fmt: skip
+    """scaled_dot_product_attention of (batch, heads, length, size), where keys and values may have fewer heads."""
+    grouped = q.device.type == "cpu"  # on a GPU the memory-efficient kernel knows no groups, and the slow one would run
+    if not grouped:
+        k, v = _all_heads(k, v, q.shape[1])
+    return scaled_dot_product_attention(
+        q, k, v, attn_mask=seen, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=grouped
+    )
+
+
 def _all_heads(k: torch.Tensor, v: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values once for each head of the queries."""
+    """Keys and values once for each head of the queries; the heads are dimension 1."""
     times = heads // k.shape[1]
     return (k, v) if times == 1 else (k.repeat_interleave(times, 1), v.repeat_interleave(times, 1))

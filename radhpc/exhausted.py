@@ -20,7 +20,7 @@ _FORETELL = """
 import json, sys
 from radhpc.plan import foretell
 from radhpc.run_dir import RunDir
-stages = foretell(RunDir.open(sys.argv[1]).recipe(), int(sys.argv[2]), gpus=True)
+stages = foretell(RunDir.open(sys.argv[1]).recipe(), int(sys.argv[2]))
 print(json.dumps([[stage.name, stage.gigabytes_per_gpu] for stage in stages]))
 """
 

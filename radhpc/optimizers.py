@@ -63,8 +63,8 @@ class Parts(torch.optim.Optimizer):
 def build(groups: list[dict[str, Any]], stage: Optimizer) -> torch.optim.Optimizer:
     """The optimizer of a stage."""
     options: dict[str, Any] = {"lr": stage.learning_rate, "betas": stage.betas, "eps": stage.epsilon}
-    if stage.kind in ("adamw", "adamw_fused"):
-        return torch.optim.AdamW(groups, **options, **({"fused": True} if stage.kind == "adamw_fused" else {}))
+    if stage.kind == "adamw":
+        return torch.optim.AdamW(groups, **options, fused=True)
     import bitsandbytes
 
     kinds = {
@@ -103,13 +103,11 @@ def set_moments(
     if not isinstance(optimizer, Parts):
         like = parameter.detach()
         local = like.to_local() if isinstance(like, DTensor) else like
-        state: dict[str, Any] = {"step": torch.tensor(float(steps))}
+        state: dict[str, Any] = {"step": torch.tensor(float(steps), device=local.device)}
         for name in MOMENTS:
             state[name] = torch.zeros_like(like)
             part = state[name].to_local() if isinstance(like, DTensor) else state[name]
             part.copy_(values[name].view_as(local))
-        if any(group.get("fused") for group in optimizer.param_groups):
-            state["step"] = state["step"].to(local.device)
         optimizer.state[parameter] = state
         return
     part = optimizer.part(parameter)

@@ -1,6 +1,6 @@
 """What a recipe will need, before anything is queued: parameters, steps, memory per GPU, size of a checkpoint.
 
-    for stage in foretell(recipe, world=8, gpus=True):
+    for stage in foretell(recipe, world=8):
         print(stage.name, stage.trainable, stage.gigabytes_per_gpu)
 
 Nothing is estimated by a formula. The stage's real model is built without values, sharded by the real engine (FSDP2 or
@@ -72,8 +72,8 @@ class PretendedRanks(Ranks):
         return [value] * self.world
 
 
-def foretell(recipe: Recipe, world: int, gpus: bool = False) -> list[StagePlan]:
-    """Every stage of a recipe on `world` ranks; `gpus`: whether the ranks compute on GPUs.
+def foretell(recipe: Recipe, world: int) -> list[StagePlan]:
+    """Every stage of a recipe on `world` ranks.
 
     Raises UserError for what cannot be trained at all, as the job would.
     """
@@ -82,7 +82,7 @@ def foretell(recipe: Recipe, world: int, gpus: bool = False) -> list[StagePlan]:
         sources = [_source(recipe, stage) for stage in recipe.stages]
         family, stand_in = _family(recipe, sources[0], Path(folder))
         return [
-            _stage(recipe, stage, source, _encoder(recipe, stage, family), world, gpus, stand_in)
+            _stage(recipe, stage, source, _encoder(recipe, stage, family), world, stand_in)
             for stage, source in zip(recipe.stages, sources, strict=True)
         ]
 
@@ -122,15 +122,13 @@ def _family(recipe: Recipe, source: Source | None, folder: Path) -> tuple[models
 
 
 def _stage(
-    recipe: Recipe, stage: Stage, source: Source | None, encoder: Encoder, world: int, gpus: bool, stand_in: bool
+    recipe: Recipe, stage: Stage, source: Source | None, encoder: Encoder, world: int, stand_in: bool
 ) -> StagePlan:
     size = min(stage.micro_batch or stage.batch, -(-stage.batch // world))
     rows, tokens, views = _largest_rows(recipe, source, encoder, size, stand_in)
     rounds = -(-stage.batch // (size * world))
     with _pretended_group(world, recipe.engine == "deepspeed"):
         engine, mode = fake_engine(recipe, stage, encoder.family, PretendedRanks(world))
-        for group in engine.optimizer.param_groups:
-            group["foreach"] = gpus and world == 1  # as PyTorch does by itself for plain tensors on a GPU
         weights = [*engine.model.parameters(), *engine.model.buffers()]
         batch = {  # whole numbers are real: shapes may follow from them
             name: mode.from_tensor(tensor) if tensor.is_floating_point() else tensor

@@ -118,7 +118,7 @@ class ZeroEngine(Engine):
             lr=self._stage.learning_rate,
             betas=self._stage.betas,
             eps=self._stage.epsilon,
-            fused=self._stage.kind == "adamw_fused",
+            fused=True,
         )
 
     @property

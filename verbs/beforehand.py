@@ -41,7 +41,7 @@ def plan(
     from radhpc.standins import told
 
     # With a range of nodes a GPU holds most on the fewest of them.
-    stages = foretell(chosen, profile.least_nodes * profile.tasks_per_node, bool(profile.gpus_per_node))
+    stages = foretell(chosen, profile.least_nodes * profile.tasks_per_node)
     result = plans.costs(stages, profile, run, earlier, samples_per_second)
     result["stages"] = [vars(stage) for stage in stages]
     result["assumed"] = told(chosen)

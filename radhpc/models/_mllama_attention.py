@@ -50,7 +50,7 @@ def _vision(
         if seen.any():
             parts.append(Segment(positions[seen], positions))
         parts.append(Segment(positions[~seen], positions[seen] if seen.any() else positions))
-    return attention.segments(parts, (images, length, length), aspect_ratio_mask.device)
+    return Segments(parts, (images, length, length), aspect_ratio_mask.device)
 
 
 def _cross(
@@ -69,14 +69,15 @@ def _cross(
     parts = []
     for row in range(rows):
         visible = sees[row] | ~sees[row].any(-1, keepdims=True)
-        kinds, of_position = np.unique(visible, axis=0, return_inverse=True)
+        bits = np.packbits(visible, axis=-1)
+        _, firsts, kinds = np.unique(bits.view(f"V{bits.shape[1]}"), return_index=True, return_inverse=True)
         there = np.ones(length, bool) if text is None else text[row].astype(bool)
-        for number, kind in enumerate(kinds):
-            queries = np.flatnonzero((of_position.reshape(-1) == number) & there)
+        for number, first in enumerate(firsts):
+            queries = np.flatnonzero((kinds.reshape(-1) == number) & there)
             if len(queries):
-                seen = np.flatnonzero(kind.repeat(num_vision_tokens))
+                seen = np.flatnonzero(visible[first].repeat(num_vision_tokens))
                 parts.append(Segment(queries + row * length, seen + row * keys))
-    mask = attention.segments(parts, (rows, length, keys), cross_attention_mask.device)
+    mask = Segments(parts, (rows, length, keys), cross_attention_mask.device)
     whole = (cross_attention_mask != 0).flatten(2).any(-1)
     return mask, whole[:, None, :, None].to(dtype)
 

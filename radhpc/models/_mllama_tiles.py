@@ -54,7 +54,7 @@ class RealTiles(MllamaVisionModel):
         of_image = np.repeat(numbers // tiles, length)
         parts = [np.flatnonzero(of_image == image) for image in np.unique(of_image)]
         tokens = count * length
-        mask: Any = attention.segments([Segment(part, part) for part in parts], (1, tokens, tokens), device)
+        mask: Any = attention.Segments([Segment(part, part) for part in parts], (1, tokens, tokens), device)
         local = self.transformer(hidden.reshape(1, tokens, size), attention_mask=mask)
         hidden = self.layernorm_post(local.last_hidden_state).view(count, length, size)
         hidden = hidden + self._of_tiles(self.post_tile_positional_embedding, ratios, chosen)

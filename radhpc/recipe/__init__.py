@@ -137,7 +137,7 @@ class Recipe(Section):
     def _engine_can(self) -> "Recipe":
         for stage in self.stages:
             where = f"stage '{stage.name}'"
-            if self.engine == "deepspeed" and stage.optimizer.kind not in ("adamw", "adamw_fused"):
+            if self.engine == "deepspeed" and stage.optimizer.kind != "adamw":
                 raise ValueError(f"{where}: optimizer.kind '{stage.optimizer.kind}' goes with engines fsdp and single")
             if self.engine == "deepspeed" and (stage.optimizer.sharpness is not None or stage.objective.regularisation):
                 key = "objective.regularisation" if stage.objective.regularisation else "optimizer.sharpness"
@@ -184,7 +184,7 @@ class Recipe(Section):
     def refuse_missing(self) -> None:
         """Raise UserError where a library that only some recipes need is not installed here."""
         kinds = [stage.optimizer.kind for stage in self.stages]
-        eight = next((kind for kind in kinds if kind not in ("adamw", "adamw_fused")), None)
+        eight = next((kind for kind in kinds if kind != "adamw"), None)
         for library, extra, wanted, key in (
             ("deepspeed", "engines", self.engine == "deepspeed", "engine: deepspeed"),
             ("bitsandbytes", "engines", self.model.quantise is not None, f"model.quantise: {self.model.quantise}"),

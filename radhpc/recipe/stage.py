@@ -58,10 +58,10 @@ class Group(Section):
 class Optimizer(Section):
     """AdamW (Loshchilov and Hutter, 2019) and its schedule."""
 
-    kind: Literal["adamw", "adamw_fused", "adamw_8bit", "adamw_paged", "adamw_8bit_paged"] = Field(
+    kind: Literal["adamw", "adamw_8bit", "adamw_paged", "adamw_8bit_paged"] = Field(
         "adamw",
-        description="fused: one kernel per step; 8bit: moments in a quarter of the memory; paged: moments that go to "
-        "the host where the GPU is full. The last three are bitsandbytes'; they go with engines fsdp and single",
+        description="adamw: PyTorch's, in one kernel; 8bit: moments in a quarter of the memory; paged: moments that go "
+        "to the host where the GPU is full. The last three are bitsandbytes'; they go with engines fsdp and single",
     )
     learning_rate: float = Field(gt=0)
     weight_decay: float = Field(0.0, ge=0, description="for matrices; biases, norms and gates have none")

@@ -183,13 +183,13 @@ def test_segments_of_one_shape_are_computed_at_once(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(attention, "scaled_dot_product_attention", count)
     rows = [np.arange(0, 4), np.arange(9, 12), np.arange(4, 8)]  # the last one is padded on the left
     monkeypatch.setattr(attention, "SMALL", 0)
-    mask = attention.segments([Segment(row, row) for row in rows], (3, 4, 4), torch.device("cpu"), causal=True)
+    mask = attention.Segments([Segment(row, row) for row in rows], (3, 4, 4), torch.device("cpu"), causal=True)
     q, k, v = torch.randn(3, 3, 4, 4, 8, dtype=torch.float64)
     found = attention.attend_segments(q, k[:, :2], v[:, :2], mask, 0.3)
     assert sorted(calls) == [(1, 4, 3, 8), (2, 4, 4, 8)]
     calls.clear()
     monkeypatch.setattr(attention, "SMALL", 1 << 20)
-    mask = attention.segments([Segment(row, row) for row in rows], (3, 4, 4), torch.device("cpu"), causal=True)
+    mask = attention.Segments([Segment(row, row) for row in rows], (3, 4, 4), torch.device("cpu"), causal=True)
     at_once = attention.attend_segments(q, k[:, :2], v[:, :2], mask, 0.3)
     assert calls == [(3, 4, 4, 8)]
     for row in rows:

@@ -110,7 +110,6 @@ VARIANTS = [
     ("zero3", 2, 1, ["model.quantise=nf4"]),
     ("single", 1, 0, ["stages.scratch.optimizer.kind=adamw_8bit"]),
     ("fsdp", 3, 0, ["stages.scratch.optimizer.kind=adamw_8bit"]),
-    ("single", 1, 0, ["stages.scratch.optimizer.kind=adamw_fused"]),
 ]
 
 

@@ -76,7 +76,7 @@ def test_the_recipes_for_one_card_fit_it() -> None:
     for name in ("name", "evaluation"):
         del smaller[name], recipe[name]
     assert smaller == recipe
-    (stage,) = foretell(full("rtx3090"), world=1, gpus=True)
+    (stage,) = foretell(full("rtx3090"), world=1)
     assert stage.trainable == 67_174_400
     assert stage.parameters == BASE["radixpert"] + 67_174_400
     assert 8 < stage.gigabytes_per_gpu < 13, "of tensors alone, on a card of 16 and on one of 24"
