@@ -23,7 +23,8 @@ from radhpc.recipe import Lora, Stage
 
 # PEFT would load bitsandbytes, and that the compiler of PyTorch: a fifth of the processor time that a rank takes to
 # start. Layers in four bits are our own (quantise.py), so that PEFT need not know of it; it remembers what it found.
-with without("bitsandbytes"):
+# scipy comes with transformers' losses of detection and boto3 with accelerate's SageMaker: an eighth of that time.
+with without("bitsandbytes", "scipy", "boto3"):
     import peft
     from peft.import_utils import is_bnb_4bit_available
 

@@ -373,8 +373,11 @@ def test_an_array_whose_elements_are_killed_and_preempted(
         "sleep 1",
     )
     wait_for(lambda: bool(events(runs[1], "requeued")), 60)
-    states = {trial["number"]: trial["state"] for trial in launch_json("status", folder)["trials"]}
-    assert states[0] == "failed"
+
+    def states() -> dict[int, str]:
+        return {trial["number"]: trial["state"] for trial in launch_json("status", folder)["trials"]}
+
+    wait_for(lambda: states()[0] == "failed", 60)  # SLURM takes its time to end a job
     # Said again at this moment, the command submits the failed one and touches nothing that waits or runs.
     first = {run.name: job["id"] for run, job in ((run, RunDir(run).job()) for run in runs if run.exists()) if job}
     launch(*command)
