@@ -193,17 +193,7 @@ def _run_stage(
     """Train one stage to its end; returns the name of its last checkpoint."""
     recipe, ranks, number = parts.recipe, parts.ranks, position.stage
     stage = recipe.stages[number]
-    ranks.heart.beat(f"loading stage {stage.name}", slow=True)
-    engine = parts.engine(number, lineage)
-    if cursor is not None:
-        parts.check(cursor)
-        name = name_of(cursor.step)
-        tensors = beside(lambda: parts.checkpoints.tensors(name, moments=True), ranks, stop)
-        assert tensors is not None
-        engine.load(tensors, cursor.stage_step)
-        del tensors
-    elif number:
-        seam.check(parts, engine, number)
+    engine = _loaded(parts, number, cursor, lineage, stop)
     training = parts.source(number, "train")
     parts.encoder.tell_apart([part.manifest.dataset for part in training.parts])
     compiling.warm_up(parts, engine, stage)
@@ -215,14 +205,12 @@ def _run_stage(
         # A stage begins where a checkpoint stands: its own, or the last one of the stage before, which must not be
         # written over with this stage's untrained state when a signal comes before the first step.
         saving.start_at(position.step)
-    evaluating = hooks.Evaluating(parts, engine, board, stop)
+    evaluating, profiling = hooks.Evaluating(parts, engine, board, stop), Profiling(parts.run, ranks, board)
     stream = Stream(
         training, parts.encoder, stage, number, recipe.stream, recipe.seed,
         ranks.rank, ranks.world, position.samples, pin=ranks.device.type == "cuda",
         told=stop.poll,
     )  # fmt: skip
-    every = recipe.evaluation.every
-    profiling = Profiling(parts.run, ranks, board)
     try:
         with Bar(stage.name, position.stage_steps, position.stage_step, "steps", not ranks.first) as bar:
             stragglers = Stragglers(parts.run, ranks, board)
@@ -233,7 +221,7 @@ def _run_stage(
                 calls.insert(0, Hook(recipe.board.every, hooks.board_hook(board, parts, engine, cursor is not None)))
                 calls.insert(1, Hook(1, hooks.Progress(parts, bar, total_steps, stragglers)))
                 calls.append(Hook(1, profiling))
-            if every is not None:
+            if (every := recipe.evaluation.every) is not None:
                 calls.append(Hook(every, evaluating))
                 if cursor is not None and position.step % every == 0 and not position.stage_done:
                     evaluating(position)  # that the interruption prevented, or nothing where the scores are there
@@ -258,6 +246,22 @@ def _run_stage(
         stream.close()
         profiling.close()
     return name_of(position.step)
+
+
+def _loaded(parts: Parts, number: int, cursor: Cursor | None, lineage: tuple[str, ...], stop: Stop) -> Engine:
+    """The engine of a stage, as its own last checkpoint or the stages before it have left the model."""
+    ranks = parts.ranks
+    ranks.heart.beat(f"loading stage {parts.recipe.stages[number].name}", slow=True)
+    engine = parts.engine(number, lineage)
+    if cursor is not None:
+        parts.check(cursor)
+        name = name_of(cursor.step)
+        tensors = beside(lambda: parts.checkpoints.tensors(name, moments=True), ranks, stop)
+        assert tensors is not None
+        engine.load(tensors, cursor.stage_step)
+    elif number:
+        seam.check(parts, engine, number)
+    return engine
 
 
 def _agree_on_environment(run: RunDir, recipe: Recipe, ranks: Ranks) -> None:
