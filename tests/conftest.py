@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from radhpc.models import ModelFamily
     from radhpc.recipe import Recipe
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for all that the tests start: there are as many of them as cores
 ROOT = Path(__file__).resolve().parent.parent
 REAL = ROOT.parent / "shared" / "real" / "cxr_notes"
 

@@ -1,6 +1,7 @@
 """A recipe to a job, and everything that becomes of it: quickstart, train, resume, sweep, stop."""
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -32,6 +33,7 @@ def quickstart(
     from shards.build import Settings
 
     started = time.perf_counter()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # on two threads so small a model takes a fifth longer
     path = run or new_run("quickstart")
     shards = path.with_name(path.name + "-shards")
     options = {"studies": str(studies), "two_views": "0.15", "size": "128"}
