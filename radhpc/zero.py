@@ -113,13 +113,7 @@ class ZeroEngine(Engine):
     def _start(self) -> None:
         self._shapes = {p: torch.Size(getattr(p, "ds_shape", p.shape)) for p in self.trained.values()}
         self._names = {parameter: name for name, parameter in self.trained.items()}
-        self._torch = torch.optim.AdamW(
-            groups(self.trained, self._stage),
-            lr=self._stage.learning_rate,
-            betas=self._stage.betas,
-            eps=self._stage.epsilon,
-            fused=True,
-        )
+        self._torch = optimizers.build(groups(self.trained, self._stage), self._stage)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:  # type: ignore[override]

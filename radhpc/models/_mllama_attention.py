@@ -69,7 +69,7 @@ def _cross(
     parts = []
     for row in range(rows):
         visible = sees[row] | ~sees[row].any(-1, keepdims=True)
-        bits = np.packbits(visible, axis=-1)
+        bits = np.packbits(visible, axis=-1)  # as bytes: numpy compares whole rows slowly
         _, firsts, kinds = np.unique(bits.view(f"V{bits.shape[1]}"), return_index=True, return_inverse=True)
         there = np.ones(length, bool) if text is None else text[row].astype(bool)
         for number, first in enumerate(firsts):
