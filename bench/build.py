@@ -25,19 +25,19 @@ import psutil  # type: ignore[import-untyped]
 from PIL import Image
 
 from bench import report
-from radhpc.manifest import INDEX, MANIFEST, File, Index, Manifest, Shard, sha256
-from radhpc.sample import SPLITS
-from radhpc.store import Store
-from shards import png
+from radhpc.core.manifest import INDEX, MANIFEST, File, Index, Manifest, Shard, sha256
+from radhpc.core.sample import SPLITS
+from radhpc.storage.store import Store
 from shards.build import build
 from shards.datasets import padchest, phantom
-from shards.pixels import Target, encode, load
+from shards.execution.writer import write
+from shards.images import png
+from shards.images.pixels import Target, encode, load
 from shards.settings import Settings
-from shards.writer import write
 
 NOTES = """\
 whole path: read, decode, shrink, window, JPEG, fingerprint, crc32c, sha256, tar.
-library decode: imagecodecs.png_decode. own decode: the same on a file that shards/png.py has inflated.
+library decode: imagecodecs.png_decode. own decode: the same on a file that shards/images/png.py has inflated.
 img2dataset-style: Pillow, np.percentile, float arithmetic at full size, resize, JPEG, webdataset.ShardWriter.
 webdataset loop: Pillow, resize in 16 bits, np.percentile, float arithmetic, JPEG, ShardWriter.
 Neither peer makes an index, checksums, fingerprints, salted hashes or reproducible bytes, nor goes on where it ended.

@@ -41,13 +41,13 @@ from typing import Any
 from unittest import mock
 
 from bench import report
-from radhpc.checkpoint import Checkpoints
-from radhpc.errors import UserError
-from radhpc.files import write_atomically
-from radhpc.run_dir import Event, RunDir
-from radhpc.store import Store
+from radhpc.core.errors import UserError
+from radhpc.core.files import write_atomically
+from radhpc.core.run_folder import Event, RunDir
+from radhpc.engine.checkpoint import Checkpoints
+from radhpc.storage.store import Store
 from slurm import box, scheduler
-from slurm.goodput import seconds as moment
+from slurm.monitoring.goodput import seconds as moment
 from slurm.profile import FOLDER as PROFILES
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -33,9 +33,9 @@ from typing import Any
 
 from bench import report
 from bench.chaos import hasten, losses, urgent, wait
-from radhpc.files import read_lines
-from radhpc.ledger import consumed
-from radhpc.run_dir import RunDir
+from radhpc.core.files import read_lines
+from radhpc.core.ledger import consumed
+from radhpc.core.run_folder import RunDir
 from slurm import box, scheduler
 from slurm.job import port
 from slurm.profile import FOLDER as PROFILES
@@ -198,10 +198,10 @@ class Data:
         import torch
         from peft import LoraConfig, get_peft_model
 
-        from radhpc import models
-        from radhpc.collate import Encoder
-        from radhpc.recipe import load
-        from radhpc.source import Source
+        from radhpc.core.recipe import load
+        from radhpc.data.collate import Encoder
+        from radhpc.data.source import Source
+        from radhpc.models import family as models
 
         recipe = load(folder / "recipe.yaml")
         family = models.family(recipe.model, str(folder / "tokenizer"))

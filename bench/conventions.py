@@ -14,8 +14,8 @@ from pathlib import Path
 import defusedxml.ElementTree
 
 from bench.report import parser, run, show
-from radhpc.metrics.bootstrap import value
-from radhpc.metrics.conventions import CONVENTIONS, measures, missing
+from radhpc.evaluation.metrics.bootstrap import value
+from radhpc.evaluation.metrics.conventions import CONVENTIONS, measures, missing
 
 KINDS = ("bleu_1", "bleu_4", "rouge_l", "rouge_l_f1", "cider")
 

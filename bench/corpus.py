@@ -2,9 +2,9 @@
 
     make(folder, samples=20_000, per_shard=1000)      # 20 tars of about 57 MB: the sizes of a shrunk chest archive
 
-Each sample is `bench-<study>.0.jpg` and `bench-<study>.json`, a Sample of radhpc/sample.py of about 230 bytes. An image
-is a piece of one large drawn radiograph with noise, 224 to 512 pixels on a side and about 55 KB in the mean, and no
-two are alike. Peers read the same tars, or what they convert them to.
+Each sample is `bench-<study>.0.jpg` and `bench-<study>.json`, a Sample of radhpc/core/sample.py of about 230 bytes.
+An image is a piece of one large drawn radiograph with noise, 224 to 512 pixels on a side and about 55 KB in the
+mean, and no two are alike. Peers read the same tars, or what they convert them to.
 """
 
 import hashlib
@@ -15,11 +15,11 @@ import imagecodecs
 import numpy as np
 import numpy.typing as npt
 
-from radhpc.files import write_atomically
-from radhpc.manifest import INDEX, MANIFEST, File, Manifest, Shard, sha256
-from radhpc.sample import SPLITS, Sample
-from shards.indexing import join, part
-from shards.writer import write
+from radhpc.core.files import write_atomically
+from radhpc.core.manifest import INDEX, MANIFEST, File, Manifest, Shard, sha256
+from radhpc.core.sample import SPLITS, Sample
+from shards.execution.assembly import join, part
+from shards.execution.writer import write
 
 SIDES = 224, 512  # pixels, the shortest and the longest
 QUALITY = 95  # of the JPEGs

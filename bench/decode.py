@@ -22,8 +22,8 @@ from transformers.models.mllama.image_processing_pil_mllama import MllamaImagePr
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from bench import report
-from radhpc.processors import CLIP_MEAN, CLIP_STD, ClipImages, MllamaImages, SwinImages, stitch
-from radhpc.transforms import decode
+from radhpc.core.image_decoding import decode
+from radhpc.models.image_processors import CLIP_MEAN, CLIP_STD, ClipImages, MllamaImages, SwinImages, stitch
 from shards.datasets import phantom
 
 NOTES = """\

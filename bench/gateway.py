@@ -34,8 +34,8 @@ from typing import Annotated, Any
 
 import typer
 
-from radhpc.errors import UserError
-from radhpc.files import alone, own_folder
+from radhpc.core.errors import UserError
+from radhpc.core.files import alone, own_folder
 from slurm.box import ENVIRONMENT, free_ports
 
 START_SECONDS = 90

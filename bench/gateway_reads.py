@@ -19,11 +19,11 @@ from pathlib import Path
 from bench import corpus, report
 from bench.gateway import Gateway
 from bench.stream import SEED, STAGE, Pixels, Row
-from radhpc.recipe import Stream as StreamRecipe
-from radhpc.remote import client
-from radhpc.source import Raw, Source
-from radhpc.store import Store
-from radhpc.stream import Stream
+from radhpc.core.recipe import Stream as StreamRecipe
+from radhpc.data.source import Raw, Source
+from radhpc.data.stream import Stream
+from radhpc.storage.object_store import client
+from radhpc.storage.store import Store
 
 NOTES = """\
 obstore: the fastest of get().stream(), get().bytes() and 8 MiB get_range(), each whole shard, 2 and 8 at a time.

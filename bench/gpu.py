@@ -25,17 +25,17 @@ from torch import nn
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 
 from bench import report
-from radhpc import adapters, attention
-from radhpc.allocations import Allocations
-from radhpc.attention import Segment
-from radhpc.collate import IGNORE, Batch
-from radhpc.dist import Ranks
-from radhpc.engine import Engine
-from radhpc.models import _mllama_attention, _mllama_tiles
-from radhpc.models.mllama import Family
-from radhpc.operations import PEAKS
-from radhpc.quantise import quantise
-from radhpc.recipe import Lora, Recipe, load
+from radhpc.core.recipe import Lora, Recipe, load
+from radhpc.data.collate import IGNORE, Batch
+from radhpc.distributed.ranks import Ranks
+from radhpc.engine.flop_counter import PEAKS
+from radhpc.engine.fsdp import Engine
+from radhpc.models import adapters, attention
+from radhpc.models.attention import Segment
+from radhpc.models.families import mllama_attention, mllama_tiles
+from radhpc.models.families.mllama import Family
+from radhpc.models.quantization import quantise
+from radhpc.planning.memory_trace import Allocations
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 CAPS = {"T4": 15e9, "RTX 3090": 23e9}  # bytes that a 4-bit recipe may take
@@ -98,9 +98,9 @@ class Setting:
             for name, parameter in model.named_parameters():
                 if name.endswith(("attn_gate", "mlp_gate", ".gate", "gate_attn", "gate_ffn")):
                     parameter.fill_(0.5)
-        _mllama_attention.attach(model)
+        mllama_attention.attach(model)
         if skip:
-            _mllama_tiles.attach(model)
+            mllama_tiles.attach(model)
         return model
 
     def batch(self, case: Case) -> Batch:

@@ -31,10 +31,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench import corpus, peers, report
-from radhpc.errors import UserError, first_line
-from radhpc.recipe import Stage, Stream as StreamRecipe
-from radhpc.source import Raw, Source
-from radhpc.stream import Stream
+from radhpc.core.errors import UserError, first_line
+from radhpc.core.recipe import Stage, Stream as StreamRecipe
+from radhpc.data.source import Raw, Source
+from radhpc.data.stream import Stream
 
 OURS = "radhpc"
 LIMIT = 400  # seconds of one experiment

@@ -24,12 +24,12 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import report
-from radhpc import fetch
-from radhpc.cache import BLOCK, RENEWAL, RUN
-from radhpc.order import Order, Positions
-from radhpc.recipe import Stream as StreamRecipe
-from radhpc.source import Place, Raw
-from radhpc.stream import Deal
+from radhpc.core.recipe import Stream as StreamRecipe
+from radhpc.data import prefetch
+from radhpc.data.sampler import Order, Positions
+from radhpc.data.source import Place, Raw
+from radhpc.data.stream import Deal
+from radhpc.storage.node_cache import BLOCK, RENEWAL, RUN
 
 ROOT = Path(__file__).parent.parent
 LIMIT = 100  # seconds of one measurement
@@ -85,11 +85,12 @@ first leaves; {WORKERS} workers have every {WORKERS}th shard and a buffer each, 
 traffic: shards of {PER_SHARD:,} samples of {SAMPLE / 1e3:.0f} kB in the mean (log-normal, sigma 0.5); the real Ahead of
 each rank (of two, where there are thousands), from the start of a run, over whole steps. Estimates: bytes = samples x
 size; requests = samples x (1 / m + (1 - 1 / m) x (1 - d) ** (1 + gap / size)), where m is how many samples of a group
-are neighbours in a shard, d the part of such a stretch that the group wants, {fetch.REQUEST:,} bytes the gap.
+are neighbours in a shard, d the part of such a stretch that the group wants, {prefetch.REQUEST:,} bytes the gap.
 With a node cache, requests = bytes / {BLOCK >> 20} MiB. "cache, all fits": the first pass, under way (what the window
 had before is there; without a window the first steps, from an empty cache). "cache of {KEPT} GB": that much of the
-archive is there, and the rest is turned away, but for 1 / {RENEWAL} (radhpc/cache.py). fetch.py uses the cache only
-where its own rule says so. requests/s: of all nodes, at a step time of {STEP:g} s; S3 grants {GRANTED:,} a prefix."""
+archive is there, and the rest is turned away, but for 1 / {RENEWAL} (radhpc/storage/node_cache.py). prefetch.py uses
+the cache only where its own rule says so. requests/s: of all nodes, at a step time of {STEP:g} s; S3 grants
+{GRANTED:,} a prefix."""
 
 
 # Cost
@@ -323,7 +324,9 @@ def requested(archive: Archive, ranks: Sequence[Positions], recipe: StreamRecipe
     """What the real Ahead of each rank asks for these turns, the ranks side by side."""
     requests: list[Request] = []
     source = cast(Any, Simulated(archive, requests))
-    ahead = [fetch.Ahead(source, iter(np.split(numbers, range(256, len(numbers), 256))), recipe) for numbers in ranks]
+    ahead = [
+        prefetch.Ahead(source, iter(np.split(numbers, range(256, len(numbers), 256))), recipe) for numbers in ranks
+    ]
     for first in range(0, len(ranks[0]), TAKE):
         for numbers, one in zip(ranks, ahead, strict=True):
             one.take(first, min(first + TAKE, len(numbers)))
@@ -476,12 +479,12 @@ def expected(window: int | None, group: float, deal: Deal) -> float:
         stretch = min(PER_SHARD, max(PER_SHARD, among) / window)
         density = group / among * min(1.0, among / PER_SHARD)
     together = max(1.0, stretch * density)
-    apart = (1 - density) ** (1 + fetch.REQUEST / SAMPLE)
+    apart = (1 - density) ** (1 + prefetch.REQUEST / SAMPLE)
     return float(1 / together + (1 - 1 / together) * apart)
 
 
 def decisions(archive: Archive) -> dict[str, float]:
-    """Whether a node cache of KEPT gigabytes is used: fetch.py's own rule, 1 for yes."""
+    """Whether a node cache of KEPT gigabytes is used: prefetch.py's own rule, 1 for yes."""
     shards = [SimpleNamespace(size=archive.shard_bytes)] * archive.shards
     store = SimpleNamespace(folder=None, on_local_disk=False)
     manifest = SimpleNamespace(shards=shards, samples=archive.samples)
@@ -489,7 +492,7 @@ def decisions(archive: Archive) -> dict[str, float]:
     recipe = StreamRecipe.model_validate({"cache": {"folder": "unused", "gigabytes": KEPT}})
     return {
         f"node cache used, {nodes:,} nodes, {passes} passes": float(
-            fetch._through_cache(source, recipe, 1 / nodes, passes)[0]
+            prefetch._through_cache(source, recipe, 1 / nodes, passes)[0]
         )
         for nodes in (1, 8, 1000)
         for passes in (1, 3)
@@ -512,7 +515,7 @@ def startup(quick: bool) -> dict[str, float]:
             deal.numbers(numbers, archive.sizes(numbers), 0)
 
     seconds = report.interleaved({"": some}, 3)[""] / steps / deal.batch
-    limit, held, group = recipe.prefetch_megabytes << 20, 0.0, float(fetch.FIRST_GROUP)
+    limit, held, group = recipe.prefetch_megabytes << 20, 0.0, float(prefetch.FIRST_GROUP)
     while held <= limit / 2:
         held, group = held + group, min(2 * group, limit * GROUP)
     return {

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from radhpc.errors import UserError
+from radhpc.core.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 READERS = ROOT / "bench" / "readers.py"

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from radhpc.errors import UserError
+from radhpc.core.errors import UserError
 
 
 def parser(name: str, description: str | None, quick: str) -> argparse.ArgumentParser:

@@ -18,12 +18,12 @@ import numpy as np
 from bench import corpus, report
 from bench.gateway_reads import Unread
 from bench.stream import SEED, Pixels
-from radhpc.files import write_atomically
-from radhpc.manifest import INDEX, MANIFEST, File, Index, Manifest, sha256
-from radhpc.recipe import Optimizer, Stage, Stream as StreamRecipe
-from radhpc.source import Source
-from radhpc.store import Store
-from radhpc.stream import Stream
+from radhpc.core.files import write_atomically
+from radhpc.core.manifest import INDEX, MANIFEST, File, Index, Manifest, sha256
+from radhpc.core.recipe import Optimizer, Stage, Stream as StreamRecipe
+from radhpc.data.source import Source
+from radhpc.data.stream import Stream
+from radhpc.storage.store import Store
 
 BATCH, EPOCHS = 64, 3
 RECIPE = StreamRecipe.model_validate({"threads": 2})

@@ -26,21 +26,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bench import corpus, peers, report
-from radhpc.errors import UserError
-from radhpc.heap import keep_freed_memory
-from radhpc.manifest import Manifest
-from radhpc.recipe import Stage, Stream as StreamRecipe
-from radhpc.source import Raw, Source
-from radhpc.store import Store
-from radhpc.stream import Stream, order_of
-from radhpc.transforms import decode
+from radhpc.core.errors import UserError
+from radhpc.core.image_decoding import decode
+from radhpc.core.manifest import Manifest
+from radhpc.core.recipe import Stage, Stream as StreamRecipe
+from radhpc.data.source import Raw, Source
+from radhpc.data.stream import Stream, order_of
+from radhpc.distributed.malloc import keep_freed_memory
+from radhpc.storage.store import Store
 
 NOTES = """\
 raw: one process without workers; the bytes of each JPEG and its JSON, read. radhpc has checked them against the crc32c.
 decoded: to 8-bit gray by the same decoder (imagecodecs.jpeg8_decode; radhpc through its own transforms.decode), on the
 same cores: radhpc in two threads; peers in two worker processes of their own loaders and in two threads (their own,
 where they have any), of which the better counts.
-decoder alone: radhpc.transforms.decode in two threads over the same JPEGs, in memory, in turn with our stream.
+decoder alone: radhpc.core.image_decoding.decode in two threads over the same JPEGs, in memory, in turn with our stream.
 webdataset: shuffle(1000) over shuffled shards. litdata: chunks as large as a tar, shuffled, drop_last=False; its
 samples are views of a mapped file, copied for raw, as otherwise nobody would have read them ("unread views").
 mds: py1e, local shards. energon: prepared tars, buffer of 1000. grain: it has no source for tars, so MapDataset over

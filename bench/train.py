@@ -27,18 +27,18 @@ import torch
 from torch import nn
 
 from bench import report
-from radhpc import adapters, models, token_loss
-from radhpc.allocations import Allocations
-from radhpc.collate import IGNORE, TRUTH, Batch
-from radhpc.dist import Ranks
-from radhpc.engine import Engine
-from radhpc.ledger import Ledger
-from radhpc.loop import Position, Quarantine, train
-from radhpc.parts import Parts
-from radhpc.recipe import Recipe, load
-from radhpc.run_dir import RunDir
-from radhpc.stop import Stop
-from radhpc.stream import Step, Stream
+from radhpc.core.ledger import Ledger
+from radhpc.core.recipe import Recipe, load
+from radhpc.core.run_folder import RunDir
+from radhpc.data.collate import IGNORE, TRUTH, Batch
+from radhpc.data.stream import Step, Stream
+from radhpc.distributed.ranks import Ranks
+from radhpc.distributed.stop import Stop
+from radhpc.engine.fsdp import Engine
+from radhpc.models import adapters, family, token_loss
+from radhpc.planning.memory_trace import Allocations
+from radhpc.training.context import Parts
+from radhpc.training.loop import Position, Quarantine, train
 from slurm.box import free_ports
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
@@ -88,7 +88,7 @@ class Bench:
     def model(self, attention: str = "segments") -> nn.Module:
         """The same random weights each time, ready to train."""
         given = self.recipe.model.model_copy(update={"attention": attention})
-        model = models.family(given, self.tokenizer).build(self.recipe.seed)
+        model = family.family(given, self.tokenizer).build(self.recipe.seed)
         adapters.choose_trained(model, self.recipe.stages[0])
         return model.train()
 

@@ -1,6 +1,6 @@
 """What happens beside the steps: evaluating, the board and the progress bar.
 
-Each is a hook of the loop, as is saving.py.
+Each is a hook of the loop, as is async_checkpoint.py.
 """
 
 import logging
@@ -12,20 +12,21 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch.distributed.tensor import DTensor
 
-from radhpc import adapters, evaluate, evaluation_page
-from radhpc.board import RESTART, Board
-from radhpc.dist import Ranks
-from radhpc.engine import Engine
-from radhpc.export import write_adapter
-from radhpc.log import Bar
-from radhpc.loop import Pace, Position, Report
-from radhpc.operations import peak
-from radhpc.parts import Parts
-from radhpc.run_dir import node_name
-from radhpc.sample import Split
-from radhpc.scoring import CLASSIFIERS, classified
-from radhpc.stop import PRUNED, Interrupted, Stop
-from radhpc.straggler import Stragglers
+from radhpc.core.board import RESTART, Board
+from radhpc.core.log import Bar
+from radhpc.core.run_folder import node_name
+from radhpc.core.sample import Split
+from radhpc.distributed.ranks import Ranks
+from radhpc.distributed.stop import PRUNED, Interrupted, Stop
+from radhpc.engine.flop_counter import peak
+from radhpc.engine.fsdp import Engine
+from radhpc.evaluation import evaluate, report_page
+from radhpc.evaluation.scoring import CLASSIFIERS, classified
+from radhpc.models import adapters
+from radhpc.serving.export import write_adapter
+from radhpc.training.context import Parts
+from radhpc.training.loop import Pace, Position, Report
+from radhpc.training.straggler import Stragglers
 
 log = logging.getLogger("radhpc")
 
@@ -73,7 +74,7 @@ class Evaluating:
             bar.update(count)
         if parts.ranks.first:
             evaluate.write(folder, result, position.step, split)
-            evaluation_page.write(folder, held_out)
+            report_page.write(folder, held_out)
             values = {f"evaluation/{name}": score["value"] for name, score in result.scores.items()}
             self.board.scalars(position.step, values)
             for n, picture in enumerate(result.pictures):

@@ -1,4 +1,4 @@
-"""What only a job can see of a cluster, rank by rank: `launch.py doctor --probe` asks, slurm/probe.py reads it.
+"""What only a job can see of a cluster, rank by rank: `radhpc doctor --probe` asks, slurm/preflight/probe.py reads it.
 
     <run>/probe/rank-00000.jsonl     {"what": "store", "time": ..., "url": ..., "megabytes_per_second": ...}, ...
 
@@ -23,11 +23,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from radhpc.dist import Ranks
-from radhpc.errors import first_line
-from radhpc.files import read_json
-from radhpc.manifest import Manifest
-from radhpc.store import Store
+from radhpc.core.errors import first_line
+from radhpc.core.files import read_json
+from radhpc.core.manifest import Manifest
+from radhpc.distributed.ranks import Ranks
+from radhpc.storage.store import Store
 
 TICK = 0.25  # seconds between two signs of life: so exact is the time of a SIGKILL
 STORE_SECONDS = 5  # of reading from each URL

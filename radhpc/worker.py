@@ -16,28 +16,32 @@ from typing import Any, Literal
 
 import torch
 
-from radhpc import compiling, evaluation_job, fingerprint, hooks, log as logs, seam, tasks
-from radhpc.background import beside, on_first
-from radhpc.board import Board, Curves
-from radhpc.checkpoint import Checkpoints, Cursor, name_of
-from radhpc.dist import Ranks, lost_peer
-from radhpc.engine import Engine
-from radhpc.errors import UserError, first_line
-from radhpc.exhausted import out_of_memory
-from radhpc.files import FULL, insist, read_json, write_atomically
-from radhpc.heap import keep_freed_memory
-from radhpc.heartbeat import Heartbeat, Limits
-from radhpc.ledger import Ledger
-from radhpc.log import Bar
-from radhpc.loop import Hook, Position, Quarantine, train
-from radhpc.parts import Parts, Trial
-from radhpc.profiling import Profiling
-from radhpc.recipe import Recipe
-from radhpc.run_dir import RunDir, node_name
-from radhpc.saving import Ending, Saving
-from radhpc.stop import PRUNED, Interrupted, Stop
-from radhpc.straggler import Stragglers
-from radhpc.stream import Stream, stage_samples, stage_steps
+from radhpc import hooks
+from radhpc.core import environment, log as logs
+from radhpc.core.board import Board, Curves
+from radhpc.core.errors import UserError, first_line
+from radhpc.core.files import FULL, insist, read_json, write_atomically
+from radhpc.core.ledger import Ledger
+from radhpc.core.log import Bar
+from radhpc.core.recipe import Recipe
+from radhpc.core.run_folder import RunDir, node_name
+from radhpc.data import tasks
+from radhpc.data.stream import Stream, stage_samples, stage_steps
+from radhpc.distributed.background import beside, on_first
+from radhpc.distributed.malloc import keep_freed_memory
+from radhpc.distributed.ranks import Ranks, lost_peer
+from radhpc.distributed.stop import PRUNED, Interrupted, Stop
+from radhpc.distributed.watchdog import Heartbeat, Limits
+from radhpc.engine.checkpoint import Checkpoints, Cursor, name_of
+from radhpc.engine.fsdp import Engine
+from radhpc.evaluation import job as evaluation_job
+from radhpc.training import compilation, stage_transition
+from radhpc.training.async_checkpoint import Ending, Saving
+from radhpc.training.context import Parts, Trial
+from radhpc.training.loop import Hook, Position, Quarantine, train
+from radhpc.training.out_of_memory import out_of_memory
+from radhpc.training.profiling import Profiling
+from radhpc.training.straggler import Stragglers
 
 log = logging.getLogger("radhpc")
 
@@ -81,7 +85,7 @@ def run(path: str, stop: Stop | None = None, trial: Trial | None = None) -> Outc
                 raise _recorded(run_dir, rank, out_of_memory(run_dir, rank, world)) from error
             if isinstance(error, OSError) and error.errno in FULL:
                 where = error.filename or run_dir.path
-                full = UserError(f"{where}: {error.strerror}; free some space, then 'launch.py resume {run_dir.path}'")
+                full = UserError(f"{where}: {error.strerror}; free some space, then 'radhpc resume {run_dir.path}'")
                 raise _recorded(run_dir, rank, full) from error
             raise _recorded(run_dir, rank, error)  # noqa: B904
         finally:
@@ -104,7 +108,7 @@ def _run(run: RunDir, ranks: Ranks, stop: Stop, trial: Trial | None) -> Outcome:
     if run.evaluates is not None:
         return _evaluate(run, ranks, stop)
     parts = Parts(run, recipe, ranks, stop, trial)
-    compiling.prepare(parts)
+    compilation.prepare(parts)
     position: Position | None = None
     try:
         lengths = beside(lambda: [len(parts.source(n, "train")) for n in range(len(recipe.stages))], ranks, stop) or []
@@ -196,7 +200,7 @@ def _run_stage(
     engine = _loaded(parts, number, cursor, lineage, stop)
     training = parts.source(number, "train")
     parts.encoder.tell_apart([part.manifest.dataset for part in training.parts])
-    compiling.warm_up(parts, engine, stage)
+    compilation.warm_up(parts, engine, stage)
     stop.check(ranks.max)
     _describe(engine, position, parts)
     saving = Saving(parts, engine, board, stop, lineage)
@@ -229,7 +233,7 @@ def _run_stage(
         saving.finish(position)
         hooks.export_adapter(parts, engine, position)
         if ranks.broadcast(_last_finished(parts.run) < number):
-            loss = seam.probe(parts, engine, number)
+            loss = stage_transition.probe(parts, engine, number)
             if ranks.first:
                 parts.run.record("stage_finished", stage=stage.name, number=number, step=position.step, loss=loss)
         last = number == len(recipe.stages) - 1
@@ -260,7 +264,7 @@ def _loaded(parts: Parts, number: int, cursor: Cursor | None, lineage: tuple[str
         assert tensors is not None
         engine.load(tensors, cursor.stage_step)
     elif number:
-        seam.check(parts, engine, number)
+        stage_transition.check(parts, engine, number)
     return engine
 
 
@@ -275,17 +279,17 @@ def _agree_on_environment(run: RunDir, recipe: Recipe, ranks: Ranks) -> None:
                 f"rank {rank} reads another {run.path}/recipe.yaml than rank 0: {theirs[1]} {theirs[0][:12]} there, "
                 f"{read[0][1]} {read[0][0][:12]} on rank 0; all nodes must see the same run folder"
             )
-    prints = ranks.gather(fingerprint.take())
+    prints = ranks.gather(environment.take())
     for rank, theirs in enumerate(prints):
-        if what := fingerprint.differences(prints[0], theirs):
+        if what := environment.differences(prints[0], theirs):
             named = ", ".join(f"{name} {there} there, {here} on rank 0" for name, (here, there) in what.items())
             raise UserError(f"rank {rank} runs something else than rank 0: {named}; all nodes must be set up alike")
     if not ranks.first or (frozen := read_json(run.code / "environment.json")) is None:
         return
     if "python" not in frozen:  # the submission could not look into the container that this runs in
-        frozen |= fingerprint.versions()
+        frozen |= environment.versions()
         write_atomically(run.code / "environment.json", json.dumps(frozen, indent=1).encode(), 0o600)
-    if what := fingerprint.differences(frozen, prints[0]):
+    if what := environment.differences(frozen, prints[0]):
         named = ", ".join(f"{name} {now}, frozen was {was}" for name, (was, now) in what.items())
         log.warning("the environment is not the one that this run was submitted with: %s", named)
         run.record("environment_changed", what=what)

@@ -39,10 +39,10 @@ import numpy.typing as npt
 from awscrt.checksums import crc32c
 from pydantic import ValidationError
 
-from radhpc.errors import UserError, first_line, nearest
-from radhpc.manifest import INDEX, MANIFEST, File, Index, Manifest, sha256
-from radhpc.sample import SPLITS, Sample
-from radhpc.store import Store
+from radhpc.core.errors import UserError, first_line, nearest
+from radhpc.core.manifest import INDEX, MANIFEST, File, Index, Manifest, sha256
+from radhpc.core.sample import SPLITS, Sample
+from radhpc.storage.store import Store
 
 __all__ = ["BalanceResult", "Settings", "balance"]
 
@@ -256,8 +256,8 @@ def _samples(store: Store, manifest: Manifest, index: Index, rows: Ints) -> Iter
                     fault = "checksum differs from the index's"
                 except (FileNotFoundError, ValidationError) as error:
                     fault = first_line(error)
-                raise UserError(f"{store.url}/{shard}: {member.name}: {fault}; 'launch.py verify' names every fault")
-        raise UserError(f"{store.url}: {key}: no description; 'launch.py verify' names every fault")
+                raise UserError(f"{store.url}/{shard}: {member.name}: {fault}; 'radhpc verify' names every fault")
+        raise UserError(f"{store.url}: {key}: no description; 'radhpc verify' names every fault")
 
     with ThreadPoolExecutor(THREADS, thread_name_prefix="balance") as pool:
         for start in range(0, len(rows), CHUNK):

@@ -14,21 +14,21 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from radhpc.files import write_atomically
-from radhpc.manifest import INDEX, MANIFEST, Index, Manifest
-from radhpc.sample import Split
+from radhpc.core.files import write_atomically
+from radhpc.core.manifest import INDEX, MANIFEST, Index, Manifest
+from radhpc.core.sample import Split
 from shards import duplicates
-from shards.card import CARD, SHEET, card, contact_sheet, pictures
-from shards.indexing import assemble
+from shards.execution.assembly import assemble
+from shards.execution.output import ATTRIBUTION, Output
+from shards.execution.pool import Run
+from shards.execution.scheduler import Progress, build_shards
+from shards.execution.worker import LISTING, Done, Job, Task, read_record
+from shards.images.pixels import Target
 from shards.listing import Listing, Skip
-from shards.output import ATTRIBUTION, Output
-from shards.pixels import Target
-from shards.pool import Run
+from shards.reports.card import CARD, SHEET, card, contact_sheet, pictures
 from shards.settings import Result, Settings
 from shards.source import hash_of, open_source
 from shards.summary import Summary
-from shards.work import Progress, build_shards
-from shards.worker import LISTING, Done, Job, Task, read_record
 
 __all__ = ["Result", "Settings", "build"]
 

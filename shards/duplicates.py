@@ -13,11 +13,11 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from radhpc.errors import UserError
-from radhpc.manifest import FINGERPRINTS, Index, Manifest
-from radhpc.sample import SPLITS, Split
-from radhpc.store import Store
-from shards.fingerprint import LIMIT, near
+from radhpc.core.errors import UserError
+from radhpc.core.manifest import FINGERPRINTS, Index, Manifest
+from radhpc.core.sample import SPLITS, Split
+from radhpc.storage.store import Store
+from shards.images.perceptual_hash import LIMIT, near
 
 ORDER: tuple[Split, ...] = ("test", "validate", "train")  # in which a build makes the splits
 ALL = tuple((split, other) for split in SPLITS for other in SPLITS)
@@ -39,7 +39,7 @@ class Images:
     """The images of a dataset, or some of them."""
 
     fingerprint: npt.NDArray[np.uint8]  # (n, 32)
-    split: npt.NDArray[np.uint8]  # (n,) position in radhpc.sample.SPLITS
+    split: npt.NDArray[np.uint8]  # (n,) position in radhpc.core.sample.SPLITS
     key: npt.NDArray[np.bytes_]  # (n,) of their samples
 
     def of(self, splits: Iterable[Split]) -> "Images":

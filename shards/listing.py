@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from radhpc.errors import UserError
-from radhpc.sample import SPLITS, Split, salted_hash
+from radhpc.core.errors import UserError
+from radhpc.core.sample import SPLITS, Split, salted_hash
 from shards import splits
-from shards.datasets import RawStudy
+from shards.datasets.reader import RawStudy
 
 _TABLES = """
 CREATE TABLE studies (place INTEGER PRIMARY KEY, study TEXT UNIQUE, patient TEXT, official TEXT, name TEXT, raw BLOB);

@@ -17,20 +17,20 @@ from typing import Any
 import numpy as np
 from awscrt.checksums import crc32c
 
-from radhpc.errors import UserError
-from radhpc.manifest import FINGERPRINTS, INDEX, MANIFEST, Index, Manifest, Shard, sha256
-from radhpc.sample import Sample, Split
-from radhpc.store import Store
-from shards.indexing import fingerprints_of, join, npy, part
+from radhpc.core.errors import UserError
+from radhpc.core.manifest import FINGERPRINTS, INDEX, MANIFEST, Index, Manifest, Shard, sha256
+from radhpc.core.sample import Sample, Split
+from radhpc.storage.store import Store
+from shards.execution.assembly import fingerprints_of, join, npy, part
+from shards.execution.output import Output
+from shards.execution.pool import here
+from shards.execution.worker import LISTING, Job, Task, read_record
+from shards.execution.writer import MemberRow, SampleRow
+from shards.images.pixels import Target
 from shards.listing import Listing
-from shards.output import Output
-from shards.pixels import Target
-from shards.pool import here
 from shards.settings import Settings
 from shards.source import Source, open_source
 from shards.verify import Report
-from shards.worker import LISTING, Job, Task, read_record
-from shards.writer import MemberRow, SampleRow
 
 FREE = ("duplicates", "apart_from")  # the index says which studies they have left out
 

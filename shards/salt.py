@@ -10,7 +10,7 @@ import secrets
 import tempfile
 from pathlib import Path
 
-from radhpc.errors import UserError
+from radhpc.core.errors import UserError
 
 VARIABLE = "RADHPC_SALT_FILE"
 LENGTH = 32  # bytes

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from radhpc.errors import UserError
-from shards.pixels import Format
+from radhpc.core.errors import UserError
+from shards.images.pixels import Format
 from shards.splits import RATIOS, Ratios
 
 
@@ -26,7 +26,7 @@ class Settings:
     duplicates: Literal["drop", "report"] = "drop"  # studies with a near-duplicate in another split
     apart_from: tuple[str, ...] = ()  # shards of other datasets whose other splits must not be repeated
     force: bool = False  # replace what another build left in the output folder
-    work: Path | None = None  # private folder of a build under way; None: see shards/output.py
+    work: Path | None = None  # private folder of a build under way; None: see shards/execution/output.py
 
     def __post_init__(self) -> None:
         if self.workers is not None and self.workers < 1:

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from radhpc.errors import UserError
-from radhpc.manifest import Manifest
-from radhpc.store import Store
-from shards import datasets, salt
+from radhpc.core.errors import UserError
+from radhpc.core.manifest import Manifest
+from radhpc.storage.store import Store
+from shards import salt
+from shards.datasets import reader as readers, registry
+from shards.images.pixels import PERCENTILES
 from shards.listing import Listing, Skip, write_listing
-from shards.pixels import PERCENTILES
 from shards.settings import Settings
 
 FORMAT = 2  # of the shards' contents: raise it when the same input gives other bytes
@@ -31,8 +32,8 @@ class Source:
     """A reader with its options, and the salt of its identifiers."""
 
     dataset: str  # the reader's name
-    reader: datasets.Reader
-    options: datasets.Options
+    reader: readers.Reader
+    options: readers.Options
     salt: bytes
 
     @property
@@ -49,10 +50,10 @@ class Source:
         base = raw.resolve() if raw else None
         folder = base.parent if base and base.is_file() else base
         with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", datasets.DatasetWarning)
+            warnings.simplefilter("always", readers.DatasetWarning)
             studies = self.reader.read(base, self.options)
             write_listing(path, studies, self.name, self.salt, settings.ratios, settings.shard_samples, folder)
-        told = [str(warning.message) for warning in caught if issubclass(warning.category, datasets.DatasetWarning)]
+        told = [str(warning.message) for warning in caught if issubclass(warning.category, readers.DatasetWarning)]
         with Listing(path) as listing:
             if not listing.studies:
                 raise UserError(f"{self.name}: no study found")
@@ -92,10 +93,8 @@ class Source:
 
 def open_source(dataset: str, options: Mapping[str, str]) -> Source:
     """Find the reader and understand its options. Raises UserError."""
-    reader = datasets.reader(dataset)
-    return Source(
-        dataset, reader, datasets.parse_options(dataset, reader.OPTIONS, options), salt.load(reader.SYNTHETIC)
-    )
+    reader = registry.reader(dataset)
+    return Source(dataset, reader, readers.parse_options(dataset, reader.OPTIONS, options), salt.load(reader.SYNTHETIC))
 
 
 def hash_of(recipe: Mapping[str, Any]) -> str:

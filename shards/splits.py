@@ -7,8 +7,8 @@ in a set so small that a wanted split stays empty, the patient whose hash lies n
 
 from collections.abc import Sequence
 
-from radhpc.errors import UserError
-from radhpc.sample import SPLITS, Split
+from radhpc.core.errors import UserError
+from radhpc.core.sample import SPLITS, Split
 
 Ratios = tuple[float, float, float]  # train, validate, test: they add up to one
 RATIOS: Ratios = (0.8, 0.1, 0.1)

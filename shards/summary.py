@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from radhpc.sample import SPLITS, Sample
+from radhpc.core.sample import SPLITS, Sample
 
 LONGEST = 1000  # words: longer texts are counted as this long
 SIDE = 256  # pixels: images are counted by their longest side, in steps of it

@@ -19,12 +19,13 @@ import numpy as np
 from awscrt.checksums import crc32c
 from pydantic import ValidationError
 
-from radhpc.errors import UserError, first_line
-from radhpc.manifest import FINGERPRINTS, MANIFEST, Index, Manifest, Member, Shard
-from radhpc.sample import SPLITS, Sample
-from radhpc.store import Store
-from shards import duplicates, privacy
-from shards.writer import BLOCK
+from radhpc.core.errors import UserError, first_line
+from radhpc.core.manifest import FINGERPRINTS, MANIFEST, Index, Manifest, Member, Shard
+from radhpc.core.sample import SPLITS, Sample
+from radhpc.storage.store import Store
+from shards import duplicates
+from shards.execution.writer import BLOCK
+from shards.text import deidentification
 
 Progress = Callable[[int, int], None]  # (samples done, samples in all)
 BEGINNINGS = {"jpg": (b"\xff\xd8\xff",), "png": (b"\x89PNG\r\n\x1a\n",), "jxl": (b"\xff\x0a", b"\x00\x00\x00\x0cJXL ")}
@@ -249,7 +250,7 @@ def _check_description(data: bytes, index: Index, sample: int) -> Iterator[str]:
         first = error.errors()[0]
         yield f"description: {'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"
         return
-    yield from (f"description: {offence}" for offence in privacy.offences(described))
+    yield from (f"description: {offence}" for offence in deidentification.offences(described))
     images = int(index.first[sample + 1] - index.first[sample]) - 1
     pairs = {
         "key": (described.key, index.key[sample].decode()),

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from radhpc.errors import UserError
-from radhpc.files import append, read_lines
-from radhpc.transforms import decode as decode_member
-from shards.pixels import BadImage, Target, decode, encode, load
+from radhpc.core.errors import UserError
+from radhpc.core.files import append, read_lines
+from radhpc.core.image_decoding import decode as decode_member
+from shards.images.pixels import BadImage, Target, decode, encode, load
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".dcm", ".dicom", "")  # DICOM files often have none
 

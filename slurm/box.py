@@ -27,8 +27,8 @@ from typing import Annotated, Any
 
 import typer
 
-from radhpc.errors import UserError
-from radhpc.files import alone, own_folder
+from radhpc.core.errors import UserError
+from radhpc.core.files import alone, own_folder
 
 START_SECONDS = 30
 PACKAGES = {"munged": "munge", "slurmctld": "slurm-wlm", "slurmd": "slurm-wlm", "scontrol": "slurm-wlm"}

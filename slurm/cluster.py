@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from radhpc.errors import UserError, first_line
+from radhpc.core.errors import UserError, first_line
 from slurm.scheduler import fields
 
 # Memory that PyTorch finds on a GPU, in bytes, by what sites call it in gres types and node features. The first match

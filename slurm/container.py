@@ -3,7 +3,7 @@
     apptainer exec --nv --pwd RUN --bind RUN:RUN,/data:/data /images/radhpc.sif python3        ranks, by srun
     srun --container-image=/images/radhpc.sqsh --container-mounts=RUN:RUN,/data:/data ...      likewise
 
-Only ranks are inside. The batch script and slurm.requeue stay on the host, with the Python that launch.py was called
+Only ranks are inside. The batch script and slurm.requeue stay on the host, with the Python that radhpc was called
 with (or the profile's `python`): there scontrol works without a bind of it, of SLURM's libraries, its configuration
 and munge's socket, and a decision can be taken when a container cannot start any more. That Python needs no torch.
 
@@ -14,10 +14,10 @@ is for `binds`. The image holds Python and the libraries; radhpc itself comes fr
 import shlex
 from pathlib import Path
 
-from radhpc.errors import UserError
-from radhpc.files import read_json
-from radhpc.recipe import Recipe
-from radhpc.run_dir import EVALUATION, RunDir
+from radhpc.core.errors import UserError
+from radhpc.core.files import read_json
+from radhpc.core.recipe import Recipe
+from radhpc.core.run_folder import EVALUATION, RunDir
 from slurm.profile import Container, Profile
 
 # For Python inside: the frozen code alone, neither the host's PYTHONPATH nor what `pip install --user` left at home.

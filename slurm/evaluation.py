@@ -1,4 +1,4 @@
-"""The folder of an evaluation, and the job in it: what `launch.py evaluate` prepares before anything is submitted.
+"""The folder of an evaluation, and the job in it: what `radhpc evaluate` prepares before anything is submitted.
 
     job = prepare(run, "step-000430", "9f86d0...", "test", [], settings, against=None)     # a RunDir
     submit.submit(job, profile)
@@ -11,10 +11,10 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from radhpc.errors import UserError
-from radhpc.files import write_atomically
-from radhpc.recipe import Evaluation, override
-from radhpc.run_dir import EVALUATION, RunDir
+from radhpc.core.errors import UserError
+from radhpc.core.files import write_atomically
+from radhpc.core.recipe import Evaluation, override
+from radhpc.core.run_folder import EVALUATION, RunDir
 from slurm import scheduler
 
 

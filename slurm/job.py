@@ -10,16 +10,17 @@ from typing import Any
 
 import submitit
 
-from radhpc.errors import UserError
-from radhpc.run_dir import RunDir
-from slurm import logs, requeue
-from slurm.study import Trial
+from radhpc.core.errors import UserError
+from radhpc.core.run_folder import RunDir
+from slurm import requeue
+from slurm.monitoring import logs
+from slurm.sweep.study import Trial
 
 
 def main(run: str) -> Any:
     """Run one rank. Raises UserError inline; elsewhere it ends the process with status 2 after one line."""
     inside = join(RunDir(run))
-    from radhpc.stop import Stop
+    from radhpc.distributed.stop import Stop
 
     try:
         with Stop() as stop:  # what comes while PyTorch is imported must not meet submitit's handlers

@@ -17,9 +17,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from radhpc.errors import UserError, nearest
-from radhpc.files import NODE_LOCAL, file_system
-from radhpc.run_dir import RunDir
+from radhpc.core.errors import UserError, nearest
+from radhpc.core.files import NODE_LOCAL, file_system
+from radhpc.core.run_folder import RunDir
 from slurm.cluster import Cluster, call, minutes
 from slurm.profile import Profile
 

@@ -12,10 +12,11 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from radhpc.errors import UserError, nearest
-from radhpc.recipe import Section, read_yaml, validate
+from radhpc.core import resources
+from radhpc.core.errors import UserError, nearest
+from radhpc.core.recipe import Section, read_yaml, validate
 
-FOLDER = Path(__file__).parent / "profiles"
+FOLDER = resources.folder("slurm") / "profiles"
 
 
 class Container(Section):

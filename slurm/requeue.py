@@ -7,11 +7,11 @@ every rank has committed or is dead, and the scheduler can be asked whether the 
 | why a life ended | how it is known | what follows (slurm/profile.py has the numbers) |
 |---|---|---|
 | finished | every rank says so | - |
-| cancelled, stopped | scancel leaves the job COMPLETING; `launch.py stop` is what the ranks say | never comes back |
+| cancelled, stopped | scancel leaves the job COMPLETING; `radhpc stop` is what the ranks say | never comes back |
 | preempted | every rank was interrupted, by SIGTERM or with PreemptTime set | comes back, without limit |
 | time_limit | every rank was interrupted, by SIGUSR2 | comes back if this life left a new checkpoint |
 | node_lost | SLURM has put the job back, or a rank is gone, and one of its nodes is down | comes back elsewhere |
-| hung | the ranks' watchdogs (radhpc/heartbeat.py) ended them and named the culprit | as a lost rank |
+| hung | the ranks' watchdogs (radhpc/distributed/watchdog.py) ended them and named the culprit | as a lost rank |
 | rank_lost | a rank is gone without a word: killed, out of memory | `retries` times without a new checkpoint |
 | crashed | a rank left a traceback | `crash_retries` times, and only while the traceback is new |
 | failed | a rank says what the user has to mend, such as a full disk | stays down |
@@ -32,8 +32,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from radhpc.files import insist, read_json
-from radhpc.run_dir import Event, RunDir
+from radhpc.core.files import insist, read_json
+from radhpc.core.run_folder import Event, RunDir
 from slurm import scheduler
 from slurm.profile import Profile, load
 

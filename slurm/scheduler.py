@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from radhpc.errors import UserError
-from radhpc.run_dir import RunDir, process_alive
+from radhpc.core.errors import UserError
+from radhpc.core.run_folder import RunDir, process_alive
 
 _LIVING = {
     "PENDING",
@@ -208,7 +208,7 @@ def refuse_if_alive(run: RunDir) -> None:
         assert job is not None
         raise UserError(
             f"{run.path}: in use by {job['cluster']} job {job['id']} ({found.lower()}); "
-            f"end it with 'launch.py stop {run.path}'"
+            f"end it with 'radhpc stop {run.path}'"
         )
 
 

@@ -1,7 +1,8 @@
 """A frozen run and a profile to a job, through submitit's executors.
 
 The pickle that submitit leaves for the job holds the run folder's path and nothing else, so a job that SLURM starts
-again, days later, reads the run as it is then; and imports the code that was frozen into the run folder (code.py).
+again, days later, reads the run as it is then; and imports the code that was frozen into the run folder
+(frozen_code.py).
 """
 
 import os
@@ -16,10 +17,10 @@ from typing import Any
 
 import submitit
 
-from radhpc.errors import UserError, first_line
-from radhpc.files import write_atomically
-from radhpc.run_dir import RunDir, process_start
-from slurm import code, container, job as slurm_job, precheck, scheduler
+from radhpc.core.errors import UserError, first_line
+from radhpc.core.files import write_atomically
+from radhpc.core.run_folder import RunDir, process_start
+from slurm import container, frozen_code, job as slurm_job, precheck, scheduler
 from slurm.profile import Profile
 
 
@@ -35,12 +36,12 @@ def submit(run: RunDir, profile: Profile, current_code: bool = False) -> submiti
     precheck.refuse(run, profile, slurm_parameters(run, profile, host_python(profile)))
     same_python = profile.python is None and profile.container is None
     if current_code and run.code.exists():
-        was, is_now, kept = code.replace(run.code, same_python)
+        was, is_now, kept = frozen_code.replace(run.code, same_python)
         run.record("code_replaced", was=was, now=is_now, kept=kept)
-    frozen = code.freeze(run.code, same_python)
+    frozen = frozen_code.freeze(run.code, same_python)
     write_atomically(run.path / "profile.yaml", profile.to_yaml(), 0o600)
     if profile.cluster != "inline":
-        code.check_profile(run.code, run.path / "profile.yaml")
+        frozen_code.check_profile(run.code, run.path / "profile.yaml")
     run.clear_stop()
     try:
         run.hold_back()
@@ -55,7 +56,7 @@ def submit(run: RunDir, profile: Profile, current_code: bool = False) -> submiti
     run.write_job(**owner, environment=profile.environment)
     run.record(
         "submitted", job=str(job.job_id), cluster=profile.cluster, nodes=profile.nodes, world=profile.world,
-        code=frozen["code"] if profile.cluster != "inline" else code.current(), commit=frozen["commit"],
+        code=frozen["code"] if profile.cluster != "inline" else frozen_code.current(), commit=frozen["commit"],
     )  # fmt: skip
     return job
 
@@ -106,7 +107,7 @@ def setup_lines(profile: Profile, frozen: Path) -> list[str]:
     inside = container.variables(profile.container, frozen)
     return [
         *profile.setup,
-        code.exports(frozen),
+        frozen_code.exports(frozen),
         *(f"export {name}={shlex.quote(value)}" for name, value in inside.items()),
     ]
 
@@ -144,7 +145,7 @@ def slurm_parameters(run: RunDir, profile: Profile, python: str, frozen: Path | 
         "setup": [
             # The batch shell outlives the ranks, so that slurm.requeue can decide what follows when all are gone.
             "trap : TERM USR2",
-            "export RADHPC_JOB_STARTED=$(date +%s)",  # radhpc/stop.py
+            "export RADHPC_JOB_STARTED=$(date +%s)",  # radhpc/distributed/stop.py
             *setup_lines(profile, frozen),
             *tasks,
             # What ranks said at the end of the life before is not for the decision on this one: there may be fewer now.
@@ -228,7 +229,7 @@ def starting(run: RunDir, profile: Profile) -> Iterator[None]:
         with environment(profile):
             yield
         return
-    inside = {**code.variables(run.code), **container.variables(profile.container, run.code)}
+    inside = {**frozen_code.variables(run.code), **container.variables(profile.container, run.code)}
     with environment(profile, inside), apart(run):
         yield
 

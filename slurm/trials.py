@@ -17,15 +17,15 @@ from typing import Any
 
 import submitit
 
-from radhpc.errors import UserError, first_line
-from radhpc.files import write_atomically
-from radhpc.recipe import Recipe
-from radhpc.run_dir import RunDir
-from slurm import code, job as slurm_job, precheck, profile as profiles, scheduler
+from radhpc.core.errors import UserError, first_line
+from radhpc.core.files import write_atomically
+from radhpc.core.recipe import Recipe
+from radhpc.core.run_folder import RunDir
+from slurm import frozen_code, job as slurm_job, precheck, profile as profiles, scheduler
 from slurm.profile import Profile
-from slurm.study import Study
 from slurm.submit import environment, explain, host_python, slurm_parameters, submit as submit_run
-from slurm.sweep import Sweep
+from slurm.sweep.definition import Sweep
+from slurm.sweep.study import Study
 
 ENDED = 3  # exit status of `python -m slurm.trials` where there is nothing left to train
 _ANY = "/the-run-folder-of-this-element"  # in the one batch script of all; no shell would quote it
@@ -40,7 +40,7 @@ def newest(runs: Path, name: str, sweep: Sweep, base: Recipe) -> Path | None:
 def due(study: Study) -> list[int]:
     """The trials that a job shall be given: those without one that never began, failed or were cancelled.
 
-    Not those that `launch.py stop` has ended: a user's word.
+    Not those that `radhpc stop` has ended: a user's word.
     """
     living = study.living()
     states = {number: study.state(number, living.get(number, ""))[0] for number in range(study.sweep.count)}
@@ -66,7 +66,7 @@ def submit(study: Study, profile: Profile) -> str | None:
     parameters = _array_parameters(study, profile, python, numbers, frozen)
     precheck.refuse(RunDir(study.path), profile, parameters, len(numbers))
     write_atomically(frozen, profile.to_yaml(), 0o600)
-    code.freeze(study.path / "code", same_python=profile.python is None)
+    frozen_code.freeze(study.path / "code", same_python=profile.python is None)
     with environment(profile), explain():
         try:
             executor = submitit.SlurmExecutor(study.path / "logs", python=python)

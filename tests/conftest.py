@@ -19,8 +19,8 @@ import pytest
 
 if TYPE_CHECKING:
     from bench.gateway import Gateway
-    from radhpc.models import ModelFamily
-    from radhpc.recipe import Recipe
+    from radhpc.core.recipe import Recipe
+    from radhpc.models.family import ModelFamily
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for all that the tests start: there are as many of them as cores
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,9 +85,9 @@ def phantom_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tiny_family(recipe: "Recipe", folder: Path) -> "ModelFamily":
     """The model family of a recipe like TINY_RECIPE, with a tokenizer that is trained on its reports into `folder`."""
-    from radhpc.models import family
-    from radhpc.source import Source
-    from radhpc.tokenizer import train
+    from radhpc.data.source import Source
+    from radhpc.models.family import family
+    from radhpc.models.tokenizer import train
 
     train((sample.report.text() for sample in Source(recipe.shards, "train").samples()), 400, folder)
     return family(recipe.model, str(folder))

@@ -13,7 +13,7 @@ from typing import Any
 import obstore
 import pytest
 
-from radhpc.store import Store
+from radhpc.storage.store import Store
 from tests.conftest import Moto, Server, reach
 from tests.faults import Faults, Request
 

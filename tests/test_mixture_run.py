@@ -17,18 +17,19 @@ import numpy as np
 import psutil
 import pytest
 
-from radhpc import loop, worker
-from radhpc.audit import audit
-from radhpc.dist import Ranks
-from radhpc.errors import UserError
-from radhpc.ledger import consumed
-from radhpc.parts import Parts
-from radhpc.recipe import load
-from radhpc.run_dir import RunDir
-from radhpc.source import Source
-from radhpc.stop import Interrupted
-from radhpc.store import Store
-from radhpc.stream import order_of, stage_steps
+from radhpc import worker
+from radhpc.core.errors import UserError
+from radhpc.core.ledger import consumed
+from radhpc.core.recipe import load
+from radhpc.core.run_folder import RunDir
+from radhpc.data.audit import audit
+from radhpc.data.source import Source
+from radhpc.data.stream import order_of, stage_steps
+from radhpc.distributed.ranks import Ranks
+from radhpc.distributed.stop import Interrupted
+from radhpc.storage.store import Store
+from radhpc.training import loop
+from radhpc.training.context import Parts
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(240)]
 

@@ -18,11 +18,13 @@ from pathlib import Path
 
 from pydantic import Field
 
-from radhpc.errors import UserError, first_line
-from radhpc.sample import CHEXPERT, Split
-from shards import splits, spool, table
-from shards.datasets import DatasetWarning, Options, RawStudy, _labels
-from shards.datasets._images import files, folders_with
+from radhpc.core.errors import UserError, first_line
+from radhpc.core.sample import CHEXPERT, Split
+from shards import splits
+from shards.datasets.helpers import labels as _labels
+from shards.datasets.helpers.images import files, folders_with
+from shards.datasets.reader import DatasetWarning, Options, RawStudy
+from shards.tabular import external_sort, table
 
 SYNTHETIC = False
 
@@ -78,11 +80,11 @@ def find_images(folder: Path) -> Callable[[str], Path | None]:
         raise UserError(f"{folder}: no images there; looked for files such as images_001/images/00000001_000.png")
     if len(holding) == 1:
         return holding[0].joinpath
-    index = spool.Lookup((path.name, path) for place in holding for path in files(place, (".png",), depth=0))
+    index = external_sort.Lookup((path.name, path) for place in holding for path in files(place, (".png",), depth=0))
     return index.get
 
 
-def find_lists(folder: Path) -> spool.Lookup | None:
+def find_lists(folder: Path) -> external_sort.Lookup | None:
     """Image -> the official list that names it, or None where there are no lists. Raises UserError."""
     paths = {name: folder / file for name, file in LISTS.items()}
     there = [path for path in paths.values() if path.is_file()]
@@ -91,7 +93,7 @@ def find_lists(folder: Path) -> spool.Lookup | None:
     if len(there) == 1:
         missing = next(path.name for path in paths.values() if path not in there)
         raise UserError(f"{folder}: {there[0].name} is there, {missing} is not; the official split needs both")
-    found = spool.Lookup((image, name) for name, path in paths.items() for image in _lines(path))
+    found = external_sort.Lookup((image, name) for name, path in paths.items() for image in _lines(path))
     if found.repeated:
         raise UserError(f"{folder}: {found.repeated} images stand twice in {' and '.join(LISTS.values())}")
     return found
@@ -114,7 +116,7 @@ def _study(
     record: table.Record,
     where: str,
     find: Callable[[str], Path | None],
-    lists: spool.Lookup | None,
+    lists: external_sort.Lookup | None,
     options: OPTIONS,
 ) -> RawStudy:
     if record.fault:
@@ -162,7 +164,7 @@ def _chexpert(present: set[str]) -> dict[str, int | None]:
     return {name: int(bool(present & set(SHARED[name]))) if name in SHARED else None for name in CHEXPERT}
 
 
-def _warn_of_split(folder: Path, lists: spool.Lookup | None, options: OPTIONS) -> None:
+def _warn_of_split(folder: Path, lists: external_sort.Lookup | None, options: OPTIONS) -> None:
     if lists is not None:
         text = (
             f"the official split has no validation set: {options.validate_share:.0%} of the patients in "

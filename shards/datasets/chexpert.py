@@ -15,10 +15,11 @@ from pathlib import Path
 
 from pydantic import Field
 
-from radhpc.errors import UserError
-from radhpc.sample import CHEXPERT, Split
-from shards import spool, table
-from shards.datasets import DatasetWarning, Options, RawStudy, _chexpert, _labels
+from radhpc.core.errors import UserError
+from radhpc.core.sample import CHEXPERT, Split
+from shards.datasets.helpers import chexpert, labels as _labels
+from shards.datasets.reader import DatasetWarning, Options, RawStudy
+from shards.tabular import external_sort, table
 
 SYNTHETIC = False
 
@@ -28,10 +29,10 @@ TABLES: dict[Split, tuple[str, ...]] = {
     "test": ("test.csv", "test_labels.csv"),
 }
 SIDE, POSITION = "Frontal/Lateral", "AP/PA"
-Item = tuple[Split, str, str | None, _chexpert.Labels]  # a row: split, path, projection, labels
+Item = tuple[Split, str, str | None, chexpert.Labels]  # a row: split, path, projection, labels
 
 
-class OPTIONS(_chexpert.ImageOptions, _labels.LabelOptions):
+class OPTIONS(chexpert.ImageOptions, _labels.LabelOptions):
     """chexpert: radiographs with 14 labels."""
 
     train: str = Field(
@@ -54,8 +55,8 @@ def read(raw: Path | None, options: Options) -> Iterator[RawStudy]:
                 DatasetWarning,
                 stacklevel=2,
             )
-    images = _chexpert.Images(folder, options.images, _example(tables["train"]))
-    for _, items in spool.grouped(_items(tables)):
+    images = chexpert.Images(folder, options.images, _example(tables["train"]))
+    for _, items in external_sort.grouped(_items(tables)):
         yield items[0] if isinstance(items[0], RawStudy) else _study(items, images, options)
 
 
@@ -81,11 +82,11 @@ def _items(tables: dict[Split, Path]) -> Iterator[tuple[str, Item | RawStudy]]:
             values = record.values
             try:
                 if record.fault:
-                    raise _chexpert.Fault(record.fault)
-                place = _chexpert.place(values["Path"])
-                view = _chexpert.projection(values.get(SIDE, ""), values.get(POSITION, ""), place.image)
-                yield f"{split}/{place.key}", (split, values["Path"], view, _chexpert.labels(values))
-            except _chexpert.Fault as fault:
+                    raise chexpert.Fault(record.fault)
+                place = chexpert.place(values["Path"])
+                view = chexpert.projection(values.get(SIDE, ""), values.get(POSITION, ""), place.image)
+                yield f"{split}/{place.key}", (split, values["Path"], view, chexpert.labels(values))
+            except chexpert.Fault as fault:
                 name = f"{path.name} {record.where}"
                 yield name, RawStudy(study="", patient="", views=(), name=name, fault=str(fault))
 
@@ -96,25 +97,25 @@ def _records(path: Path) -> Iterator[table.Record]:
     return table.stream(path, ("Path", *CHEXPERT, *optional))
 
 
-def _example(path: Path) -> _chexpert.Place | None:
+def _example(path: Path) -> chexpert.Place | None:
     """What the first path of a table looks like."""
     for record in table.stream(path, ("Path",)):
         try:
-            return _chexpert.place(record.values.get("Path", ""))
-        except _chexpert.Fault:
+            return chexpert.place(record.values.get("Path", ""))
+        except chexpert.Fault:
             continue
     return None
 
 
-def _study(items: list[Item], images: _chexpert.Images, options: OPTIONS) -> RawStudy:
+def _study(items: list[Item], images: chexpert.Images, options: OPTIONS) -> RawStudy:
     """Rows of one study: the views of all, the labels of the first."""
     split, path, _, first = items[0]
-    place = _chexpert.place(path)
+    place = chexpert.place(path)
     labels = dict(zip(CHEXPERT, first, strict=True))
     return RawStudy(
         study=place.key,
         patient=place.patient,
-        views=tuple((images.path(_chexpert.place(path)), view) for _, path, view, _ in items),
+        views=tuple((images.path(chexpert.place(path)), view) for _, path, view, _ in items),
         name=f"{place.split}/{place.key}",
         split=split,
         report=_labels.report(labels, options),

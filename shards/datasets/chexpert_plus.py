@@ -19,10 +19,13 @@ from typing import Literal
 
 from pydantic import Field
 
-from radhpc.errors import UserError, first_line
-from radhpc.sample import CHEXPERT, Report, Split
-from shards import sections, splits, spool, table
-from shards.datasets import DatasetWarning, Options, RawStudy, _chexpert
+from radhpc.core.errors import UserError, first_line
+from radhpc.core.sample import CHEXPERT, Report, Split
+from shards import splits
+from shards.datasets.helpers import chexpert
+from shards.datasets.reader import DatasetWarning, Options, RawStudy
+from shards.tabular import external_sort, table
+from shards.text import sections
 
 SYNTHETIC = False
 
@@ -35,7 +38,7 @@ USUAL_LABELS = "impression"
 TAIL = re.compile(r"^[^\S\n]*(?:end of impression|summary|accession number)[^\S\n]*:", re.IGNORECASE | re.MULTILINE)
 
 
-class OPTIONS(_chexpert.ImageOptions):
+class OPTIONS(chexpert.ImageOptions):
     """chexpert_plus: CheXpert's radiographs with their reports."""
 
     labels: Literal["report", "findings", "impression", "none"] | None = Field(
@@ -49,7 +52,7 @@ class OPTIONS(_chexpert.ImageOptions):
 class Item:
     """What one row says: one view of a study."""
 
-    place: _chexpert.Place
+    place: chexpert.Place
     patient: str
     split: Split
     path: Path
@@ -62,20 +65,20 @@ def read(raw: Path | None, options: Options) -> Iterator[RawStudy]:
     assert isinstance(options, OPTIONS)
     path = table.locate(raw, (TABLE,), "CheXpert Plus's table")
     folder = path.parent
-    images = _chexpert.Images(folder, options.images, None)
+    images = chexpert.Images(folder, options.images, None)
     labels = find_labels(folder, options)
-    for _, items in spool.grouped(_items(path, images)):
+    for _, items in external_sort.grouped(_items(path, images)):
         yield items[0] if isinstance(items[0], RawStudy) else _study(items, labels)
 
 
-def find_labels(folder: Path, options: OPTIONS) -> spool.Lookup | None:
+def find_labels(folder: Path, options: OPTIONS) -> external_sort.Lookup | None:
     """Study -> its labels, or None where there are none to be had. Raises UserError for what was asked for."""
     if options.labels == "none":
         return None
     name = f"{options.labels or USUAL_LABELS}_fixed.json"
     for below in LABEL_FOLDERS:
         if (folder / below / name).is_file():
-            return spool.Lookup(_labels(folder / below / name))
+            return external_sort.Lookup(_labels(folder / below / name))
     if options.labels:
         raise UserError(f"labels={options.labels}: no {name} in {folder} or its folder {LABEL_FOLDERS[0]}")
     warnings.warn(
@@ -84,7 +87,7 @@ def find_labels(folder: Path, options: OPTIONS) -> spool.Lookup | None:
     return None
 
 
-def _labels(path: Path) -> Iterator[tuple[str, _chexpert.Labels]]:
+def _labels(path: Path) -> Iterator[tuple[str, chexpert.Labels]]:
     number = 0
     try:
         with path.open(encoding="utf-8-sig") as lines:
@@ -92,7 +95,7 @@ def _labels(path: Path) -> Iterator[tuple[str, _chexpert.Labels]]:
                 number += 1
                 if line.strip():
                     values = json.loads(line, parse_constant=lambda name: None)  # NaN
-                    yield _chexpert.place(values["path_to_image"]).key, _chexpert.labels(values)
+                    yield chexpert.place(values["path_to_image"]).key, chexpert.labels(values)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path}: line {number}: no object with path_to_image and the 14 labels ({first_line(error)})"
@@ -101,7 +104,7 @@ def _labels(path: Path) -> Iterator[tuple[str, _chexpert.Labels]]:
         raise UserError(f"{path}: cannot be read ({error.strerror or first_line(error)})") from error
 
 
-def _items(path: Path, images: _chexpert.Images) -> Iterator[tuple[str, Item | RawStudy]]:
+def _items(path: Path, images: chexpert.Images) -> Iterator[tuple[str, Item | RawStudy]]:
     """(the study, the row as one of its items); a row that cannot be used is a study alone."""
     there = table.read(path).columns
     for record in table.stream(path, (*REQUIRED, *(name for name in OPTIONAL if name in there))):
@@ -109,29 +112,29 @@ def _items(path: Path, images: _chexpert.Images) -> Iterator[tuple[str, Item | R
         try:
             item = _item(record, images)
             yield f"{item.split}/{item.place.key}", item
-        except _chexpert.Fault as fault:
+        except chexpert.Fault as fault:
             yield where, RawStudy(study="", patient="", views=(), name=where, fault=str(fault))
 
 
-def _item(record: table.Record, images: _chexpert.Images) -> Item:
+def _item(record: table.Record, images: chexpert.Images) -> Item:
     """Read one row. Raises Fault."""
     if record.fault:
-        raise _chexpert.Fault(record.fault)
+        raise chexpert.Fault(record.fault)
     values = {name: value.strip() for name, value in record.values.items()}
-    place = _chexpert.place(values["path_to_image"])
+    place = chexpert.place(values["path_to_image"])
     if not values["deid_patient_id"]:
-        raise _chexpert.Fault("empty patient")
+        raise chexpert.Fault("empty patient")
     try:
-        split = splits.parse(values["split"]) if values["split"] else _chexpert.official(place)
+        split = splits.parse(values["split"]) if values["split"] else chexpert.official(place)
     except UserError:
-        raise _chexpert.Fault("unknown split") from None
-    source = _chexpert.place(values["path_to_dcm"]) if images.dicom and values.get("path_to_dcm") else place
+        raise chexpert.Fault("unknown split") from None
+    source = chexpert.place(values["path_to_dcm"]) if images.dicom and values.get("path_to_dcm") else place
     return Item(
         place=place,
         patient=values["deid_patient_id"],
         split=split,
         path=images.path(source),
-        projection=_chexpert.projection(values.get("frontal_lateral", ""), values.get("ap_pa", ""), place.image),
+        projection=chexpert.projection(values.get("frontal_lateral", ""), values.get("ap_pa", ""), place.image),
         report=_report(values["report"], values["section_findings"], values["section_impression"]),
     )
 
@@ -143,7 +146,7 @@ def _report(text: str, findings: str, impression: str) -> Report:
     return sections.split(text[: tail.start()] if tail else text)
 
 
-def _study(items: list[Item], labels: spool.Lookup | None) -> RawStudy:
+def _study(items: list[Item], labels: external_sort.Lookup | None) -> RawStudy:
     first = items[0]
     fault = gap = None
     if any(item.patient != first.patient for item in items):

@@ -18,10 +18,12 @@ from typing import Any
 
 from pydantic import Field
 
-from radhpc.errors import UserError, nearest
-from radhpc.sample import CHEXPERT, Report, Split
-from shards import sections, splits, spool, table
-from shards.datasets import DatasetWarning, Options, RawStudy
+from radhpc.core.errors import UserError, nearest
+from radhpc.core.sample import CHEXPERT, Report, Split
+from shards import splits
+from shards.datasets.reader import DatasetWarning, Options, RawStudy
+from shards.tabular import external_sort, table
+from shards.text import sections
 
 SYNTHETIC = False
 
@@ -99,7 +101,7 @@ def read(raw: Path | None, options: Options) -> Iterator[RawStudy]:
             DatasetWarning,
             stacklevel=2,
         )
-    for _, items in spool.grouped(_items(rows, columns, options)):
+    for _, items in external_sort.grouped(_items(rows, columns, options)):
         yield items[0] if isinstance(items[0], RawStudy) else _study(items)
 
 

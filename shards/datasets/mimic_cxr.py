@@ -12,18 +12,19 @@ the record list, or give split=FILE. Johnson et al., 2019, https://doi.org/10.10
 from collections.abc import Iterator
 from pathlib import Path
 
-from shards import datasets
-from shards.datasets import RawStudy, _mimic
+from shards.datasets import reader
+from shards.datasets.helpers import mimic
+from shards.datasets.reader import RawStudy
 
 SYNTHETIC = False
-EDITION = _mimic.Edition(images="records", names=("cxr-record-list.csv",), suffix=".dcm", complete=False)
+EDITION = mimic.Edition(images="records", names=("cxr-record-list.csv",), suffix=".dcm", complete=False)
 
 
-class OPTIONS(_mimic.Options):
+class OPTIONS(mimic.Options):
     """mimic_cxr: chest radiographs in DICOM with reports."""
 
 
-def read(raw: Path | None, options: datasets.Options) -> Iterator[RawStudy]:
+def read(raw: Path | None, options: reader.Options) -> Iterator[RawStudy]:
     """Yield the studies. Raises UserError where a table, the images or the reports are not found."""
     assert isinstance(options, OPTIONS)
-    return _mimic.read(raw, options, EDITION)
+    return mimic.read(raw, options, EDITION)

@@ -13,18 +13,19 @@ Johnson et al., 2019, https://arxiv.org/abs/1901.07042.
 from collections.abc import Iterator
 from pathlib import Path
 
-from shards import datasets
-from shards.datasets import RawStudy, _mimic
+from shards.datasets import reader
+from shards.datasets.helpers import mimic
+from shards.datasets.reader import RawStudy
 
 SYNTHETIC = False
-EDITION = _mimic.Edition(images="metadata", names=_mimic.named("metadata"), suffix=".jpg", complete=True)
+EDITION = mimic.Edition(images="metadata", names=mimic.named("metadata"), suffix=".jpg", complete=True)
 
 
-class OPTIONS(_mimic.Options):
+class OPTIONS(mimic.Options):
     """mimic_cxr_jpg: chest radiographs with reports and labels."""
 
 
-def read(raw: Path | None, options: datasets.Options) -> Iterator[RawStudy]:
+def read(raw: Path | None, options: reader.Options) -> Iterator[RawStudy]:
     """Yield the studies. Raises UserError where a table, the images or the reports are not found."""
     assert isinstance(options, OPTIONS)
-    return _mimic.read(raw, options, EDITION)
+    return mimic.read(raw, options, EDITION)

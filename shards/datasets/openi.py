@@ -24,11 +24,11 @@ from typing import TypeVar
 
 from defusedxml import DefusedXmlException, ElementTree  # type: ignore[import-untyped]
 
-from radhpc.errors import UserError
-from radhpc.sample import Report
-from shards import spool, table
-from shards.datasets import DatasetWarning, Options, RawStudy
-from shards.datasets._images import files
+from radhpc.core.errors import UserError
+from radhpc.core.sample import Report
+from shards.datasets.helpers.images import files
+from shards.datasets.reader import DatasetWarning, Options, RawStudy
+from shards.tabular import external_sort, table
 
 SYNTHETIC = False
 
@@ -77,9 +77,9 @@ def key(name: str) -> str:
     return _HEAD.sub(r"\1_", _SUFFIX.sub("", name.strip().rpartition("/")[2]))
 
 
-def find_images(raw: Path, views: spool.Lookup) -> Found:
+def find_images(raw: Path, views: external_sort.Lookup) -> Found:
     """A function from an image's name to its file and its projection. Raises UserError where there is no image."""
-    index = spool.Lookup((_tagged(path), path) for path in files(raw, SUFFIXES))
+    index = external_sort.Lookup((_tagged(path), path) for path in files(raw, SUFFIXES))
     if not len(index):
         raise UserError(f"--raw {raw}: no images there; looked for files such as CXR1_1_IM-0001-3001.png")
 
@@ -98,7 +98,7 @@ def _first(values: Iterable[_FIRST | None]) -> _FIRST | None:
     return next((value for value in values if value is not None), None)
 
 
-def _views(spread: dict[str, Path]) -> spool.Lookup:
+def _views(spread: dict[str, Path]) -> external_sort.Lookup:
     """Image -> projection, from the tables that know any; the DICOM headers' word counts more than the copy's."""
 
     def rows() -> Iterator[tuple[str, str]]:
@@ -109,7 +109,7 @@ def _views(spread: dict[str, Path]) -> spool.Lookup:
                     if said and not record.fault:
                         yield key(record.values[image]), VIEWS.get(said, said)
 
-    return spool.Lookup(rows())
+    return external_sort.Lookup(rows())
 
 
 def _from_xml(reports: list[Path], found: Found) -> Iterator[RawStudy]:
@@ -162,8 +162,8 @@ def _study(root: "plain.Element", name: str, found: Found) -> RawStudy:
 def _from_tables(spread: dict[str, Path], found: Found) -> Iterator[RawStudy]:
     if PROJECTIONS not in spread:
         raise UserError(f"{spread[REPORTS]}: {PROJECTIONS} is missing: it names the images")
-    images = spool.Lookup(
-        spool.grouped(
+    images = external_sort.Lookup(
+        external_sort.grouped(
             (record.values["uid"].strip(), record.values["filename"].strip())
             for record in table.stream(spread[PROJECTIONS], ("uid", "filename"))
             if not record.fault

@@ -14,7 +14,7 @@ findings: spaces are made single, and each sentence still ends with a full stop 
 
 Labels stand in three vocabularies. `padchest`: the archive's own English names, 1 for each that is listed, `unchanged`
 and `suboptimal study` among them; what is not listed is unsaid. `padchest-localizations`: the places, "loc right", the
-same way. `chexpert`: the fourteen (_padchest_facts.py). There is no official split.
+same way. `chexpert`: the fourteen (padchest_facts.py). There is no official split.
 
 PadChest-GR (Castro et al., 2024, arXiv:2411.05085) wrote the reports of 4,555 of these studies anew, as sentences in
 English and Spanish. Its files lie beside the table:
@@ -46,11 +46,12 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field
 
-from radhpc.errors import UserError, nearest
-from radhpc.sample import Report, Split
-from shards import splits, spool, table
-from shards.datasets import DatasetWarning, Options, RawStudy
-from shards.datasets._padchest_facts import EXCLUDE, KNOWN, UNUSABLE, chexpert
+from radhpc.core.errors import UserError, nearest
+from radhpc.core.sample import Report, Split
+from shards import splits
+from shards.datasets.helpers.padchest_facts import EXCLUDE, KNOWN, UNUSABLE, chexpert
+from shards.datasets.reader import DatasetWarning, Options, RawStudy
+from shards.tabular import external_sort, table
 
 SYNTHETIC = False
 
@@ -148,7 +149,7 @@ def read(raw: Path | None, options: Options) -> Iterator[RawStudy]:
     grounded = _read_grounded(path.parent, options.grounded)
     images = Images(path.parent)
     told = Told()
-    for _, rows in spool.grouped(_rows(path)):
+    for _, rows in external_sort.grouped(_rows(path)):
         if isinstance(rows[0], RawStudy):
             yield rows[0]
         elif study := _study(rows, images, grounded, options, told, path):
@@ -219,7 +220,7 @@ def _holds_images(folder: Path) -> bool:
 
 
 def _study(
-    rows: list[Any], images: Images, grounded: spool.Lookup | None, options: OPTIONS, told: Told, path: Path
+    rows: list[Any], images: Images, grounded: external_sort.Lookup | None, options: OPTIONS, told: Told, path: Path
 ) -> RawStudy | None:
     """The study of these rows; None where the options leave it out."""
     patient, study = rows[0][:2]
@@ -316,7 +317,7 @@ def _labels(
     return labels
 
 
-def _read_grounded(folder: Path, language: str) -> spool.Lookup | None:
+def _read_grounded(folder: Path, language: str) -> external_sort.Lookup | None:
     """PadChest-GR's studies by StudyID: (ImageID, sentences, split); None where it is not asked for."""
     path = table.find_one(folder, [GROUNDED])
     if language == "no":
@@ -325,7 +326,7 @@ def _read_grounded(folder: Path, language: str) -> spool.Lookup | None:
         return None
     if path is None:
         raise UserError(f"padchest: grounded={language} needs {folder / GROUNDED}, which is not there")
-    official = spool.Lookup(_read_splits(folder))
+    official = external_sort.Lookup(_read_splits(folder))
 
     def studies() -> Iterator[tuple[str, tuple[str, str, Split | None]]]:
         for record in table.read(path).records:
@@ -339,7 +340,7 @@ def _read_grounded(folder: Path, language: str) -> spool.Lookup | None:
             ]
             yield study, (str(values.get("ImageID") or ""), " ".join(filter(None, spoken)), official.get(study))
 
-    return spool.Lookup((study, value) for study, value in studies() if study)
+    return external_sort.Lookup((study, value) for study, value in studies() if study)
 
 
 def _read_splits(folder: Path) -> Iterator[tuple[str, Split]]:
@@ -350,7 +351,9 @@ def _read_splits(folder: Path) -> Iterator[tuple[str, Split]]:
         _warn(f"padchest: no {GROUNDED_SPLITS} in {folder}{packed}: PadChest-GR's studies are split by patient hash")
         return
     rows = table.stream(path, ("StudyID", "split"))
-    for study, words in spool.grouped((r.values["StudyID"].strip(), r.values["split"]) for r in rows if not r.fault):
+    for study, words in external_sort.grouped(
+        (r.values["StudyID"].strip(), r.values["split"]) for r in rows if not r.fault
+    ):
         try:
             found = {splits.parse(word) for word in words if word.strip() and word not in MISSING}
         except UserError as error:
@@ -362,7 +365,7 @@ def _read_splits(folder: Path) -> Iterator[tuple[str, Split]]:
 
 
 def _sentences(
-    study: str, items: list[Image], grounded: spool.Lookup | None, language: str
+    study: str, items: list[Image], grounded: external_sort.Lookup | None, language: str
 ) -> tuple[str, str | None, Split | None, str]:
     """(language, PadChest-GR's sentences, official split, its image) of a study; that image must be the study's."""
     image, sentences, split = (grounded and grounded.get(study)) or ("", "", None)

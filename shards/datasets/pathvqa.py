@@ -4,9 +4,9 @@
     images/train/train_0422.jpg    "answer": "in the canals of hering"}, ...]
 
 Three splits, train, val and test, by image; no patients are known, so an image stands for its patient. The pickles
-are read as plain data (shards/safe_pickle.py): nothing in them is ever run. JSON of the same records is read as well,
-under the same name or as pathvqa_train.json beside the images. Some 160 of about 32,800 records stand twice: the
-second is left out as a duplicate. The same question with another answer stays.
+are read as plain data (shards/tabular/safe_pickle.py): nothing in them is ever run. JSON of the same records is read
+as well, under the same name or as pathvqa_train.json beside the images. Some 160 of about 32,800 records stand
+twice: the second is left out as a duplicate. The same question with another answer stays.
 
 One question is one sample, and its image is stored with each. Label: answer type, which the set does not tell: closed
 where the answer is yes or no, as its authors count, else open.
@@ -16,10 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from radhpc.errors import UserError
-from radhpc.sample import Split
-from shards import safe_pickle, table
-from shards.datasets import Options, RawStudy, _layout, _vqa
+from radhpc.core.errors import UserError
+from radhpc.core.sample import Split
+from shards.datasets.helpers import layout, vqa
+from shards.datasets.reader import Options, RawStudy
+from shards.tabular import safe_pickle, table
 
 SYNTHETIC = False
 WORDS: dict[Split, str] = {"train": "train", "validate": "val", "test": "test"}
@@ -38,15 +39,15 @@ class OPTIONS(Options):
 
 def read(raw: Path | None, options: Options) -> Iterator[RawStudy]:
     """Yield the questions. Raises UserError for files that are missing, no PathVQA, or pickles that hold code."""
-    folder, files = _layout.split_files(raw, FILES, "PathVQA", INNER)
-    images = _layout.image_folder(folder, ("images",), "PathVQA's images")
+    folder, files = layout.split_files(raw, FILES, "PathVQA", INNER)
+    images = layout.image_folder(folder, ("images",), "PathVQA's images")
     for split, path in files.items():
         for number, record in enumerate(_records(path), 1):
             name = f"{path.name} record {number}"
             try:
                 yield _study(record, split, images, name)
-            except _vqa.Fault as fault:
-                yield _vqa.faulty(name, fault)
+            except vqa.Fault as fault:
+                yield vqa.faulty(name, fault)
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
@@ -66,15 +67,15 @@ def _records(path: Path) -> list[dict[str, Any]]:
 def _study(record: dict[str, Any], split: Split, images: Path, name: str) -> RawStudy:
     """Read one record. Raises Fault."""
     image = _image(record.get("image"), split)
-    question = _vqa.filled(record.get("question"), "question")
-    answer = _vqa.filled(record.get("answer"), "answer")
+    question = vqa.filled(record.get("question"), "question")
+    answer = vqa.filled(record.get("answer"), "answer")
     return RawStudy(
         study=f"{image}\x1f{question}\x1f{answer}",
         patient=image,
         views=((images / image, None),),
         name=f"{name}: {image}",
         split=split,
-        labels=_vqa.labels(answer_type=["closed" if answer.lower() in ("yes", "no") else "open"]),
+        labels=vqa.labels(answer_type=["closed" if answer.lower() in ("yes", "no") else "open"]),
         question=question,
         answer=answer,
     )
@@ -82,7 +83,7 @@ def _study(record: dict[str, Any], split: Split, images: Path, name: str) -> Raw
 
 def _image(value: Any, split: Split) -> str:
     """The path in the folder of images: "train_0422" -> "train/train_0422.jpg". Raises Fault."""
-    name = _vqa.image_name(value)
+    name = vqa.image_name(value)
     if not name.lower().endswith(SUFFIXES):  # a dot in the name is no suffix
         name += ".jpg"
     return name if len(PurePosixPath(name).parts) > 1 else f"{WORDS[split]}/{name}"

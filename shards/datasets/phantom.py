@@ -13,10 +13,10 @@ from typing import Literal
 import numpy as np
 from pydantic import Field
 
-from radhpc.sample import CHEXPERT
-from shards import drawing, wording
-from shards.datasets import Options, RawStudy
-from shards.pixels import BadImage, Raw
+from radhpc.core.sample import CHEXPERT
+from shards.datasets.reader import Options, RawStudy
+from shards.images.pixels import BadImage, Raw
+from shards.phantom import image, report
 
 SYNTHETIC = True
 
@@ -58,14 +58,14 @@ class Picture:
 
     seed: int
     study: int
-    view: drawing.Projection
+    view: image.Projection
     size: int
 
     def __call__(self) -> Raw:
         anatomy = np.random.default_rng((self.seed, 1, *_patient(self.seed, self.study)))
-        exposure = np.random.default_rng((self.seed, 2, self.study, drawing.PROJECTIONS.index(self.view)))
+        exposure = np.random.default_rng((self.seed, 2, self.study, image.PROJECTIONS.index(self.view)))
         shown = findings(self.seed, self.study)
-        return Raw(drawing.draw(self.view, self.size, shown, anatomy, exposure), bits=drawing.BITS)
+        return Raw(image.draw(self.view, self.size, shown, anatomy, exposure), bits=image.BITS)
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def study(number: int, options: OPTIONS) -> RawStudy:
     seed = options.seed
     shown = findings(seed, number)
     rng = np.random.default_rng((seed, 3, number))
-    views: tuple[drawing.Projection, ...] = ("PA", "L") if rng.random() < options.two_views else ("PA",)
+    views: tuple[image.Projection, ...] = ("PA", "L") if rng.random() < options.two_views else ("PA",)
     present = {finding.label for finding in shown}
     block, member = _patient(seed, number)
     damaged = np.random.default_rng((seed, 5, number)).random() < options.damaged
@@ -101,17 +101,17 @@ def study(number: int, options: OPTIONS) -> RawStudy:
             (Damaged(number) if damaged else Picture(seed, number, view, options.size), view) for view in views
         ),
         name=f"study {number}",
-        report=wording.write(shown, len(views), rng),
+        report=report.write(shown, len(views), rng),
         labels={"phantom": {label: int(label in present) for label in LABELS}, "chexpert": _chexpert(present)},
     )
 
 
-def findings(seed: int, number: int) -> list[drawing.Finding]:
+def findings(seed: int, number: int) -> list[image.Finding]:
     """None to three findings that can be told apart: no two of them in the same part of the chest."""
     rng = np.random.default_rng((seed, 4, number))
     wanted = rng.choice(len(COUNTS), p=COUNTS)
     taken: set[str] = set()
-    found: list[drawing.Finding] = []
+    found: list[image.Finding] = []
     for label in rng.choice(len(_LABELS), size=len(_LABELS), replace=False, p=_WEIGHTS / _WEIGHTS.sum()):
         if len(found) == wanted:
             break
@@ -119,7 +119,7 @@ def findings(seed: int, number: int) -> list[drawing.Finding]:
         sides = [side for side in _sides(name, rng) if not taken & _room(name, side)]
         if sides:
             taken |= _room(name, sides[0])
-            found.append(drawing.Finding(name, sides[0], float(rng.random())))
+            found.append(image.Finding(name, sides[0], float(rng.random())))
     return sorted(found, key=lambda finding: _LABELS.index(finding.label))
 
 

@@ -32,11 +32,12 @@ from typing import Literal
 
 from pydantic import Field
 
-from radhpc.errors import UserError
-from radhpc.sample import Report, Split
-from shards import spool, table
-from shards.datasets import DatasetWarning, Options, RawStudy, _layout, _vqa
-from shards.datasets._overlap import Overlap
+from radhpc.core.errors import UserError
+from radhpc.core.sample import Report, Split
+from shards.datasets.helpers import layout, vqa
+from shards.datasets.helpers.overlap import Overlap
+from shards.datasets.reader import DatasetWarning, Options, RawStudy
+from shards.tabular import external_sort, table
 
 SYNTHETIC = False
 WORDS: dict[Split, str] = {"train": "train", "validate": "valid", "test": "test"}
@@ -71,10 +72,10 @@ class Concepts:
     def __init__(self, folder: Path, splits: Sequence[Split]) -> None:
         mapping = table.find_one(folder, [MAPPING])
         self._mapped = mapping is not None
-        names = spool.Lookup(_pairs(mapping, "CUI", "Canonical name") if mapping else ())
+        names = external_sort.Lookup(_pairs(mapping, "CUI", "Canonical name") if mapping else ())
         self._name = functools.lru_cache(CACHED)(names.get)
         self._of = {
-            vocabulary: spool.Lookup(_concept_rows(folder, splits, ending))
+            vocabulary: external_sort.Lookup(_concept_rows(folder, splits, ending))
             for vocabulary, ending in VOCABULARIES.items()
         }
         self.unknown = 0  # concepts without a canonical name
@@ -103,7 +104,7 @@ class Concepts:
 def read(raw: Path | None, options: Options) -> Iterator[RawStudy]:
     """Yield the images with captions. Raises UserError for files that are missing or no ROCO v2."""
     assert isinstance(options, OPTIONS)
-    folder, files = _layout.split_files(raw, CAPTIONS, "ROCO v2")
+    folder, files = layout.split_files(raw, CAPTIONS, "ROCO v2")
     images = {split: _images(folder, WORDS[split]) for split in files}
     licences = _read_licences(folder, options)
     concepts = Concepts(folder, list(files))
@@ -114,8 +115,8 @@ def read(raw: Path | None, options: Options) -> Iterator[RawStudy]:
             name = f"{path.name} {record.where}"
             try:
                 if record.fault:
-                    raise _vqa.Fault(record.fault)
-                image = _vqa.image_name(image)
+                    raise vqa.Fault(record.fault)
+                image = vqa.image_name(image)
                 article, attribution, link = licences.get(image, UNLICENSED)
                 counts["images"] += 1
                 counts["unknown"] += article is None
@@ -132,12 +133,12 @@ def read(raw: Path | None, options: Options) -> Iterator[RawStudy]:
                     views=((images[split] / f"{image}.jpg", None),),
                     name=f"{name}: {image}",
                     split=None if options.split == "article" else split,
-                    report=Report(other=_vqa.filled(caption, "text")),
+                    report=Report(other=vqa.filled(caption, "text")),
                     labels=concepts.labels(image),
                     attribution=f"{attribution} {link}".strip() or None,
                 )
-            except _vqa.Fault as fault:
-                yield _vqa.faulty(name, fault)
+            except vqa.Fault as fault:
+                yield vqa.faulty(name, fault)
     concepts.tell()
     _tell(options, len(licences) > 0, len(overlap), counts)
 
@@ -172,23 +173,23 @@ def _commercial(attribution: str) -> bool:
     return bool(re.match(r"CC[ -]?(0|BY)\b", attribution)) and not re.search(r"\bNC\b", attribution)
 
 
-def _article(licences: spool.Lookup, image: str) -> str:
+def _article(licences: external_sort.Lookup, image: str) -> str:
     """The article of an image; an image without one stands alone."""
     article: str | None
     article, *_ = licences.get(image, UNLICENSED)
     return article or image
 
 
-def _read_licences(folder: Path, options: OPTIONS) -> spool.Lookup:
+def _read_licences(folder: Path, options: OPTIONS) -> external_sort.Lookup:
     """Image -> (article or None, attribution, link); empty where there is no such file."""
     path = table.find_one(folder, [LICENSES])
     if path is None and (options.licenses == "commercial" or options.split == "article"):
         wanted = "licenses=commercial" if options.licenses == "commercial" else "split=article"
         raise UserError(f"{folder}: no {LICENSES}; {wanted} needs it")
     if path is None:
-        return spool.Lookup(())
+        return external_sort.Lookup(())
     rows = _rows(path, "ID", "PMCID", "Attribution", "Link")
-    return spool.Lookup((image, (article or None, *said)) for _, (image, article, *said) in rows)
+    return external_sort.Lookup((image, (article or None, *said)) for _, (image, article, *said) in rows)
 
 
 def _concept_rows(folder: Path, splits: Sequence[Split], ending: str) -> Iterator[tuple[str, str]]:
@@ -221,7 +222,7 @@ def _rows(path: Path, *wanted: str) -> Iterator[tuple[table.Record, list[str]]]:
 
 def _images(folder: Path, word: str) -> Path:
     """The folder of a split's images: the zip files hold a folder of their own, which some tools drop."""
-    return _layout.image_folder(folder, (f"{word}_images/{word}", f"{word}_images", word, "images"), f"{word} images")
+    return layout.image_folder(folder, (f"{word}_images/{word}", f"{word}_images", word, "images"), f"{word} images")
 
 
 def _warn(told: str) -> None:

@@ -19,10 +19,11 @@ from pathlib import Path
 
 from pydantic import Field
 
-from radhpc.errors import UserError
-from radhpc.sample import Split
-from shards import table
-from shards.datasets import DatasetWarning, Options, RawStudy, _layout, _vqa
+from radhpc.core.errors import UserError
+from radhpc.core.sample import Split
+from shards.datasets.helpers import layout, vqa
+from shards.datasets.reader import DatasetWarning, Options, RawStudy
+from shards.tabular import table
 
 SYNTHETIC = False
 FILES: dict[Split, tuple[str, ...]] = {
@@ -45,8 +46,8 @@ class OPTIONS(Options):
 def read(raw: Path | None, options: Options) -> Iterator[RawStudy]:
     """Yield the questions in the wanted languages. Raises UserError for files that are missing or no SLAKE."""
     assert isinstance(options, OPTIONS)
-    folder, files = _layout.split_files(raw, FILES, "SLAKE", INNER)
-    images = _layout.image_folder(folder, IMAGES, "SLAKE's images")
+    folder, files = layout.split_files(raw, FILES, "SLAKE", INNER)
+    images = layout.image_folder(folder, IMAGES, "SLAKE's images")
     wanted = options.languages.split(",")
     left_out = 0
     for split, path in files.items():
@@ -61,8 +62,8 @@ def read(raw: Path | None, options: Options) -> Iterator[RawStudy]:
                     yield _study(record, language, split, images, name)
                 else:
                     left_out += 1
-            except _vqa.Fault as fault:
-                yield _vqa.faulty(name, fault)
+            except vqa.Fault as fault:
+                yield vqa.faulty(name, fault)
     if left_out:
         others = ",".join(language for language in LANGUAGES if language not in wanted)
         warnings.warn(
@@ -74,18 +75,18 @@ def read(raw: Path | None, options: Options) -> Iterator[RawStudy]:
 
 
 def _language(record: table.Record) -> str:
-    language = _vqa.text(record.values.get("q_lang"), "language").lower()
+    language = vqa.text(record.values.get("q_lang"), "language").lower()
     if language not in LANGUAGES:
-        raise _vqa.Fault("unknown language")
+        raise vqa.Fault("unknown language")
     return language
 
 
 def _study(record: table.Record, language: str, split: Split, images: Path, name: str) -> RawStudy:
     """Read one record. Raises Fault."""
     values = record.values
-    image = _vqa.image_name(values.get("img_name"))
-    question = _vqa.filled(values.get("question"), "question")
-    identifier = _vqa.text(values.get("qid"), "question identifier") or question
+    image = vqa.image_name(values.get("img_name"))
+    question = vqa.filled(values.get("question"), "question")
+    identifier = vqa.text(values.get("qid"), "question identifier") or question
     return RawStudy(
         study=f"{image}\x1f{language}\x1f{identifier}",
         patient=image,
@@ -93,13 +94,13 @@ def _study(record: table.Record, language: str, split: Split, images: Path, name
         name=f"{name}: {image}",
         split=split,
         language=language,
-        labels=_vqa.labels(
-            answer_type=[_vqa.text(values.get("answer_type"), "answer type").lower()],
-            question_type=[_vqa.text(values.get("content_type"), "question type")],
-            organ=[_vqa.text(values.get("location"), "organ")],
-            modality=[_vqa.text(values.get("modality"), "modality")],
-            base_type=[_vqa.text(values.get("base_type"), "base type").lower()],
+        labels=vqa.labels(
+            answer_type=[vqa.text(values.get("answer_type"), "answer type").lower()],
+            question_type=[vqa.text(values.get("content_type"), "question type")],
+            organ=[vqa.text(values.get("location"), "organ")],
+            modality=[vqa.text(values.get("modality"), "modality")],
+            base_type=[vqa.text(values.get("base_type"), "base type").lower()],
         ),
         question=question,
-        answer=_vqa.filled(values.get("answer"), "answer"),
+        answer=vqa.filled(values.get("answer"), "answer"),
     )

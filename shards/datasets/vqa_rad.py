@@ -25,11 +25,13 @@ from typing import Literal
 
 from pydantic import Field
 
-from radhpc.errors import UserError
-from radhpc.sample import Split, salted_hash
-from shards import splits, table
-from shards.datasets import DatasetWarning, Options, RawStudy, _layout, _vqa
-from shards.datasets._overlap import Overlap
+from radhpc.core.errors import UserError
+from radhpc.core.sample import Split, salted_hash
+from shards import splits
+from shards.datasets.helpers import layout, vqa
+from shards.datasets.helpers.overlap import Overlap
+from shards.datasets.reader import DatasetWarning, Options, RawStudy
+from shards.tabular import table
 
 SYNTHETIC = False
 TABLE = "VQA_RAD Dataset Public.json"
@@ -78,11 +80,11 @@ def read(raw: Path | None, options: Options) -> Iterator[RawStudy]:
             "with split=image the build's ratios decide"
         )
     if raw and raw.exists() and not (raw / TABLE).is_file():
-        _layout.refuse_parquet(raw, "VQA-RAD", [TABLE])
+        layout.refuse_parquet(raw, "VQA-RAD", [TABLE])
     rows = table.read(table.locate(raw, [TABLE], "VQA-RAD"))
     if missing := [name for name in COLUMNS if name not in rows.columns]:
         raise UserError(f"{rows.path}: no {', '.join(missing)} in the records; found are {', '.join(rows.columns)}")
-    folder = _layout.image_folder(rows.path.parent, IMAGES, "VQA-RAD's images")
+    folder = layout.image_folder(rows.path.parent, IMAGES, "VQA-RAD's images")
     images = Overlap((item.image, _split(item, options)) for item in _items(rows))
     questions = Overlap((item.linked, item.official) for item in _items(rows) if item.linked)
     left_out = 0
@@ -90,8 +92,8 @@ def read(raw: Path | None, options: Options) -> Iterator[RawStudy]:
         name = f"{rows.path.name} {record.where}"
         try:
             item = _item(record)
-        except _vqa.Fault as fault:
-            yield _vqa.faulty(name, fault)
+        except vqa.Fault as fault:
+            yield vqa.faulty(name, fault)
             continue
         split = _split(item, options)
         kept = images.keeper(item.image, split), questions.keeper(item.linked, item.official)
@@ -123,27 +125,27 @@ def _items(rows: table.Table) -> Iterator[Item]:
     for record in rows.records:
         try:
             yield _item(record)
-        except _vqa.Fault:  # the walk that yields the studies names it
+        except vqa.Fault:  # the walk that yields the studies names it
             continue
 
 
 def _item(record: table.Record) -> Item:
     """Read one record. Raises Fault."""
     values = record.values
-    phrase = _vqa.text(values.get("phrase_type"), "phrase type").lower()
+    phrase = vqa.text(values.get("phrase_type"), "phrase type").lower()
     if phrase not in PHRASES:
-        raise _vqa.Fault("unknown phrase type")
+        raise vqa.Fault("unknown phrase type")
     return Item(
-        question_id=_vqa.filled(values.get("qid"), "question identifier"),
-        linked=_vqa.text(values.get("qid_linked_id"), "question identifier"),
-        image=_vqa.image_name(values.get("image_name")),
+        question_id=vqa.filled(values.get("qid"), "question identifier"),
+        linked=vqa.text(values.get("qid_linked_id"), "question identifier"),
+        image=vqa.image_name(values.get("image_name")),
         official=PHRASES[phrase],
-        question=_vqa.filled(values.get("question"), "question"),
-        answer=_vqa.filled(values.get("answer"), "answer"),
-        labels=_vqa.labels(
-            answer_type=[_vqa.text(values.get("answer_type"), "answer type").lower()],
-            question_type=[kind.strip() for kind in _vqa.text(values.get("question_type"), "question type").split(",")],
-            organ=[_vqa.text(values.get("image_organ"), "organ")],
+        question=vqa.filled(values.get("question"), "question"),
+        answer=vqa.filled(values.get("answer"), "answer"),
+        labels=vqa.labels(
+            answer_type=[vqa.text(values.get("answer_type"), "answer type").lower()],
+            question_type=[kind.strip() for kind in vqa.text(values.get("question_type"), "question type").split(",")],
+            organ=[vqa.text(values.get("image_organ"), "organ")],
             phrase_type=[phrase.removeprefix("test_")],
         ),
     )

@@ -15,8 +15,8 @@ import pytest
 
 from bench import gateway
 from bench.gateway import DAEMONS, Gateway
-from radhpc.errors import UserError
-from radhpc.store import Store
+from radhpc.core.errors import UserError
+from radhpc.storage.store import Store
 from tests.conftest import ROOT, reach
 
 pytestmark = pytest.mark.timeout(120)

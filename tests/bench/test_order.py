@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from bench import order as measured
-from radhpc.cache import BLOCK
-from radhpc.order import Order
-from radhpc.recipe import Stream as StreamRecipe
-from radhpc.stream import Deal
+from radhpc.core.recipe import Stream as StreamRecipe
+from radhpc.data.sampler import Order
+from radhpc.data.stream import Deal
+from radhpc.storage.node_cache import BLOCK
 from tests.conftest import ROOT
 
 RECIPE = StreamRecipe.model_validate({"window": 4, "prefetch_megabytes": 16})

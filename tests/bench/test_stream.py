@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from bench import corpus, guarantees, peers
-from radhpc.errors import UserError
-from radhpc.manifest import Manifest
-from radhpc.source import Source
-from radhpc.store import Store
+from radhpc.core.errors import UserError
+from radhpc.core.manifest import Manifest
+from radhpc.data.source import Source
+from radhpc.storage.store import Store
 from tests.conftest import ROOT
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from shards.build import Settings
-from shards.output import WORK
+from shards.execution.output import WORK
 
 ROOT = Path(__file__).resolve().parents[2]
 PHANTOM = {"studies": "60", "size": "64"}

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from radhpc.errors import UserError
-from radhpc.manifest import Manifest
-from radhpc.sample import Sample
-from radhpc.store import Store
+from radhpc.core.errors import UserError
+from radhpc.core.manifest import Manifest
+from radhpc.core.sample import Sample
+from radhpc.storage.store import Store
 from shards import balance as module, cluster_picture
 from shards.balance import Settings, balance
 from shards.build import Settings as Build, build

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import webdataset
 
-from radhpc.errors import UserError
-from radhpc.manifest import Manifest
-from radhpc.sample import SPLITS, Sample
-from radhpc.store import Store
+from radhpc.core.errors import UserError
+from radhpc.core.manifest import Manifest
+from radhpc.core.sample import SPLITS, Sample
+from radhpc.storage.store import Store
 from shards.build import Settings, build
 from tests.shards.helpers import PHANTOM, ROOT, SMALL, contents, notes, records
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from radhpc.errors import UserError
-from radhpc.manifest import Manifest
-from radhpc.store import Store
+from radhpc.core.errors import UserError
+from radhpc.core.manifest import Manifest
+from radhpc.storage.store import Store
 from shards import duplicates
 from shards.build import Settings, build
 from shards.datasets import phantom

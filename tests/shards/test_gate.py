@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from radhpc.manifest import Manifest
-from radhpc.sample import Sample
-from radhpc.store import Store
+from radhpc.core.manifest import Manifest
+from radhpc.core.sample import Sample
+from radhpc.storage.store import Store
 from shards.build import build
 from shards.verify import verify
 from tests.shards.helpers import SMALL, notes

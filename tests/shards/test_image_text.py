@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies as st
 
-from radhpc.errors import UserError
-from radhpc.sample import Report, Sample, View
-from shards import datasets, sections
-from shards.datasets import RawStudy, image_text
+from radhpc.core.errors import UserError
+from radhpc.core.sample import Report, Sample, View
+from shards.datasets import image_text, reader
+from shards.datasets.reader import RawStudy
+from shards.text import sections
 
 pytestmark = pytest.mark.timeout(60)
 ROWS: list[dict[str, Any]] = [
@@ -25,7 +26,7 @@ ROWS: list[dict[str, Any]] = [
 
 
 def listed(raw: Path, **options: str) -> list[RawStudy]:
-    return list(image_text.read(raw, datasets.parse_options("image_text", image_text.OPTIONS, options)))
+    return list(image_text.read(raw, reader.parse_options("image_text", image_text.OPTIONS, options)))
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]], delimiter: str = ",", **options: str) -> None:
@@ -97,7 +98,7 @@ def test_splits_as_keys(tmp_path: Path) -> None:
         "train": [{"image_path": ["a.png", "b.png"], "report": "x"}],
         "val": [{"image_path": "c.png", "report": "y"}],
     }
-    with pytest.warns(datasets.DatasetWarning):
+    with pytest.warns(reader.DatasetWarning):
         studies = listed(write_json(tmp_path, rows))
     assert [(study.split, len(study.views)) for study in studies] == [("train", 2), ("validate", 1)]
 
@@ -136,7 +137,7 @@ def test_questions_are_samples_of_their_own(tmp_path: Path) -> None:
 
 
 def test_without_patients_each_study_is_one_and_a_line_says_so(tmp_path: Path) -> None:
-    with pytest.warns(datasets.DatasetWarning, match=r"data.json: no patient column.*patient=COLUMN"):
+    with pytest.warns(reader.DatasetWarning, match=r"data.json: no patient column.*patient=COLUMN"):
         studies = listed(write_json(tmp_path, [{"image": f"{n}.png", "text": "x"} for n in range(3)]))
     assert len({study.patient for study in studies}) == 3
     with warnings.catch_warnings():

@@ -13,10 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from radhpc.errors import UserError
-from shards import writer
+from radhpc.core.errors import UserError
 from shards.build import Settings, build
-from shards.output import WORK
+from shards.execution import writer
+from shards.execution.output import WORK
 from tests.shards.helpers import PHANTOM, ROOT, SMALL, contents, records
 
 pytestmark = pytest.mark.timeout(120)
@@ -26,7 +26,7 @@ def start(out: Path, *arguments: str) -> subprocess.Popen[str]:
     """Build phantoms in a process of its own, with two workers."""
     code = f"""
 import signal, sys
-from radhpc.errors import UserError
+from radhpc.core.errors import UserError
 from shards.build import Settings, build
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it

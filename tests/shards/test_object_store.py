@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import webdataset
 
-from radhpc import remote
-from radhpc.errors import UserError
-from radhpc.manifest import Manifest
-from radhpc.store import Store
+from radhpc.core.errors import UserError
+from radhpc.core.manifest import Manifest
+from radhpc.storage import object_store
+from radhpc.storage.store import Store
 from shards.build import Settings, build
 from shards.repair import repair
 from shards.verify import verify
@@ -64,7 +64,7 @@ def test_webdataset_reads_what_lies_in_the_store(tmp_path: Path, s3: str) -> Non
 def test_an_outage_in_the_middle_is_one_line_and_the_build_goes_on(
     workers: int, tmp_path: Path, s3: str, line: Faults, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "RETRIES", {"max_retries": 1, "retry_timeout": timedelta(seconds=2)})
+    monkeypatch.setattr(object_store, "RETRIES", {"max_retries": 1, "retry_timeout": timedelta(seconds=2)})
     seen: list[int] = []
 
     def watch(done: int, total: int) -> None:
@@ -108,7 +108,7 @@ def test_refusals_of_a_store_are_one_line(s3: str, monkeypatch: pytest.MonkeyPat
         build("phantom", None, "s3://nobody-made-it/x", PHANTOM, SMALL)
     with pytest.raises(UserError, match=f"{s3}: no manifest.json there"):
         verify(s3)
-    monkeypatch.setattr(remote, "RETRIES", {"max_retries": 0, "retry_timeout": timedelta(seconds=1)})
+    monkeypatch.setattr(object_store, "RETRIES", {"max_retries": 0, "retry_timeout": timedelta(seconds=1)})
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     with pytest.raises(UserError, match="the store does not answer as it should"):
         build("phantom", None, s3, PHANTOM, SMALL)

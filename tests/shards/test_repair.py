@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from radhpc.errors import UserError
+from radhpc.core.errors import UserError
 from shards.build import build
 from shards.repair import repair
 from shards.verify import verify

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given, strategies as st
 
-from radhpc.errors import UserError
-from radhpc.sample import SPLITS, salted_hash
+from radhpc.core.errors import UserError
+from radhpc.core.sample import SPLITS, salted_hash
 from shards import salt, splits
-from shards.datasets import RawStudy
+from shards.datasets.reader import RawStudy
 from shards.listing import Listing, write_listing
 
 pytestmark = pytest.mark.timeout(60)

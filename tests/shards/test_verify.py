@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from radhpc.errors import UserError
-from radhpc.manifest import INDEX, MANIFEST, File, Index, Manifest, sha256
-from radhpc.store import Store
+from radhpc.core.errors import UserError
+from radhpc.core.manifest import INDEX, MANIFEST, File, Index, Manifest, sha256
+from radhpc.storage.store import Store
 from shards.build import Settings, build
 from shards.verify import Fault, verify
 

@@ -15,7 +15,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from radhpc.errors import UserError
+from radhpc.core.errors import UserError
 from slurm import box
 
 ROOT = Path(box.__file__).parents[1]

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from bench.chaos import losses, setting
-from radhpc.errors import UserError
-from radhpc.ledger import consumed
+from radhpc.core.errors import UserError
+from radhpc.core.ledger import consumed
 from slurm import profile as profiles
-from tests.radhpc.test_training import wait_for
+from tests.radhpc.training.test_training import wait_for
 from tests.slurm.test_preemption import events, finish, start, step
 
 Launch = Callable[..., Any]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from bench.chaos import rank_pid
-from tests.radhpc.test_training import wait_for
+from tests.radhpc.training.test_training import wait_for
 from tests.slurm.test_preemption import events, start, step
 
 pytestmark = [pytest.mark.box, pytest.mark.timeout(180)]

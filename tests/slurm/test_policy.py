@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from bench.chaos import frozen
-from tests.radhpc.test_training import wait_for
+from tests.radhpc.training.test_training import wait_for
 from tests.slurm.test_preemption import Launch, Slurm, assert_equal, events, finish, job_state, start, step
 
 pytestmark = [pytest.mark.box, pytest.mark.timeout(400)]
@@ -17,7 +17,7 @@ if "SLURM_PROCID" in os.environ and "submitit.core._submit" in " ".join(sys.orig
     import importlib.abc, importlib.util
     class After(importlib.abc.MetaPathFinder):
         def find_spec(self, name, path, target=None):
-            if name != "radhpc.engine":
+            if name != "radhpc.engine.fsdp":
                 return None
             sys.meta_path.remove(self)
             spec = importlib.util.find_spec(name)

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from bench.chaos import losses, rank_pid
-from radhpc.files import read_lines
-from radhpc.ledger import consumed
-from tests.radhpc.test_training import wait_for
+from radhpc.core.files import read_lines
+from radhpc.core.ledger import consumed
+from tests.radhpc.training.test_training import wait_for
 
 pytestmark = [pytest.mark.box, pytest.mark.timeout(400)]
 

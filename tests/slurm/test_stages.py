@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from bench.chaos import rank_pid
-from radhpc.ledger import consumed
-from radhpc.recipe import load
+from radhpc.core.ledger import consumed
+from radhpc.core.recipe import load
 from tests.conftest import ROOT
-from tests.radhpc.test_training import wait_for
+from tests.radhpc.training.test_training import wait_for
 from tests.slurm.test_preemption import Launch, Slurm, events, finish, step
 
 pytestmark = [pytest.mark.box, pytest.mark.timeout(400)]

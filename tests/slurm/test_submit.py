@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from radhpc.errors import UserError
-from radhpc.recipe import load as load_recipe
-from radhpc.run_dir import RunDir
+from radhpc.core.errors import UserError
+from radhpc.core.recipe import load as load_recipe
+from radhpc.core.run_folder import RunDir
 from slurm import job, profile as profiles
 from slurm.submit import executor, slurm_parameters
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from radhpc.errors import UserError
-from radhpc.sample import Sample
-from shards import datasets
+from radhpc.core.errors import UserError
+from radhpc.core.sample import Sample
 from shards.build import Result, Settings, build
-from shards.datasets import RawStudy
+from shards.datasets import reader as datasets, registry
+from shards.datasets.reader import RawStudy
 
 
 def draw(path: Path, seed: int = 0) -> None:
@@ -30,7 +30,7 @@ def write_json(path: Path, value: Any, encoding: str = "utf-8") -> None:
 
 
 def listed(dataset: str, raw: Path | None, **options: str) -> list[RawStudy]:
-    reader = datasets.reader(dataset)
+    reader = registry.reader(dataset)
     return list(reader.read(raw, datasets.parse_options(dataset, reader.OPTIONS, options)))
 
 

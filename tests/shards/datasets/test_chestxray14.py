@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from radhpc.errors import UserError
-from radhpc.sample import CHEXPERT, Report
-from shards.datasets import DatasetWarning, RawStudy, chestxray14
+from radhpc.core.errors import UserError
+from radhpc.core.sample import CHEXPERT, Report
+from shards.datasets import chestxray14
+from shards.datasets.reader import DatasetWarning, RawStudy
 from tests.shards.datasets.drawn import built, draw, listed
 from tests.shards.datasets.wheel import wheel
 

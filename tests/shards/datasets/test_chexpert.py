@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from radhpc.errors import UserError
-from radhpc.sample import CHEXPERT, Report
-from shards import datasets
-from shards.datasets import DatasetWarning, RawStudy, _chexpert, _labels, chexpert_plus
+from radhpc.core.errors import UserError
+from radhpc.core.sample import CHEXPERT, Report
+from shards.datasets import chexpert_plus, registry
+from shards.datasets.helpers import chexpert, labels
+from shards.datasets.reader import DatasetWarning, RawStudy
 from tests.shards.datasets.drawn import built, draw, listed
 from tests.shards.datasets.wheel import wheel
 
@@ -98,8 +99,8 @@ def test_labels_may_be_written_out(tmp_path: Path) -> None:
         "Findings: Edema.",
     }
     assert not any("text=labels" in line for line in told(tmp_path / SMALL, text="labels"))
-    assert _labels.sentence({"Edema": None, "No Finding": 0}) is None
-    assert _labels.sentence({"Edema": 0, "Pleural_Thickening": 1}, absent=False) == "Pleural thickening."
+    assert labels.sentence({"Edema": None, "No Finding": 0}) is None
+    assert labels.sentence({"Edema": 0, "Pleural_Thickening": 1}, absent=False) == "Pleural thickening."
 
 
 @pytest.mark.parametrize("prefix", ["", "CheXpert-v1.0/", f"{SMALL}/", "a/b/"])
@@ -220,7 +221,7 @@ def test_the_users_mistakes_get_one_line(tmp_path: Path) -> None:
 def counts(raw: Path) -> tuple[int, int, Counter[str | None], Counter[tuple[str, int | None]]]:
     """Patients, studies, views by projection, and labels by study, of a table of the training set alone."""
     draw(raw / SMALL / "train" / "patient00001" / "study1" / "view1_frontal.jpg")
-    reader = datasets.reader("chexpert")
+    reader = registry.reader("chexpert")
     patients, studies, views, values = set(), 0, Counter[str | None](), Counter[tuple[str, int | None]]()
     for study in reader.read(raw, reader.OPTIONS()):
         assert (study.fault, study.split) == (None, "train")
@@ -414,10 +415,10 @@ def test_plus_refuses_a_patient_in_two_splits(tmp_path: Path) -> None:
 
 
 def test_paths_and_labels() -> None:
-    assert _chexpert.place("a/b/valid/patient2/study3/view1_frontal.jpg").key == "patient2/study3"
+    assert chexpert.place("a/b/valid/patient2/study3/view1_frontal.jpg").key == "patient2/study3"
     for text in ("", "train/patient1/study1", "train/patientx/study1/a.jpg", "train/patient1/study1/a\0.jpg"):
-        with pytest.raises(_chexpert.Fault):
-            _chexpert.place(text)
-    assert _chexpert.labels({"Edema": "nan", "Fracture": -1.0})[CHEXPERT.index("Fracture")] == -1
-    with pytest.raises(_chexpert.Fault):
-        _chexpert.labels({"Edema": "2"})
+        with pytest.raises(chexpert.Fault):
+            chexpert.place(text)
+    assert chexpert.labels({"Edema": "nan", "Fracture": -1.0})[CHEXPERT.index("Fracture")] == -1
+    with pytest.raises(chexpert.Fault):
+        chexpert.labels({"Edema": "2"})

@@ -17,14 +17,16 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from radhpc.errors import UserError
-from radhpc.manifest import Manifest
-from radhpc.sample import CHEXPERT, Report, Sample
-from radhpc.store import Store
-from shards import datasets, salt
+from radhpc.core.errors import UserError
+from radhpc.core.manifest import Manifest
+from radhpc.core.sample import CHEXPERT, Report, Sample
+from radhpc.storage.store import Store
+from shards import salt
 from shards.build import Settings, build
-from shards.datasets import RawStudy, _mimic_sections, mimic_cxr, mimic_cxr_jpg
-from tests.shards.test_dicom import written
+from shards.datasets import mimic_cxr, mimic_cxr_jpg, reader
+from shards.datasets.helpers import mimic_sections
+from shards.datasets.reader import RawStudy
+from tests.shards.images.test_dicom import written
 
 pytestmark = pytest.mark.timeout(60)
 READERS = {"mimic_cxr_jpg": mimic_cxr_jpg, "mimic_cxr": mimic_cxr}
@@ -125,7 +127,7 @@ def write_tree(folder: Path, edition: str, texts: dict[str, str] | None = None, 
 def listed(raw: Path, edition: str = "mimic_cxr_jpg", **options: str) -> dict[str, RawStudy]:
     """What a reader yields, by study, or by name where it is a row."""
     module = READERS[edition]
-    studies = list(module.read(raw, datasets.parse_options(edition, module.OPTIONS, options)))
+    studies = list(module.read(raw, reader.parse_options(edition, module.OPTIONS, options)))
     assert len({study.study or study.name for study in studies}) == len(studies)
     return {study.study or study.name: study for study in studies}
 
@@ -217,13 +219,13 @@ def test_dicom_end_to_end(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:. studies have no labels:shards.datasets.DatasetWarning")
 def test_views_stand_in_order_and_frontal_ones_can_be_chosen(jpg: Path) -> None:
-    with pytest.warns(datasets.DatasetWarning):
+    with pytest.warns(reader.DatasetWarning):
         studies = listed(jpg)
     assert shown(studies["50000001"]) == [
         ("e", "PA"), ("f", "PA"), ("b", "AP"), ("c", "LATERAL"), ("d", "XTABLE LATERAL"), ("a", None),
     ]  # fmt: skip
     assert studies["50000001"].views[0][0] == jpg / "files/p10/p10000032/s50000001" / f"{dicom('e', '50000001')}.jpg"
-    with pytest.warns(datasets.DatasetWarning, match="1 studies have no image that views=frontal allows"):
+    with pytest.warns(reader.DatasetWarning, match="1 studies have no image that views=frontal allows"):
         studies = listed(jpg, views="frontal")
     assert {study: shown(raw) for study, raw in studies.items()} == {
         "50000001": [("e", "PA"), ("f", "PA"), ("b", "AP")], "50000003": [("b", "AP AXIAL")], "50000004": [("b", "PA")],
@@ -235,7 +237,7 @@ def test_frontal_views_of_dicoms_need_the_metadata(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"views=frontal: the projections are in mimic-cxr-2.0.0-metadata.csv"):
         listed(raw, "mimic_cxr", views="frontal")
     write_csv(raw / "mimic-cxr-2.1.0-metadata.csv", tables("mimic_cxr_jpg")["mimic-cxr-2.0.0-metadata"])
-    with pytest.warns(datasets.DatasetWarning):
+    with pytest.warns(reader.DatasetWarning):
         studies = listed(raw, "mimic_cxr", views="frontal")
     assert shown(studies["50000001"]) == [("e", "PA"), ("f", "PA"), ("b", "AP")]
     assert {study.split for study in studies.values()} == {None}
@@ -276,7 +278,7 @@ def test_what_the_tables_make_unusable(jpg: Path, what: str, change: Any, faults
 
 def test_identifiers_are_text(jpg: Path) -> None:
     """A study number is never a float, and the split is that of its patient."""
-    with pytest.warns(datasets.DatasetWarning):
+    with pytest.warns(reader.DatasetWarning):
         studies = listed(jpg)
     assert {(s.patient, s.study, s.split) for s in studies.values()} == {
         (subject, study, split) for _, subject, study, _, split in IMAGES
@@ -287,7 +289,7 @@ def test_identifiers_are_text(jpg: Path) -> None:
 def test_missing_tables_are_named(jpg: Path) -> None:
     for kind in ("chexpert", "negbio"):
         (jpg / f"mimic-cxr-2.0.0-{kind}.csv.gz").unlink()
-    with pytest.warns(datasets.DatasetWarning) as caught:
+    with pytest.warns(reader.DatasetWarning) as caught:
         studies = listed(jpg)
     assert [str(warning.message) for warning in caught] == [
         f"no mimic-cxr-2.0.0-{kind}.csv: studies have no labels of {kind}" for kind in ("chexpert", "negbio")
@@ -298,7 +300,7 @@ def test_missing_tables_are_named(jpg: Path) -> None:
         listed(jpg)
     with pytest.raises(UserError, match=r"split=nowhere.csv: no such file"):
         listed(jpg, split="nowhere.csv")
-    with pytest.warns(datasets.DatasetWarning):
+    with pytest.warns(reader.DatasetWarning):
         assert listed(jpg, split=str(split)).keys() == studies.keys()
     (jpg / "mimic-cxr-2.0.0-metadata.csv.gz").unlink()
     with pytest.raises(UserError, match=r"no table of images of MIMIC-CXR there; looked for mimic-cxr-2.1.0-metadata"):
@@ -376,7 +378,7 @@ def test_studies_may_be_chosen_by_their_sections(tmp_path: Path) -> None:
         "findings": {"50000001", "50000002", "50000004"},
         "impression": {"50000001", "50000003", "50000004"},
     }.items():
-        with pytest.warns(datasets.DatasetWarning) as caught:
+        with pytest.warns(reader.DatasetWarning) as caught:
             assert set(listed(raw, require=require)) == studies
         told = [str(warning.message) for warning in caught if "require" in str(warning.message)]
         assert told == [f"1 studies have no {require} and were left out, as require= says"] * (require != "any")
@@ -518,7 +520,7 @@ REPORTS: dict[str, tuple[str, Report]] = {
 @pytest.mark.parametrize("what", REPORTS)
 def test_sections_are_those_of_the_data_sets_authors(what: str) -> None:
     text, wanted = REPORTS[what]
-    assert _mimic_sections.report(text, "50000001") == wanted
+    assert mimic_sections.report(text, "50000001") == wanted
 
 
 @pytest.mark.parametrize(
@@ -534,30 +536,30 @@ def test_sections_are_those_of_the_data_sets_authors(what: str) -> None:
     ],
 )  # fmt: skip
 def test_headers_are_known_by_many_spellings(header: str, section: str) -> None:
-    (preamble, found) = _mimic_sections.parse(f"\n {header}: Clear.\n \n")[:2]
+    (preamble, found) = mimic_sections.parse(f"\n {header}: Clear.\n \n")[:2]
     assert (preamble.name, found.name) == ("preamble", section)
 
 
 def test_the_54_exceptions_have_a_report() -> None:
     text = "\n INDICATION: Clear lungs.\n \n IMPRESSION: ___\n"
-    assert _mimic_sections.report(text, "50058765") == Report(other="Clear lungs.")
-    assert _mimic_sections.report(text, "50913680") == Report(impression="___")  # has no recommendations after all
-    assert _mimic_sections.report("x" * 47 + " Clear\n lungs. " + "y" * 400, "51410602") == Report(
+    assert mimic_sections.report(text, "50058765") == Report(other="Clear lungs.")
+    assert mimic_sections.report(text, "50913680") == Report(impression="___")  # has no recommendations after all
+    assert mimic_sections.report("x" * 47 + " Clear\n lungs. " + "y" * 400, "51410602") == Report(
         other="Clear lungs. " + "y" * (320 - 47 - 15)
     )
-    assert _mimic_sections.report(text, "58235663") == Report()  # nobody described the picture
-    assert len(_mimic_sections._MISPLACED) == 23
-    assert len(_mimic_sections._STRETCH) == 31
-    assert sum(stretch == (0, 0) for stretch in _mimic_sections._STRETCH.values()) == 8
-    assert not _mimic_sections._MISPLACED.keys() & _mimic_sections._STRETCH.keys()
+    assert mimic_sections.report(text, "58235663") == Report()  # nobody described the picture
+    assert len(mimic_sections._MISPLACED) == 23
+    assert len(mimic_sections._STRETCH) == 31
+    assert sum(stretch == (0, 0) for stretch in mimic_sections._STRETCH.values()) == 8
+    assert not mimic_sections._MISPLACED.keys() & mimic_sections._STRETCH.keys()
 
 
 PIECES = st.one_of(
     st.text(),
     st.sampled_from(
-        ["\n", "\n ", "\n \n ", " ", ":", ": ", ":\n", "\t", RULE, "___", "Clear.", *_mimic_sections._SECTION_OF]
+        ["\n", "\n ", "\n \n ", " ", ":", ": ", ":\n", "\t", RULE, "___", "Clear.", *mimic_sections._SECTION_OF]
     ),
-    st.sampled_from([f"\n {spelling.upper()}: " for spelling in _mimic_sections._SECTION_OF]),
+    st.sampled_from([f"\n {spelling.upper()}: " for spelling in mimic_sections._SECTION_OF]),
     st.text("AB ()/,-:\n", max_size=12),
 )
 
@@ -565,9 +567,9 @@ PIECES = st.one_of(
 @settings(deadline=None)
 @given(st.lists(PIECES, max_size=20).map("".join), st.sampled_from(["1", "50058765", "51410602", "58235663"]))
 def test_no_text_is_lost_told_twice_or_refused(text: str, study: str) -> None:
-    sections = _mimic_sections.parse(text)
+    sections = mimic_sections.parse(text)
     assert "".join(section.header + section.text for section in sections) == text
-    report = _mimic_sections.report(text, study)
+    report = mimic_sections.report(text, study)
     for told in (report.findings, report.impression, report.other):
         assert told is None or (told == " ".join(told.split()) and told)
         assert told is None or told.split() == [word for word in told.split() if word in text]

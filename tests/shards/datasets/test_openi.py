@@ -9,9 +9,10 @@ from xml.sax.saxutils import escape
 
 import pytest
 
-from radhpc.errors import UserError
-from radhpc.sample import Report
-from shards.datasets import DatasetWarning, openi
+from radhpc.core.errors import UserError
+from radhpc.core.sample import Report
+from shards.datasets import openi
+from shards.datasets.reader import DatasetWarning
 from tests.shards.datasets.drawn import built, draw, listed
 from tests.shards.datasets.wheel import wheel
 

@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from radhpc.errors import UserError
-from radhpc.sample import CHEXPERT, Report, Sample
-from shards import datasets, salt
+from radhpc.core.errors import UserError
+from radhpc.core.sample import CHEXPERT, Report, Sample
+from shards import salt
 from shards.build import Settings, build
-from shards.datasets import RawStudy, _padchest_facts as facts, padchest
+from shards.datasets import padchest, reader
+from shards.datasets.helpers import padchest_facts as facts
+from shards.datasets.reader import RawStudy
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -112,7 +114,7 @@ def draw(path: Path, seed: int) -> None:
 def listed(raw: Path, **options: str) -> tuple[list[RawStudy], list[str]]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        studies = list(padchest.read(raw, datasets.parse_options("padchest", padchest.OPTIONS, options)))
+        studies = list(padchest.read(raw, reader.parse_options("padchest", padchest.OPTIONS, options)))
     return studies, [str(warning.message) for warning in caught]
 
 

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from radhpc.errors import UserError
-from shards import datasets, safe_pickle
+from radhpc.core.errors import UserError
+from shards.datasets import reader
+from shards.tabular import safe_pickle
 from tests.shards.datasets.drawn import built, draw, listed, refusal, write_json
 
 pytestmark = pytest.mark.timeout(60)
@@ -259,5 +260,5 @@ def test_what_is_missing_is_said_in_one_line(tmp_path: Path) -> None:
     path.write_bytes(pickle.dumps([]))
     assert "found are none" in refusal("pathvqa", tmp_path)
     path.write_bytes(pickle.dumps(SPLITS["val"]))
-    with pytest.warns(datasets.DatasetWarning, match=r"split 'train' stays empty, for want of qas/train/train_qa.pkl"):
+    with pytest.warns(reader.DatasetWarning, match=r"split 'train' stays empty, for want of qas/train/train_qa.pkl"):
         assert [study.split for study in listed("pathvqa", tmp_path)] == ["validate", "validate"]

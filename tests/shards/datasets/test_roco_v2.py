@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from radhpc.errors import UserError
-from radhpc.sample import Report
-from shards import datasets
+from radhpc.core.errors import UserError
+from radhpc.core.sample import Report
+from shards.datasets import reader as datasets, registry
 from tests.shards.datasets.drawn import built, draw, listed, refusal
 
 pytestmark = pytest.mark.timeout(60)
@@ -130,7 +130,7 @@ def test_by_article(tmp_path: Path) -> None:
 
 
 def test_whether_images_are_shared_is_known_before_the_build() -> None:
-    kind = datasets.reader("roco_v2").OPTIONS
+    kind = registry.reader("roco_v2").OPTIONS
     assert not kind.model_validate({}).shares_images
     assert kind.model_validate({"split": "official"}).shares_images
 
@@ -267,7 +267,7 @@ def test_captions_are_not_held_in_memory(tmp_path: Path) -> None:
     (tmp_path / "train_images").mkdir()
     write_csv(tmp_path / "train_captions.csv", ("ID", "Caption"), [(f"{n}", "caption" * 1200) for n in range(400)])
     size = (tmp_path / "train_captions.csv").stat().st_size
-    reader = datasets.reader("roco_v2")
+    reader = registry.reader("roco_v2")
     options = datasets.parse_options("roco_v2", reader.OPTIONS, {})
     tracemalloc.start()
     count = sum(1 for _ in reader.read(tmp_path, options))

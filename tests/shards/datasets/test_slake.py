@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from radhpc.errors import UserError
-from shards import datasets
+from radhpc.core.errors import UserError
+from shards.datasets import reader
 from tests.shards.datasets.drawn import built, draw, listed, refusal, write_json
 
 pytestmark = pytest.mark.timeout(60)
@@ -109,7 +109,7 @@ def test_question_numbers_may_start_anew_in_each_file(tmp_path: Path) -> None:
 
 def test_a_missing_split_is_told(tmp_path: Path) -> None:
     raw = write(tmp_path, {"test": SPLITS["test"]})
-    with pytest.warns(datasets.DatasetWarning) as caught:
+    with pytest.warns(reader.DatasetWarning) as caught:
         studies = listed("slake", raw, languages="en,zh")
     assert {study.split for study in studies} == {"test"}
     assert [str(warning.message).partition(": ")[2] for warning in caught] == [

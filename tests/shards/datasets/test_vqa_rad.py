@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from radhpc.errors import UserError
-from shards import datasets
+from radhpc.core.errors import UserError
+from shards.datasets import reader, registry
 from tests.shards.datasets.drawn import built, draw, listed, refusal, write_json
 
 pytestmark = pytest.mark.timeout(60)
@@ -72,7 +72,7 @@ def test_as_published(tmp_path: Path) -> None:
 
 
 def test_disjoint_keeps_the_test_set_whole(tmp_path: Path) -> None:
-    with pytest.warns(datasets.DatasetWarning, match="2 questions of train were left out for that"):
+    with pytest.warns(reader.DatasetWarning, match="2 questions of train were left out for that"):
         studies = listed("vqa_rad", write(tmp_path, ROWS), split="disjoint")
     assert [(study.question, study.split) for study in studies] == [
         ("Question 2?", "test"),  # without question 1, on its image, and question 3, its paraphrase
@@ -100,7 +100,7 @@ def test_by_image_each_stands_in_one_split(tmp_path: Path) -> None:
 
 
 def test_whether_images_are_shared_is_known_before_the_build() -> None:
-    kind = datasets.reader("vqa_rad").OPTIONS
+    kind = registry.reader("vqa_rad").OPTIONS
     shares = {split: kind.model_validate({"split": split}).shares_images for split in ("official", "disjoint", "image")}
     assert shares == {"official": True, "disjoint": False, "image": False}
     assert kind.model_validate({}).shares_images
@@ -110,7 +110,7 @@ def test_whether_images_are_shared_is_known_before_the_build() -> None:
 def test_validation_takes_whole_images_out_of_train(tmp_path: Path) -> None:
     rows = [record(n, f"synpic{n % 40}.jpg", "test_para" if n % 3 == 0 else "para") for n in range(160)]
     raw = write(tmp_path, rows)
-    with pytest.warns(datasets.DatasetWarning) as caught:
+    with pytest.warns(reader.DatasetWarning) as caught:
         studies = listed("vqa_rad", raw, validation="0.3")
     assert not any("validation=0.1" in str(warning.message) for warning in caught)
     images = {split: {s.views[0][0] for s in studies if s.split == split} for split in ("train", "validate", "test")}

@@ -1,0 +1,133 @@
+"""Where everything stands: status, logs, board, profile."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from radhpc.cli.common import Json, RunPath, app, emit, from_elsewhere, say
+from radhpc.core.errors import UserError
+from radhpc.core.log import console
+from slurm.monitoring import tables
+
+
+@app.command(rich_help_panel="Looking on", epilog="Examples: radhpc status   radhpc status runs/* --watch")
+def status(
+    runs: Annotated[list[Path] | None, typer.Argument(metavar="[RUN]...", help="Default: all in runs/.")] = None,
+    audit: Annotated[
+        bool, typer.Option("--audit", help="Prove which samples were trained on, epoch by epoch.")
+    ] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Keep the table up to date, until Ctrl-C.")] = False,
+    as_json: Json = False,
+) -> None:
+    """State and why, stage, step, loss, speed, time left, age of the last checkpoint, restarts, goodput, GPU-hours.
+
+    Goodput is the share of the ranks' time in which steps were made that still count; lost hours went into start-up and
+    into steps that were made again.
+    """
+    from slurm.monitoring.status import Statuses, find_runs
+    from slurm.sweep.study import Study, is_sweep
+
+    if watch and (audit or as_json):
+        raise UserError(f"--watch: not together with {'--audit' if audit else '--json'}")
+    if watch:
+        from slurm.monitoring.watch import watch as watch_runs
+
+        watch_runs(lambda: find_runs(runs), Console(highlight=False))
+        return
+    sweeps = [path for path in runs or sorted(Path("runs").glob("*/")) if is_sweep(path)]
+    if sweeps and not audit:
+        standings = [Study.open(path).standing() for path in sweeps]
+        rest = [path for path in runs or sorted(Path("runs").glob("*/")) if path not in sweeps]
+        alone = Statuses(find_runs(rest, strict=bool(runs))).now() if rest else []
+        if alone:
+            say(tables.Runs(alone), as_json)
+        for standing in standings:
+            say(tables.sweep(standing), as_json)
+        emit(standings[0] if runs and len(runs) == 1 else {"runs": alone, "sweeps": standings}, as_json)
+        return
+    chosen = find_runs(runs)
+    if audit:
+        from radhpc.data.audit import audit as run_audit
+
+        results = [{"run": str(run.path), **run_audit(run)} for run in chosen]
+        say(tables.audit(results), as_json)
+        console.print(*tables.verdicts(results), sep="\n", highlight=False, soft_wrap=True)
+    else:
+        results = Statuses(chosen).now()
+        say(tables.Runs(results), as_json)
+    emit(results[0] if len(results) == 1 else {"runs": results}, as_json)
+
+
+@app.command(
+    rich_help_panel="Looking on",
+    epilog="Examples: radhpc logs RUN   radhpc logs RUN --rank 3 --follow",
+)
+def logs(
+    run: RunPath,
+    rank: Annotated[int | None, typer.Option(help="Only this one; default: rank 0, and errors of all.", min=0)] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on with what is printed, until the job ends.")] = False,
+    life: Annotated[int | None, typer.Option(help="Only this start of the job, from 1; default: all.", min=1)] = None,
+) -> None:
+    """What the job printed; of a failed run first the traceback that matters."""
+    from radhpc.core.run_folder import RunDir
+    from slurm.monitoring.logs import show
+
+    show(RunDir.open(run), Console(highlight=False), rank, life, follow)
+
+
+@app.command(rich_help_panel="Looking on", epilog="Example: radhpc board runs/quickstart-20261122-101500")
+def board(
+    runs: Annotated[list[Path] | None, typer.Argument(metavar="[RUN]...", help="Default: all in runs/.")] = None,
+    port: Annotated[int, typer.Option(help="On this machine alone.", min=1, max=65535)] = 6006,
+) -> None:
+    """Open TensorBoard over these runs, on loopback."""
+    import socket
+    import subprocess
+    import tempfile
+
+    from radhpc.core.run_folder import RunDir
+    from slurm.sweep.study import is_sweep
+
+    inside = [
+        sorted(p.parent for p in path.glob("trials/*/recipe.yaml")) if is_sweep(path) else [path] for path in runs or []
+    ]
+    named = [path for paths in inside for path in paths]
+    chosen = [RunDir.open(path).path for path in named or sorted(p.parent for p in Path("runs").glob("*/recipe.yaml"))]
+    if not chosen:
+        raise UserError("no run in runs/: name one")
+    # Two runs of one name, of two sweeps for example, are told apart by their folders.
+    alone = [path.name for path in chosen]
+    titles = [path.name if alone.count(path.name) == 1 else " ".join(path.parts[-3:]) for path in chosen]
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", port)) == 0:
+            raise UserError(f"--port {port}: something listens there already; name another one")
+    say(f"http://localhost:{port}/\n{from_elsewhere(port)}", False)
+    with tempfile.TemporaryDirectory(prefix="radhpc-board-") as folder:
+        for title, path in zip(titles, chosen, strict=True):
+            (Path(folder) / title).symlink_to(path / "tensorboard")
+        command = [sys.executable, "-m", "tensorboard.main", "--host", "127.0.0.1", "--port", str(port)]
+        try:
+            ended = subprocess.run([*command, "--logdir", folder], check=False)
+        except KeyboardInterrupt:
+            say("ended", False)
+            return
+    raise typer.Exit(ended.returncode)
+
+
+@app.command(rich_help_panel="Looking on", epilog="Example: radhpc profile runs/padchest-20261122-101500")
+def profile(
+    run: RunPath,
+    steps: Annotated[int, typer.Option(help="So many of the next ones.", min=1, max=1000)] = 10,
+    wait: Annotated[float, typer.Option(help="Seconds to wait for the trace.", min=0)] = 600,
+    as_json: Json = False,
+) -> None:
+    """A profiler's trace of the next steps of the living job, and the operators that take longest."""
+    from radhpc.core.run_folder import RunDir
+    from slurm.monitoring import profiling
+
+    traced = profiling.trace(RunDir.open(run), steps, wait)
+    say(tables.traced(traced), as_json)
+    emit({"run": str(run.absolute()), **traced}, as_json)

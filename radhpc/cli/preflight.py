@@ -1,0 +1,127 @@
+"""What is known before anything waits in a queue: plan, weights, doctor."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from radhpc.cli.common import Json, On, Overrides, RecipePath, app, emit, say
+from radhpc.core.errors import UserError
+from radhpc.core.log import Bar
+from slurm.monitoring import tables
+
+
+@app.command(
+    rich_help_panel="Before queueing",
+    epilog="Example: radhpc plan recipes/image_text.yaml stages.adapt.micro_batch=2 --on a100_preemptible",
+)
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    on: On = "inline",
+    like: Annotated[Path | None, typer.Option(help="An earlier run, whose samples/s tell the hours.")] = None,
+    samples_per_second: Annotated[
+        float | None, typer.Option(help="Over all ranks, where you know it: tells the hours.", min=1e-6)
+    ] = None,
+    run: Annotated[Path, typer.Option(help="Where the run will lie: how fast is a save there?")] = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Before queueing: memory per GPU, steps and hours, size and time of a checkpoint against the grace.
+
+    The model's real step is traced without values, so that a large one takes a minute and no memory. Weights and shards
+    may be missing: it says what stands in for them. Exit status 1 where it cannot fit.
+    """
+    from radhpc.core import recipe as recipes
+    from radhpc.core.run_folder import RunDir
+    from slurm import profile as profiles
+    from slurm.preflight import plan as plans
+
+    chosen, profile = recipes.load(recipe, overrides or []), profiles.load(on)
+    earlier = RunDir.open(like) if like else None
+    from radhpc.planning.forecast import foretell
+    from radhpc.planning.placeholders import told
+
+    # With a range of nodes a GPU holds most on the fewest of them.
+    stages = foretell(chosen, profile.least_nodes * profile.tasks_per_node)
+    result = plans.costs(stages, profile, run, earlier, samples_per_second)
+    result["stages"] = [vars(stage) for stage in stages]
+    result["assumed"] = told(chosen)
+    say(tables.plan(result), as_json)
+    emit(result, as_json)
+    raise typer.Exit(0 if result["fits"] else 1)
+
+
+@app.command(rich_help_panel="Before queueing", epilog="Example: radhpc weights recipes/gla.yaml --online")
+def weights(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    online: Annotated[bool, typer.Option("--online", help="Download what is missing; else nothing ever is.")] = False,
+    convert: Annotated[bool, typer.Option("--convert", help="Write pytorch_model*.bin as safetensors.")] = False,
+    hashes: Annotated[bool, typer.Option(help="Read every byte and compare its sha256, where it is known.")] = True,
+    as_json: Json = False,
+) -> None:
+    """The files of a recipe's model: where they lie, whether they are whole, and what to put where if they are not.
+
+    A hash is known from FILE.sha256 or SHA256SUMS beside the files, or from the hub's own cache. Exit status 1 where
+    something is missing or damaged.
+    """
+    from radhpc.core import recipe as recipes
+    from radhpc.models import weights as weights_of
+
+    chosen = recipes.load(recipe, overrides or [])
+    if online:
+        for part, hub_id, folder in weights_of.missing(chosen.model):
+            say(f"{part}: downloads {hub_id}", as_json)
+            weights_of.fetch(hub_id, folder)
+        chosen = recipes.load(recipe, overrides or [])
+    if convert:
+        for part in chosen.model.folders.values():
+            for path in weights_of.convert(Path(part)):
+                say(f"written: {path}", as_json)
+    result = weights_of.report(chosen, hashes)
+    say(tables.weights(result), as_json)
+    emit(result, as_json)
+    raise typer.Exit(0 if result["ok"] else 1)
+
+
+@app.command(
+    rich_help_panel="Before queueing",
+    epilog="Example: radhpc doctor --on a100_preemptible --probe --recipe recipes/image_text.yaml",
+)
+def doctor(
+    on: On = "inline",
+    probe: Annotated[bool, typer.Option("--probe", help="Submit a job of two minutes that measures on nodes.")] = False,
+    recipe: Annotated[Path | None, typer.Option(help="With --probe: read from the shards of this recipe.")] = None,
+    preempt_with: Annotated[
+        str | None,
+        typer.Option(metavar="PARTITION", help="With --probe: preempt it by a second job in this partition."),
+    ] = None,
+    run: Annotated[Path, typer.Option(help="Where runs will lie.")] = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Will a signal arrive before a job is killed, do ranks see each other, and what to ask the administrators for.
+
+    Reads what SLURM says of itself. With --probe it also submits a two-minute job of all the profile's ranks: their
+    all-reduce, clocks, scontrol, free space, the store's speed, and which signals come after how long.
+    """
+    from radhpc.core import recipe as recipes
+    from slurm import profile as profiles
+    from slurm.preflight import doctor as doctors
+    from slurm.preflight.probe import probe as run_probe
+
+    if (recipe or preempt_with) and not probe:
+        raise UserError("--recipe and --preempt-with go with --probe")
+    profile = profiles.load(on)
+    chosen = recipes.load(recipe) if recipe else None
+    urls = sorted({url for stage in chosen.stages for url in chosen.shards_of(stage)}) if chosen else []
+    checks = doctors.examine(profile, run)
+    say(tables.checks(checks), as_json)
+    if probe and checks[0]["ok"]:
+        with Bar("probe", 1, unit="job") as bar:
+            more = run_probe(profile, run, urls, preempt_with, progress=lambda what: bar.update(0, what))
+            bar.update(1)
+        say(tables.checks(more), as_json)
+        checks += more
+    ok = all(check["ok"] for check in checks)
+    emit({"ok": ok, "checks": checks}, as_json)
+    raise typer.Exit(0 if ok else 1)

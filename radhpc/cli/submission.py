@@ -1,0 +1,96 @@
+"""A job is checked, submitted and followed: what train, resume, sweep and evaluate have in common."""
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import typer
+
+from radhpc.cli.common import say
+from radhpc.core.errors import UserError
+from radhpc.core.log import Bar, console
+from slurm.monitoring import tables
+
+if TYPE_CHECKING:
+    from radhpc.core.recipe import Recipe
+    from radhpc.core.run_folder import RunDir
+    from slurm.profile import Profile
+
+
+def check_engine(recipe: "Recipe", profile: "Profile") -> None:
+    """Say here what the ranks would say: too many of them, or a library that is missing in the Python they share."""
+    if recipe.engine == "single" and profile.world > 1:
+        raise UserError(
+            f"engine 'single' on {profile.world} ranks: allowed are fsdp and deepspeed, or a profile with one task"
+        )
+    if profile.python is None and profile.container is None:
+        recipe.refuse_missing()
+
+
+def check_data(recipe: "Recipe", *also: str) -> None:
+    """Say here, in seconds, what would otherwise fail in the queue; `also` names further splits that are needed."""
+    from radhpc.core.manifest import Manifest
+    from radhpc.data import tasks
+    from radhpc.data.source import Source
+    from radhpc.models import weights as weights_of
+    from radhpc.storage.store import Store
+
+    for url in {url for stage in recipe.stages for url in recipe.shards_of(stage)}:
+        store = Store(url)
+        manifest = Manifest.load(store)
+        manifest.check_sizes(store)
+        for split in ("train", *also):
+            if not manifest.splits.get(split):
+                raise UserError(f"{url}: no sample of split '{split}'; it has {manifest.splits}")
+    weights_of.check(recipe)
+    for stage in recipe.stages:
+        tasks.check(recipe, stage, Source(recipe.shards_of(stage), "train"))
+
+
+def submit_job(
+    run: "RunDir",
+    profile: "Profile",
+    watch: bool,
+    announce: Callable[["RunDir", str], None],
+    current_code: bool = False,
+    as_json: bool = False,
+) -> None:
+    """Submit; an inline job runs now, and its error is this command's."""
+    from slurm.submit import environment, submit
+
+    job = submit(run, profile, current_code)
+    announce(run, str(job.job_id))
+    if profile.cluster == "inline":
+        with environment(profile):
+            error = job.exception()
+        if error is not None:
+            raise error
+        outcome = job.result()
+        if outcome.state == "interrupted":
+            again = "say the same again" if run.evaluates else f"radhpc resume {run.path}"
+            say(f"interrupted by {outcome.cause} at step {outcome.step}; go on: {again}", as_json)
+            raise typer.Exit(1)
+    elif watch:
+        watch_job(run, as_json)
+
+
+def announce(run: "RunDir", job: str, as_json: bool) -> None:
+    say(f"run {run.path}\njob {job}", as_json)
+
+
+def watch_job(run: "RunDir", as_json: bool = False) -> None:
+    """Follow a job until it ends. Ctrl-C leaves a SLURM job alone; a local one saves and ends with it."""
+    from slurm.monitoring.logs import first_error
+    from slurm.monitoring.status import LIVING, Statuses
+
+    look = Statuses([run], queue_seconds=2)
+    with Bar(run.path.name, 1, unit="steps") as bar:
+        while (now := look.now()[0])["state"] in LIVING:
+            bar.update(now["step"], tables.line(now), now["steps"] or 1)
+            time.sleep(1)
+        bar.update(now["step"], now["state"], now["steps"] or 1)
+    say(f"{run.path}: {tables.line(now)}", as_json)
+    if now["state"] == "failed":
+        for text in first_error(run):
+            console.print(text, soft_wrap=True)
+        raise typer.Exit(1)

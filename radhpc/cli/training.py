@@ -1,0 +1,230 @@
+"""A recipe to a job, and everything that becomes of it: quickstart, train, resume, sweep, stop."""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from radhpc.cli.common import Json, On, Overrides, RecipePath, RunPath, app, emit, new_run, say
+from radhpc.cli.data import build_shards
+from radhpc.cli.submission import announce, check_data, check_engine, submit_job
+from radhpc.core.errors import UserError
+from slurm.monitoring import tables
+
+if TYPE_CHECKING:
+    from radhpc.core.run_folder import RunDir
+    from slurm.profile import Profile
+
+
+@app.command(rich_help_panel="Training", epilog="Example: radhpc quickstart")
+def quickstart(
+    run: Annotated[Path | None, typer.Option(help="Folder of the run; default: runs/quickstart-DATE.")] = None,
+    studies: Annotated[int, typer.Option(help="Phantom studies to draw.", min=200)] = 3000,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Draw phantom radiographs, build shards, train all stages, evaluate and write reports: on a CPU, in minutes."""
+    from radhpc.core.files import read_json
+    from shards.build import Settings
+
+    started = time.perf_counter()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # on two threads so small a model takes a fifth longer
+    path = run or new_run("quickstart")
+    shards = path.with_name(path.name + "-shards")
+    options = {"studies": str(studies), "two_views": "0.15", "size": "128"}
+    build_shards("phantom", None, str(shards), options, Settings(longest_side=112))
+    run_dir = start_run(Path("quickstart"), [f"shards=[{shards}]", *(overrides or [])], "inline", path)
+    folder = max((run_dir.path / "evaluation").glob("step-*"))
+    scores = read_json(folder / "scores.json")
+    name = "findings_macro_f1"
+    result = {
+        "run": str(run_dir.path),
+        "seconds": round(time.perf_counter() - started, 1),
+        "macro_f1": scores["scores"][name]["value"],
+        # What knows nothing of the image. The report of the training radiograph that is most alike stands apart: drawn
+        # phantoms are so much alike that it is hard to beat.
+        "baselines": {kind: scores["baselines"][kind][name]["value"] for kind in ("constant", "random")},
+        "nearest": scores["baselines"].get("nearest", {}).get(name, {}).get("value"),
+    }
+    say(f"\nUnseen phantom patients: {scores['samples']} studies of split '{scores['split']}'", as_json)
+    say(tables.scores(scores), as_json)
+    for line in (folder / "reports.jsonl").read_text().splitlines()[:3]:
+        report = json.loads(line)
+        say(f"\n[bold]reference[/] {report['reference']}\n[bold]generated[/] {report['generated']}", as_json)
+    say(f"\nDone in {result['seconds']:.0f} s. The run: {run_dir.path}", as_json)
+    say(f"See it: {folder / 'report.html'} in a browser; radhpc board {run_dir.path}", as_json)
+    say(f"Meet it: radhpc index {run_dir.path}, then demo {run_dir.path} --retrieve 3", as_json)
+    emit(result, as_json)
+
+
+@app.command(
+    rich_help_panel="Training",
+    epilog="Example: radhpc train recipes/image_text.yaml stages.adapt.steps=100 --on box --watch",
+)
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    on: On = "inline",
+    run: Annotated[Path | None, typer.Option(help="Folder of the run; default: runs/NAME-DATE.")] = None,
+    engine: Annotated[str | None, typer.Option(help="fsdp, deepspeed or single; as engine=.")] = None,
+    stages: Annotated[str | None, typer.Option(help="Of the recipe, by number or name: 2,3; default: all.")] = None,
+    origin: Annotated[
+        Path | None, typer.Option("--from", metavar="RUN", help="The run that has trained the stages before those.")
+    ] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Follow the job until it ends.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Validate and freeze a recipe, check its data, and submit it. Prints the run's folder and the job's id."""
+    changes = [*(overrides or []), *([f"engine={engine}"] if engine else [])]
+    run_dir = start_run(
+        recipe, changes, on, run, watch, lambda run, job: announce(run, job, as_json), stages=stages, origin=origin
+    )
+    emit({"run": str(run_dir.path), "job": (run_dir.job() or {}).get("id")}, as_json)
+
+
+@app.command(rich_help_panel="Training", epilog="Example: radhpc resume runs/quickstart-20261122-101500 --on local")
+def resume(
+    run: RunPath,
+    on: Annotated[str | None, typer.Option("--on", metavar="PROFILE", help="Default: the profile it ran on.")] = None,
+    current_code: Annotated[
+        bool, typer.Option("--current-code", help="Replace the code that the run was submitted with by today's.")
+    ] = False,
+    engine: Annotated[str | None, typer.Option(help="Go on under fsdp, deepspeed or single.")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Follow the job until it ends.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Go on from the newest checkpoint that verifies, on the same or another number of ranks, with the same code."""
+    from radhpc.core.run_folder import RunDir
+    from slurm import profile as profiles
+
+    run_dir = RunDir.open(run)
+    if run_dir.events() and run_dir.events()[-1]["event"] == "finished":
+        raise UserError(f"{run}: the run is finished; evaluate or generate with it, or train a new one")
+    if run_dir.events("pruned"):
+        raise UserError(f"{run}: its sweep has ended the run early; train {run}/recipe.yaml as a run of its own")
+    frozen = run_dir.path / "profile.yaml"
+    profile = profiles.load(on or (str(frozen) if frozen.exists() else "inline"))
+    recipe = run_dir.recipe() if engine is None else run_dir.recipe().under(engine, run_dir.recipe_path)
+    check_engine(recipe, profile)
+    chosen = _choose_checkpoint(run_dir, profile, as_json)
+    run_dir.change_engine(recipe.engine)
+    submit_job(run_dir, profile, watch, lambda run, job: announce(run, job, as_json), current_code)
+    emit({"run": str(run_dir.path), "job": (run_dir.job() or {}).get("id"), **chosen}, as_json)
+
+
+@app.command(rich_help_panel="Training", epilog="Example: radhpc sweep recipes/sweeps/quickstart.yaml --on local")
+def sweep(
+    sweep: Annotated[Path, typer.Argument(help="A YAML file, such as those in recipes/sweeps/.")],
+    on: On = "inline",
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--sweep", metavar="DIR", help="Its folder; default: the newest of this sweep in runs/, or a new one."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a recipe many times with other values of its keys: one job array, each trial a run that may be preempted.
+
+    Said again, it submits what is missing, failed or was cancelled, and nothing else.
+    """
+    from slurm import profile as profiles, trials
+    from slurm.sweep import definition as sweeps
+    from slurm.sweep.study import Study
+
+    profile, (wanted, base) = profiles.load(on), sweeps.load(sweep)
+    for recipe in sweeps.distinct_data(wanted, base, sweep):
+        check_data(recipe, recipe.evaluation.split)
+    study = Study.create(
+        folder or trials.newest(Path("runs"), sweep.stem, wanted, base) or new_run(f"sweep-{sweep.stem}"), wanted, base
+    )
+    say(f"sweep {study.path}", as_json)
+    whole = True
+    if profile.cluster == "slurm":
+        job = trials.submit(study, profile)
+        say(f"job {job}" if job else "nothing to submit: every trial runs, waits or is done", as_json)
+    else:
+        whole = trials.run_here(study, profile, lambda line: say(line, as_json))
+    standing = study.standing()
+    say(tables.sweep(standing), as_json)
+    emit(standing, as_json)
+    failed = profile.cluster != "slurm" and any(trial["state"] == "failed" for trial in standing["trials"])
+    raise typer.Exit(0 if whole and not failed else 1)
+
+
+@app.command(rich_help_panel="Training")
+def stop(run: RunPath, as_json: Json = False) -> None:
+    """Save at the next step and end for good; a job that still waits in the queue is taken out of it."""
+    from radhpc.core.run_folder import RunDir
+    from slurm import scheduler, trials
+    from slurm.sweep.study import Study, is_sweep
+
+    if is_sweep(run):
+        jobs = trials.stop(Study.open(run))
+        say(f"{run}: {len(jobs)} job(s) were asked to stop; 'radhpc sweep' goes on", as_json)
+        emit({"sweep": str(run.absolute()), "jobs": jobs}, as_json)
+        return
+    run_dir = RunDir.open(run)
+    job = run_dir.job()
+    state = scheduler.state(job)
+    if not state or job is None:
+        raise UserError(f"{run}: no living job to stop")
+    run_dir.request_stop()
+    if state == "PENDING":
+        scheduler.cancel(job)
+        run_dir.record("stopped", cause="taken out of the queue")
+    say(f"{run}: job {job['id']} ({state.lower()}) was asked to stop", as_json)
+    emit({"run": str(run_dir.path), "job": job["id"]}, as_json)
+
+
+def start_run(
+    recipe_path: Path,
+    overrides: list[str],
+    on: str,
+    path: Path | None,
+    watch: bool = False,
+    announce: Callable[["RunDir", str], None] = lambda run, job: None,
+    stages: str | None = None,
+    origin: Path | None = None,
+) -> "RunDir":
+    from radhpc.core import recipe as recipes
+    from radhpc.core.run_folder import RunDir
+    from radhpc.engine import lineage
+    from slurm import profile as profiles
+
+    recipe, profile = recipes.load(recipe_path, overrides), profiles.load(on)
+    before, first = RunDir.open(origin) if origin else None, 0
+    if stages or before:
+        recipe, first = lineage.select(recipe, stages, before)
+    check_engine(recipe, profile)
+    check_data(recipe)
+    run = RunDir.create(path or new_run(recipe.name), recipe)
+    try:
+        if before is not None:
+            lineage.take_over(run, first, before)
+        submit_job(run, profile, watch, announce)
+    except UserError:
+        if not run.events("submitted"):  # refused before anything was submitted: the name is free again
+            shutil.rmtree(run.path)
+        raise
+    return run
+
+
+def _choose_checkpoint(run: "RunDir", profile: "Profile", as_json: bool) -> dict[str, Any]:
+    """Say before anything is submitted from which checkpoint the run will go on, and which are skipped and why."""
+    from radhpc.engine.checkpoint import Checkpoints
+    from slurm import scheduler, submit
+
+    scheduler.refuse_if_alive(run)
+    with submit.environment(profile):  # it may hold the keys of an object store
+        checkpoints = Checkpoints.of(run.path, run.recipe())
+        name, skipped = checkpoints.newest()
+    for torn, fault in skipped:
+        say(f"checkpoint {torn} is skipped: {fault}", as_json)
+    say(f"goes on from {checkpoints.storage.where(name)}" if name else "no checkpoint: begins anew", as_json)
+    return {"checkpoint": name, "skipped": [{"checkpoint": torn, "fault": fault} for torn, fault in skipped]}

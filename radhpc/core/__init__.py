@@ -1,0 +1,1 @@
+"""What everything else stands on: errors, files, run folder, recipe, sample, manifest, log. Imports no other room."""

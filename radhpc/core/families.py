@@ -1,0 +1,74 @@
+"""The registry of model families: where each is implemented, and which files its weights are made of.
+
+    entry("mllama").module                     # "radhpc.models.families.mllama", which has a class `Family`
+    entry("llava").components["vision"].types  # ("clip", "clip_vision_model"): model types its config.json may have
+
+A login node reads it without importing torch. A new family is one file in radhpc/models/families/ and one entry here;
+a family of another package is announced by an entry point (radhpc/core/plugins.py).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from radhpc.core import plugins
+from radhpc.core.errors import UserError
+
+
+@dataclass(frozen=True)
+class Component:
+    """One folder of weights that a family reads."""
+
+    types: tuple[str, ...]  # model types that its config.json may have
+    hub: str  # the usual one's id on a hub
+    image_token: tuple[str, ...] = ()  # one of which its tokenizer must have
+
+
+@dataclass(frozen=True)
+class FamilyEntry:
+    """A family's module, and its components by name; `model` is the whole model in one folder."""
+
+    module: str
+    components: Mapping[str, Component]
+
+
+BUILT_IN: Mapping[str, FamilyEntry] = {
+    "llava": FamilyEntry(
+        "radhpc.models.families.llava",
+        {
+            "model": Component(("llava",), "llava-hf/llava-1.5-7b-hf", ("<image>", "<|image|>")),
+            "vision": Component(("clip", "clip_vision_model"), "openai/clip-vit-large-patch14-336"),
+            "text": Component(("llama",), "lmsys/vicuna-7b-v1.5"),
+        },
+    ),
+    "mllama": FamilyEntry(
+        "radhpc.models.families.mllama",
+        {"model": Component(("mllama",), "meta-llama/Llama-3.2-11B-Vision-Instruct", ("<|image|>",))},
+    ),
+    "qwen3_vl": FamilyEntry(
+        "radhpc.models.families.qwen3_vl",
+        {"model": Component(("qwen3_vl",), "Qwen/Qwen3-VL-4B-Instruct", ("<|image_pad|>",))},
+    ),
+    "swin_qwen": FamilyEntry(
+        "radhpc.models.families.swin_qwen",
+        {
+            "vision": Component(("swin",), "microsoft/swin-base-patch4-window7-224"),
+            "text": Component(("qwen3", "llama"), "Qwen/Qwen3-0.6B"),
+        },
+    ),
+}
+
+
+def names() -> list[str]:
+    """Every family that a recipe may name."""
+    return sorted({*BUILT_IN, *plugins.installed(plugins.FAMILIES)})
+
+
+def entry(name: str) -> FamilyEntry:
+    """The entry of a family that names() lists. Raises UserError for a plugin that announces something else."""
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    announced = plugins.installed(plugins.FAMILIES)[name]
+    result = plugins.load(announced)
+    if not isinstance(result, FamilyEntry):
+        raise UserError(f"plugin '{name}' ({announced.value}) is {type(result).__name__}; allowed is a FamilyEntry")
+    return result

@@ -1,0 +1,127 @@
+"""Small files, written so that no half file ever has the final name, and read so that a cut last line is no error.
+
+And folders: on which kind of disk they lie, and one command at a time working in them.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from radhpc.core.errors import UserError
+
+# File systems that only this machine sees. What another node writes there is not here.
+NODE_LOCAL = frozenset(
+    ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "jfs", "overlay", "tmpfs", "ramfs")
+)
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Write to a temporary file beside `path`, flush it to the disk, then move it to its name."""
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fchmod(file.fileno(), mode)
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or a folder's entries, to the disk: after the latter a rename survives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file; None where there is no such file."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Parse a JSONL file; a last line without its line feed was cut by a crash and is left out."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return
+    for line in data.split(b"\n")[:-1]:
+        if line:
+            yield json.loads(line)
+
+
+def insist(reserve: Path, write: Callable[[], None]) -> None:
+    """Call `write`; where the disk or the quota is full, give up the reserve and call it again. Raises OSError."""
+    try:
+        write()
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        reserve.unlink(missing_ok=True)
+        write()
+
+
+def append(descriptor: int, line: bytes) -> None:
+    """Append a line, or nothing: half of one, as a full disk would leave it, is taken back. Raises OSError."""
+    written = os.write(descriptor, line)
+    if written < len(line):
+        os.ftruncate(descriptor, os.fstat(descriptor).st_size - written)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def own_folder(folder: Path, longest: int) -> Path:
+    """A folder, there or not, that only this user may fill, with a plain path of at most `longest` characters.
+
+    Nothing is touched. Raises UserError in the words of --folder.
+    """
+    place = folder.absolute().parent.resolve() / folder.name
+    if len(str(place)) > longest or not re.fullmatch(r"[\w./+-]{2,}", str(place), re.ASCII):
+        raise UserError(f"--folder {place}: allowed are up to {longest} letters, digits and . / _ + -")
+    if place.is_symlink() or (place.exists() and not (place.is_dir() and place.stat().st_uid == os.getuid())):
+        raise UserError(f"--folder {place}: exists and is not a folder of yours")
+    return place
+
+
+@contextlib.contextmanager
+def alone(place: Path) -> Iterator[None]:
+    """Keep two commands from working in one folder at the same time. Raises UserError."""
+    descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(f"{place}: another `up` or `down` is at work here; try again") from None
+    finally:
+        os.close(descriptor)
+
+
+def file_system(path: Path) -> str:
+    """The kind of file system that a path lies on, or will lie on once it is made."""
+    path = Path(os.path.abspath(path))
+    while not path.exists():
+        path = path.parent
+    real, best, kind = os.path.realpath(path), "", "unknown"
+    for line in Path("/proc/mounts").read_text().splitlines():
+        _, mount, name = line.split()[:3]
+        mount = mount.encode().decode("unicode_escape")
+        if (real + "/").startswith(mount.rstrip("/") + "/") and len(mount) >= len(best):
+            best, kind = mount, name
+    return kind

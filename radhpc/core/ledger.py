@@ -1,0 +1,64 @@
+"""The ledger: which samples were trained on, step by step, by every rank in every life of a run.
+
+A rank appends one line after each optimizer step. A step whose checkpoint was lost (a hard kill) is trained
+again in a later life and then stands in both; what the weights have seen is what the *last* life that
+trained the step says, and the earlier line is a replay. Example line:
+
+    {"stage": 0, "step": 17, "keys": ["padchest-8d…", …], "bad": [["padchest-3f…", "train-000007.tar: …"]]}
+"""
+
+import json
+import os
+import re
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from radhpc.core.files import append, read_lines
+
+
+class Ledger:
+    """The open file of one rank in one life."""
+
+    def __init__(self, folder: Path, life: int, rank: int) -> None:
+        path = folder / f"life-{life:04d}.rank-{rank:05d}.jsonl"
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+
+    def append(self, stage: int, step: int, keys: list[str], bad: list[tuple[str, str]]) -> None:
+        """Record one step: global step number (from 1), keys trained on, and those that could not be read, and why."""
+        line = json.dumps({"stage": stage, "step": step, "keys": keys, "bad": bad}) + "\n"
+        append(self._descriptor, line.encode())
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+@dataclass
+class Consumed:
+    """What the weights have seen, and what was trained on in vain."""
+
+    steps: dict[int, list[str]] = field(default_factory=dict)  # keys of each step, in sorted order
+    stages: dict[int, int] = field(default_factory=dict)  # stage of each step
+    bad: dict[int, list[str]] = field(default_factory=dict)
+    replayed: dict[int, int] = field(default_factory=dict)  # how often a step was trained before it counted
+
+
+def consumed(folder: Path, up_to: int | None = None) -> Consumed:
+    """Read all lives: per step the last life that trained it counts. `up_to`: ignore later steps."""
+    lives: dict[int, dict[int, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))  # step -> life -> lines
+    for path in sorted(folder.glob("life-*.rank-*.jsonl")):
+        match = re.fullmatch(r"life-(\d+)\.rank-\d+\.jsonl", path.name)
+        assert match, path
+        for line in read_lines(path):
+            if up_to is None or line["step"] <= up_to:
+                lives[line["step"]][int(match[1])].append(line)
+    result = Consumed()
+    for step in sorted(lives):
+        last = lives[step][max(lives[step])]
+        result.steps[step] = sorted(key for line in last for key in line["keys"])
+        result.bad[step] = sorted(key for line in last for key, _ in line["bad"])
+        result.stages[step] = last[0]["stage"]
+        if len(lives[step]) > 1:
+            result.replayed[step] = len(lives[step]) - 1
+    return result

@@ -1,0 +1,40 @@
+"""Model families and dataset readers of other packages, announced by entry points.
+
+    [project.entry-points."radhpc.families"]
+    mymodel = "my_package.registration:ENTRY"        # a radhpc.core.families.FamilyEntry
+    [project.entry-points."radhpc.datasets"]
+    myarchive = "my_package.myarchive"               # a module as shards.datasets.reader.Reader describes it
+
+Only what is asked for by name is imported.
+"""
+
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from radhpc.core.errors import UserError, first_line
+
+FAMILIES, DATASETS = "radhpc.families", "radhpc.datasets"
+
+
+def installed(group: str) -> dict[str, EntryPoint]:
+    """The entry points of a group by name. Raises UserError where two packages announce the same name."""
+    result: dict[str, EntryPoint] = {}
+    for entry in entry_points(group=group):
+        other = result.setdefault(entry.name, entry)
+        if other.value != entry.value:
+            raise UserError(f"{group}: '{entry.name}' is announced twice, by {other.value} and by {entry.value}")
+    return result
+
+
+def load(entry: EntryPoint) -> Any:
+    """Import what an entry point names. Raises UserError where that fails."""
+    try:
+        return entry.load()
+    except Exception as error:
+        raise UserError(f"plugin '{entry.name}' ({entry.value}) cannot be imported: {first_line(error)}") from error
+
+
+def versions() -> dict[str, str]:
+    """Name and version of every distribution that announces a family or a reader."""
+    entries = [entry for group in (FAMILIES, DATASETS) for entry in entry_points(group=group)]
+    return {entry.dist.name: entry.dist.version for entry in entries if entry.dist is not None}

@@ -1,0 +1,51 @@
+"""What goes on around the training: checkpoints, the board, the engine's own settings."""
+
+import re
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from radhpc.core.recipe.section import Section
+
+
+class Checkpoint(Section):
+    """When checkpoints are written and how many are kept; the last one of each stage is always kept."""
+
+    every: int = Field(100, ge=1, description="steps")
+    keep: int = Field(2, ge=1)
+    asynchronous: bool = Field(True, description="written in the background: steps wait for the copy alone")
+    url: str | None = Field(
+        None, description="an object store's prefix, such as s3://bucket/checkpoints; default: the run folder"
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _url(cls, value: str | None) -> str | None:
+        if value is not None and not re.match(r"[a-z0-9]+://.", value):
+            raise ValueError(f"checkpoint.url '{value}': allowed are URLs such as s3://bucket/prefix, or null")
+        return value
+
+
+class Wandb(Section):
+    """Weights & Biases beside TensorBoard: curves alone, no texts, images, code or names of machines."""
+
+    project: str = Field("radhpc", min_length=1)
+    mode: Literal["offline", "online"] = Field(
+        "offline", description="offline: files in RUN/wandb, which 'wandb sync' sends; online: sent as they come"
+    )
+
+
+class Board(Section):
+    """TensorBoard."""
+
+    every: int = Field(1, ge=1, description="steps between two points of a curve")
+    wandb: Wandb | None = Field(None, description="these curves for Weights & Biases, too; needs radhpc[wandb]")
+
+
+class Zero(Section):
+    """Engine deepspeed (Rajbhandari et al., 2020, ZeRO): what is cut into parts, and where they are kept."""
+
+    stage: Literal[2, 3] = Field(
+        3, description="2: gradients and moments, each rank holding the model; 3: the model too"
+    )
+    offload: bool = Field(False, description="moments and float32 parameters on the host, and the step there, too")

@@ -1,0 +1,53 @@
+"""Data files of the installation: recipes, wherever the project was installed from.
+
+A wheel carries recipes/ inside the package; a checkout has the folder beside it.
+"""
+
+from importlib.resources import files
+from pathlib import Path
+
+from radhpc.core.errors import UserError, nearest
+
+
+def folder(package: str) -> Path:
+    """The folder of a package's data files. Wheels are unpacked on the disk, so that there is one."""
+    return Path(str(files(package)))
+
+
+def recipes() -> Path:
+    """The folder of the recipes that come with radhpc."""
+    packaged = folder("radhpc") / "recipes"
+    return packaged if packaged.is_dir() else folder("radhpc").parent / "recipes"
+
+
+def recipe_names(sub: str = "") -> list[str]:
+    """Names of the recipes that come with radhpc, such as 'quickstart' and 'tiny/gla'; `sub`: those of a subfolder."""
+    top = recipes() / sub
+    return sorted(str(path.relative_to(top).with_suffix("")) for path in top.rglob("*.yaml"))
+
+
+def find_recipe(name: str | Path, sub: str = "") -> Path:
+    """A recipe by path, or by the name of one that comes with radhpc. Raises UserError where there is neither.
+
+    A path wins over a name. `recipes/x.yaml` is found from any folder. `sub`: a subfolder whose names also hold alone.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    if path.is_dir() and path.suffix != ".yaml" and str(name) not in recipe_names():
+        raise UserError(f"{name}: a folder; allowed are a YAML file and the name of a recipe ('radhpc recipes')")
+    inside = path.relative_to("recipes") if path.parts[:1] == ("recipes",) else path
+    if not path.is_absolute() and ".." not in path.parts:
+        for packaged in (recipes() / sub / inside.with_suffix(".yaml"), recipes() / inside.with_suffix(".yaml")):
+            if packaged.is_file():
+                return packaged
+    names = [*recipe_names(), *(recipe_names(sub) if sub else [])]
+    hint = nearest(str(inside.with_suffix("")), names)
+    raise UserError(f"{name}: no such file, and no recipe of that name{hint}; 'radhpc recipes' lists them")
+
+
+def install_hint(extra: str) -> str:
+    """How to install what only some people need, wherever the project was installed from."""
+    checkout = folder("radhpc").parent / "pyproject.toml"
+    what = f"-e '.[{extra}]' in {checkout.parent}" if checkout.exists() else f"'WHEEL[{extra}]', with radhpc's wheel"
+    return f"pip install {what}"

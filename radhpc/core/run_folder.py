@@ -1,0 +1,208 @@
+"""The run folder: all that a run is, as files that outlive every job that worked on it.
+
+    recipe.yaml     the frozen recipe            checkpoints/   step-N/, see checkpoint.py
+    events.jsonl    what happened, append-only   tensorboard/   event files
+    job.json        the job that owns the run    logs/          output, heartbeats, stacks and ends by rank
+    progress.json   step, loss, rate             ledger/        keys of the samples trained on
+    tokenizer/      where it was trained here    evaluation/    step-N/: reports, scores
+    base.json       identity of the frozen base  adapter/       the newest stage's adapter, for PEFT
+    neighbours-*.npz  training images, small     evaluation/step-N-SPLIT/job/  a run folder of `evaluate`'s own
+    code/           what the jobs run            code-N/        what `resume --current-code` replaced
+    index/          training studies by looks    profile/       traces of steps that were asked for
+
+Written by rank 0 alone, except ledger/, logs/, code/ and the event of a hang. Private: only its owner may read it.
+logs/reserve.* keep some room for the last words of a life that fills the disk.
+"""
+
+import json
+import os
+import socket
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from radhpc.core.errors import UserError, nearest
+from radhpc.core.files import append, read_json, read_lines, write_atomically
+from radhpc.core.recipe import Recipe, load
+
+EVALUATION = "evaluation.json"  # in the folder of a job that evaluates another run, see job.py
+
+Event = Literal[
+    "submitted", "started", "resumed", "skipped_checkpoint", "saved", "stage_finished", "evaluated",
+    "quarantined",
+    "interrupted", "preempted", "requeued", "rank_lost", "time_limit", "cancelled", "stopped", "crashed", "failed",
+    "node_lost", "hung", "gave_up", "excluded",
+    "finished",
+    "starting", "first_step",
+    "stuck",  # a rank found who hangs: cause, culprits
+    "straggler",  # a rank is slower than the others: rank, host, ratio
+    "compiled",  # the layers of a stage: seconds
+    "code_replaced", "environment_changed",
+    "engine_changed",  # `resume --engine`: was, engine
+    "pruned",
+    "taken_over",  # the run begins where a stage of another ended: origin, checkpoints, step
+    "profiled",  # a trace that was asked for: first step, last step, trace
+]  # fmt: skip
+
+_RESERVE = 1 << 16  # bytes
+Speaker = Literal["ranks", "decision"]
+_SPEAKERS: tuple[Speaker, ...] = ("ranks", "decision")
+
+
+class RunDir:
+    """Paths and small files of one run."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path).absolute()
+
+    @classmethod
+    def create(cls, path: Path, recipe: Recipe) -> "RunDir":
+        """Make the folder and freeze the recipe. Raises UserError where a run is there already."""
+        run = cls(path)
+        if run.recipe_path.exists():
+            raise UserError(f"{path}: a run is there already; go on with 'radhpc resume {path}' or name another folder")
+        try:
+            run.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if any(run.path.iterdir()):
+                raise UserError(f"{path}: the folder is not empty, and no run; name another one")
+            run.path.chmod(0o700)
+            for name in ("checkpoints", "tensorboard", "logs", "ledger", "evaluation"):
+                (run.path / name).mkdir()
+            write_atomically(run.recipe_path, recipe.to_yaml().encode())
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}") from error
+        return run
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> "RunDir":
+        """Open an existing run. Raises UserError where there is none."""
+        run = cls(path)
+        if not run.recipe_path.exists():
+            beside = [p.parent.name for p in run.path.parent.glob("*/recipe.yaml")]
+            raise UserError(f"{path}: no run there (no recipe.yaml){nearest(run.path.name, beside)}")
+        return run
+
+    @property
+    def recipe_path(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def code(self) -> Path:
+        """The code that its jobs run, with environment.json: where it is from, and the versions beside it."""
+        return self.path / "code"
+
+    def recipe(self) -> Recipe:
+        """The frozen recipe, under the engine that the run was last resumed with."""
+        recipe, changed = load(self.recipe_path), self.events("engine_changed")
+        return recipe.under(changed[-1]["engine"], self.recipe_path) if changed else recipe
+
+    def change_engine(self, name: str) -> None:
+        """Let the next lives run under another engine."""
+        was = self.recipe().engine
+        if name != was:
+            self.record("engine_changed", was=was, engine=name)
+
+    @property
+    def evaluates(self) -> "RunDir | None":
+        """The run that a job evaluates whose folder this is; None for a run."""
+        task = read_json(self.path / EVALUATION)
+        return None if task is None else RunDir(task["run"])
+
+    def folder(self, name: str) -> Path:
+        """A subfolder, made where it is missing."""
+        folder = self.path / name
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return folder
+
+    # What happened
+
+    def record(self, event: Event, **details: Any) -> None:
+        """Append one line to events.jsonl: one write, so that lines of two processes never mix on a local disk."""
+        line = json.dumps({"time": now(), "event": event, **details}) + "\n"
+        descriptor = os.open(self.path / "events.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            append(descriptor, line.encode())
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def hold_back(self) -> None:
+        """Keep some of the disk for the last words of a life that fills it up. Raises OSError where it is full."""
+        for who in _SPEAKERS:
+            if not self.reserve(who).exists():
+                # Random, as some file systems compress.
+                write_atomically(self.reserve(who), os.urandom(_RESERVE), 0o600)
+
+    def give_back(self) -> None:
+        """The end of hold_back: nothing is left to be said."""
+        for who in _SPEAKERS:
+            self.reserve(who).unlink(missing_ok=True)
+
+    def reserve(self, who: Speaker) -> Path:
+        """For files.insist: of the ranks, and of slurm.requeue, which decides behind them."""
+        return self.folder("logs") / f"reserve.{who}"
+
+    def events(self, *names: Event) -> list[dict[str, Any]]:
+        """The events so far, oldest first; a last line that was cut by a crash is left out."""
+        return [event for event in read_lines(self.path / "events.jsonl") if not names or event["event"] in names]
+
+    @property
+    def lives(self) -> int:
+        """How many times a job has started on this run."""
+        return len(self.events("started"))
+
+    # Who owns it
+
+    def write_job(self, **job: Any) -> None:
+        """Name the job that may work on this run: executor, id, host, pid."""
+        write_atomically(self.path / "job.json", json.dumps(job).encode(), 0o600)
+
+    def job(self) -> dict[str, Any] | None:
+        job: dict[str, Any] | None = read_json(self.path / "job.json")
+        return job
+
+    # Where it stands
+
+    def write_progress(self, **progress: Any) -> None:
+        write_atomically(self.path / "progress.json", json.dumps({"time": time.time(), **progress}).encode(), 0o600)
+
+    def progress(self) -> dict[str, Any]:
+        return read_json(self.path / "progress.json") or {}
+
+    # A request to stop
+
+    def request_stop(self) -> None:
+        """Ask the living job to save at its next step and to end for good."""
+        write_atomically(self.path / "stop", now().encode(), 0o600)
+
+    def stop_requested(self) -> bool:
+        return (self.path / "stop").exists()
+
+    def clear_stop(self) -> None:
+        (self.path / "stop").unlink(missing_ok=True)
+
+
+def process_alive(job: dict[str, Any]) -> bool:
+    """Whether the process that job.json names still runs on this machine; another host's cannot be seen."""
+    if job.get("host") != socket.gethostname():
+        return False
+    try:
+        fields = Path(f"/proc/{job['pid']}/stat").read_text().rsplit(")", 1)[1].split()
+    except FileNotFoundError:
+        return False
+    return fields[0] != "Z" and (job.get("process_start") in (None, fields[19]))
+
+
+def process_start(pid: int) -> str:
+    """The kernel's start time of a process: with the pid it names a process for good, as pids come again."""
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
+
+
+def node_name() -> str:
+    """What the scheduler calls this machine, or what it calls itself."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

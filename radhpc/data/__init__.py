@@ -1,0 +1,1 @@
+"""From shards to batches: source, sampler, prefetch, tasks, collate, stream, retrieval and audit."""

@@ -1,0 +1,100 @@
+"""Proof of which samples a run was trained on: the ledger against the order, epoch by epoch."""
+
+from collections import Counter, defaultdict
+from typing import Any
+
+import numpy as np
+
+from radhpc.core.errors import UserError
+from radhpc.core.ledger import consumed
+from radhpc.core.recipe import Recipe
+from radhpc.core.run_folder import RunDir
+from radhpc.data.source import Source
+from radhpc.data.stream import order_of, stage_samples
+
+_STEPS = 256  # whose positions are looked up at a time
+
+
+def audit(run: RunDir) -> dict[str, Any]:
+    """Per stage and epoch: samples due so far, seen, missing, and repeated or foreign; and the run's topologies.
+
+    With weights, each dataset has epochs of its own. A step that a hard kill undid was trained again in a later life
+    and counts once; `replayed_steps` says how many. A sample that could not be read counts as seen, and is named in
+    `quarantined`. Raises UserError for a run without a ledger.
+    """
+    recipe = run.recipe()
+    if not recipe.stream.audit:
+        raise UserError(f"{run.recipe_path}: stream.audit: false, so that the run keeps no ledger; allowed is true")
+    seen = consumed(run.path / "ledger")
+    epochs = []
+    # What was taken over from another run was trained on there.
+    first = max((event["step"] for event in run.events("taken_over")), default=0) + 1
+    for number, stage in enumerate(recipe.stages):
+        steps = [step for step, at in seen.stages.items() if at == number]
+        if not steps and not epochs:
+            continue
+        if not steps:
+            break
+        batches = {step: seen.steps[step] + seen.bad[step] for step in steps}
+        source = Source(recipe.shards_of(stage), "train")
+        epochs += _epochs(recipe, number, source, batches, first)
+        first = max(steps) + 1
+    topologies: list[dict[str, Any]] = []
+    for event in run.events("started", "resumed"):
+        if event["event"] == "started":
+            topologies.append({"world_size": event["world"], "engine": event["engine"], "from_step": 0})
+        else:
+            topologies[-1]["from_step"] = int(event["step"])
+    return {
+        "epochs": epochs,
+        "replayed_steps": len(seen.replayed),
+        "quarantined": sorted({key for keys in seen.bad.values() for key in keys}),
+        "topologies": topologies,
+    }
+
+
+def _epochs(
+    recipe: Recipe, number: int, source: Source, batches: dict[int, list[str]], first: int
+) -> list[dict[str, Any]]:
+    stage = recipe.stages[number]
+    order = order_of(source, number, recipe.stream, recipe.seed)
+    samples, last = stage_samples(stage, len(source)), max(batches)
+    due: dict[tuple[int, int], Counter[str]] = defaultdict(Counter)  # by dataset and epoch
+    got: dict[tuple[int, int], Counter[str]] = defaultdict(Counter)
+    for step in range(first, last + 1, _STEPS):
+        start = (step - first) * stage.batch
+        drawn = order.at(np.arange(start, min(samples, (min(last + 1, step + _STEPS) - first) * stage.batch)))
+        epochs = list(zip(drawn.dataset.tolist(), drawn.epoch.tolist(), strict=True))
+        keys = source.keys(drawn.sample)
+        for at in range(0, len(keys), stage.batch):
+            trained = Counter(batches.get(step + at // stage.batch, []))
+            for epoch, key in zip(epochs[at : at + stage.batch], keys[at : at + stage.batch], strict=True):
+                due[epoch][key] += 1
+                if trained[key]:
+                    trained[key] -= 1
+                    got[epoch][key] += 1
+            got[epochs[at]].update(+trained)  # what this step should not have seen
+    sizes = order.sizes
+    return [
+        {
+            "stage": stage.name,
+            **({"dataset": source.parts[dataset].url} if len(sizes) > 1 else {}),
+            **_verdict(epoch, due[dataset, epoch], got[dataset, epoch], sizes[dataset]),
+        }
+        for dataset, epoch in sorted(due)
+    ]
+
+
+def _verdict(epoch: int, due: Counter[str], got: Counter[str], size: int) -> dict[str, Any]:
+    missing, repeated = sorted((due - got).elements()), sorted((got - due).elements())
+    twice = [key for key, count in due.items() if count > 1]
+    assert not twice, f"the order gave {twice[0]} twice in an epoch"
+    return {
+        "epoch": epoch,
+        "expected": due.total(),
+        "of": size,
+        "seen": got.total(),
+        "missing": missing,
+        "repeated": repeated,
+        "exactly_once": not missing and not repeated,
+    }

@@ -1,0 +1,246 @@
+"""Samples to batches: the prompt and the answer of a task as tokens, and which of them are taught.
+
+Enters: a Sample with its decoded views. Leaves: an Encoded, and from several of them one padded batch, in which
+prompt, image tokens and padding carry the label -100. Example: a study with one view, prompt of 12 tokens and
+answer of 30 becomes 43 ids (the end token is learnt too), of which 31 are supervised. Stitched views count as one.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from radhpc.core.batch import IGNORE, Batch
+from radhpc.core.errors import UserError
+from radhpc.core.recipe import Findings, Images, Text
+from radhpc.core.sample import Sample
+from radhpc.data.source import BadSample, Raw, study
+from radhpc.data.tasks import Asked, OutsideTheSet, Tasks
+from radhpc.models.family import Arrays, ModelFamily
+from radhpc.models.image_processors import stitch
+
+TRUTH = ("labels", "findings", "kinds")  # in a batch: what a model that is asked is not given
+UNKNOWN = -1  # a finding that the study says nothing about
+
+NEIGHBOUR_WORDS = 60  # of the report of a training study that looks alike
+
+_PROMPTS = 4096  # whose tokens are kept
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One study, ready to be batched."""
+
+    key: str
+    input_ids: npt.NDArray[np.int64]  # (length,) prompt, then answer
+    labels: npt.NDArray[np.int64]  # (length,)
+    images: Arrays
+    cut: bool = False  # whether the answer was longer than Text.max_tokens allows
+    findings: npt.NDArray[np.int8] | None = None  # (names,) 1, 0 or UNKNOWN, where a head learns them
+    task: str = ""  # its name in the recipe
+    dataset: str = ""
+
+    @property
+    def supervised(self) -> int:
+        """Tokens that have a loss: the first one is never predicted."""
+        return int((self.labels[1:] != IGNORE).sum())
+
+    @property
+    def length(self) -> int:
+        return len(self.input_ids)
+
+
+_NOTHING = [Image.new("L", (64, 64))]
+
+
+class Encoder:
+    """Turns samples into Encoded ones, and those into batches."""
+
+    def __init__(
+        self,
+        family: ModelFamily,
+        text: Text,
+        images: Images = Images(),  # type: ignore[call-arg]  # noqa: B008
+        findings: Findings = Findings(),  # type: ignore[call-arg]  # noqa: B008
+        seed: int = 0,
+        labelled: bool = False,
+    ) -> None:
+        """`labelled`: whether batches hold the findings, too. Raises UserError for a prompt that leaves no room."""
+        self.family, self.text, self.images, self.labelled = family, text, images, labelled
+        self.tasks = Tasks(text, findings, seed)
+        self.kinds: tuple[tuple[str, str], ...] = ()  # whose losses are told apart: tell_apart
+        # Views and patient -> reports of training studies that look alike, where the recipe wants them: context.py.
+        self.alike: Callable[[Sequence[Image.Image], str], list[str]] | None = None
+        self._known: dict[tuple[str, int], list[int]] = {}  # the ids of the recipe's own prompts, by number of views
+        for name, task in self.tasks.mixture.items():
+            if task.kind in ("report", "caption", "findings") and len(ids := self._ids(task.prompt)) >= text.max_tokens:
+                where = f"text.tasks.{name}" if text.tasks else "text.prompt"
+                raise UserError(
+                    f"{where}: a prompt of {len(ids)} tokens leaves no room for an answer in text.max_tokens "
+                    f"{text.max_tokens}"
+                )
+
+    def tell_apart(self, datasets: Sequence[str]) -> None:
+        """From now on batches say which of these datasets and which task each row is of."""
+        names = dict.fromkeys(datasets)
+        self.kinds = (*(("dataset", name) for name in names), *(("task", name) for name in self.text.mixture()))
+
+    def answer(self, sample: Sample) -> str:
+        """What the model shall say in an evaluation, of the first task of the recipe that the study can serve."""
+        asked = self.tasks.usual(sample)
+        return asked.answer if asked else ""
+
+    def read(self, raw: Raw) -> Encoded:
+        """Decode and encode one sample for training. Raises BadSample."""
+        key, sample, views = study(raw)
+        try:
+            asked = self.tasks.of(sample, raw.epoch)
+        except OutsideTheSet as error:
+            raise BadSample(key, str(error)) from error
+        row = self._encode(key, sample, views, asked)
+        if row.length > self.text.max_tokens and row.supervised:
+            tokens = f"{row.length - row.supervised} tokens"
+            raise BadSample(
+                key, f"a question of {tokens} leaves no room for an answer in text.max_tokens {self.text.max_tokens}"
+            )
+        return row
+
+    def encode(self, key: str, sample: Sample, views: Sequence[Image.Image]) -> Encoded:
+        """Encode the prompt and what answer() says, for an evaluation."""
+        return self._encode(key, sample, views, self.tasks.usual(sample))
+
+    def _encode(self, key: str, sample: Sample, views: Sequence[Image.Image], asked: Asked | None) -> Encoded:
+        """A study that serves no task has no supervised token: it is passed over, not taught."""
+        text = asked.prompt if asked else self.tasks.plain(sample.language)
+        text = self._grounded(text, asked, views, sample.patient)
+        images, prompt = self._asked(text, self.in_order(views, sample))
+        ids = [*self._ids(asked.answer), self.family.tokenizer.eos_token_id] if asked and asked.answer else []
+        room = max(1, self.text.max_tokens - len(prompt))
+        cut = len(ids) > room
+        ids = ids[:room]
+        return Encoded(
+            key,
+            np.asarray(prompt + ids, np.int64),
+            np.asarray([IGNORE] * len(prompt) + ids, np.int64),
+            images,
+            cut,
+            self._findings(sample),
+            asked.task if asked else "",
+            sample.dataset,
+        )
+
+    def encode_prompt(
+        self, key: str, question: str | None, views: Sequence[Image.Image], sample: Sample | None = None
+    ) -> Encoded:
+        """Encode for generation: the prompt alone. It is that of the sample's usual task, in its language; else of the
+        question; else of the recipe's first task that needs neither.
+        """
+        language = sample.language if sample else "en"
+        asked = self.tasks.usual(sample) if sample is not None and not (question and not sample.answer) else None
+        if asked is not None:
+            text = asked.prompt
+        elif question:
+            text = self.tasks.asking(question, language)
+        else:
+            text = self.tasks.plain(language)
+        if not question and views is not _NOTHING:
+            text = self._grounded(text, asked, views, sample.patient if sample else "")
+        images, prompt = self._asked(text, self.in_order(views, sample))
+        ids = np.asarray(prompt, np.int64)
+        return Encoded(key, ids, np.full_like(ids, IGNORE), images)
+
+    def given(self, views: Sequence[Image.Image], patient: str = "") -> list[str]:
+        """What stands before the prompt of a report: of each training study that looks alike, the beginning."""
+        found = self.alike(views, patient) if self.alike is not None else []
+        return [" ".join(text.split()[:NEIGHBOUR_WORDS]) for text in found]
+
+    def _grounded(self, prompt: str, asked: Asked | None, views: Sequence[Image.Image], patient: str) -> str:
+        """The prompt of a report behind reports of similar studies, if the recipe wants them."""
+        if asked is not None and asked.task and self.tasks.mixture[asked.task].kind != "report":
+            return prompt
+        told = [f"Similar study {n}: {text}" for n, text in enumerate(self.given(views, patient), 1)]
+        return "\n".join([*told, prompt])
+
+    def _findings(self, sample: Sample) -> npt.NDArray[np.int8] | None:
+        if not self.labelled:
+            return None
+        known = self.tasks.known(sample)
+        return np.asarray([int(known.get(name, UNKNOWN)) for name in self.tasks.findings.names], np.int8)
+
+    def empty(self) -> Encoded:
+        """A slot without a sample: a black image and a prompt, nothing supervised. Every rank computes as many
+        forward passes as its peers, and none ever meets a batch without an image.
+        """
+        return self.encode_prompt("", None, _NOTHING)
+
+    def batch(self, rows: Sequence[Encoded], left: bool = False) -> Batch:
+        """Pad to the longest row: on the right for training, on the left for generation."""
+        length = max(len(row.input_ids) for row in rows)
+        ids = np.full((len(rows), length), self.family.tokenizer.pad_token_id, np.int64)
+        mask, labels = np.zeros_like(ids), np.full_like(ids, IGNORE)
+        for n, row in enumerate(rows):
+            where = slice(length - len(row.input_ids), length) if left else slice(0, len(row.input_ids))
+            ids[n, where], mask[n, where], labels[n, where] = row.input_ids, 1, row.labels
+        return {
+            "input_ids": torch.from_numpy(ids),
+            "attention_mask": torch.from_numpy(mask),
+            "labels": torch.from_numpy(labels),
+            **self._collated_findings(rows, left),
+            **self._collated_kinds(rows, left),
+            **self.family.collate_images([row.images for row in rows], ids),
+        }
+
+    def _collated_findings(self, rows: Sequence[Encoded], left: bool) -> Batch:
+        """(rows, names); nothing is known about a slot without a sample."""
+        if not self.labelled or left:
+            return {}
+        nothing = np.full(len(self.tasks.findings.names), UNKNOWN, np.int8)
+        known = [nothing if row.findings is None else row.findings for row in rows]
+        return {"findings": torch.from_numpy(np.stack(known))}
+
+    def in_order(self, views: Sequence[Image.Image], sample: Sample | None) -> Sequence[Image.Image]:
+        """The views by their projections as the recipe wants them; those of one projection stay as they were."""
+        if self.images.order is None or sample is None:
+            return views
+        first = {name.casefold(): n for n, name in enumerate(self.images.order)}
+        known = [first.get((view.view or "").casefold(), len(first)) for view in sample.images]
+        known += [len(first)] * (len(views) - len(known))
+        return [views[n] for n in sorted(range(len(views)), key=known.__getitem__)]
+
+    def _collated_kinds(self, rows: Sequence[Encoded], left: bool) -> Batch:
+        """(rows, kinds) of 0 and 1: the dataset and the task of each row."""
+        if not self.kinds or left:
+            return {}
+        found = [[getattr(row, kind) == name for kind, name in self.kinds] for row in rows]
+        return {"kinds": torch.tensor(found, dtype=torch.float32)}
+
+    def _shown(self, views: Sequence[Image.Image]) -> Sequence[Image.Image]:
+        """The pictures that the model gets for the views of a study: as many of them as the recipe wants, or one."""
+        views = views[: self.images.limit]
+        return [stitch(views, self.images.gap, len(views))] if self.images.stitch else views
+
+    def _asked(self, prompt: str, views: Sequence[Image.Image]) -> tuple[Arrays, list[int]]:
+        """The images of a study and the ids of its prompt, with as many image tokens as the images take."""
+        views = self._shown(views)
+        assert views, "the stream gives no study without an image"
+        images = self.family.encode_images(views)
+        return images, self.family.place_images(self._prompt(prompt, len(views)), images)
+
+    def _prompt(self, prompt: str, views: int) -> list[int]:
+        if (prompt, views) not in self._known:
+            if len(self._known) > _PROMPTS:  # every question is one
+                self._known.clear()
+            self._known[prompt, views] = self._ids(self.family.prompt(prompt, views))
+        return self._known[prompt, views]
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.family.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def conversation(sample: Sample, text: Text, findings: Findings = Findings()) -> str:  # type: ignore[call-arg]  # noqa: B008
+    """What a sample says, question and answer, as a tokenizer is trained on it."""
+    asked = Tasks(text, findings, 0).usual(sample)
+    return f"{asked.prompt}\n{asked.answer}" if asked else sample.report.text()

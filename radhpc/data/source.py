@@ -1,0 +1,266 @@
+"""Shards to bytes: the samples of one split over several datasets, by number, each byte checked when it is read.
+
+    source = Source(("/data/padchest", "s3://bucket/mimic"), "train")
+    for raw in source.raw(np.asarray([7, 1_000_000])):    # key, and a view of each member
+        key, sample, views = study(raw)                    # parsed and decoded
+
+Enters: manifests and numbers of samples. Leaves: Raw, whose members have the length and the crc32c of the manifest.
+Files on a local disk are mapped, not copied; what lies behind a network is read ahead by prefetch.py.
+"""
+
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from awscrt.checksums import crc32c
+from PIL import Image
+from pydantic import ValidationError
+
+from radhpc.core.errors import UserError, first_line
+from radhpc.core.image_decoding import decode
+from radhpc.core.manifest import Index, Manifest
+from radhpc.core.sample import Sample
+from radhpc.data.sampler import Positions
+from radhpc.storage.store import Store, Traffic
+
+_BULK = 256  # samples that are looked up at a time
+_REQUESTS = 32  # at a time, for descriptions alone
+
+
+class BadSample(Exception):
+    """A sample whose bytes are not those of the manifest, or cannot be decoded."""
+
+    def __init__(self, key: str, fault: str) -> None:
+        super().__init__(f"{key}: {fault}")
+        self.key, self.fault = key, fault
+
+
+class Place(NamedTuple):
+    """Where one sample lies: bytes start to stop of a shard, and its members inside them."""
+
+    number: int
+    key: str
+    part: int  # which dataset
+    shard: int
+    start: int
+    stop: int
+    members: tuple[tuple[str, int, int, int], ...]  # suffix, first byte and the one behind the last, crc32c
+
+
+class Raw(NamedTuple):
+    """One sample as it lies in the shard."""
+
+    key: str
+    members: list[tuple[str, memoryview]]  # by suffix: json, 0.jpg, 1.jpg, ...
+    epoch: int = 0  # of its dataset, that it is drawn in
+
+
+@dataclass(frozen=True)
+class Part:
+    """One dataset: a folder of shards, and which of its samples are wanted."""
+
+    url: str
+    store: Store
+    manifest: Manifest
+    index: Index
+    rows: Positions
+
+    def shard_samples(self) -> Positions:
+        """How many of the wanted samples each shard holds, in their order; shards without any are left out."""
+        shards = self.index.shard[self.rows]
+        edges = np.flatnonzero(np.diff(shards)) + 1
+        return np.diff(np.concatenate([[0], edges, [len(shards)]])) if len(shards) else np.zeros(0, np.int64)
+
+    def read(self, shard: int, start: int, stop: int, given_up: threading.Event | None = None) -> memoryview:
+        """Bytes of a shard. Raises UserError where they are no longer there; CancelledError as Store.view_range."""
+        name = self.manifest.shards[shard].name
+        try:
+            data = self.store.view_range(name, start, stop - start, given_up)
+        except FileNotFoundError as error:
+            raise UserError(f"{self.store.url}/{name}: gone while it is being read") from error
+        if len(data) < stop - start:
+            raise UserError(f"{self.store.url}/{name}: ends before byte {stop}: cut while this run reads it")
+        return data
+
+
+class Source:
+    """The samples of one split, numbered over all its datasets. With a mapping, the values are their weights."""
+
+    def __init__(self, shards: Sequence[str] | Mapping[str, float], split: str) -> None:
+        self.split = split
+        self.weights = tuple(shards.values()) if isinstance(shards, Mapping) else None
+        self.traffic = Traffic()
+        self.parts: list[Part] = []
+        folders: dict[str, str] = {}
+        patients: dict[bytes, tuple[str, int]] = {}
+        for url in shards:
+            store = Store(url, self.traffic)
+            if store.url in folders:
+                raise UserError(f"shards: {folders[store.url]} and {url} hold the same samples; allowed is one of them")
+            folders[store.url] = url
+            manifest = Manifest.load(store)
+            index = manifest.load_index(store)
+            self.parts.append(Part(url, store, manifest, index, index.of_split(split)))
+            _refuse_leak(url, index, patients)
+        self._ends = np.cumsum([len(part.rows) for part in self.parts])
+        self.hashes = tuple(part.manifest.hash for part in self.parts)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def check_sizes(self) -> None:
+        """Compare every shard's size with its manifest. Raises UserError."""
+        for part in self.parts:
+            part.manifest.check_sizes(part.store)
+
+    def key(self, number: int) -> str:
+        return self.keys(np.asarray([number]))[0]
+
+    def keys(self, numbers: Positions) -> list[str]:
+        """The names of samples, in this order."""
+        keys = np.empty(len(numbers), object)
+        which = np.searchsorted(self._ends, numbers, "right")
+        for n, part in enumerate(self.parts):
+            here = np.flatnonzero(which == n)
+            keys[here] = [key.decode() for key in part.index.key[self._rows(n, numbers[here])].tolist()]
+        return list(keys)
+
+    def sizes(self, numbers: Positions) -> npt.NDArray[np.int64]:
+        """(numbers, 2): images of each sample, and bytes of its description, which go with the length of its text."""
+        sizes = np.empty((len(numbers), 2), np.int64)
+        which = np.searchsorted(self._ends, numbers, "right")
+        for n, part in enumerate(self.parts):
+            here = np.flatnonzero(which == n)
+            rows = self._rows(n, numbers[here])
+            first = part.index.first[rows]
+            sizes[here, 0] = part.index.first[rows + 1] - first - 1  # all but the description
+            sizes[here, 1] = part.index.length[first]
+        return sizes
+
+    def places(self, numbers: Positions) -> list[Place]:
+        """Where samples lie, in this order; in bulk, because one at a time would take longer than reading them."""
+        result: list[Place | None] = [None] * len(numbers)
+        which = np.searchsorted(self._ends, numbers, "right")
+        for n, part in enumerate(self.parts):
+            here = np.flatnonzero(which == n)
+            index, rows = part.index, self._rows(n, numbers[here])
+            first, last = index.first[rows], index.first[rows + 1]
+            counts = last - first
+            ends = np.cumsum(counts)
+            members = np.repeat(first - (ends - counts), counts) + np.arange(int(counts.sum()))
+            offsets, lengths = index.offset[members], index.length[members]
+            start = index.offset[first]
+            inside = offsets - np.repeat(start, counts)
+            described = list(
+                zip(
+                    [suffix.decode() for suffix in index.suffix[members].tolist()],
+                    inside.tolist(),
+                    (inside + lengths).tolist(),
+                    index.crc32c[members].tolist(),
+                    strict=True,
+                )
+            )
+            stop = index.offset[last - 1] + index.length[last - 1]
+            begin = 0
+            for at, number, key, shard, low, high, end in zip(
+                here.tolist(), numbers[here].tolist(), index.key[rows].tolist(), index.shard[rows].tolist(),
+                start.tolist(), stop.tolist(), ends.tolist(), strict=True,
+            ):  # fmt: skip
+                result[at] = Place(number, key.decode(), n, shard, low, high, tuple(described[begin:end]))
+                begin = end
+        return result  # type: ignore[return-value]
+
+    def mapped(self, place: Place) -> memoryview | None:
+        """The bytes of a sample, if its shard is a file on a local disk."""
+        part = self.parts[place.part]
+        shard = part.manifest.shards[place.shard]
+        whole = part.store.mapped(shard.name, shard.size)
+        return None if whole is None else whole[place.start : place.stop]
+
+    def fetch(self, place: Place) -> memoryview:
+        """The bytes of a sample, from wherever its shard lies."""
+        view = self.mapped(place)
+        if view is not None:
+            return view
+        return self.parts[place.part].read(place.shard, place.start, place.stop)
+
+    def check(self, place: Place, data: memoryview) -> Raw:
+        """The members of a sample, if they are those of the manifest. Raises BadSample."""
+        assert len(data) == place.stop - place.start, place
+        members = []
+        for suffix, start, stop, checksum in place.members:
+            member = data[start:stop]
+            if crc32c(member) != checksum:
+                raise BadSample(place.key, f"{self._name(place)}: {suffix}: checksum differs from the manifest's")
+            members.append((suffix, member))
+        return Raw(place.key, members)
+
+    def raw(self, numbers: Positions) -> Iterator[Raw]:
+        """Read and check samples, one after the other. Raises BadSample."""
+        for begin in range(0, len(numbers), _BULK):
+            for place in self.places(numbers[begin : begin + _BULK]):
+                yield self.check(place, self.fetch(place))
+
+    def read(self, number: int) -> "Study":
+        """Read, check and decode one sample. Raises BadSample."""
+        return study(next(self.raw(np.asarray([number]))))
+
+    def samples(self, numbers: Positions | None = None) -> Iterator[Sample]:
+        """Descriptions alone, of all samples in the order of the shards or of some: for a tokenizer, and for baselines.
+        Damaged ones are left out; the stream names them when their turn comes.
+        """
+        numbers = np.arange(len(self)) if numbers is None else numbers
+
+        def described(place: Place) -> Sample | None:
+            _, start, stop, _ = place.members[0]
+            alone = place._replace(start=place.start + start, stop=place.start + stop, members=place.members[:1])
+            with contextlib.suppress(BadSample, ValidationError):
+                return Sample.model_validate_json(bytes(self.check(alone, self.fetch(alone)).members[0][1]))
+            return None
+
+        with ThreadPoolExecutor(_REQUESTS, "descriptions") as pool:
+            for begin in range(0, len(numbers), _BULK):
+                places = self.places(numbers[begin : begin + _BULK])
+                local = all(self.mapped(place) is not None for place in places)
+                yield from filter(None, map(described, places) if local else pool.map(described, places))
+
+    def _rows(self, part: int, numbers: Positions) -> Positions:
+        before = int(self._ends[part - 1]) if part else 0
+        return self.parts[part].rows[numbers - before]
+
+    def _name(self, place: Place) -> str:
+        return self.parts[place.part].manifest.shards[place.shard].name
+
+
+Study = tuple[str, Sample, list[Image.Image]]
+
+
+def study(raw: Raw) -> Study:
+    """Parse and decode one sample. Raises BadSample."""
+    sample: Sample | None = None
+    views: list[Image.Image] = []
+    for suffix, data in raw.members:
+        try:
+            if suffix == "json":
+                sample = Sample.model_validate_json(bytes(data))
+            else:
+                described = sample.images if sample else ()
+                views.append(decode(data, described[len(views)] if len(views) < len(described) else None))
+        except (OSError, ValidationError) as error:
+            raise BadSample(raw.key, f"{suffix}: {first_line(error)}") from error
+    if sample is None or not views:
+        raise BadSample(raw.key, "no description or no image in the shard")
+    return raw.key, sample, views
+
+
+def _refuse_leak(url: str, index: Index, patients: dict[bytes, tuple[str, int]]) -> None:
+    """Promise 7: no patient in two splits, across all the folders of a recipe."""
+    for patient, split in set(zip(index.patient.tolist(), index.split.tolist(), strict=True)):
+        where = patients.setdefault(patient, (url, split))
+        if where[1] != split:
+            raise UserError(f"{url}: patient {patient.decode()} is in another split there than in {where[0]}")

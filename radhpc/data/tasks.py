@@ -1,0 +1,221 @@
+"""What a study is asked and what it shall answer: the mixture of tasks, as a pure function of the study and the epoch.
+
+Enters: a Sample and the epoch that it is drawn in. Leaves: an Asked, or None where no task of the recipe fits.
+
+    tasks = Tasks(recipe.text, recipe.findings, recipe.seed)
+    tasks.of(sample, epoch=0)      # Asked("rare", "Is there Fracture? Answer yes or no.", "yes")
+    tasks.usual(sample)            # the same in every epoch: what the study is evaluated by
+
+A sample with a question of its own is asked that, where a task takes questions: a closed one whose set holds the
+answer, else an open one. All others choose among what they can serve, by weight. Nothing is stored: after a resume, and
+on any number of ranks, the same study in the same epoch is asked the same.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from radhpc.core.errors import UserError
+from radhpc.core.recipe import Findings, Recipe, Stage, Task, Text
+from radhpc.core.sample import Sample
+from radhpc.data.source import Source
+
+LANGUAGES = {
+    "en": "English", "es": "Spanish", "de": "German", "fr": "French", "it": "Italian", "pt": "Portuguese",
+    "nl": "Dutch", "ca": "Catalan", "zh": "Chinese", "ja": "Japanese", "ko": "Korean", "vi": "Vietnamese",
+}  # fmt: skip
+LOOKED_AT = 64  # studies of each stage, before it starts
+
+
+class OutsideTheSet(ValueError):
+    """A closed question has an answer that is none of those allowed."""
+
+
+class Asked(NamedTuple):
+    """One task of one study. Without an answer it cannot be learnt, only asked."""
+
+    task: str  # the name in the recipe
+    prompt: str
+    answer: str
+
+
+class Tasks:
+    """The tasks of a stage."""
+
+    def __init__(self, text: Text, findings: Findings, seed: int) -> None:
+        self.mixture, self.findings, self._seed = text.mixture(), findings, seed
+
+    def of(self, sample: Sample, epoch: int = 0) -> Asked | None:
+        """The task of a study in an epoch. Raises OutsideTheSet."""
+        fitting = self._fitting(sample)
+        if not fitting:
+            return None
+        name = _weighted(fitting, self._number(sample, epoch, "task"))
+        return self._asked(name, sample, epoch)
+
+    def usual(self, sample: Sample) -> Asked | None:
+        """The first task of the recipe that a study can serve; an answer outside a closed set is as good as any."""
+        try:
+            fitting = self._fitting(sample)
+        except OutsideTheSet:
+            return Asked("", self.asking(sample.question or "", sample.language), sample.answer or "")
+        return self._asked(next(iter(fitting)), sample, 0) if fitting else None
+
+    def plain(self, language: str = "en") -> str:
+        """What is asked of an image about which nothing else is known: the first task that needs no study for it."""
+        for task in self.mixture.values():
+            if task.kind in ("report", "caption", "findings"):
+                return self._prompt(task, language, {})
+        return ""
+
+    def asking(self, question: str, language: str = "en") -> str:
+        """A question of a user, put as the recipe's first open question is."""
+        tasks = [task for task in self.mixture.values() if task.kind == "question"]
+        if not tasks:
+            return question
+        task = next((task for task in tasks if not task.answers), tasks[0])
+        return self._prompt(task, language, {"question": question})
+
+    def known(self, sample: Sample) -> dict[str, bool]:
+        """The findings of the recipe's vocabulary that the study says something about."""
+        labels = sample.labels.get(self.findings.vocabulary, {})
+        uncertain = {"ignore": None, "present": 1, "absent": 0}[self.findings.uncertain]
+        values = {name: uncertain if labels.get(name) == -1 else labels.get(name) for name in self.findings.names}
+        return {name: bool(value) for name, value in values.items() if value is not None}
+
+    def _fitting(self, sample: Sample) -> dict[str, float]:
+        """The tasks that a study can serve, in the recipe's order, with their weights."""
+        questions = {name: task for name, task in self.mixture.items() if task.kind == "question"}
+        if sample.question and sample.answer and questions:
+            return self._questions(sample, questions)
+        return {name: task.weight for name, task in self.mixture.items() if self._serves(task, sample)}
+
+    def _questions(self, sample: Sample, questions: dict[str, Task]) -> dict[str, float]:
+        answer = _folded(sample.answer or "")
+        closed = {n: t for n, t in questions.items() if t.answers and answer in map(_folded, t.answers)}
+        fitting = closed or {name: task for name, task in questions.items() if not task.answers}
+        if not fitting:
+            told = sample.labels.get("answer type", {}).get("closed")
+            if told == 0:
+                return {}  # an open question, and a recipe of closed ones
+            allowed = ", ".join(answer for task in questions.values() for answer in task.answers or ())
+            raise OutsideTheSet(f"the answer to a closed question is none of {allowed}")
+        return {name: task.weight for name, task in fitting.items()}
+
+    def _serves(self, task: Task, sample: Sample) -> bool:
+        match task.kind:
+            case "report":
+                return bool(sample.report.text(_sections(task)))
+            case "caption":
+                return bool(sample.report.other)
+            case "findings":
+                return bool(self.known(sample))
+            case "finding":
+                return bool(self.known(sample).keys() & set(task.findings or self.findings.names))
+            case "question":
+                return False  # without a question there is nothing to ask
+
+    def _asked(self, name: str, sample: Sample, epoch: int) -> Asked:
+        task, language = self.mixture[name], sample.language
+        match task.kind:
+            case "report":
+                return Asked(name, self._prompt(task, language, {}), sample.report.text(_sections(task)))
+            case "caption":
+                return Asked(name, self._prompt(task, language, {}), sample.report.other or "")
+            case "question":
+                answer = sample.answer or ""
+                allowed = [known for known in task.answers or () if _folded(known) == _folded(answer)]
+                said = {"question": sample.question or ""}
+                return Asked(name, self._prompt(task, language, said), allowed[0] if allowed else answer)
+            case "findings":
+                present = [finding for finding, there in self.known(sample).items() if there]
+                return Asked(name, self._prompt(task, language, {}), ", ".join(present) or task.nothing)
+            case "finding":
+                finding, there = self._finding(task, sample, epoch)
+                yes, no = task.answers or ("yes", "no")
+                return Asked(name, self._prompt(task, language, {"finding": finding}), yes if there else no)
+
+    def _finding(self, task: Task, sample: Sample, epoch: int) -> tuple[str, bool]:
+        """The finding that a study is asked about: one that is present, `positive` of the time."""
+        wanted = set(task.findings or self.findings.names)
+        known = {finding: there for finding, there in self.known(sample).items() if finding in wanted}
+        present = [finding for finding, there in known.items() if there]
+        absent = [finding for finding, there in known.items() if not there]
+        ask_present = self._number(sample, epoch, "positive") < task.positive
+        chosen = (present if ask_present else absent) or present or absent
+        finding = chosen[int(self._number(sample, epoch, "finding") * len(chosen))]
+        return finding, known[finding]
+
+    def _prompt(self, task: Task, language: str, said: dict[str, str]) -> str:
+        answers = task.answers or (("yes", "no") if task.kind == "finding" else ())
+        return task.prompt.format(
+            **{
+                "language": LANGUAGES.get(language.split("-")[0].lower(), language),
+                "sections": " and ".join(name.capitalize() for name in _sections(task)),
+                "findings": ", ".join(self.findings.names),
+                "answers": " or ".join(answers),
+                **said,
+            }
+        )
+
+    def _number(self, sample: Sample, epoch: int, purpose: str) -> float:
+        """A number in [0, 1), the same whenever the study comes up in this epoch."""
+        text = f"{self._seed}/{epoch}/{sample.key}/{purpose}"
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big") / 2**56
+
+
+def check(recipe: Recipe, stage: Stage, source: Source) -> None:
+    """Refuse a stage whose studies can serve none of its tasks, and would teach nothing. Raises UserError."""
+    import numpy as np
+
+    tasks, text = Tasks(recipe.text_of(stage), recipe.findings, recipe.seed), recipe.text_of(stage)
+    start = 0
+    for part in source.parts:
+        count = len(part.rows)
+        some = start + np.unique(np.linspace(0, max(0, count - 1), min(count, LOOKED_AT)).astype(np.int64))
+        start += count
+        samples = list(source.samples(some)) if count else []
+        if not samples or any(_answered(tasks, sample) for sample in samples):
+            continue
+        has = sorted(_offers(samples))
+        named = f"text.tasks {', '.join(text.tasks)}" if text.tasks else f"text.sections {', '.join(text.sections)}"
+        raise UserError(
+            f"stage '{stage.name}': {part.url}: none of {len(samples)} studies has what {named} would learn; they have "
+            f"{', '.join(has) or 'nothing to learn'}"
+        )
+
+
+def _answered(tasks: Tasks, sample: Sample) -> bool:
+    try:
+        return tasks.of(sample) is not None
+    except OutsideTheSet:
+        return True  # the stream names the sample
+
+
+def _offers(samples: Iterable[Sample]) -> set[str]:
+    """What could be learnt from these studies."""
+    found = set()
+    for sample in samples:
+        found |= {name for name in ("findings", "impression", "other") if getattr(sample.report, name)}
+        found |= {"questions"} if sample.question else set()
+        found |= {f"labels of {vocabulary}" for vocabulary in sample.labels}
+    return found
+
+
+def _sections(task: Task) -> tuple[str, ...]:
+    return task.sections or ("findings", "impression")
+
+
+def _folded(answer: str) -> str:
+    """Answers are the same whatever their case and their full stop."""
+    return answer.strip().rstrip(".").casefold()
+
+
+def _weighted(weights: dict[str, float], number: float) -> str:
+    """The name that a number in [0, 1) falls on."""
+    rest = number * sum(weights.values())
+    for name, weight in weights.items():
+        rest -= weight
+        if rest < 0:
+            return name
+    return name

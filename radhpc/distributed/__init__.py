@@ -1,0 +1,1 @@
+"""Ranks, stop signals, grace period, watchdog, background work, and which rows a rank owns."""

@@ -1,0 +1,124 @@
+"""Signals and requests to stop: a handler only raises a flag, and the ranks read it together wherever they can leave.
+
+SIGTERM is what SLURM sends when it preempts, cancels or kills; SIGUSR2 what submitit asks it to send before the time
+limit. Which of them it was is not for a rank to guess: the ranks save and end, and slurm.requeue, which can ask
+the scheduler, decides. Ranks learn of a signal at different moments, so they agree on the largest code.
+
+The first signal of a kind starts the clock: after SIGTERM the kill comes in RADHPC_GRACE_SECONDS. SIGUSR2 is sent
+RADHPC_SIGNAL_SECONDS before the time limit, up to a minute early; but a SLURM with preempt_send_user_signal also sends
+it to whom it preempts, and then no more than the grace is left. Which it is tells the time that the job has had, of
+RADHPC_LIMIT_SECONDS since RADHPC_JOB_STARTED. slurm.submit sets them; where they are not set, nobody kills.
+"""
+
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any
+
+from radhpc.core.run_folder import RunDir
+
+# By increasing weight: a user's request outweighs the scheduler's, and a save that failed ends the run in any case.
+CAUSES = ("", "SIGUSR2", "SIGTERM", "SIGINT", "stop", "save failed")
+PRUNED = "pruned"  # the cause where no signal came, but a sweep has seen enough
+_SIGNALS = {signal.SIGUSR2: "SIGUSR2", signal.SIGTERM: "SIGTERM", signal.SIGINT: "SIGINT"}
+_GRACE = {"SIGTERM": "RADHPC_GRACE_SECONDS", "SIGUSR2": "RADHPC_SIGNAL_SECONDS"}  # the surer kill first
+_EARLY = 90.0  # seconds by which the warning before the time limit may come too early, SLURM's minute and some more
+
+Agree = Callable[[Sequence[float]], list[float]]  # Ranks.max
+
+
+class Interrupted(Exception):
+    """Raised out of long work that is not a step (start-up, evaluation) once all ranks have agreed to stop."""
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(cause)
+        self.cause = cause
+        self.ending: Any = None  # what was committed since, see async_checkpoint.py
+
+
+class Stop:
+    """The flag. Use as a context: the handlers before it are put back at the end."""
+
+    def __init__(self, run: RunDir | None = None, poll_seconds: float = 1.0) -> None:
+        """`run`: whose request file is looked at, on one rank."""
+        self.code = 0
+        self.since: float | None = None  # time.monotonic() of the first signal
+        self.run, self._poll_seconds, self._polled = run, poll_seconds, 0.0
+        self._deadlines: dict[str, float] = {}  # time.monotonic() of the kill, by signal
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Stop":
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                self._before[number] = signal.signal(number, self._handle)
+            self._before[signal.SIGCONT] = signal.signal(signal.SIGCONT, lambda *_: None)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        name = _SIGNALS[signal.Signals(number)]
+        if name == "SIGINT" and self.code == CAUSES.index("SIGINT"):
+            raise KeyboardInterrupt  # the second Ctrl-C does not wait for a save
+        self.tell(name)
+
+    def tell(self, cause: str) -> None:
+        """Raise the flag, from any thread. SLURM repeats its signals: the clock of the first one runs on."""
+        now = time.monotonic()
+        self.since = self.since or now
+        if (granted := _granted(cause)) is not None:
+            self._deadlines.setdefault(cause, now + granted)
+        self.code = max(self.code, CAUSES.index(cause))
+
+    @property
+    def grace(self) -> float | None:
+        """Seconds from SIGTERM to the kill; None where nobody kills."""
+        grace = os.environ.get(_GRACE["SIGTERM"])
+        return float(grace) if grace else None
+
+    @property
+    def left(self) -> float:
+        """Seconds until the kill, as far as this rank knows; infinite where none is to come."""
+        deadline = next((self._deadlines[cause] for cause in _GRACE if cause in self._deadlines), math.inf)
+        return deadline - time.monotonic()
+
+    @property
+    def waited(self) -> float:
+        """Seconds since the first signal here; 0 without one."""
+        return 0.0 if self.since is None else time.monotonic() - self.since
+
+    @property
+    def margin(self) -> float | None:
+        """The same for a record: None where no kill is to come."""
+        return None if math.isinf(self.left) else round(self.left, 3)
+
+    def poll(self) -> int:
+        """The code now; the run folder's request file is looked at once a second."""
+        if self.run is not None and time.monotonic() - self._polled > self._poll_seconds:
+            self._polled = time.monotonic()
+            if self.run.stop_requested():
+                self.tell("stop")
+        return self.code
+
+    def check(self, agree: Agree) -> None:
+        """Raise Interrupted on all ranks together when any of them has to stop. `agree` is Ranks.max."""
+        code = int(agree([float(self.poll())])[0])
+        if code:
+            raise Interrupted(CAUSES[code])
+
+
+def _granted(cause: str) -> float | None:
+    """Seconds from a signal to the kill; None where nobody kills."""
+    told = os.environ.get(_GRACE.get(cause, ""))
+    grace, started = os.environ.get(_GRACE["SIGTERM"]), os.environ.get("RADHPC_JOB_STARTED")
+    if not told or cause != "SIGUSR2" or not grace or not started:
+        return float(told) if told else None
+    left = float(started) + float(os.environ["RADHPC_LIMIT_SECONDS"]) - time.time()
+    # Not near the limit, or the clock was moved: it may be a preemption, and the grace is what is left in any case.
+    return left if float(grace) <= left <= float(told) + _EARLY else float(grace)

@@ -1,0 +1,1 @@
+"""Objective, optimizers, the FSDP2 and ZeRO engines, checkpoints and their lineage."""

@@ -1,0 +1,240 @@
+"""Checkpoints: trained parameters and their optimizer state, whole or not at all.
+
+    checkpoints/step-000120/     or, with checkpoint.url, s3://bucket/prefix/RUN/step-000120/
+        state.safetensors    name, exp_avg/name, exp_avg_sq/name: one format for every engine and world size
+        cursor.json          where the run stands: stage, step, samples consumed, lineage, hashes
+        manifest.json        size and sha256 of the two
+        COMMITTED            the sha256 of manifest.json, written last
+
+A checkpoint without a true marker does not count: it is skipped, by name, and never blocks a resume or a deletion.
+Random numbers need no state here: every step seeds them anew (loop.py). Without torch until tensors are read.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from radhpc.core.errors import UserError
+from radhpc.storage.checkpoint_storage import Bucket, Buffer, Folder, Storage
+from radhpc.storage.store import PART
+
+if TYPE_CHECKING:
+    from radhpc.core.recipe import Recipe
+    from radhpc.models.adapters import Tensors
+
+FORMAT = 1
+_STATE, _CURSOR, _MANIFEST, _MARKER = "state.safetensors", "cursor.json", "manifest.json", "COMMITTED"
+_FILES = (_MARKER, _MANIFEST, _CURSOR, _STATE)  # in the order of their deletion
+
+
+class Dropped(Exception):
+    """A save was given up before its commit; nothing of it is left."""
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where a run stands. `samples` is the whole state of the data: position in the order of this stage."""
+
+    stage: int  # number, from 0
+    step: int  # optimizer steps of the run so far
+    stage_step: int  # optimizer steps of this stage so far
+    samples: int  # of this stage that were trained on
+    stage_done: bool  # whether this is the stage's last step; such a checkpoint is kept for good
+    lineage: tuple[str, ...]  # names of the checkpoints that ended the stages before
+    recipe: str  # hash of the recipe
+    base: str  # hash of the base model
+    data: tuple[str, ...]  # hashes of the manifests of this stage
+    world: int  # ranks that wrote it
+    engine: str
+    format: int = FORMAT
+    origin: str = ""  # the run and the checkpoint that it was taken over from, if it was: lineage.py
+
+
+def name_of(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+class Checkpoints:
+    """The checkpoints of one run. One process writes; any may read."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+
+    @classmethod
+    def of(cls, run: Path, recipe: "Recipe") -> "Checkpoints":
+        """Those of a run folder: in it, or under its name where checkpoint.url points."""
+        url = recipe.checkpoint.url
+        if url is not None:
+            return cls(Bucket(f"{url.rstrip('/')}/{run.name}"))
+        (run / "checkpoints").mkdir(mode=0o700, exist_ok=True)
+        return cls(Folder(run / "checkpoints"))
+
+    def save(self, tensors: "Tensors", cursor: Cursor, given_up: threading.Event | None = None) -> tuple[str, int]:
+        """Write and commit; the name and the bytes. Raises UserError, or Dropped soon after `given_up` is set. In both
+        cases, as after a kill, the checkpoint does not count.
+        """
+        name, storage = name_of(cursor.step), self.storage
+        files: dict[str, dict[str, str | int]] = {}
+
+        def put(file: str, pieces: Iterable[Buffer]) -> None:
+            digest, size = hashlib.sha256(), 0
+
+            def seen() -> Iterator[Buffer]:
+                nonlocal size
+                for piece in pieces:
+                    if given_up is not None and given_up.is_set():
+                        raise Dropped(name)
+                    digest.update(piece)
+                    size += len(piece)
+                    yield piece
+
+            storage.put(name, file, seen())
+            files[file] = {"size": size, "sha256": digest.hexdigest()}
+
+        try:
+            storage.remove(name, _FILES)  # a torn one of an earlier life
+            storage.begin(name)
+            put(_STATE, _serialised(tensors, {"step": str(cursor.stage_step)}))
+            put(_CURSOR, [json.dumps(asdict(cursor), indent=1).encode()])
+            manifest = json.dumps(files, indent=1).encode()
+            put(_MANIFEST, [manifest])
+            storage.commit(name, _MARKER, hashlib.sha256(manifest).hexdigest().encode())
+        except BaseException as error:
+            with contextlib.suppress(OSError, UserError):
+                storage.remove(name, _FILES)
+            if isinstance(error, OSError):
+                problem = f"{storage.where(name)}: the checkpoint could not be written: {error.strerror or error}"
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    problem += "; free some space, then 'radhpc resume'"
+                raise UserError(problem) from error
+            raise
+        return name, sum(int(entry["size"]) for entry in files.values())
+
+    def names(self) -> list[str]:
+        """All of them, torn ones too, newest first."""
+        return sorted(self.storage.names(), key=lambda name: int(name.removeprefix("step-")), reverse=True)
+
+    def committed(self) -> list[str]:
+        """Those with a marker, newest first; whether it is true is not looked at."""
+        return [name for name in self.names() if self.storage.has(name, _MARKER)]
+
+    def newest(self) -> tuple[str | None, list[tuple[str, str]]]:
+        """The newest one that verifies, and (name, fault) of each newer one that was skipped."""
+        skipped: list[tuple[str, str]] = []
+        for name in self.names():
+            fault = self.verify(name)
+            if fault is None:
+                return name, skipped
+            skipped.append((name, fault))
+        return None, skipped
+
+    def prune(self, keep: int) -> list[str]:
+        """Delete all but the newest `keep` committed ones, and torn ones behind the newest; the last one of each
+        stage stays. Returns the names.
+        """
+        committed = self.committed()
+        torn = [name for name in self.names() if name not in committed and committed and name < committed[0]]
+        old = [name for name in committed[keep:] if not self._ends_a_stage(name)]
+        for name in old + torn:
+            self.storage.remove(name, _FILES)
+        self.storage.sweep()
+        return old
+
+    def _ends_a_stage(self, name: str) -> bool:
+        """Also of one whose cursor cannot be read: what may be the only end of a stage is not deleted."""
+        try:
+            return self.cursor(name).stage_done
+        except (OSError, ValueError, TypeError, KeyError, UserError):
+            return True
+
+    def identity(self, name: str) -> str:
+        """What tells a committed checkpoint from every other: the hash of its manifest."""
+        return self._read(name, _MARKER).decode(errors="replace")
+
+    def verify(self, name: str) -> str | None:
+        """What is wrong with a checkpoint, or None: the marker, then size and sha256 of every file."""
+        try:
+            marker = self._read(name, _MARKER).decode(errors="replace")
+        except FileNotFoundError:
+            return "not committed"
+        file = _MANIFEST
+        try:
+            manifest = self._read(name, file)
+            if marker != hashlib.sha256(manifest).hexdigest():
+                return "manifest.json differs from the commit marker"
+            for file, wanted in json.loads(manifest).items():
+                size, digest = 0, hashlib.sha256()
+                for piece in self.storage.pieces(name, file):
+                    size += len(piece)
+                    digest.update(piece)
+                if size != wanted["size"]:
+                    return f"{file} has {size} of {wanted['size']} bytes"
+                if digest.hexdigest() != wanted["sha256"]:
+                    return f"{file}: checksum differs"
+        except FileNotFoundError:
+            return f"{file} is missing"
+        except OSError as error:
+            return f"{file} cannot be read: {error.strerror or error}"
+        return None
+
+    def cursor(self, name: str) -> Cursor:
+        data = json.loads(self._read(name, _CURSOR))
+        if data.get("format") != FORMAT:
+            where = self.storage.where(name)
+            raise UserError(f"{where}: format {data.get('format')}, this version reads {FORMAT}")
+        return Cursor(**{**data, "lineage": tuple(data["lineage"]), "data": tuple(data["data"])})
+
+    def tensors(self, name: str, moments: bool) -> "Tensors":
+        """The parameters of a checkpoint, with Adam's moments or without."""
+        from safetensors.torch import load, load_file
+
+        if isinstance(self.storage, Folder):
+            tensors: Tensors = load_file(self.storage.path / name / _STATE)
+        else:
+            tensors = load(self._read(name, _STATE))
+        return tensors if moments else {name: tensor for name, tensor in tensors.items() if "/" not in name}
+
+    def _read(self, name: str, file: str) -> bytes:
+        return b"".join(self.storage.pieces(name, file))
+
+
+def read_cursor(path: Path) -> Cursor:
+    """That of one checkpoint in a folder."""
+    return Checkpoints(Folder(path.parent)).cursor(path.name)
+
+
+_DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+def _serialised(tensors: "Tensors", metadata: dict[str, str]) -> Iterator[Buffer]:
+    """The safetensors format (8 bytes of the header's length, the header, the tensors), without a second copy of them:
+    the library's own writer makes either a file or one string of bytes, and this goes to a store and into a checksum.
+    """
+    import torch
+
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, object] = {"__metadata__": metadata}
+    end = 0
+    for name in order:
+        tensor, start = tensors[name], end
+        end += tensor.numel() * tensor.element_size()
+        dtype = _DTYPES[str(tensor.dtype).removeprefix("torch.")]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in order:
+        if tensors[name].numel():
+            data = tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data
+            yield from (data[start : start + PART] for start in range(0, len(data), PART))
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""Generation for held-out studies, metrics, scores and the report page."""

@@ -1,0 +1,100 @@
+"""An evaluation as a job of its own: `radhpc evaluate RUN --on PROFILE`, on any number of ranks, preempted or not.
+
+    RUN/evaluation/step-000430-test/          reports.jsonl, scores.json, table.md, report.html, generated/
+    RUN/evaluation/step-000430-test/job/      recipe.yaml, evaluation.json, events.jsonl, logs/, code/: a run folder
+
+The job's folder looks like a run's, so that submitting, requeueing and `status` treat it as one; evaluation.json says
+what to do. slurm.evaluation writes it before anything is submitted, radhpc.worker calls `work` on every rank.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from radhpc.core.errors import UserError
+from radhpc.core.files import read_json
+from radhpc.core.log import Bar
+from radhpc.core.recipe import Evaluation
+from radhpc.core.run_folder import EVALUATION, RunDir
+from radhpc.data.source import Source
+from radhpc.distributed.background import beside, on_first
+from radhpc.distributed.ranks import Ranks
+from radhpc.distributed.stop import Stop
+from radhpc.evaluation import evaluate, report_page, scoring
+from radhpc.training.context import Parts
+
+PROGRESS = 10.0  # seconds between two records of what is done: a life that leaves none has made no progress
+
+
+def work(job: RunDir, ranks: Ranks, stop: Stop) -> int:
+    """Evaluate as the job's evaluation.json says; the step of the checkpoint. Raises UserError and Interrupted."""
+    task: dict[str, Any] = ranks.broadcast(read_json(job.path / EVALUATION) if ranks.first else None)
+    run = RunDir.open(task["run"])
+    settings = Evaluation.model_validate(task["settings"])
+    parts = Parts(run, run.recipe(), ranks, stop)
+    name, folder = task["checkpoint"], job.path.parent
+    if fault := on_first(lambda: parts.checkpoints.verify(name), ranks, stop):
+        raise UserError(f"{parts.checkpoints.storage.where(name)}: {fault}; evaluate again for the newest one")
+    cursor = parts.checkpoints.cursor(name)
+    training = parts.source(cursor.stage, "train")
+    held_out = Source(task["shards"], task["split"]) if task["shards"] else parts.source(cursor.stage, task["split"])
+    if task["shards"]:
+        Source(tuple(dict.fromkeys([*(part.url for part in training.parts), *task["shards"]])), "train")  # no leak
+    _refuse_unasked(run.path, held_out, training)
+    judge = scoring.Scoring(settings, every_convention=task["every_convention"], device=str(ranks.device))
+    on_first(lambda: judge.judges.hashes and None, ranks, stop)
+    count, recorded = len(evaluate.chosen(held_out, settings.samples)), [0.0]
+    with Bar("evaluate", count, unit="studies", hidden=not ranks.first) as bar:
+
+        def check(done: int) -> None:
+            ranks.heart.beat("evaluating", slow=True)
+            stop.check(ranks.max)
+            bar.update(done)
+            now = time.monotonic()
+            if ranks.first and now - recorded[0] > PROGRESS:
+                recorded[0] = now
+                job.record("saved", step=done)  # reports, which slurm.requeue takes for progress
+                job.write_progress(stage="evaluate", step=done, steps=count, world=ranks.world)
+
+        ranks.heart.beat("loading", slow=True)
+        result = evaluate.evaluate(
+            lambda: parts.restored_engine(name)[0],
+            parts.encoder_of(cursor.stage),
+            held_out,
+            training,
+            settings,
+            ranks,
+            folder,
+            task["weights"],
+            check,
+            stop,
+            judge,
+        )
+        bar.update(count)
+
+    def compared() -> dict[str, Any]:
+        other = scoring.newest_evaluation(Path(task["against"]), task["split"])
+        return scoring.compare(result.rows, scoring.load_rows(other), judge, task["against"])
+
+    comparison = beside(compared if task["against"] and ranks.first else None, ranks, stop)
+    if ranks.first:
+        evaluate.write(folder, result, cursor.step, task["split"], comparison)
+        report_page.write(folder, held_out)
+        job.write_progress(stage="evaluate", step=count, steps=count, world=ranks.world)
+        run.record("evaluated", step=cursor.step, split=task["split"], samples=len(result.rows))
+    return cursor.step
+
+
+def _refuse_unasked(run: Path, held_out: Source, training: Source) -> None:
+    """A question wants a model that was taught to answer."""
+    import numpy as np
+
+    def asks(source: Source) -> bool:
+        some = np.unique(np.linspace(0, len(source) - 1, 64).astype(np.int64))
+        return any(sample.question is not None for sample in source.samples(some))
+
+    if asks(held_out) and not asks(training):
+        raise UserError(
+            f"{run}: split '{held_out.split}' asks questions, and no study of the stage's training data does; train a "
+            "stage on questions first, or name other shards with --shards"
+        )

@@ -1,0 +1,53 @@
+"""What an evaluation has generated so far, so that a preemption loses none of it.
+
+    generated/identity                  what was asked of the model; another one is another evaluation
+    generated/rank-00000.jsonl          one line per batch: its rows, the studies that are damaged, loss and tokens
+
+Each rank appends a batch to its own file and flushes it to the disk; a line that was cut by a crash does not count, and
+the batch is made again. The next life, on any number of ranks, reads all the files and goes on with what is left.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from radhpc.core.files import append, read_lines, write_atomically
+
+Batch = dict[str, Any]
+
+
+class Generated:
+    """The folder of one evaluation, as one rank writes it."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self.folder, self.path = folder, folder / f"rank-{rank:05d}.jsonl"
+
+    def begin(self, identity: str) -> list[Batch]:
+        """On rank 0, before any rank appends: the batches of earlier lives. What was asked otherwise is thrown away."""
+        known = self.folder / "identity"
+        if not known.exists() or known.read_text() != identity:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(mode=0o700, parents=True)
+            write_atomically(known, identity.encode(), 0o600)
+        files = sorted(self.folder.glob("rank-*.jsonl"))
+        for path in files:
+            _cut_back(path)
+        return [batch for path in files for batch in read_lines(path)]
+
+    def append(self, batch: Batch) -> None:
+        """Keep a batch: whole and on the disk, or not at all. Raises OSError."""
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            append(descriptor, json.dumps(batch).encode() + b"\n")
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _cut_back(path: Path) -> None:
+    """Take away half a line at the end, or the next one would be glued to it."""
+    data = path.read_bytes()
+    if data and not data.endswith(b"\n"):
+        os.truncate(path, data.rfind(b"\n") + 1)

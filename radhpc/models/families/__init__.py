@@ -1,0 +1,1 @@
+"""The model families, one file each; radhpc/core/families.py lists them."""

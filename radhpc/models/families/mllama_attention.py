@@ -1,0 +1,86 @@
+"""Mllama's masks as segments (see radhpc.models.attention), exactly as the pretrained model attends.
+
+Transformers builds two masks by functions of its module, and knows no way to give others; here these functions are
+replaced by ones that build segments while a model runs that attach() was called on, and else do what they did.
+
+- Vision: an image is T tiles of P patches, each tile padded to L. Patches of real tiles see all T L positions, the
+  padding included; padding sees the real patches alone. Two segments an image.
+- Cross-attention: a text position sees the patches of some tiles. Positions of a row that see the same tiles form a
+  segment. Those that see none see all, as upstream has it; their padded text has no segment.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.models.mllama import modeling_mllama as upstream
+
+from radhpc.models import attention
+from radhpc.models.attention import NAME, Segment, Segments
+
+_vision_before = upstream._prepare_aspect_ratio_attention_mask
+_cross_before = upstream._prepare_cross_attention_mask
+
+
+def attach(model: Any) -> None:
+    """Let a MllamaForConditionalGeneration whose implementation is "segments" find the values of its masks."""
+    if model.config._attn_implementation == NAME:
+        attention.watch(model.model, "attention_mask", "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask")
+
+
+def _vision(
+    aspect_ratio_mask: torch.Tensor, num_patches: int, target_length: int, dtype: torch.dtype
+) -> torch.Tensor | Segments:
+    """`aspect_ratio_mask`: (images, T), 1 for a real tile."""
+    if not attention.watched():
+        return _vision_before(aspect_ratio_mask, num_patches, target_length, dtype)
+    shown = attention.current("aspect_ratio_mask", aspect_ratio_mask)
+    assert shown is not None
+    tiles = shown.reshape(aspect_ratio_mask.shape).astype(bool)
+    images, count = tiles.shape
+    length = count * target_length
+    real = np.zeros((images, count, target_length), bool)
+    real[:, :, :num_patches] = tiles[:, :, None]
+    parts = []
+    for image, seen in enumerate(real.reshape(images, length)):
+        positions = np.arange(image * length, (image + 1) * length)
+        if seen.all():
+            parts.append(Segment(positions, positions))
+            continue
+        if seen.any():
+            parts.append(Segment(positions[seen], positions))
+        parts.append(Segment(positions[~seen], positions[seen] if seen.any() else positions))
+    return Segments(parts, (images, length, length), aspect_ratio_mask.device)
+
+
+def _cross(
+    cross_attention_mask: torch.Tensor, num_vision_tokens: int, dtype: torch.dtype
+) -> tuple[torch.Tensor | Segments, torch.Tensor]:
+    """`cross_attention_mask`: (rows, text, images, T), 1 where a text position sees a tile."""
+    rows, length, images, tiles = cross_attention_mask.shape
+    if not attention.watched() or length == 1:  # one more token over a cache
+        found: tuple[torch.Tensor, torch.Tensor] = _cross_before(cross_attention_mask, num_vision_tokens, dtype)
+        return found
+    shown = attention.current("cross_attention_mask", cross_attention_mask)
+    assert shown is not None
+    sees = shown.reshape(rows, length, images * tiles).astype(bool)
+    text = attention.current_of_shape("attention_mask", (rows, length))
+    keys = images * tiles * num_vision_tokens
+    parts = []
+    for row in range(rows):
+        visible = sees[row] | ~sees[row].any(-1, keepdims=True)
+        bits = np.packbits(visible, axis=-1)  # as bytes: numpy compares whole rows slowly
+        _, firsts, kinds = np.unique(bits.view(f"V{bits.shape[1]}"), return_index=True, return_inverse=True)
+        there = np.ones(length, bool) if text is None else text[row].astype(bool)
+        for number, first in enumerate(firsts):
+            queries = np.flatnonzero((kinds.reshape(-1) == number) & there)
+            if len(queries):
+                seen = np.flatnonzero(visible[first].repeat(num_vision_tokens))
+                parts.append(Segment(queries + row * length, seen + row * keys))
+    mask = Segments(parts, (rows, length, keys), cross_attention_mask.device)
+    whole = (cross_attention_mask != 0).flatten(2).any(-1)
+    return mask, whole[:, None, :, None].to(dtype)
+
+
+upstream._prepare_aspect_ratio_attention_mask = _vision  # type: ignore[assignment]
+upstream._prepare_cross_attention_mask = _cross  # type: ignore[assignment]

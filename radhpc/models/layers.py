@@ -1,0 +1,86 @@
+"""The layers of a model one by one: which recompute their activations, and which are compiled.
+
+Transformers recomputes a layer only if its class was written for it, and Mllama's vision layers were not: an image of
+four tiles then keeps 10.6 GB. And its switch makes the embeddings ask for gradients, so that a frozen vision tower
+builds the whole graph for nothing. Here a layer of any class gets a subclass of its own class that does no more than
+this. Enters: a model and the classes of its layers (radhpc.models.ModelFamily.blocks), before it is sharded.
+
+    prepare_blocks(model, family.blocks, recompute=("vision", "text"))
+
+A layer has a kind: "cross" if its class is of cross-attention, "vision" if its name or class says so, else "text".
+"""
+
+from collections.abc import Sequence
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from radhpc.core.errors import UserError
+
+
+class _Prepared:
+    """Stands before a layer's own class."""
+
+    training: bool
+    recomputes = False
+    compiled: Any = None
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        # Not for generation, whose growing cache would have it compiled again and again.
+        call = self.compiled if self.compiled and self.training else super().forward  # type: ignore[misc]
+        if self.recomputes and self.training and torch.is_grad_enabled():
+            return checkpoint(partial(call, **options), *arguments, use_reentrant=False)
+        return call(*arguments, **options)
+
+
+@cache
+def _class(original: type[nn.Module]) -> type[nn.Module]:
+    return type(original.__name__, (_Prepared, original), {"__module__": original.__module__})
+
+
+def prepare_blocks(
+    model: nn.Module, blocks: tuple[type, ...], recompute: bool | Sequence[str], compiled: bool = False
+) -> None:
+    """Change the model's layers in place. Raises UserError for a kind that the model has not.
+
+    Recomputed are only layers in training, whose results and gradients stay the same bit for bit. Compilation happens
+    at the first forward passes; lengths may vary without a new one.
+    """
+    found = {name: module for name, module in model.named_modules() if isinstance(module, blocks)}
+    kinds = {kind(name, module) for name, module in found.items()}
+    wanted = kinds if recompute is True else set(recompute or ())
+    for unknown in sorted(wanted - kinds):
+        raise UserError(
+            f"model.checkpoint_activations: '{unknown}': this model's layers are {', '.join(sorted(kinds))}"
+        )
+    for name, module in found.items():
+        recomputes = kind(name, module) in wanted
+        if not recomputes and not compiled:
+            continue
+        inner = type(module).forward
+        if not isinstance(module, _Prepared):
+            module.__class__ = _class(type(module))
+        assert isinstance(module, _Prepared)
+        module.recomputes = recomputes
+        if compiled:
+            module.compiled = torch.compile(inner.__get__(module), dynamic=True)
+
+
+def leave_casting_to_autocast(model: nn.Module) -> None:
+    """Keep PEFT from copying each input of an adapted layer to the adapter's float32: under autocast the product is
+    computed in the smaller type all the same, and the copy would cost as much as the activations.
+    """
+    for module in model.modules():
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = False
+
+
+def kind(name: str, block: nn.Module) -> str:
+    """Of a layer by its name in the model and its class: "cross", "vision" or "text"."""
+    if "Cross" in type(block).__name__:
+        return "cross"
+    of_vision = "Vision" in type(block).__name__ or any(part.startswith("vis") for part in name.split("."))
+    return "vision" if of_vision else "text"

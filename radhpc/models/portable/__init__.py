@@ -1,0 +1,1 @@
+"""Modules that are copied beside exported weights: they need nothing of radhpc."""

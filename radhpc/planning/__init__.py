@@ -1,0 +1,1 @@
+"""Memory and time, forecast before anything is queued."""

@@ -1,0 +1,13 @@
+"""Forecast a run's memory, for a process that has no memory left to do it itself: see training/out_of_memory.py.
+
+python -m radhpc.planning RUN WORLD_SIZE      # prints [["stage", gigabytes per GPU], ...]
+"""
+
+import json
+import sys
+
+from radhpc.core.run_folder import RunDir
+from radhpc.planning.forecast import foretell
+
+stages = foretell(RunDir.open(sys.argv[1]).recipe(), int(sys.argv[2]))
+print(json.dumps([[stage.name, stage.gigabytes_per_gpu] for stage in stages]))

@@ -1,0 +1,271 @@
+"""What a recipe will need, before anything is queued: parameters, steps, memory per GPU, size of a checkpoint.
+
+    for stage in foretell(recipe, world=8):
+        print(stage.name, stage.trainable, stage.gigabytes_per_gpu)
+
+Nothing is estimated by a formula. The stage's real model is built without values, sharded by the real engine (FSDP2 or
+DeepSpeed's own ZeRO) over as many pretended ranks, and one real optimizer step is traced on fake tensors over the
+largest micro-batch that the data holds. Of a local model folder its config.json is enough, and for what is not there at
+all placeholders.py has something. What comes on top on a GPU, the CUDA context, workspaces of libraries and
+fragmentation, is not in these figures.
+"""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from radhpc.core.batch import IGNORE, Batch
+from radhpc.core.errors import UserError
+from radhpc.core.recipe import Recipe, Stage
+from radhpc.data.collate import NEIGHBOUR_WORDS, Encoded, Encoder, conversation
+from radhpc.data.source import Source
+from radhpc.data.stream import stage_samples, stage_steps
+from radhpc.distributed.ranks import Ranks
+from radhpc.engine import zero
+from radhpc.engine.fsdp import Engine
+from radhpc.models import adapters, extra_modules, family as models, tokenizer
+from radhpc.models.quantization import quantise
+from radhpc.planning import placeholders
+from radhpc.planning.memory_trace import Allocations
+
+LONGEST = 32  # samples with the longest descriptions that are encoded to find the longest text
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage, foretold. Gigabytes and megabytes are decimal."""
+
+    name: str
+    steps: int | None  # None: whole epochs of shards that are not there yet
+    samples: int | None  # that it trains on, with repetitions
+    epoch_samples: int | None
+    parameters: int
+    trainable: int
+    micro_batch: int  # samples per rank and forward pass
+    tokens: int  # of the longest sample
+    views: int  # of the sample that has most
+    gigabytes_per_gpu: float  # tensors at the peak of a step, on rank 0
+    host_gigabytes: float  # of a rank's weights on the CPU, before they are sharded or moved
+    checkpoint_megabytes: float
+
+
+class PretendedRanks(Ranks):
+    """Rank 0 of so many, without peers and on the CPU."""
+
+    def __init__(self, world: int) -> None:
+        super().__init__()
+        assert self.world == 1, "a plan is no job of its own"
+        self.world, self.device = world, torch.device("cpu")
+
+    def _reduce(self, values: Sequence[float], operation: Any) -> list[float]:
+        return list(values)
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value] * self.world
+
+
+def foretell(recipe: Recipe, world: int) -> list[StagePlan]:
+    """Every stage of a recipe on `world` ranks.
+
+    Raises UserError for what cannot be trained at all, as the job would.
+    """
+    with tempfile.TemporaryDirectory(prefix="radhpc-plan-") as folder:
+        recipe = recipe.model_copy(update={"model": placeholders.configured(recipe.model, Path(folder))})
+        sources = [_source(recipe, stage) for stage in recipe.stages]
+        family, stand_in = _family(recipe, sources[0], Path(folder))
+        return [
+            _stage(recipe, stage, source, _encoder(recipe, stage, family), world, stand_in)
+            for stage, source in zip(recipe.stages, sources, strict=True)
+        ]
+
+
+def _source(recipe: Recipe, stage: Stage) -> Source | None:
+    """What a stage is trained on; None: not all of it is there yet."""
+    if placeholders.missing(recipe.shards_of(stage)):
+        return None
+    source = Source(recipe.shards_of(stage), "train")
+    if not len(source):
+        raise UserError(f"stage '{stage.name}': no sample of split 'train' in its shards")
+    return source
+
+
+def _encoder(recipe: Recipe, stage: Stage, family: models.ModelFamily) -> Encoder:
+    text, images, labelled = recipe.text_of(stage), recipe.images_of(stage), bool(stage.objective.clinical)
+    encoder = Encoder(family, text, images, recipe.findings, recipe.seed, labelled)
+    if text.neighbours:  # as long as can be
+        encoder.alike = lambda views, patient: ["opacity " * NEIGHBOUR_WORDS] * text.neighbours
+    return encoder
+
+
+def _family(recipe: Recipe, source: Source | None, folder: Path) -> tuple[models.ModelFamily, bool]:
+    """The model family, and whether its tokenizer is a stand-in, so that texts cannot be measured with it."""
+    given, folder = recipe.model.tokenizer_folder, folder / "tokenizer"
+    if given is not None and (
+        recipe.model.tokenizer.folder is not None or any((Path(given) / name).exists() for name in TOKENIZER_FILES)
+    ):
+        return models.family(recipe.model, given), False
+    if given is not None or source is None:
+        placeholders.tokenizer(recipe, folder)
+        return models.family(recipe.model, str(folder)), True
+    text, size = recipe.text_of(recipe.stages[0]), recipe.model.tokenizer.train_vocabulary
+    assert size is not None
+    tokenizer.train((conversation(sample, text, recipe.findings) for sample in source.samples()), size, folder)
+    return models.family(recipe.model, str(folder)), False
+
+
+def _stage(
+    recipe: Recipe, stage: Stage, source: Source | None, encoder: Encoder, world: int, stand_in: bool
+) -> StagePlan:
+    size = min(stage.micro_batch or stage.batch, -(-stage.batch // world))
+    rows, tokens, views = _largest_rows(recipe, source, encoder, size, stand_in)
+    rounds = -(-stage.batch // (size * world))
+    with _pretended_group(world, recipe.engine == "deepspeed"):
+        engine, mode = fake_engine(recipe, stage, encoder.family, PretendedRanks(world))
+        weights = [*engine.model.parameters(), *engine.model.buffers()]
+        batch = {  # whole numbers are real: shapes may follow from them
+            name: mode.from_tensor(tensor) if tensor.is_floating_point() else tensor
+            for name, tensor in encoder.batch(rows).items()
+        }
+        with mode, Allocations([*weights, *batch.values()], made_up_values=True) as memory:
+            # From the second micro-batch of a step on, the gradients of the first are there, too.
+            peak = trace(engine, [batch] * min(2, rounds), memory)
+        offloaded = engine.offloaded() if isinstance(engine, zero.ZeroEngine) else 0
+        length = len(source) if source is not None else None
+        known = length if length is not None or stage.steps is None else 0  # a number of steps needs no length
+        return StagePlan(
+            name=stage.name,
+            steps=None if known is None else stage_steps(stage, known),
+            samples=None if known is None else stage_samples(stage, known),
+            epoch_samples=length,
+            parameters=engine.parameters,
+            trainable=engine.trainable,
+            micro_batch=size,
+            tokens=tokens,
+            views=views,
+            gigabytes_per_gpu=(peak - offloaded) / 1e9,
+            host_gigabytes=(_on_the_host(engine, recipe) * 4 + offloaded) / 1e9,
+            checkpoint_megabytes=engine.trainable * 12 / 1e6,  # parameters and moments in float32, of every engine
+        )
+
+
+def _on_the_host(engine: Engine, recipe: Recipe) -> int:
+    """Numbers that a rank has there at a time: random weights are made whole, those of folders come one by one."""
+    if recipe.model.weights is None or recipe.model.config:
+        return engine.parameters
+    return max(getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.model.parameters())
+
+
+def trace(engine: Engine, batches: list[Batch], memory: Allocations) -> int:
+    """The most bytes that one optimizer step has alive, the optimizer's state being there already."""
+    if isinstance(engine, zero.ZeroEngine):  # its state is made, and its order of layers learnt, in a whole step
+        engine.step(batches, supervised=1, schedule=1.0)
+        memory.peak = memory.now
+        engine.step(batches, supervised=1, schedule=1.0)
+        return memory.peak
+    for parameter in engine.trained.values():
+        parameter.grad = torch.zeros_like(parameter)
+    engine.optimizer.step()
+    if engine.lockstep or len(batches) == 1:
+        engine.optimizer.zero_grad(set_to_none=True)
+    else:  # the gradients of a micro-batch before are as good as there, which saves half of the time
+        batches = batches[:1]
+    memory.peak = memory.now
+    engine.step(batches, supervised=1, schedule=1.0)
+    return memory.peak
+
+
+def fake_engine(
+    recipe: Recipe, stage: Stage, family: models.ModelFamily, ranks: Ranks
+) -> tuple[Engine, FakeTensorMode]:
+    """The engine of a stage, all of whose tensors are fake, and the mode that they belong to."""
+    model = family.build_empty()
+    with torch.device("meta"):
+        extra_modules.attach(model, family, recipe, recipe.seed)
+    if recipe.model.quantise is not None:
+        quantise(model, family.blocks, (pattern for each in recipe.stages for pattern in each.train))
+    adapters.check(model, recipe.stages)
+    if stage.lora is not None:
+        with torch.device("meta"):
+            adapters.attach(model, stage.lora, recipe.seed)
+    adapters.choose_trained(model, stage)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    _replace_tensors(model, mode)
+    model.to = lambda *_, **__: model  # type: ignore[method-assign,assignment]  # they lie where they should
+    if recipe.engine != "deepspeed":
+        return Engine(model, recipe, stage.optimizer, family.blocks, ranks, stage.objective), mode
+    with mode:
+        return zero.ZeroEngine(model, recipe, stage.optimizer, family.blocks, ranks, stage.objective), mode
+
+
+def _replace_tensors(model: nn.Module, mode: FakeTensorMode) -> None:
+    """Fake tensors on the CPU for those without values; tied ones stay tied."""
+    fakes: dict[int, torch.Tensor] = {}
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in fakes:
+            with mode:
+                made = torch.empty(tensor.shape, dtype=tensor.dtype)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            fakes[id(tensor)] = nn.Parameter(made, tensor.requires_grad) if is_parameter else made
+        return fakes[id(tensor)]
+
+    keep = [*model.parameters(), *model.buffers()]  # so that no address comes twice
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    tensors[name] = fake(tensor)  # type: ignore[assignment]
+    del keep
+
+
+def _largest_rows(
+    recipe: Recipe, source: Source | None, encoder: Encoder, size: int, stand_in: bool
+) -> tuple[list[Encoded], int, int]:
+    """A micro-batch of samples that are each as long as the longest and have as many views as the one with most."""
+    tokens, samples, limit = encoder.text.max_tokens, [], encoder.images.limit
+    if source is None:
+        views, shape = limit or placeholders.VIEWS, (placeholders.PIXELS, placeholders.PIXELS)
+    else:
+        sizes = source.sizes(np.arange(len(source)))
+        views = int(min(sizes[:, 0].max(), limit or sizes[:, 0].max()))
+        longest = np.argsort(-sizes[:, 1], kind="stable")[:LONGEST]
+        samples = list(source.samples(np.sort(longest)))
+        shapes = [(view.width, view.height) for sample in samples for view in sample.images]
+        shape = max(shapes, key=lambda shape: shape[0] * shape[1], default=(64, 64))
+    picture = Image.new("L", shape)
+    prompt = encoder.encode_prompt("", None, [picture] * views)
+    if not stand_in:
+        tokens = max((encoder.encode("", sample, [picture] * views).length for sample in samples), default=tokens)
+    ids = np.resize(prompt.input_ids, max(tokens, prompt.length))
+    ids[: prompt.length] = prompt.input_ids
+    ids[prompt.length :] = encoder.family.tokenizer.eos_token_id
+    labels = ids.copy()
+    labels[: prompt.length] = IGNORE
+    shown = 1 if encoder.images.stitch else views
+    return [Encoded("", ids, labels, prompt.images)] * size, len(ids), shown
+
+
+@contextmanager
+def _pretended_group(world: int, deepspeed: bool) -> Iterator[None]:
+    """A process group of so many ranks, of which only this one is there: collectives return at once."""
+    if world == 1 and not deepspeed:  # which wants one also for a single rank
+        yield
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    try:
+        yield
+    finally:
+        zero.leave() if deepspeed else dist.destroy_process_group()

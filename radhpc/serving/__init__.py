@@ -1,0 +1,1 @@
+"""A trained model in use: inference, demo page, export, model card and feature index."""

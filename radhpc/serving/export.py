@@ -1,0 +1,333 @@
+"""A trained model as others read it: PEFT's adapter, or whole weights for plain transformers. Nothing of radhpc needed.
+
+    export(parts, out, merge=False)   # adapter_config.json, adapter_model.safetensors; base/ where the run changed it
+    export(parts, out, merge=True)    # config.json, model-*.safetensors, the adapters added in
+    check(out, ...)                   # a process that cannot import radhpc gives the same logits
+
+Beside the weights lie processor, tokenizer, generation settings, README.md (the model card) and example.py
+(templates/example.py), which is how somebody else starts. Classes that transformers has not (the fusion of
+hierarchical_fusion.py, the connectors of connector.py) travel as files that stand alone, which transformers loads by
+`auto_map`. The heads of objectives are no part of what answers: heads.safetensors keeps them. What comes out is
+whole: it is written beside and moved.
+"""
+
+import copy
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import peft
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.utils import logging
+
+from radhpc.core.errors import UserError
+from radhpc.core.resources import folder as folder_of
+from radhpc.data.collate import TRUTH
+from radhpc.models import adapters
+from radhpc.models.adapters import Tensors
+from radhpc.models.image_processors import ClipImages
+from radhpc.serving.model_card import base_folder, card
+from radhpc.serving.templates.example import SETTINGS
+
+if TYPE_CHECKING:
+    from radhpc.training.context import Parts
+
+SHARD = "5GB"  # the largest file of the weights
+HEADS = "heads.safetensors"
+_WITHOUT_RADHPC = folder_of("radhpc.serving.templates") / "without_radhpc.py"
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-3}  # of the largest logit, between two roads to it
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written."""
+
+    out: Path
+    kind: str  # "adapter" or "model"
+    base: str | None  # of an adapter: the folder it goes on
+    step: int
+    parameters: int  # in the files
+    dtype: str
+
+
+def write_adapter(folder: Path, config: peft.LoraConfig, weights: Tensors) -> None:
+    """Replace the folder by this adapter. Base parameters that were trained whole are no part of an adapter."""
+    temporary = folder.with_name(f".{folder.name}.writing")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(mode=0o700)
+    # PEFT keeps names as its wrapper sees them, with the wrapper's own prefix.
+    lora = {f"base_model.model.{name}": tensor for name, tensor in weights.items() if ".lora_" in name}
+    save_file(lora, temporary / "adapter_model.safetensors", {"format": "pt"})
+    config.save_pretrained(str(temporary))
+    if folder.exists():
+        old = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+        temporary.rename(folder)
+        shutil.rmtree(old)
+    else:
+        temporary.rename(folder)
+
+
+def export(parts: "Parts", out: Path, merge: bool = False, dtype: str | None = None) -> tuple[Exported, "Probe"]:
+    """Write the newest checkpoint that verifies to `out`, a folder that is not there or empty.
+
+    Returns what was written and the question that check() asks it, with this model's own answer. `dtype`: of the whole
+    weights; default: that of the recipe's own weights, or float32. Raises UserError.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out}: there is something already; name a new folder")
+    engine, cursor = parts.restored_engine()
+    stage, model = parts.recipe.stages[cursor.stage], engine.model
+    if stage.lora is None and not merge:
+        raise UserError(f"{parts.run.path}: stage '{stage.name}' has no adapters to export; say --merge for the whole")
+    modules = tuple(getattr(parts.family, "modules", ()))
+    _check_class(model, modules)
+    kept = dtype or _dtype_of(parts)
+    probe = Probe.of(parts, engine)
+    heads = model._modules.pop("heads", None)
+    temporary = out.with_name(f".{out.name}.writing")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(mode=0o700, parents=True)
+        base: str | None = None
+        if merge:
+            written = _write_whole(parts, _merged(model), temporary, kept)
+        else:
+            assert stage.lora is not None
+            weights = {name: tensor for name, tensor in engine.weights().items() if ".lora_" in name}
+            whole = base_folder(parts.recipe.model)
+            also = any(".lora_" not in name and not name.startswith("heads.") for name in engine.trained)
+            changed = also or whole is None or base_was_changed(parts, cursor.stage)
+            base = "base" if changed else whole
+            config = adapters.peft_config(stage.lora)
+            config.base_model_name_or_path = "base" if changed else Path(str(base)).name
+            write_adapter(temporary / "adapter", config, weights)
+            for file in (temporary / "adapter").iterdir():
+                file.rename(temporary / file.name)
+            (temporary / "adapter").rmdir()
+            written = sum(tensor.numel() for tensor in weights.values())
+            if changed:
+                (temporary / "base").mkdir()
+                written += _write_whole(parts, _bare(model), temporary / "base", kept)
+        _write_beside(parts, temporary)
+        if heads is not None:
+            kept_heads = {
+                name: tensor.detach().float().cpu().contiguous() for name, tensor in heads.state_dict().items()
+            }
+            told = {"format": "pt", "findings": json.dumps(parts.recipe.findings.names)}
+            save_file(kept_heads, temporary / HEADS, told)
+        exported = Exported(out, "model" if merge else "adapter", base, cursor.step, written, kept)
+        (temporary / "README.md").write_text(card(parts, cursor, exported.kind, base, kept), encoding="utf-8")
+        if out.exists():
+            out.rmdir()
+        temporary.rename(out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return exported, probe
+
+
+def base_was_changed(parts: "Parts", stage: int) -> bool:
+    """Whether the model below the last adapters is another than the recipe's weights: trained whole, or merged into."""
+    stages = parts.recipe.stages[: stage + 1]
+    return any(s.train for s in stages) or any(s.adapters == "merge" for s in stages)
+
+
+def _dtype_of(parts: "Parts") -> str:
+    folder = base_folder(parts.recipe.model)
+    if folder is None:
+        return "float32"
+    found = json.loads((Path(folder) / "config.json").read_text())
+    told = found.get("dtype") or found.get("torch_dtype") or (found.get("text_config") or {}).get("torch_dtype")
+    return told if told in TOLERANCE else "float32"
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """The model without its adapters, in place."""
+    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)]:
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, layer.get_base_layer())
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+    return model
+
+
+def _merged(model: nn.Module) -> nn.Module:
+    """The model with its adapters added to the weights, in place, by PEFT's own arithmetic."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            weight = layer.get_base_layer().weight
+            if not weight.is_floating_point():
+                raise UserError(
+                    f"--merge: {name} is quantised, and adding to it would round again; export the adapter, or merge "
+                    "with a recipe that loads the weights as bf16"
+                )
+            layer.merge(safe_merge=True)
+    return _bare(model)
+
+
+def _write_whole(parts: "Parts", model: nn.Module, folder: Path, dtype: str) -> int:
+    """config.json and the weights, with the modules of the model that are not transformers' own beside them."""
+    settings = parts.recipe.evaluation
+    generation = copy.deepcopy(model.generation_config)
+    generation.max_new_tokens = settings.max_new_tokens
+    model.generation_config = generation
+    model.requires_grad_(False).to(getattr(torch, dtype))  # type: ignore[arg-type]
+    logging.disable_progress_bar()
+    modules = getattr(parts.family, "modules", ())
+    # transformers renames tensors of its own classes alone, when it loads them.
+    model.save_pretrained(str(folder), max_shard_size=SHARD, save_original_format=not modules)  # type: ignore[operator]
+    copy_modules(modules, folder)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _check_class(model: Any, modules: Sequence[str]) -> None:
+    """Raises UserError where plain transformers would not build this model: some of its weights would be lost."""
+    kind = _travelling(modules) or type(model)
+    if not modules and not kind.__module__.startswith("transformers."):
+        raise UserError(
+            f"export: {kind.__name__} is no class of transformers, and has no module that can travel with it"
+        )
+    with torch.device("meta"):
+        known = dict(kind(copy.deepcopy(model.config)).named_parameters())
+    mine = {adapters.canonical(name) for name, _ in model.named_parameters() if ".lora_" not in name}
+    mine = {name for name in mine if not name.startswith("heads.")}
+    if more := sorted(mine - set(known)):
+        raise UserError(
+            f"export: {len(more)} of the model's tensors, '{more[0]}' first, have no place in transformers' "
+            f"{kind.__name__}, and no module travels with it that has one"
+        )
+
+
+def _travelling(modules: Sequence[str]) -> Any:
+    """The class of the whole model in the modules that travel; None where none is there."""
+    for name in modules:
+        module = importlib.import_module(name)
+        if found := getattr(module, "AUTO_MAP", {}).get("AutoModelForImageTextToText"):
+            return getattr(module, found)
+    return None
+
+
+def copy_modules(modules: Sequence[str], folder: Path) -> None:
+    """Lay a family's own modules beside the weights, where transformers' `auto_map` finds them.
+
+    Each is a file of its package that needs nothing of radhpc but, by relative imports, the others (import-linter holds
+    that for radhpc.models.portable); its constant AUTO_MAP, if it has one, says which of its classes is which of
+    transformers' Auto classes, such as {"AutoModelForImageTextToText": "Mine"}, and goes into config.json, or into
+    processor_config.json where it is a processor's.
+    """
+    for name in modules:
+        package, _, stem = name.rpartition(".")
+        (folder / f"{stem}.py").write_bytes((files(package) / f"{stem}.py").read_bytes())
+        if auto_map := getattr(importlib.import_module(name), "AUTO_MAP", {}):
+            classes = {kind: f"{stem}.{what}" for kind, what in auto_map.items()}
+            file = folder / ("processor_config.json" if "AutoProcessor" in classes else "config.json")
+            config = json.loads(file.read_text())
+            config["auto_map"] = config.get("auto_map", {}) | classes
+            file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _write_beside(parts: "Parts", folder: Path) -> None:
+    """Processor, tokenizer, how to ask, and the file that shows it."""
+    family, weights = parts.family, base_folder(parts.recipe.model)
+    family.tokenizer.save_pretrained(str(folder))  # before the processor, whose chat template is the one that counts
+    if hasattr(family, "processor"):
+        processor = family.processor()
+        processor.save_pretrained(str(folder))
+        if not type(processor).__module__.startswith("transformers."):
+            copy_modules([type(processor).__module__], folder)
+    elif weights is not None:
+        from transformers import AutoProcessor
+
+        AutoProcessor.from_pretrained(weights, local_files_only=True).save_pretrained(str(folder))
+    else:
+        raise UserError(f"export: family '{parts.recipe.model.family}' has no processor that plain transformers reads")
+    images = getattr(family, "image_processor", None)
+    shown = parts.encoder.images
+    asking = {
+        "prompt": parts.encoder.tasks.plain(),
+        "views": shown.limit,
+        "stitch": shown.stitch,
+        "gap": shown.gap,
+        "square": images._background if isinstance(images, ClipImages) and images.fit == "pad" else None,
+        "max_new_tokens": parts.recipe.evaluation.max_new_tokens,
+    }
+    (folder / SETTINGS).write_text(json.dumps(asking, indent=2) + "\n", encoding="utf-8")
+    (folder / "example.py").write_bytes((files("radhpc.serving.templates") / "example.py").read_bytes())
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A picture, and what the model of the run makes of it: the logits behind the prompt."""
+
+    picture: Image.Image
+    logits: torch.Tensor  # (vocabulary,) float32
+    dtype: str  # of the computation
+
+    @classmethod
+    def of(cls, parts: "Parts", engine: Any) -> "Probe":
+        picture = probe_picture()
+        encoder = copy.copy(parts.encoder)
+        encoder.alike = None  # whoever has no radhpc has no training studies to look up
+        batch = encoder.batch([encoder.encode_prompt("", None, [picture])])
+        inputs = {name: value for name, value in engine.to_device(batch).items() if name not in TRUTH}
+        with torch.no_grad(), engine._autocast:
+            logits = engine.model.eval()(**inputs).logits[0, -1].float().cpu()
+        dtypes = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+        return cls(picture, logits, dtypes[parts.recipe.precision])
+
+
+def probe_picture() -> Image.Image:
+    """A gray picture with large and small structures: nobody's radiograph."""
+    y, x = np.mgrid[0:200, 0:160] / 40.0
+    waves = np.sin(x) + np.cos(1.7 * y) + 0.3 * np.sin(5 * x * y)
+    return Image.fromarray(np.uint8(np.rint(255 * (waves - waves.min()) / (waves.max() - waves.min()))))
+
+
+def check(exported: Exported, probe: Probe) -> float:
+    """Ask the exported folder in a process of its own that cannot import radhpc, by its example.py.
+
+    Returns the largest difference of the logits, as a share of the largest logit. Raises UserError where that is more
+    than the kind of number allows, or where plain transformers and peft cannot load what was written.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        picture, answer = Path(folder) / "picture.png", Path(folder) / "logits.safetensors"
+        probe.picture.save(picture)
+        arguments = [str(picture), "--logits", str(answer)]
+        if exported.base not in (None, "base"):
+            arguments += ["--base", str(exported.base)]
+        done = subprocess.run(
+            [sys.executable, "-I", str(_WITHOUT_RADHPC), str((exported.out / "example.py").absolute()), *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=folder,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HOME": folder},
+        )
+        if done.returncode:
+            last = (done.stderr.strip() or "it said nothing").splitlines()[-1]
+            raise UserError(f"{exported.out}: plain transformers and peft cannot load it: {last}")
+        theirs = load_file(answer)["logits"]
+    difference = float((theirs - probe.logits).abs().max() / probe.logits.abs().max())
+    allowed = max(TOLERANCE[exported.dtype], TOLERANCE[probe.dtype])
+    if not difference <= allowed:
+        raise UserError(
+            f"{exported.out}: its logits differ from the run's by {difference:.2g} of the largest one; "
+            f"{exported.dtype} after {probe.dtype} allows {allowed:.2g}"
+        )
+    return difference

@@ -1,0 +1,124 @@
+"""A trained model answers: a report or the answer to a question, for one study or many, all at once or word by word.
+
+    settings = Decoding.of(recipe.evaluation, beams=3)
+    for text in answers(engine, encoder, studies, None, settings, batch=8): ...
+    for piece in stream(engine, encoder, views, "Is there an effusion?", settings): print(piece, end="")
+
+In one process, for people; evaluation over all ranks is generation.py. Greedy unless `beams` or `temperature` say
+otherwise.
+"""
+
+import queue
+import re
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers.generation.streamers import TextStreamer
+
+from radhpc.core.errors import UserError
+from radhpc.core.recipe import Evaluation
+from radhpc.data.collate import Encoder
+from radhpc.engine.fsdp import Engine
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How words are chosen: as an evaluation does it, and from which random numbers where it samples."""
+
+    evaluation: Evaluation
+    seed: int = 0
+
+    @classmethod
+    def of(cls, evaluation: Evaluation, seed: int = 0, **changes: Any) -> "Decoding":
+        """As the recipe evaluates, but for `changes` that are not None. Raises UserError."""
+        settings = evaluation.model_copy(update={name: value for name, value in changes.items() if value is not None})
+        if settings.top_p is not None and settings.temperature is None:
+            raise UserError(f"--top-p {settings.top_p:g}: goes with --temperature, which samples")
+        if settings.temperature is not None and settings.beams > 1:
+            raise UserError(f"--temperature {settings.temperature:g}: goes with one beam, not {settings.beams}")
+        # What of the recipe does not go with the changes: there is no use in a refusal.
+        fitting = {"length_penalty": None} if settings.beams == 1 else {"cache": "dynamic"}
+        least = min(settings.min_new_tokens, settings.max_new_tokens)
+        return cls(settings.model_copy(update={**fitting, "min_new_tokens": least}), seed)
+
+
+def answers(
+    engine: Engine,
+    encoder: Encoder,
+    studies: Sequence[Sequence[Image.Image]],
+    question: str | None,
+    settings: Decoding,
+    batch: int = 1,
+) -> Iterator[str]:
+    """A text for each study, in their order; `batch` studies go through the model at a time."""
+    for start in range(0, len(studies), batch):
+        rows = [encoder.encode_prompt("", question, views) for views in studies[start : start + batch]]
+        ids = _generate(engine, encoder, rows, settings)
+        yield from (text.strip() for text in encoder.family.tokenizer.batch_decode(ids, skip_special_tokens=True))
+
+
+def stream(
+    engine: Engine, encoder: Encoder, views: Sequence[Image.Image], question: str | None, settings: Decoding
+) -> Iterator[str]:
+    """The text of one study, piece by piece as it is written; several beams come as one piece, at the end.
+
+    A consumer that goes away ends the writing at the next word.
+    """
+    if settings.evaluation.beams > 1:
+        yield from answers(engine, encoder, [views], question, settings)
+        return
+    pieces: queue.Queue[str | BaseException | None] = queue.Queue()
+    given_up = threading.Event()
+
+    class Pieces(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            if given_up.is_set():
+                raise _GivenUp
+            if text:
+                pieces.put(text)
+
+    streamer = Pieces(encoder.family.tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+    def write() -> None:
+        try:
+            _generate(engine, encoder, [encoder.encode_prompt("", question, views)], settings, streamer=streamer)
+            pieces.put(None)
+        except _GivenUp:
+            pass
+        except BaseException as error:  # for the consumer to raise
+            pieces.put(error)
+
+    writer = threading.Thread(target=write, name="writing", daemon=True)
+    writer.start()
+    try:
+        while (piece := pieces.get()) is not None:
+            if isinstance(piece, BaseException):
+                raise piece
+            yield piece
+    finally:
+        given_up.set()
+        writer.join()
+
+
+class _GivenUp(Exception):
+    """Nobody reads on."""
+
+
+def _generate(engine: Engine, encoder: Encoder, rows: Sequence[Any], settings: Decoding, **more: Any) -> torch.Tensor:
+    """(rows, new tokens)."""
+    torch.manual_seed(settings.seed)
+    batch, evaluation = encoder.batch(rows, left=True), settings.evaluation
+    return engine.generate(batch, evaluation.max_new_tokens, **evaluation.decoding(), **more)
+
+
+def sections(text: str) -> dict[str, str]:
+    """A report by its sections, named as Report.text writes them: {"findings": ..., "impression": ...}.
+
+    Without any heading it is empty: a caption or an answer.
+    """
+    parts = re.split(r"(?:^|\s)(Findings|Impression|Other):\s*", text)
+    return {name.lower(): body.strip() for name, body in zip(parts[1::2], parts[2::2], strict=True)}

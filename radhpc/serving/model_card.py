@@ -1,0 +1,188 @@
+"""The model card beside exported weights: what it is, what it was trained on, how well it does, what must be respected.
+
+Folders of the site where it was trained are named by their last part alone, so that a card can be passed on.
+"""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from radhpc.core.files import read_json
+
+if TYPE_CHECKING:
+    from radhpc.engine.checkpoint import Cursor
+    from radhpc.training.context import Parts
+
+# What the terms of an archive mean for a model that was trained on it; by the beginning of a dataset's name.
+REMINDERS = {
+    "mimic": "MIMIC-CXR: credentialed access under a data use agreement. Ask PhysioNet before you pass on a model that "
+    "was trained on it.",
+    "padchest": "PadChest: research use under its agreement with BIMCV, no redistribution of the data.",
+    "chexpert": "CheXpert: Stanford's research use agreement, no commercial use.",
+    "chestxray14": "ChestX-ray14: name the NIH Clinical Center as the source and cite Wang et al., 2017.",
+    "openi": "Open-i (Indiana University): cite Demner-Fushman et al., 2016; look up the licence on its page.",
+    "roco": "ROCO v2: each picture has a licence of its own, listed in attribution.jsonl beside the shards.",
+    "vqa_rad": "VQA-RAD: cite Lau et al., 2018; look up the licence on its page.",
+    "slake": "SLAKE: cite Liu et al., 2021; look up the licence on its page.",
+    "pathvqa": "PathVQA: cite He et al., 2020; look up the licence on its page.",
+    "phantom": "Phantoms are drawn, nobody's data: a model of them knows nothing of patients.",
+}
+
+
+def card(parts: "Parts", cursor: "Cursor", kind: str, base: str | None, dtype: str) -> str:
+    """The card as Markdown, with the front matter that model hubs read."""
+    recipe = parts.recipe
+    sections = [
+        _front(recipe.model, kind),
+        f"# {recipe.name}",
+        "**Research use only. Not for clinical use:** nothing that this model writes was checked for the care of a "
+        "patient.",
+        _what(parts, cursor, kind, base, dtype),
+        "## How to use it\n\n```\npython example.py frontal.png"
+        f"{' --base FOLDER' if kind == 'adapter' and base != 'base' else ''}\n```\n\n"
+        f"What it is asked for a report: {parts.encoder.tasks.plain()!r}.{_code(parts)} {_images(parts, cursor)}",
+        "## Lineage\n\n" + _lineage(parts, cursor),
+        "## Data\n\n" + _data(parts, cursor),
+        "## Scores\n\n" + _scores(parts),
+        "## Terms\n\n" + _terms(parts, cursor),
+        "## Recipe\n\n```yaml\n" + _recipe(parts) + "```",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def base_folder(model: Any) -> str | None:
+    """The local folder of the whole base; None where it is random, or put together from several."""
+    return model.weights if isinstance(model.weights, str) else None
+
+
+def origins(model: Any) -> list[str]:
+    """The names of the weights that a model was begun from."""
+    folders = model.weights.values() if isinstance(model.weights, dict) else [model.weights]
+    return [Path(str(folder)).name for folder in folders if folder is not None]
+
+
+def _front(model: Any, kind: str) -> str:
+    front: dict[str, Any] = {"library_name": "peft" if kind == "adapter" else "transformers", "license": "other"}
+    if names := origins(model):
+        front["base_model"] = names
+    front |= {"pipeline_tag": "image-text-to-text", "tags": ["radiology", "research-use-only"]}
+    return f"---\n{yaml.safe_dump(front, sort_keys=False)}---"
+
+
+def _what(parts: "Parts", cursor: "Cursor", kind: str, base: str | None, dtype: str) -> str:
+    model = parts.recipe.model
+    origin = f"the weights {' and '.join(origins(model))}" if origins(model) else "random weights"
+    how = {
+        "model": f"Whole weights in {dtype}, adapters added in.",
+        "adapter": "An adapter for PEFT. "
+        + (
+            f"It goes on base/ ({dtype}), which the run has changed from where it began."
+            if base == "base"
+            else f"It goes on {Path(str(base)).name}, as it was."
+        ),
+    }[kind]
+    return f"A model of the family {model.family}, begun from {origin}; optimizer step {cursor.step}. {how}"
+
+
+def _images(parts: "Parts", cursor: "Cursor") -> str:
+    build = parts.source(cursor.stage, "train").parts[0].manifest.build
+    side, images = build.get("longest_side"), parts.encoder.images
+    told = f"Images were shrunk to {side} pixels on their longest side by area averages and stored as 8 bits"
+    told += ", those of more bits between their 0.5% and 99.5% percentiles or by the window of the file."
+    if images.limit:
+        told += f" At most {images.limit} views of a study{', stitched side by side' if images.stitch else ''}."
+    return told
+
+
+def _code(parts: "Parts") -> str:
+    """That classes travel as files, and heads beside."""
+    told = ""
+    if modules := getattr(parts.family, "modules", ()):
+        files = " and ".join(f"{name.rpartition('.')[2]}.py" for name in modules)
+        told += f" Its classes are not all transformers' own: {files} hold the others, so load it with "
+        told += "`trust_remote_code=True`, as example.py does; read them first."
+    if parts.recipe.heads:
+        told += " heads.safetensors keeps the heads of its objectives, which answers do not need."
+    return told
+
+
+def _lineage(parts: "Parts", cursor: "Cursor") -> str:
+    rows = ["| stage | steps | batch | trained whole | adapters | checkpoint |", "|---|---|---|---|---|---|"]
+    names = (*cursor.lineage, f"step-{cursor.step:06d}")
+    for number, stage in enumerate(parts.recipe.stages[: cursor.stage + 1]):
+        lora = f"rank {stage.lora.rank}, alpha {stage.lora.alpha:g}" if stage.lora else ""
+        if stage.adapters:
+            lora += f" ({stage.adapters})"
+        length = stage.steps if stage.steps is not None else f"{stage.epochs} epochs"
+        whole = f"{len(stage.train)} pattern(s)" if stage.train else ""
+        rows.append(f"| {stage.name} | {length} | {stage.batch} | {whole} | {lora} | {names[number]} |")
+    if not cursor.stage_done:
+        rows.append(f"\nThe last stage was not at its end: {cursor.stage_step} of its steps were made.")
+    environment = read_json(parts.run.code / "environment.json") or {}
+    told = [f"recipe {cursor.recipe[:16]}", f"base {cursor.base[:16]}"]
+    told += [f"manifest {data[:16]}" for data in cursor.data]
+    if environment.get("code"):
+        told.append(f"code {environment['code']}" + (f" (commit {c})" if (c := environment.get("commit")) else ""))
+    rows += ["", f"Hashes: {', '.join(told)}. The run began {parts.run.lives} time(s)."]
+    return "\n".join(rows)
+
+
+def _parts(parts: "Parts", cursor: "Cursor") -> dict[str, Any]:
+    """The manifests of all stages so far, each once."""
+    found = {}
+    for stage in range(cursor.stage + 1):
+        for part in parts.source(stage, "train").parts:
+            found[part.manifest.hash] = part
+    return found
+
+
+def _data(parts: "Parts", cursor: "Cursor") -> str:
+    rows = ["| dataset | train | validate | test | patients | manifest |", "|---|---|---|---|---|---|"]
+    for digest, part in _parts(parts, cursor).items():
+        splits, patients = part.manifest.splits, sum(part.manifest.patients.values())
+        counts = " | ".join(str(splits.get(split, 0)) for split in ("train", "validate", "test"))
+        rows.append(f"| {part.manifest.dataset} | {counts} | {patients} | {digest[:16]} |")
+    return "\n".join([*rows, "", "Trained on the split train alone. No patient is in two splits."])
+
+
+def _scores(parts: "Parts") -> str:
+    folders = sorted((parts.run.path / "evaluation").glob("step-*"))
+    tables = [folder / "table.md" for folder in folders if (folder / "scores.json").exists()]
+    if not tables:
+        return "None: the run was not evaluated."
+    # The table's own heading becomes plain text.
+    return re.sub(r"^#+ (.*)$", r"\1:", tables[-1].read_text(encoding="utf-8").strip(), flags=re.M)
+
+
+def _terms(parts: "Parts", cursor: "Cursor") -> str:
+    lines = []
+    for name in origins(parts.recipe.model):
+        lines.append(f"{name}: the licence of these weights holds for what was made of them.")
+        if "llama" in name.lower():
+            lines[-1] += (
+                " Llama's wants 'Built with Llama' shown, 'Llama' at the beginning of the name and its acceptable use "
+                "policy kept, and Llama 3.2 Vision is not licensed to those domiciled in the European Union."
+            )
+    for part in _parts(parts, cursor).values():
+        name = part.manifest.dataset
+        known = next((text for start, text in REMINDERS.items() if name.startswith(start)), None)
+        lines.append(known or f"{name}: read its terms before you pass the model on.")
+    lines.append("A model can repeat texts that it was trained on. Treat it as confidential as its data are.")
+    return "\n".join(f"- {line}" for line in dict.fromkeys(lines))
+
+
+def _recipe(parts: "Parts") -> str:
+    """The frozen recipe; a path of the site by its last part."""
+
+    def bare(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {bare(key): bare(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [bare(item) for item in value]
+        if isinstance(value, str) and (value.startswith("/") or re.match(r"[a-z0-9]+://", value)):
+            return value.rstrip("/").rsplit("/", 1)[-1]
+        return value
+
+    return str(yaml.safe_dump(bare(parts.recipe.model_dump(mode="json")), sort_keys=False, allow_unicode=True))

@@ -1,0 +1,1 @@
+"""Object stores, ranged reads, the node's cache of shards, and the folder or bucket where checkpoints lie."""

@@ -1,0 +1,155 @@
+"""Where checkpoints lie: a folder, or a prefix of an object store. Below checkpoint.py, which says what is in them.
+
+    storage = Folder(Path("runs/x/checkpoints"))        # or Bucket("s3://bucket/prefix/x")
+    storage.begin("step-000120")
+    storage.put("step-000120", "state.safetensors", pieces)
+    storage.commit("step-000120", "COMMITTED", marker)   # until here it does not count
+
+In a folder a checkpoint is written beside its place, flushed and renamed; in an object store every object appears
+whole or not at all. In both the marker comes last, and goes first when a checkpoint is deleted.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+from radhpc.core.files import sync, write_atomically
+from radhpc.storage.store import PART, Store
+
+Buffer = bytes | memoryview
+
+
+class Storage(Protocol):
+    """Named checkpoints of a few files each. Errors are OSError (FileNotFoundError where a file is not there) or, from
+    an object store, UserError.
+    """
+
+    def names(self) -> list[str]:
+        """All checkpoints, torn ones too."""
+        ...
+
+    def begin(self, name: str) -> None:
+        """Clear away what an earlier life may have left under this name."""
+        ...
+
+    def put(self, name: str, file: str, pieces: Iterable[Buffer]) -> None: ...
+
+    def commit(self, name: str, file: str, marker: bytes) -> None:
+        """Make what was put durable, then write the marker."""
+        ...
+
+    def remove(self, name: str, files: Iterable[str]) -> None:
+        """Delete `files` in this order, the marker first: a deletion that is cut short leaves a torn checkpoint."""
+        ...
+
+    def sweep(self) -> None:
+        """Delete what killed processes left half written."""
+        ...
+
+    def has(self, name: str, file: str) -> bool: ...
+
+    def pieces(self, name: str, file: str) -> Iterator[Buffer]:
+        """A file's content, from its beginning to its end."""
+        ...
+
+    def where(self, name: str) -> str:
+        """For people: the path or URL."""
+        ...
+
+
+class Folder:
+    """A folder of a file system."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def names(self) -> list[str]:
+        return [path.name for path in self.path.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+
+    def begin(self, name: str) -> None:
+        shutil.rmtree(self._unfinished(name), ignore_errors=True)
+        self._unfinished(name).mkdir(mode=0o700)
+
+    def put(self, name: str, file: str, pieces: Iterable[Buffer]) -> None:
+        with open(self._unfinished(name) / file, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as out:
+            for piece in pieces:
+                out.write(piece)
+            out.flush()
+            os.fsync(out.fileno())
+
+    def commit(self, name: str, file: str, marker: bytes) -> None:
+        path = self.path / name
+        sync(self._unfinished(name))
+        self._unfinished(name).rename(path)
+        sync(self.path)
+        write_atomically(path / file, marker, 0o600)
+        sync(path)
+
+    def remove(self, name: str, files: Iterable[str]) -> None:
+        for file in files:
+            (self.path / name / file).unlink(missing_ok=True)
+        shutil.rmtree(self.path / name, ignore_errors=True)
+        shutil.rmtree(self._unfinished(name), ignore_errors=True)
+
+    def sweep(self) -> None:
+        for path in self.path.glob(".step-*.writing"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def has(self, name: str, file: str) -> bool:
+        return (self.path / name / file).exists()
+
+    def pieces(self, name: str, file: str) -> Iterator[Buffer]:
+        with open(self.path / name / file, "rb") as opened:
+            while piece := opened.read(PART):
+                yield piece
+
+    def where(self, name: str) -> str:
+        return str(self.path / name)
+
+    def _unfinished(self, name: str) -> Path:
+        return self.path / f".{name}.writing"
+
+
+class Bucket:
+    """A prefix of an object store."""
+
+    def __init__(self, url: str) -> None:
+        self._store = Store(url)
+
+    def names(self) -> list[str]:
+        return [name for name in self._store.folders() if re.fullmatch(r"step-\d+", name)]
+
+    def begin(self, name: str) -> None:
+        pass  # what lies there is written over, behind the marker that remove() has deleted
+
+    def put(self, name: str, file: str, pieces: Iterable[Buffer]) -> None:
+        self._store.write_pieces(f"{name}/{file}", pieces)
+
+    def commit(self, name: str, file: str, marker: bytes) -> None:
+        self._store.write(f"{name}/{file}", marker)
+
+    def remove(self, name: str, files: Iterable[str]) -> None:
+        for file in files:
+            self._store.delete(f"{name}/{file}")
+
+    def sweep(self) -> None:
+        pass  # an upload that was cut short is no object
+
+    def has(self, name: str, file: str) -> bool:
+        try:
+            self._store.size(f"{name}/{file}")
+        except FileNotFoundError:
+            return False
+        return True
+
+    def pieces(self, name: str, file: str) -> Iterator[Buffer]:
+        path = f"{name}/{file}"
+        size = self._store.size(path)
+        for start in range(0, size, PART):
+            yield self._store.view_range(path, start, min(PART, size - start))
+
+    def where(self, name: str) -> str:
+        return f"{self._store.url}/{name}"

@@ -1,0 +1,1 @@
+"""The parts of a stage, the loop, asynchronous checkpoints, compilation, profiling, stragglers."""

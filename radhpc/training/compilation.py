@@ -1,0 +1,71 @@
+"""Compilation as a part of starting up: kept for the next life, and ended by a signal like any other loading.
+
+torch.compile does its work in the first passes through each kind of layer, which takes minutes on a large model. In the
+first step it would hold up a preemption's signal for as long. So a pass that changes nothing goes before the first
+step, beside which the ranks go on agreeing whether to stop; and what the compiler has made lies in the run folder
+(`compiled/`), where a requeued life finds it on whatever node it starts. A TORCHINDUCTOR_CACHE_DIR that the profile's
+environment names is left as it is: runs of one user may share theirs.
+"""
+
+import contextlib
+import os
+import time
+
+import torch
+
+from radhpc.core.recipe import Stage
+from radhpc.data.source import BadSample
+from radhpc.distributed.background import beside
+from radhpc.engine.fsdp import Engine
+from radhpc.training.context import Parts
+
+CACHE = "TORCHINDUCTOR_CACHE_DIR"
+
+
+def prepare(parts: Parts) -> None:
+    """Before the engine is built: where the compiler keeps what it makes, and what it may not take for granted."""
+    if parts.recipe.model.compile:
+        # torch would choose a place of its own.
+        os.environ.setdefault(CACHE, str(parts.run.folder("compiled")))
+        from torch.fx.experimental import _config as symbolic
+
+        # Else sizes that happen to be equal in the first batch are taken for one, and the next batch compiles anew.
+        symbolic.use_duck_shape = False
+
+
+def warm_up(parts: Parts, engine: Engine, stage: Stage) -> None:
+    """Compile the layers of a stage, if the recipe wants it; all ranks call it. Raises Interrupted on all."""
+    if not parts.recipe.model.compile:
+        return
+    ranks = parts.ranks
+    size = min(stage.micro_batch or stage.batch, -(-stage.batch // ranks.world))
+    batch = parts.encoder.batch([parts.encoder.empty()] * size)
+    started = time.perf_counter()
+
+    def work() -> None:
+        if ranks.device.type == "cuda":
+            torch.cuda.set_device(ranks.device)  # of this thread
+        engine.warm_up(batch)
+
+    ranks.heart.beat(f"compiling for stage {stage.name}", slow=True)
+    if ranks.world > 1 and ranks.device.type == "cpu":
+        work()  # the engine's collectives and the agreements go over the same group, and must not mix
+    else:
+        beside(work, ranks, parts.stop)
+    if engine.meter.able:
+        _count(parts, engine, size)
+    if ranks.first:
+        parts.run.record("compiled", stage=stage.name, seconds=round(time.perf_counter() - started, 1))
+
+
+def _count(parts: Parts, engine: Engine, size: int) -> None:
+    """The operations of a step, by passes of their own through layers that are not compiled: inside of one that is
+    there are no single operations to be seen. They leave nothing else.
+    """
+    source = parts.source(parts.stage, "train")
+    rows = []
+    for number in range(min(size, len(source))):
+        with contextlib.suppress(BadSample):  # the stream names it
+            rows.append(parts.encoder.encode(*source.read(number)))
+    with torch.compiler.set_stance("force_eager"):
+        engine.warm_up(parts.encoder.batch(rows or [parts.encoder.empty()]), counted=True)

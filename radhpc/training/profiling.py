@@ -1,0 +1,135 @@
+"""A profiler's trace of the next steps of a living job, when somebody asks for it.
+
+    RUN/profile/request.json      {"steps": 10}: written by `radhpc profile RUN`, taken by the job
+    RUN/profile/step-000120.json.gz   what rank 0 did in ten steps, for https://ui.perfetto.dev or chrome://tracing
+    RUN/profile/step-000120.json      the operators that took longest; also on the board, as text
+
+Rank 0 alone looks at the request, once a second, and traces itself: nothing is asked of the others. The trace is
+written beside the training, by a thread.
+"""
+
+import contextlib
+import json
+import logging
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from radhpc.core.board import Board
+from radhpc.core.files import read_json, write_atomically
+from radhpc.core.run_folder import RunDir
+from radhpc.distributed.ranks import Ranks
+from radhpc.training.loop import Position, Report
+
+log = logging.getLogger("radhpc")
+
+FOLDER, REQUEST = "profile", "request.json"
+STEPS = 10
+LISTED = 20  # operators
+_LAST_WORDS = 20.0  # seconds that the end of a stage waits for a trace that is being written
+
+
+class Profiling:
+    """The hook. On ranks other than 0 it is never called, and close() does nothing."""
+
+    POLL = 1.0  # seconds
+
+    def __init__(self, run: RunDir, ranks: Ranks, board: Board) -> None:
+        self.run, self.ranks, self.board = run, ranks, board
+        self._profiler: Any = None
+        self._left = 0
+        self._looked = 0.0
+        self._first = 0
+        self._writer: threading.Thread | None = None
+
+    def __call__(self, position: Position, report: Report) -> None:
+        if self._profiler is not None:
+            self._profiler.step()
+            self._left -= 1
+            if self._left == 0:
+                self._end(position.step)
+        elif time.monotonic() - self._looked > self.POLL:
+            self._looked = time.monotonic()
+            if (steps := self._asked()) is not None:
+                self._begin(position.step + 1, steps)
+
+    def close(self) -> None:
+        """At the end of a stage, or of the life: what was traced so far is written, if there is time for it."""
+        if self._profiler is not None:
+            self._end(None)
+        if self._writer is not None:
+            self._writer.join(_LAST_WORDS)
+
+    def _asked(self) -> int | None:
+        path = self.run.path / FOLDER / REQUEST
+        try:
+            asked = read_json(path)
+        except ValueError:
+            asked = {}
+        if asked is None or (self._writer is not None and self._writer.is_alive()):
+            return None
+        path.unlink(missing_ok=True)
+        steps = asked.get("steps")
+        return steps if isinstance(steps, int) and steps > 0 else STEPS
+
+    def _begin(self, first: int, steps: int) -> None:
+        from torch.profiler import ProfilerActivity, profile
+
+        activities = [ProfilerActivity.CPU]
+        if self.ranks.device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+        self.ranks.heart.beat("starting the profiler", slow=True)  # the first one loads its library
+        self._first, self._left = first, steps
+        self._profiler = profile(activities=activities, profile_memory=True)
+        self._profiler.__enter__()
+        log.info("tracing steps %d to %d", first, first + steps - 1)
+
+    def _end(self, last: int | None) -> None:
+        profiler, self._profiler = self._profiler, None
+        self.ranks.heart.beat("ending the profiler", slow=True)
+        profiler.__exit__(None, None, None)
+        self._writer = threading.Thread(target=self._write, args=(profiler, self._first, last), daemon=True)
+        self._writer.start()
+
+    def _write(self, profiler: Any, first: int, last: int | None) -> None:
+        folder = self.run.folder(FOLDER)
+        trace = folder / f"step-{first:06d}.json.gz"
+        temporary = folder / f".writing.{trace.name}"
+        try:
+            profiler.export_chrome_trace(str(temporary))
+            temporary.chmod(0o600)
+            temporary.replace(trace)
+            operators = _longest(profiler, self.ranks.device.type == "cuda")
+            told = {"first": first, "last": last, "trace": str(trace), "operators": operators}
+            write_atomically(told_path(trace), json.dumps(told, indent=1).encode(), 0o600)
+            self.run.record("profiled", first=first, last=last, trace=trace.name)
+            self.board.text(first, "profile/longest operators", table(operators))
+        except Exception as error:  # a profile is never worth a run
+            log.warning("the trace of step %d could not be written: %s", first, error)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def told_path(trace: Path) -> Path:
+    """The table beside a trace."""
+    return trace.with_name(trace.name.removesuffix(".gz"))
+
+
+def _longest(profiler: Any, cuda: bool) -> list[dict[str, Any]]:
+    """The operators by the time that they took themselves, without what they called."""
+    rows = []
+    for event in profiler.key_averages():
+        own = event.self_device_time_total if cuda else event.self_cpu_time_total
+        rows.append({"operator": event.key, "calls": event.count, "milliseconds": round(own / 1000, 3)})
+    whole = sum(row["milliseconds"] for row in rows) or 1.0
+    rows.sort(key=lambda row: -row["milliseconds"])
+    return [{**row, "share": round(row["milliseconds"] / whole, 4)} for row in rows[:LISTED]]
+
+
+def table(operators: list[dict[str, Any]]) -> str:
+    """As Markdown."""
+    lines = ["| operator | calls | ms | share |", "|---|---|---|---|"]
+    lines += [f"| {o['operator']} | {o['calls']} | {o['milliseconds']:.1f} | {o['share']:.1%} |" for o in operators]
+    return "\n".join(lines)

@@ -1,0 +1,49 @@
+"""Where an archive's images lie, whichever way it was unpacked.
+
+folders_with(raw, re.compile(r"patient\\d+"))       # [raw/train, raw/valid]: found without opening a patient
+for path in files(raw, (".png", ".dcm")): ...       # all of them, in no order
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from radhpc.core.errors import UserError, first_line
+
+DEPTH = 4  # folders below the archive's own; it also ends the walk where a link leads back up
+
+
+def folders_with(folder: Path, pattern: re.Pattern[str], depth: int = DEPTH) -> list[Path]:
+    """The folders, sorted, that hold an entry called as `pattern` says; these are not looked into any further."""
+    below = []
+    for entry in entries(folder):
+        if pattern.fullmatch(entry.name):
+            return [folder]
+        if entry.is_dir():
+            below.append(entry.name)
+    if not depth:
+        return []
+    return [found for name in sorted(below) for found in folders_with(folder / name, pattern, depth - 1)]
+
+
+def files(folder: Path, suffixes: tuple[str, ...], depth: int = DEPTH) -> Iterator[Path]:
+    """Yield the files with one of these endings (lower case), folder by folder, those of one folder in no order."""
+    below = []
+    for entry in entries(folder):
+        if entry.is_dir():
+            below.append(entry.name)
+        elif entry.name.lower().endswith(suffixes) and not entry.name.startswith("."):
+            yield folder / entry.name
+    if depth:
+        for name in sorted(below):
+            yield from files(folder / name, suffixes, depth - 1)
+
+
+def entries(folder: Path) -> Iterator[os.DirEntry[str]]:
+    """Yield what a folder holds, in no order. Raises UserError."""
+    try:
+        with os.scandir(folder) as found:
+            yield from found
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror or first_line(error)})") from error

@@ -1,0 +1,298 @@
+"""What the readers of both editions of MIMIC-CXR share: tables joined by study, projections, partial downloads.
+
+    mimic-cxr-jpg/2.1.0/                                mimic-cxr/2.1.0/
+      files/p10/p10000032/s50414267/02aa804e-....jpg      files/p10/p10000032/s50414267/02aa804e-....dcm
+      mimic-cxr-2.0.0-metadata.csv.gz                     cxr-record-list.csv.gz
+      mimic-cxr-2.0.0-split.csv.gz                        mimic-cxr-reports.zip
+      mimic-cxr-2.0.0-chexpert.csv.gz, -negbio.csv.gz
+      mimic-cxr-2.1.0-test-set-labeled.csv
+
+The rows of all tables lie on the disk, grouped by study; only the columns named here are read, and dates and times are
+none of them. Reports are read by several threads: a parallel file system answers each open late, but many at a time.
+"""
+
+import functools
+import os
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from radhpc.core.errors import UserError
+from radhpc.core.sample import CHEXPERT, Split
+from shards import splits
+from shards.datasets import reader
+from shards.datasets.helpers import mimic_reports, mimic_sections
+from shards.datasets.helpers.mimic_reports import VERSIONS, Unusable
+from shards.datasets.reader import DatasetWarning, RawStudy
+from shards.tabular import external_sort, table
+
+VOCABULARIES = {"chexpert": "chexpert", "negbio": "negbio", "radiologist": "test-set-labeled"}  # and its table
+RENAMED = {"Airspace Opacity": "Lung Opacity"}  # what the radiologists' table calls it
+VIEWS = ("PA", "AP", "LATERAL", "LL")  # come first, in this order
+FRONTAL = ("PA", "AP")  # alone or with more words: "AP AXIAL", "PA LLD"
+THREADS = 16  # that read reports
+BATCH = 512  # studies whose reports are read ahead
+
+
+class Options(reader.Options):
+    """The options of both readers."""
+
+    views: Literal["all", "frontal"] = Field("all", description="all, or frontal: PA and AP alone")
+    require: Literal["any", "findings", "impression"] = Field(
+        "any", description="studies with any text, or only those with findings, or with an impression"
+    )
+    subset: str | None = Field(
+        None,
+        pattern=r"^p\d{1,8}(,p\d{1,8})*$",
+        description="the part that was downloaded, by the starts of patients' folders, such as p10,p11",
+    )
+    reports: Path | None = Field(None, description="the folder of reports, or mimic-cxr-reports.zip itself")
+    split: Path | None = Field(
+        None, description="mimic-cxr-2.0.0-split.csv, where it lies elsewhere; tables beside it are read as well"
+    )
+
+
+@dataclass(frozen=True)
+class Edition:
+    """What the two differ in."""
+
+    images: str  # the kind of the table that lists all images
+    names: tuple[str, ...]  # of that table
+    suffix: str  # of an image
+    complete: bool  # whether the tables of projections, splits and labels belong to it
+
+
+def named(what: str) -> tuple[str, ...]:
+    return tuple(f"mimic-cxr-{version}-{what}.csv" for version in VERSIONS)
+
+
+def read(raw: Path | None, options: Options, edition: Edition) -> Iterator[RawStudy]:
+    """Yield the studies of an edition. Raises UserError where a table, the images or the reports are not found."""
+    images = table.locate(raw, edition.names, "table of images of MIMIC-CXR")
+    tables = _tables(images, options, edition)
+    archive = _Archive(images.parent, options, edition, frozenset(tables))
+    rows = chain.from_iterable(_rows(path, kind, archive) for kind, path in tables.items())
+    studies = archive.choose(external_sort.grouped(rows))
+    with ThreadPoolExecutor(THREADS) as pool:
+        while batch := list(islice(studies, BATCH)):
+            for study in pool.map(archive.add_report, batch):
+                if study.fault or options.require == "any" or getattr(study.report, options.require):
+                    yield study
+                else:
+                    archive.counts["require"] += 1
+    _tell(archive)
+
+
+def _tables(images: Path, options: Options, edition: Edition) -> dict[str, Path]:
+    """The tables that are there, by kind, that of images first. Raises UserError where a needed one is not."""
+    if options.split and not options.split.is_file():
+        raise UserError(f"split={options.split}: no such file; wanted is {named('split')[-1]} (also .gz)")
+    folders = [images.parent, *([options.split.parent] if options.split else [])]
+
+    def find(what: str) -> Path | None:
+        return next((path for folder in folders if (path := table.find_one(folder, named(what)))), None)
+
+    found = {edition.images: images}
+    places = {"metadata": find("metadata"), "split": options.split or find("split")}
+    places |= {vocabulary: find(what) for vocabulary, what in VOCABULARIES.items()}
+    for kind, path in places.items():
+        if path:
+            found.setdefault(kind, path)
+    if edition.complete and "split" not in found:
+        raise UserError(f"--raw {images.parent}: no {named('split')[-1]} (also .gz); put it there or give split=FILE")
+    if options.views != "all" and "metadata" not in found:
+        raise UserError(
+            f"views={options.views}: the projections are in {named('metadata')[-1]} of MIMIC-CXR-JPG; put it into "
+            f"{images.parent}, or beside the table that split=FILE names"
+        )
+    return found
+
+
+def _rows(path: Path, kind: str, archive: "_Archive") -> Iterator[tuple[str, tuple[str, Any]]]:
+    """(study_id, (kind, what the row says)), row by row; a row that cannot be used is a study alone."""
+    for record in table.stream(path, _columns(path, kind)):
+        values = {name: value.strip() for name, value in record.values.items()}
+        try:
+            if record.fault:
+                raise Unusable(record.fault)
+            if not all(values[name].isdecimal() for name in ("study_id", "subject_id") if name in values):
+                raise Unusable("study_id or subject_id that is no number")
+            if "subject_id" not in values or archive.has(values["subject_id"], kind):
+                yield values["study_id"], (kind, _value(kind, values))
+        except Unusable as fault:
+            yield f"{path.name} {record.where}", ("fault", str(fault))
+
+
+def _columns(path: Path, kind: str) -> tuple[str, ...]:
+    if kind not in VOCABULARIES:
+        more = {"records": ("dicom_id",), "metadata": ("dicom_id", "ViewPosition"), "split": ("split",)}
+        return ("study_id", "subject_id", *more[kind])
+    labels = [name for name in table.read(path).columns if RENAMED.get(name, name) in CHEXPERT]
+    return ("study_id", *(() if kind == "radiologist" else ("subject_id",)), *labels)
+
+
+def _value(kind: str, values: dict[str, str]) -> Any:
+    """Labels, or (subject_id, a word) or (subject_id, dicom_id, projection). Raises Unusable."""
+    if kind in VOCABULARIES:
+        return {RENAMED.get(name, name): _label(word) for name, word in values.items() if not name.endswith("_id")}
+    if kind == "split":
+        return values["subject_id"], values["split"]
+    if not re.fullmatch(r"[\w.-]+", values["dicom_id"]):
+        raise Unusable("dicom_id that names no file")
+    return values["subject_id"], values["dicom_id"], values.get("ViewPosition") or None
+
+
+@functools.cache  # of the few ways to write these few numbers
+def _label(word: str) -> int | None:
+    try:
+        return {1.0: 1, 0.0: 0, -1.0: -1}[float(word)] if word else None
+    except (ValueError, KeyError):
+        raise Unusable("a label other than 1, 0, -1 and empty") from None
+
+
+class _Archive:
+    """The studies of an edition on this disk, and a count of what its user should know."""
+
+    def __init__(self, folder: Path, options: Options, edition: Edition, kinds: frozenset[str]) -> None:
+        self.options, self.edition, self.kinds = options, edition, kinds
+        self.files = folder / "files"
+        if not self.files.is_dir():
+            raise UserError(f"--raw {folder}: no folder 'files' there, which holds the images")
+        self.groups = sorted(name for name in os.listdir(self.files) if re.fullmatch(r"p\d\d", name))
+        self.starts = dict.fromkeys(options.subset.split(","), False) if options.subset else {}  # whether it was met
+        self.counts: Counter[str] = Counter()
+        self._reports = mimic_reports.find(folder, options.reports)
+
+    def has(self, subject: str, kind: str) -> bool:
+        """Whether a patient belongs to the part that was downloaded."""
+        starts = [start for start in self.starts if f"p{subject}".startswith(start)]
+        self.starts.update(dict.fromkeys(starts, True))
+        inside = bool(starts) or not self.starts
+        self.counts["outside"] += kind == self.edition.images and not inside
+        return inside
+
+    def choose(self, groups: Iterator[tuple[str, list[tuple[str, Any]]]]) -> Iterator[RawStudy]:
+        """Yield the studies that the options choose, without reports."""
+        for study, rows in groups:
+            said: dict[str, list[Any]] = {}
+            for kind, value in rows:
+                said.setdefault(kind, []).append(value)
+            if "fault" in said:
+                yield RawStudy(study="", patient="", views=(), name=study, fault=said["fault"][0])
+            elif self.edition.images in said or "split" in said:  # else a table of labels alone names it
+                found = self._study(study, said)
+                self.counts["studies"] += 1
+                if found.views or found.fault:
+                    self.counts.update(f"no {kind}" for kind in self.kinds - said.keys())
+                    yield found
+                else:
+                    self.counts["views"] += 1
+
+    def _study(self, study: str, said: dict[str, list[Any]]) -> RawStudy:
+        """A study as the tables have it; without views where the options choose none of its images."""
+        images, rows = said.get(self.edition.images, []), said.get("split", [])
+        subjects = {subject for subject, *_ in [*images, *rows]}
+        subject = min(subjects)
+        place = f"p{subject[:2]}/p{subject}/s{study}"
+        try:
+            if not images:
+                raise Unusable("study without a row in the table of images")
+            if len(subjects) > 1:
+                raise Unusable("rows of one study of different patients")
+            split = _split({word for _, word in rows}) if "split" in self.kinds else None
+        except Unusable as fault:
+            return RawStudy(study=study, patient=subject, views=(), name=place, fault=str(fault))
+        projections = {dicom: view for _, dicom, view in said.get("metadata", [])}
+        views = sorted(((dicom, projections.get(dicom)) for dicom in {dicom for _, dicom, _ in images}), key=_rank)
+        return RawStudy(
+            study=study,
+            patient=subject,
+            views=tuple(
+                (self.files / place / f"{dicom}{self.edition.suffix}", view)
+                for dicom, view in views
+                if self.options.views == "all" or (view and view.split()[0] in FRONTAL)
+            ),
+            name=place,
+            split=split,
+            labels={kind: said[kind][0] for kind in VOCABULARIES if kind in said},
+        )
+
+    def add_report(self, study: RawStudy) -> RawStudy:
+        """The study with its report, or with why it cannot be used. Safe in threads."""
+        if study.fault:
+            return study
+        try:
+            if not (self.files / study.name).is_dir():
+                raise Unusable(self._why_missing(study.name))
+            text = self._reports.text(f"{study.name}.txt")
+            if not text.strip():
+                raise Unusable("empty text")
+            report = mimic_sections.report(text, study.study)
+            if not report.text():
+                raise Unusable("no findings, impression or last paragraph")
+            return replace(study, report=report)
+        except Unusable as fault:
+            return replace(study, fault=str(fault))
+
+    def _why_missing(self, place: str) -> str:
+        if place[:3] in self.groups:
+            return "missing image folder"
+        return f"missing image folder; if only a part was downloaded, name it: subset={','.join(self.groups) or 'p10'}"
+
+
+def _rank(view: tuple[str, str | None]) -> tuple[int, str]:
+    """PA, AP, lateral ones, the rest, those without a projection; then by dicom_id."""
+    dicom, projection = view
+    return VIEWS.index(projection) if projection in VIEWS else len(VIEWS) + (projection is None), dicom
+
+
+def _split(words: set[str]) -> Split:
+    """The split of a study from all its rows. Raises Unusable."""
+    if not words:
+        raise Unusable("study without a row in the table of splits")
+    if len(words) > 1:
+        raise Unusable("rows of one study in different splits")
+    try:
+        return splits.parse(words.pop())
+    except UserError:
+        raise Unusable("unknown split") from None
+
+
+def _tell(archive: _Archive) -> None:
+    """Warn of what the user should know. Raises UserError for a part of the archive without patients."""
+    options, counts = archive.options, archive.counts
+    if missed := [start for start, met in archive.starts.items() if not met]:
+        raise UserError(
+            f"subset={options.subset}: no patient of the tables begins with {', '.join(missed)}; folders found are "
+            f"{', '.join(archive.groups) or 'none'}"
+        )
+    told = [
+        (counts["outside"], f"images lie outside of subset={options.subset} and were not looked for"),
+        (counts["views"], f"studies have no image that views={options.views} allows and were left out"),
+        (counts["require"], f"studies have no {options.require} and were left out, as require= says"),
+        *((counts[f"no {kind}"], f"studies have no labels of {kind}") for kind in ("chexpert", "negbio")),
+    ]
+    lines = [f"{count} {what}" for count, what in told if count]
+    if "split" not in archive.kinds:
+        lines.append(
+            f"no {named('split')[-1]} beside the images: patients are split by their hashes, and scores do not compare "
+            "with published ones; give split=FILE of MIMIC-CXR-JPG"
+        )
+    if "metadata" not in archive.kinds:
+        lines.append(f"no {named('metadata')[-1]} beside the images: no projections; views stand in the order of names")
+    if archive.edition.complete:
+        lines += [
+            f"no {named(VOCABULARIES[kind])[-1]}: studies have no labels of {kind}"
+            for kind in ("chexpert", "negbio")
+            if kind not in archive.kinds
+        ]
+    for line in lines:
+        warnings.warn(line, DatasetWarning, stacklevel=2)

@@ -1,0 +1,66 @@
+"""What the readers of visual question answering share: the cells of a record -> texts, labels and a study.
+
+One question is one sample, so an image is stored once for each of its questions.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+from shards.datasets.reader import RawStudy
+
+
+class Fault(ValueError):
+    """Why a record cannot be used: a general phrase."""
+
+
+def faulty(name: str, fault: Fault) -> RawStudy:
+    """The study that takes the place of a record that cannot be used."""
+    return RawStudy(study="", patient="", views=(), name=name, fault=str(fault))
+
+
+def text(value: Any, what: str) -> str:
+    """A cell as one line of text; empty for nothing. Numbers become text, and 7.0 becomes 7. Raises Fault."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if not isinstance(value, (str, int, float)):
+        raise Fault(f"{what} is no text")
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    try:
+        words = " ".join(str(value).split())
+        words.encode()
+    except ValueError:  # half of a surrogate pair, which JSON can spell, or a number of thousands of digits
+        raise Fault(f"{what} is no text") from None
+    return words
+
+
+def filled(value: Any, what: str) -> str:
+    """As `text`, of a cell that may not be empty. Raises Fault."""
+    if not (words := text(value, what)):
+        raise Fault(f"empty {what}")
+    return words
+
+
+def image_name(value: Any) -> str:
+    """A path relative to the folder of images, with its spaces and dots. Raises Fault."""
+    if not isinstance(value, str) or not value.strip():
+        raise Fault("no image named")
+    if "\0" in value:
+        raise Fault("image path with a zero byte")
+    filled(value, "image path")
+    path = PurePosixPath(value.strip())
+    if path.is_absolute() or ".." in path.parts:
+        raise Fault("image path that leaves the folder")
+    return str(path)
+
+
+def labels(**names: Sequence[str]) -> dict[str, dict[str, int | None]]:
+    """What the set tells of a question, by vocabulary: answer_type=["closed"] -> {"answer type": {"closed": 1}}.
+
+    The vocabularies are the same in all sets: `answer type` (closed: the answer is one of few, such as yes and
+    no; or open), `question type`, `organ`, `modality`, `base type`, `phrase type`.
+    """
+    found = {vocabulary.replace("_", " "): [name for name in own if name] for vocabulary, own in names.items()}
+    return {vocabulary: dict.fromkeys(own, 1) for vocabulary, own in found.items() if own}

@@ -1,0 +1,39 @@
+"""The registry of dataset readers: which archives `build` knows, and the module that reads each.
+
+A new reader is one file in shards/datasets/ and its name here; a reader of another package is announced by an entry
+point (radhpc/core/plugins.py).
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from radhpc.core import plugins
+from radhpc.core.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from shards.datasets.reader import Reader
+
+BUILT_IN = (
+    "chestxray14", "chexpert", "chexpert_plus", "image_text", "mimic_cxr", "mimic_cxr_jpg", "openi", "padchest",
+    "pathvqa", "phantom", "roco_v2", "slake", "vqa_rad",
+)  # fmt: skip
+
+
+def names() -> tuple[str, ...]:
+    """Every dataset that `build` may be asked for."""
+    return tuple(sorted({*BUILT_IN, *plugins.installed(plugins.DATASETS)}))
+
+
+def reader(name: str) -> "Reader":
+    """Import the reader of that name. Raises UserError for an unknown one."""
+    if name in BUILT_IN:
+        module: Reader = importlib.import_module(f"shards.datasets.{name}")
+        return module
+    announced = plugins.installed(plugins.DATASETS)
+    if name not in announced:
+        raise UserError(f"dataset: '{name}' is unknown{nearest(name, names())}; allowed are {', '.join(names())}")
+    loaded = plugins.load(announced[name])
+    if missing := [part for part in ("OPTIONS", "SYNTHETIC", "read") if not hasattr(loaded, part)]:
+        raise UserError(f"plugin '{name}' ({announced[name].value}) has no {missing[0]}: it is no reader")
+    plugin: Reader = loaded
+    return plugin

@@ -1,0 +1,1 @@
+"""How a build runs: scheduling, worker processes, the shard writer, output folder and assembly."""

@@ -1,0 +1,103 @@
+"""The records of all shards -> the index and the manifest, with the proofs that the whole dataset holds."""
+
+import io
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from radhpc.core.errors import UserError
+from radhpc.core.manifest import FINGERPRINTS, INDEX, File, Index, Manifest, Shard, sha256
+from radhpc.core.sample import SPLITS, Split
+from shards.execution.worker import Done
+from shards.execution.writer import SampleRow
+
+
+def assemble(
+    name: str,
+    records: Iterable[tuple[Split, Done]],
+    recipe: dict[str, Any],
+    build_hash: str,
+    skipped: Mapping[str, int],
+) -> tuple[Manifest, dict[str, bytes]]:
+    """Return the manifest and the files it names, one record at a time in memory. Raises UserError without a sample."""
+    shards: list[Shard] = []
+    parts: list[Index] = []
+    fingerprints: list[npt.NDArray[np.uint8]] = []
+    for split, record in records:
+        if record.shard:
+            parts.append(part(record.rows, record.patients, split, len(shards)))
+            shards.append(record.shard)
+            fingerprints.append(fingerprints_of(record))
+    if not parts:
+        raise UserError(f"{name}: no study could be used")
+    index = join(parts)
+    _check(index)
+    files = {INDEX: index.to_bytes(), FINGERPRINTS: npy(np.concatenate(fingerprints))}
+    of_split = {split: index.patient[index.split == n] for n, split in enumerate(SPLITS)}
+    manifest = Manifest(
+        dataset=name,
+        samples=len(index),
+        splits={split: len(patients) for split, patients in of_split.items()},
+        patients={split: len(np.unique(patients)) for split, patients in of_split.items()},
+        shards=tuple(shards),
+        index=_file(INDEX, files[INDEX]),
+        fingerprints=_file(FINGERPRINTS, files[FINGERPRINTS]),
+        build=recipe,
+        build_hash=build_hash,
+        skipped=dict(sorted(skipped.items())),
+    )
+    return manifest, files
+
+
+def fingerprints_of(record: Done) -> npt.NDArray[np.uint8]:
+    """The perceptual hashes of a shard's images: (images, 32)."""
+    return np.frombuffer(bytes.fromhex("".join(record.fingerprints)), np.uint8).reshape(-1, 32)
+
+
+def npy(array: npt.NDArray[Any]) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _file(name: str, data: bytes) -> File:
+    return File(name=name, size=len(data), sha256=sha256(data))
+
+
+def part(rows: Sequence[SampleRow], patients: Sequence[str], split: Split, shard: int) -> Index:
+    """The columns of one shard."""
+    members = [member for row in rows for member in row.members]
+    return Index(
+        key=np.array([row.key for row in rows], "S"),
+        patient=np.array(patients, "S"),
+        split=np.full(len(rows), SPLITS.index(split), np.uint8),
+        shard=np.full(len(rows), shard, np.int32),
+        first=np.cumsum([0, *(len(row.members) for row in rows)], dtype=np.int64),
+        suffix=np.array([member.suffix for member in members], "S"),
+        offset=np.array([member.offset for member in members], np.int64),
+        length=np.array([member.length for member in members], np.int64),
+        crc32c=np.array([member.crc32c for member in members], np.uint32),
+    )
+
+
+def join(parts: list[Index]) -> Index:
+    """The columns of all shards, one behind the other."""
+    ends = np.cumsum([0, *(part.first[-1] for part in parts)])
+    first = [part.first[:-1] + end for part, end in zip(parts, ends[:-1], strict=True)]
+    columns = {
+        name: np.concatenate([getattr(part, name) for part in parts])
+        for name in Index.__dataclass_fields__
+        if name != "first"
+    }
+    return Index(first=np.concatenate([*first, ends[-1:]]), **columns)
+
+
+def _check(index: Index) -> None:
+    """What the listing has made sure of must hold in what was written."""
+    assert len(np.unique(index.key)) == len(index), "a key twice"
+    pairs = np.unique(np.rec.fromarrays([index.patient, index.split]))
+    twice = [patient for patient, count in Counter(pairs["f0"].tolist()).items() if count > 1]
+    assert not twice, "a patient in two splits"

@@ -1,0 +1,252 @@
+"""What one process of a build does: a plan -> a shard, and a record that it is done.
+
+The rows come from the listing in the work folder. The record goes there too, and stays until the build ends; a build
+that goes on after an interruption takes the shards with a record of its own hash as they are. Records name studies by
+their salted hashes, never by raw names.
+"""
+
+import contextlib
+import os
+import signal
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from multiprocessing import parent_process
+from multiprocessing.sharedctypes import Synchronized
+from multiprocessing.synchronize import Event
+from pathlib import Path
+from typing import NamedTuple
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from radhpc.core.manifest import Shard
+from radhpc.core.sample import Sample, Split
+from radhpc.storage.store import Store, write_atomically
+from shards.duplicates import REASON, Others
+from shards.execution.writer import SampleRow, write
+from shards.images.pixels import BadImage, Target, encode, load
+from shards.listing import Listing, Plan, Row
+from shards.summary import Summary
+from shards.text import deidentification
+
+# Of the modalities that a DICOM may tell: computed, digital and dental radiography, mammography, fluoroscopy and
+# angiography, what was captured or drawn on a screen, and what says nothing.
+RADIOGRAPHS = (None, "CR", "DX", "DR", "RG", "MG", "IO", "PX", "RF", "XA", "SC", "OT")
+LISTING = "listing.sqlite"  # in the work folder
+
+
+class Done(BaseModel):
+    """The record of a finished shard."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    build_hash: str
+    shard: Shard | None  # None where every study was left out
+    rows: tuple[SampleRow, ...]
+    patients: tuple[str, ...]  # of the rows
+    fingerprints: tuple[str, ...]  # of all images, in the order of the rows, hexadecimal
+    attributions: tuple[tuple[str, str], ...]  # key, whom its licence asks to name
+    skipped: tuple[tuple[str, str, str], ...]  # study, reason, detail
+    summary: Summary
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the shards of a build have in common."""
+
+    url: str  # where the shards go
+    work: Path  # the build's private folder: listing, records
+    build_hash: str
+    target: Target
+
+
+@dataclass(frozen=True)
+class Task:
+    """One shard to build."""
+
+    plan: Plan
+    job: Job
+    keep: frozenset[str] | None = None  # studies: of a shard that is built again, those that are in it
+
+
+class Offence(Exception):
+    """What identifies a person stands where it cannot be scrubbed, in the name of a label for instance."""
+
+
+class Stopped(Exception):
+    """The build is ending; the shard at hand was dropped."""
+
+
+def others_path(work: Path, split: Split) -> Path:
+    """What a split must not repeat: see shards/duplicates.py."""
+    return work / f"others-{split}.npz"
+
+
+def record_path(task: Task) -> Path:
+    return task.job.work / f"{task.plan.name}.json"
+
+
+def read_record(task: Task) -> Done | None:
+    """The record of a shard that this build or an earlier run of it has finished, or None."""
+    try:
+        done = Done.model_validate_json(record_path(task).read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None
+    return done if done.build_hash == task.job.build_hash else None
+
+
+def finished(task: Task) -> bool:
+    """Whether a shard needs no more work: it has a record, and lies where it belongs in full size."""
+    done = read_record(task)
+    if done is None or done.shard is None:
+        return done is not None
+    try:
+        return Store(task.job.url).size(done.shard.name) == done.shard.size
+    except FileNotFoundError:
+        return False
+
+
+def build_shard(task: Task, tick: Callable[[], None]) -> Done:
+    """Build one shard whole. `tick` is called after each study, and may raise to end it. Raises OSError."""
+    patients: list[str] = []
+    summary = Summary()
+    attributions: list[tuple[str, str]] = []
+    fingerprints: list[str] = []
+    others = Others(others_path(task.job.work, task.plan.split))
+    skipped: list[tuple[str, str, str]] = []
+
+    def samples(listing: Listing) -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
+        for row in listing.rows(task.plan):
+            if task.keep is not None and row.study not in task.keep:
+                continue
+            try:
+                found = describe(row, listing.dataset, task.job.target)
+            except BadImage as error:
+                skipped.append((row.study, error.reason, error.detail))
+            except ValidationError as error:
+                what = error.errors()[0]
+                where = ".".join(map(str, what["loc"]))
+                skipped.append((row.study, "description refused", f"{where}: {what['msg']}"))
+            except Offence as error:
+                skipped.append((row.study, "identifier refused", str(error)))
+            else:
+                if twin := others.find(found.fingerprints):
+                    skipped.append((row.study, REASON, twin))
+                else:
+                    patients.append(row.patient)
+                    summary.count(found.sample, found.scrubbed)
+                    if row.raw.attribution:
+                        attributions.append((row.key, row.raw.attribution))
+                    fingerprints.extend(one.hex() for one in found.fingerprints)
+                    yield row.key, found.members
+            tick()
+
+    store = Store(task.job.url)
+    folder = store.folder or task.job.work  # a shard for an object store is written here first
+    with Listing(task.job.work / LISTING) as listing:
+        shard, rows = write(folder / task.plan.name, samples(listing))
+    if store.folder is None and shard:
+        store.upload(folder / shard.name, shard.name)
+        (folder / shard.name).unlink()
+    done = Done(
+        build_hash=task.job.build_hash,
+        shard=shard,
+        rows=tuple(rows),
+        patients=tuple(patients),
+        fingerprints=tuple(fingerprints),
+        attributions=tuple(attributions),
+        skipped=tuple(skipped),
+        summary=summary,
+    )
+    write_atomically(record_path(task), done.model_dump_json().encode(), mode=0o600)
+    return done
+
+
+class Described(NamedTuple):
+    """A study as it goes into a shard."""
+
+    sample: Sample
+    members: list[tuple[str, bytes]]  # its description, then its images: (suffix, data)
+    fingerprints: list[bytes]
+    scrubbed: Mapping[str, int]  # how often each rule of the privacy gate was applied
+
+
+def describe(row: Row, dataset: str, target: Target) -> Described:
+    """Read the images of a study and write its description. Raises BadImage, ValidationError and Offence."""
+    images = []
+    for source, projection in row.raw.views:
+        raw = load(source) if isinstance(source, Path) else source()
+        if raw.modality not in RADIOGRAPHS:
+            raise BadImage(str(source), "DICOM that is no radiograph", f"modality {raw.modality}")
+        images.append(encode(raw, target, projection))
+    report, scrubbed = deidentification.scrub_report(row.raw.report)
+    question, answer = (_scrub(text, scrubbed) for text in (row.raw.question, row.raw.answer))
+    if answer is not None and not answer.replace(deidentification.MARK, "").strip(" .,;"):
+        raise Offence("answer: nothing else in it")
+    sample = Sample(
+        dataset=dataset,
+        patient=row.patient,
+        study=row.study,
+        split=row.split,
+        images=tuple(image.view for image in images),
+        report=report,
+        language=row.raw.language,
+        labels=row.raw.labels,
+        question=question,
+        answer=answer,
+    )
+    assert sample.key == row.key
+    if found := deidentification.offences(sample):
+        raise Offence(found[0])
+    members = [("json", sample.model_dump_json().encode())]
+    members += [(f"{n}.{image.suffix}", image.data) for n, image in enumerate(images)]
+    return Described(sample, members, [image.fingerprint for image in images], scrubbed)
+
+
+def _scrub(text: str | None, counts: Counter[str]) -> str | None:
+    if text is None:
+        return None
+    clean, found = deidentification.scrub(text)
+    counts.update(found)
+    return clean
+
+
+# The two things that a worker process shares with the build: how many studies are done, and whether to stop.
+_counter: "Synchronized[int] | None" = None
+_stop: Event | None = None
+
+
+def start_process(counter: "Synchronized[int]", stop: Event) -> None:
+    """Run once in each worker process: take what is shared, and never outlive the build."""
+    global _counter, _stop
+    _counter, _stop = counter, stop
+    for number in (signal.SIGTERM, signal.SIGUSR2):  # schedulers send them to all processes; the build decides
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_follow_parent, daemon=True).start()
+
+
+def _follow_parent() -> None:
+    """End with the build: a pool's workers would wait forever for one that was killed."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def run_task(task: Task) -> bool:
+    """Build one shard in a worker process; False where the build is ending."""
+    assert _counter is not None
+    assert _stop is not None
+    counter, stop = _counter, _stop
+
+    def tick() -> None:
+        with counter.get_lock():
+            counter.value += 1
+        if stop.is_set():
+            raise Stopped
+
+    with contextlib.suppress(Stopped):
+        build_shard(task, tick)
+        return True
+    return False

@@ -1,0 +1,1 @@
+"""Raw images (JPEG, PNG, DICOM) to what lies in a shard, and perceptual hashes."""

@@ -1,0 +1,1 @@
+"""Drawn studies whose findings are known: the image and its report."""

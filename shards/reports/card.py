@@ -1,0 +1,327 @@
+"""The card of a dataset: `card.md` for people, and `contact_sheet.png`, a page of its pictures.
+
+    text = card(manifest, summary, [{"study": "0f3c...", "reason": "missing image file"}], ["no patient column"])
+    picture = contact_sheet([("train  PA", image), ...])        # of the samples that choose(index) names
+
+It says what was built, from what and how, what is in it, and what was left out and changed. Studies stand in it by
+their salted hashes. The same input gives the same bytes.
+"""
+
+import io
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from radhpc.core.image_decoding import decode
+from radhpc.core.manifest import Index, Manifest
+from radhpc.core.sample import CHEXPERT, SPLITS, Sample
+from radhpc.storage.store import Store
+from shards.summary import LONGEST, SIDE, TEXTS, Part, Summary, percentile
+
+CARD = "card.md"
+SHEET = "contact_sheet.png"
+SHOWN = 30  # labels of a vocabulary, views and languages
+HASHES = 6  # in a line
+
+_BACKGROUND, _CELL, _CAPTION = "#101114", "#1a1c20", "#a9b0ba"
+_GAP, _MARGIN, _LINE, _LETTERS = 10, 20, 22, 13  # pixels
+
+
+def card(manifest: Manifest, summary: Summary, skipped: Sequence[Mapping[str, str]], notes: Sequence[str]) -> str:
+    """The card as Markdown.
+
+    `skipped` holds, of each study that was left out, its salted hash as "study" and a general "reason" (an empty hash
+    where it has none); `notes` what the reader and the build had to tell. Neither may hold a raw name or a path.
+    """
+    parts = [
+        f"# {_plain(manifest.dataset)}",
+        "**For research only. Not for clinical use:** nothing here was checked for the care of a patient.",
+        _opening(manifest, summary),
+        *_section("Splits", _splits(manifest, summary)),
+        *_section("How it was built", _settings(manifest)),
+        *_section("Texts", _texts(summary)),
+        *_section("Labels", *_labels(summary)),
+        *_section("Images", _images(summary)),
+        *_section("What was scrubbed", _scrubbed(summary)),
+        *_section("What was left out", *_left_out(manifest, skipped)),
+        *_section("Notes", "\n".join(f"- {_plain(note)}" for note in notes)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def choose(index: Index, count: int = 48) -> list[int]:
+    """Positions of samples for a contact sheet: as many of each split as may be, evenly along its shards, ascending."""
+    remaining = [index.of_split(split) for split in SPLITS]
+    chosen: list[int] = []
+    for n, positions in enumerate(sorted(remaining, key=len)):  # what a small split cannot fill, the larger ones do
+        wanted = min(len(positions), (count - len(chosen)) // (len(remaining) - n))
+        # the middles of `wanted` equal stretches
+        chosen += positions[((np.arange(wanted) + 0.5) * len(positions) / max(wanted, 1)).astype(np.int64)].tolist()
+    return sorted(chosen)
+
+
+def pictures(store: Store, manifest: Manifest, index: Index, count: int = 48) -> list[tuple[str, Image.Image]]:
+    """(caption, first image) of the samples that `choose` names, from finished shards."""
+    found = []
+    for row in choose(index, count):
+        members = {member.name.split(".", 1)[1]: member for member in index.members(row)}
+        shard = manifest.shards[int(index.shard[row])].name
+        description, image = members.pop("json"), next(iter(members.values()))
+        sample = Sample.model_validate_json(store.read_range(shard, description.offset, description.length))
+        view = sample.images[0]
+        picture = decode(store.read_range(shard, image.offset, image.length), view)
+        found.append((f"{sample.split}  {view.view or ''}", picture))
+    return found
+
+
+def contact_sheet(pictures: Sequence[tuple[str, Image.Image]], columns: int = 8, cell: int = 224) -> bytes:
+    """A PNG of (caption, picture) in a grid; each picture is fitted into `cell` x `cell` pixels.
+
+    Raises ValueError where there is no picture.
+    """
+    if not pictures:
+        raise ValueError("a contact sheet needs a picture")
+    columns = min(columns, len(pictures))
+    rows = -(-len(pictures) // columns)
+    across, down = cell + _GAP, cell + _LINE + _GAP
+    sheet = Image.new("RGB", (2 * _MARGIN + columns * across - _GAP, 2 * _MARGIN + rows * down - _GAP), _BACKGROUND)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(_LETTERS)
+    for number, (caption, picture) in enumerate(pictures):
+        left, top = _MARGIN + number % columns * across, _MARGIN + number // columns * down
+        draw.rectangle((left, top, left + cell - 1, top + cell - 1), fill=_CELL)
+        factor = min(cell / picture.width, cell / picture.height)
+        size = max(1, round(picture.width * factor)), max(1, round(picture.height * factor))
+        fitted = picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+        sheet.paste(fitted, (left + (cell - size[0]) // 2, top + (cell - size[1]) // 2))
+        draw.text((left + 2, top + cell + 4), _fit(" ".join(caption.split()), draw, font, cell - 4), _CAPTION, font)
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG", compress_level=1)  # the sheet of a small build shall not cost more than the build
+    return buffer.getvalue()
+
+
+def _fit(text: str, draw: ImageDraw.ImageDraw, font: Any, width: int) -> str:
+    """The text, or as much of it as fits, with an ellipsis."""
+    if draw.textlength(text, font) <= width:
+        return text
+    while text and draw.textlength(text + "...", font) > width:
+        text = text[:-1]
+    return text.rstrip() + "..."
+
+
+def _opening(manifest: Manifest, summary: Summary) -> str:
+    images = summary.whole.images
+    return (
+        f"{_count(manifest.samples, 'sample')} of {_count(sum(manifest.patients.values()), 'patient')} with "
+        f"{_count(images, 'image')} in {_count(len(manifest.shards), 'shard')}, "
+        f"{_size(sum(shard.size for shard in manifest.shards))}. "
+        "Each sample is a study: its images, its report or question, and its labels. Patients and studies are named by "
+        "salted hashes, and no patient is in two splits."
+    )
+
+
+def _splits(manifest: Manifest, summary: Summary) -> str:
+    rows = [
+        (split, manifest.splits.get(split, 0), manifest.patients.get(split, 0), summary.splits[split].images)
+        for split in SPLITS
+    ]
+    total = ("**all**", *(sum(row[n] for row in rows) for n in (1, 2, 3)))  # type: ignore[misc]
+    return _table(("split", "samples", "patients", "images"), [*rows, total])
+
+
+def _settings(manifest: Manifest) -> str:
+    """The build's recipe without what only programs need, and without paths."""
+    recipe = manifest.build
+    versions = recipe.get("versions", {})
+    known = {
+        "reader": recipe.get("reader"),
+        "options": ", ".join(f"{key}={_no_path(value)}" for key, value in sorted(recipe.get("options", {}).items())),
+        "longest side of an image": f"{recipe['longest_side']} pixels" if "longest_side" in recipe else None,
+        "image format": recipe.get("image_format"),
+        "JPEG quality": recipe.get("quality") if recipe.get("image_format", "jpeg") == "jpeg" else None,
+        "black and white at percentiles": _joined(recipe.get("percentiles", ())),
+        "share of train, validate, test": _joined(recipe.get("ratios", ())),
+        "near-duplicates across splits": {"drop": "left out", "report": "kept"}.get(recipe.get("duplicates", "")),
+        "kept apart from": ", ".join(hash[:16] for hash in recipe.get("apart_from", ())),
+        "samples in a shard, at most": recipe.get("shard_samples"),
+        "versions": ", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
+        "build": manifest.build_hash[:16],
+    }
+    rows = [(name, _plain(value)) for name, value in known.items() if value not in (None, "")]
+    return _table(("", "value"), rows, numbers=False)
+
+
+def _texts(summary: Summary) -> str:
+    whole = summary.whole
+    rows = []
+    for name in TEXTS:
+        if counts := whole.words.get(name):
+            low, middle, high, most = (percentile(counts, share) for share in (0.05, 0.5, 0.95, 1))
+            longest = f"{LONGEST:,} or more" if most == LONGEST else most
+            rows.append((name, sum(counts.values()), low, middle, high, longest))
+    table = _table(("text", "samples", "5th percentile", "median", "95th percentile", "longest"), rows) if rows else ""
+    languages = f"Languages: {_listing(whole.languages, whole.samples, 'sample')}."
+    without = f"{_count(whole.without_report, 'sample')} without a report." if whole.without_report else ""
+    return "\n\n".join(filter(None, ("Lengths in words:" if rows else "", table, f"{languages} {without}".strip())))
+
+
+def _labels(summary: Summary) -> list[str]:
+    """A table for each vocabulary, CheXpert's first and in its own order, the others' by how often they are present."""
+    whole = summary.whole
+    blocks = []
+    for vocabulary in sorted(whole.labels, key=lambda name: (name != "chexpert", name)):
+        names = whole.labels[vocabulary]
+        order = (
+            [name for name in CHEXPERT if name in names]
+            if vocabulary == "chexpert"
+            else sorted(names, key=lambda name: (-names[name]["1"], name))
+        )
+        shown = order[: max(SHOWN, len(CHEXPERT))]
+        samples = whole.samples
+        rows = []
+        for name in shown:
+            present, absent, unsure = (names[name][value] for value in ("1", "0", "-1"))
+            of_split = [_present(summary.splits[split], vocabulary, name) for split in SPLITS]
+            unsaid = samples - present - absent - unsure
+            rows.append((_plain(name), present, _share(present, samples), absent, unsure, unsaid, *of_split))
+        header = ("label", "present", "share", "absent", "uncertain", "unsaid", *(f"present in {s}" for s in SPLITS))
+        kept = [n for n in range(len(header)) if n in (0, 1, 2) or any(row[n] for row in rows)]
+        table = _table([header[n] for n in kept], [[row[n] for n in kept] for row in rows])
+        more = f"\n\nand {len(order) - len(shown):,} more names." if len(order) > len(shown) else ""
+        blocks.append(f"**{_plain(vocabulary)}**, {_count(len(order), 'name')}\n\n{table}{more}")
+    return blocks
+
+
+def _present(part: Part, vocabulary: str, name: str) -> int:
+    return part.labels.get(vocabulary, {}).get(name, {}).get("1", 0)
+
+
+def _images(summary: Summary) -> str:
+    whole = summary.whole
+    views = sorted(whole.views, key=lambda view: (-whole.views[view], view))
+    rows: list[Sequence[Any]] = [
+        (_plain(view), whole.views[view], *(summary.splits[split].views.get(view, 0) for split in SPLITS))
+        for view in views[:SHOWN]
+    ]
+    if len(views) > SHOWN:
+        rest = views[SHOWN:]
+        counts = [sum(part.views.get(view, 0) for view in rest) for part in (whole, *summary.splits.values())]
+        rows.append((f"{len(rest):,} others", *counts))
+    sides = {f"{side - SIDE + 1:,} to {side:,} pixels": n for side, n in sorted(whole.sides.items())}
+    bits = {f"{bits} bits": n for bits, n in sorted(whole.bits.items())}
+    studies = {_count(images, "image"): n for images, n in sorted(whole.images_per_study.items())}
+    return "\n\n".join(
+        (
+            _table(("view", "images", *SPLITS), rows),
+            f"- longest side: {_listing(sides, whole.images, 'image', ranked=False)}\n"
+            f"- before the build: {_listing(bits, whole.images, 'image', ranked=False)}\n"
+            f"- in a sample: {_listing(studies, whole.samples, 'sample', ranked=False)}",
+        )
+    )
+
+
+def _scrubbed(summary: Summary) -> str:
+    about = (
+        "Rules replace by `___` what identifies a person in a text: dates with a day or a month, times of day, "
+        "ages above 89, numbers of records and telephones, addresses, and names beside a title or a header. "
+        "A name that stands alone is not found by a rule, and what is written into the pixels stays: "
+        "look for it on the contact sheet."
+    )
+    if not summary.scrubbed:
+        return f"{about}\n\nNothing was found."
+    order = sorted(summary.scrubbed, key=lambda rule: (-summary.scrubbed[rule], rule))
+    table = _table(("rule", "replaced"), [(_plain(rule), summary.scrubbed[rule]) for rule in order])
+    return f"{about}\n\n{table}\n\nIn {_count(summary.scrubbed_samples, 'sample')}."
+
+
+def _left_out(manifest: Manifest, skipped: Sequence[Mapping[str, str]]) -> list[str]:
+    """By reason, the most frequent first; then the hashes, each once."""
+    reasons = Counter(skip["reason"] for skip in skipped) or Counter(manifest.skipped)
+    if not reasons:
+        return ["Nothing."]
+    order = sorted(reasons, key=lambda reason: (-reasons[reason], reason))
+    blocks = [_table(("reason", "studies"), [(_plain(reason), reasons[reason]) for reason in order])]
+    for reason in order:
+        hashes = sorted({skip["study"] for skip in skipped if skip["reason"] == reason and skip.get("study")})
+        lines = [" ".join(hashes[n : n + HASHES]) for n in range(0, len(hashes), HASHES)]
+        if lines:
+            blocks.append(f"{_plain(reason)}:\n\n```\n" + "\n".join(lines) + "\n```")
+    return blocks
+
+
+def _section(title: str, *blocks: str) -> list[str]:
+    """The heading and what stands below it, or nothing where that is empty."""
+    filled = [block for block in blocks if block]
+    return [f"## {title}", *filled] if filled else []
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[Any]], numbers: bool = True) -> str:
+    """A Markdown table, padded so that it reads well as plain text; all columns but the first are set right."""
+    body = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
+    widths = [max(3, *(len(row[n]) for row in [list(header), *body])) for n in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        return (
+            "| "
+            + " | ".join(
+                cell.rjust(width) if n and numbers else cell.ljust(width)
+                for n, (cell, width) in enumerate(zip(cells, widths, strict=True))
+            )
+            + " |"
+        )
+
+    rule = (
+        "|"
+        + "|".join("-" * (width + 1) + ":" if n and numbers else "-" * (width + 2) for n, width in enumerate(widths))
+        + "|"
+    )
+    return "\n".join((line(header), rule, *map(line, body)))
+
+
+def _listing(counts: Mapping[str, int], total: int, noun: str, ranked: bool = True) -> str:
+    """ "en 90 samples (90.0%), es 10 (10.0%)"; the most frequent first, or in the order given."""
+    names = sorted(counts, key=lambda name: (-counts[name], name)) if ranked else list(counts)
+    texts = [
+        f"{_plain(name)}: {f'{counts[name]:,}' if n else _count(counts[name], noun)} ({_share(counts[name], total)})"
+        for n, name in enumerate(names[:SHOWN])
+    ]
+    more = f", and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
+    return ", ".join(texts) + more
+
+
+def _count(number: int, noun: str) -> str:
+    plural = "studies" if noun == "study" else f"{noun}s"
+    return f"{number:,} {noun if number == 1 else plural}"
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+
+
+def _share(number: int, total: int) -> str:
+    return f"{100 * number / total:.1f}%" if total else "0.0%"
+
+
+def _joined(values: Iterable[Any]) -> str:
+    return ", ".join(map(str, values))
+
+
+def _no_path(value: Any) -> str:
+    """An option's value; a path says where on a machine patients' data lie, and that is nobody's business."""
+    text = str(value)
+    return "(a path)" if "/" in text or "\\" in text.replace("\\t", "") else text
+
+
+_SHOWN_AS = (
+    ("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|"), ("`", "\\`"), ("*", "\\*"), ("[", "\\["),
+)  # fmt: skip
+
+
+def _plain(value: Any) -> str:
+    """A text from the data as Markdown shows it, on one line and within its cell."""
+    text = " ".join(str(value).split())
+    for mark, shown in _SHOWN_AS:
+        text = text.replace(mark, shown)
+    return text

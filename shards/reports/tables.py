@@ -1,0 +1,59 @@
+"""What people read of the data verbs: results in, Rich's lines and tables out. Nothing is printed here.
+
+for line in built(build("phantom", None, "runs/phantom")):
+    console.print(line)
+"""
+
+from collections.abc import Iterator
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from shards.balance import BalanceResult
+from shards.datasets import registry
+from shards.settings import Result
+from shards.verify import Report
+
+SHOWN = 20  # studies that were left out
+
+
+def options(name: str) -> RenderableType:
+    """What a reader reads, and its options."""
+    reader = registry.reader(name)
+    table = Table("option", "default", "what it is", title=f"Options of {name}, as KEY=VALUE")
+    for key, field in reader.OPTIONS.model_fields.items():
+        table.add_row(key, "" if field.default is None else str(field.default), field.description or "")
+    missing = f"--out is missing: radhpc build {name} --raw DIR --out URL [KEY=VALUE]..."
+    return Group(Text(f"{(reader.__doc__ or '').strip()}\n"), table, Text(missing))
+
+
+def built(result: Result) -> Iterator[str]:
+    """What was left out, what was scrubbed, and the counts."""
+    for skipped in result.skipped[:SHOWN]:
+        yield f"skipped {skipped['name']}: {skipped['reason']}"
+    if len(result.skipped) > SHOWN:
+        yield f"... and {len(result.skipped) - SHOWN} more: {result.skipped_file}"
+    for warning in result.warnings:
+        yield f"[yellow]warning[/] {warning}"
+    if result.scrubbed:
+        counts = ", ".join(f"{count} {rule}" for rule, count in sorted(result.scrubbed.items()))
+        yield f"scrubbed from texts: {counts}"
+    what = "were there already" if result.reused else f"built in {result.seconds:.0f} s"
+    yield f"{result.samples} samples in {result.shards} shards {what}, {len(result.skipped)} skipped: {result.url}"
+
+
+def balanced(result: BalanceResult) -> str:
+    """What a balanced subset keeps."""
+    return (
+        f"balanced: {result.kept} of {result.kept + result.dropped} training samples from {result.clusters} clusters "
+        f"and {result.noise} that are like no other: {result.url}"
+    )
+
+
+def verified(report: Report) -> Iterator[str]:
+    """Every fault and where it is, and the counts."""
+    for fault in report.faults:
+        where = "" if fault.offset is None else f" at {fault.offset}"
+        yield f"{fault.shard} {fault.member or ''}{where}: {fault.fault}"
+    yield f"{report.samples} samples in {report.shards} shards, {len(report.faults)} fault(s)"

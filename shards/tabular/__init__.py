@@ -1,0 +1,1 @@
+"""Tables of records, plain-data pickles, and an external sort for archives of any size."""

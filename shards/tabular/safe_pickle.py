@@ -1,0 +1,69 @@
+"""Reads a pickle of plain data, and never runs what it holds.
+
+    records = load(Path("train_qa.pkl"))        # [{"image": "train_0000", "question": ..., "answer": ...}, ...]
+
+A pickle is a program: whoever wrote it decides what is imported and called when it is loaded. So its instructions
+are looked at before any is carried out, and only those that build None, booleans, numbers, texts, bytes, lists and
+dictionaries are allowed. What is looked at and what is carried out are the same bytes in memory. Tuples and sets are
+refused, too: tuples of tuples as the keys of a dictionary can be spelled so that their hash never ends.
+"""
+
+import io
+import pickle
+import pickletools
+from pathlib import Path
+from typing import Any, NoReturn
+
+from radhpc.core.errors import UserError, first_line
+
+MAX_BYTES = 1 << 26  # an instruction of one byte may make an object of sixty-four: at worst four gibibytes
+
+_BUILDERS = """
+    PROTO FRAME MARK STOP POP POP_MARK DUP GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE
+    NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT
+    STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8
+    BINBYTES SHORT_BINBYTES BINBYTES8 EMPTY_LIST LIST APPEND APPENDS EMPTY_DICT DICT SETITEM SETITEMS
+"""
+PLAIN = frozenset(_BUILDERS.split())  # instructions that build plain data, and call nothing
+PUTS = frozenset(("PUT", "BINPUT", "LONG_BINPUT"))
+
+
+def load(path: Path) -> Any:
+    """Return the plain data of a pickle. Raises UserError that names the file and what it may not hold."""
+    try:
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise UserError(f"{path}: {size} bytes; pickles of at most {MAX_BYTES} bytes are allowed")
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or first_line(error)})") from error
+    try:
+        _check(path, data)
+        return _Plain(io.BytesIO(data), encoding="utf-8").load()
+    except UserError:
+        raise
+    except Exception as error:  # the unpickler raises whatever broken bytes lead it to: KeyError, EOFError, ...
+        raise UserError(f"{path}: broken pickle ({first_line(error)})") from error
+
+
+def _check(path: Path, data: bytes) -> None:
+    """Raise UserError at the first instruction that does more than build plain data."""
+    for opcode, argument, place in pickletools.genops(data):
+        if opcode.name not in PLAIN:
+            wanted = f"{opcode.name} {argument}" if isinstance(argument, str) else opcode.name
+            raise UserError(
+                f"{path}: byte {place}: a pickle of more than plain data ({wanted[:80]!r}); allowed are lists, "
+                "dictionaries, texts and numbers; nothing of it was run"
+            )
+        if opcode.name in PUTS and argument is not None and not 0 <= argument <= len(data):
+            # The unpickler makes room for all numbers below: one instruction would fill the memory.
+            raise UserError(f"{path}: byte {place}: broken pickle (memo {argument} in a file of {len(data)} bytes)")
+
+
+class _Plain(pickle.Unpickler):
+    """The second lock: no name is ever looked up."""
+
+    def find_class(self, module: str, name: str) -> NoReturn:
+        raise pickle.UnpicklingError(f"{module}.{name} is no plain data")
+
+    def persistent_load(self, identifier: Any) -> NoReturn:
+        raise pickle.UnpicklingError("a reference to outside is no plain data")

@@ -1,0 +1,1 @@
+"""Report text: sections and de-identification."""

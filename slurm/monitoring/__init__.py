@@ -1,0 +1,1 @@
+"""Where runs stand and why: status, goodput, logs, pending reasons, tables and live views."""

@@ -1,0 +1,40 @@
+"""Ask the living job of a run for a profiler's trace, and wait for it. The other side is radhpc/training/profiling.py.
+
+trace(run, steps=10, seconds=600)     # {"first": 120, "last": 129, "trace": ".../step-000120.json.gz", ...}
+"""
+
+import json
+import time
+from typing import Any
+
+from radhpc.core.errors import UserError
+from radhpc.core.files import read_json, write_atomically
+from radhpc.core.run_folder import RunDir
+from slurm import scheduler
+
+FOLDER, REQUEST = "profile", "request.json"
+
+
+def trace(run: RunDir, steps: int, seconds: float) -> dict[str, Any]:
+    """What the job says of the trace. Raises UserError where no job runs, or none came in time."""
+    if scheduler.state(run.job()) != "RUNNING":
+        raise UserError(f"{run.path}: no running job to trace")
+    request = run.folder(FOLDER) / REQUEST
+    known = _told(run)
+    write_atomically(request, json.dumps({"steps": steps}).encode(), 0o600)
+    end = time.monotonic() + seconds
+    while not (new := _told(run) - known):
+        if time.monotonic() > end:
+            request.unlink(missing_ok=True)
+            raise UserError(f"{run.path}: no trace after {seconds:.0f} s; --wait longer, or see `radhpc logs`")
+        if scheduler.state(run.job()) != "RUNNING" and not _told(run) - known:
+            request.unlink(missing_ok=True)
+            raise UserError(f"{run.path}: the job ended before it had made {steps} more steps")
+        time.sleep(0.2)
+    found: dict[str, Any] = read_json(run.path / FOLDER / max(new)[1])
+    return found
+
+
+def _told(run: RunDir) -> set[tuple[int, str]]:
+    """A step may be traced once more after a restart, so a file is known by its time, too."""
+    return {(path.stat().st_mtime_ns, path.name) for path in (run.path / FOLDER).glob("step-*.json")}

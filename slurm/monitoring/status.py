@@ -1,0 +1,294 @@
+"""Where runs stand, and why: read from their folders and from one look at each cluster's queue.
+
+status(RunDir.open("runs/padchest-1"))          # the keys of `radhpc status --json`
+look = Statuses([RunDir.open(path) for path in paths])
+look.now()                                      # of all of them, in their order; again a second later, cheaply
+"""
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from radhpc.core.files import read_json, write_atomically
+from radhpc.core.run_folder import RunDir
+from slurm import scheduler
+from slurm.monitoring import goodput, logs, pending_reasons
+from slurm.monitoring.goodput import ENDS, Account as Books, Life
+from slurm.scheduler import Found
+
+_WAITING = {"PENDING", "REQUEUED", "CONFIGURING", "REQUEUE_HOLD", "SPECIAL_EXIT"}
+# Causes that are named even where there were none.
+_RESTARTS = ("preempted", "time_limit", "node_lost", "rank_lost", "hung", "crashed")
+_THREADS = 16  # a shared file system answers slowly, and many questions at once
+_QUIET = 120.0  # seconds without a step after which a running job is said to make none, or twenty of its steps
+_BEGINNINGS = ("submitted", "starting", "started", "requeued")
+LIVING = ("pending", "running")
+
+
+def status(run: RunDir) -> dict[str, Any]:
+    """Where one run stands."""
+    return Statuses([run]).now()[0]
+
+
+@dataclass
+class _Digest:
+    """What is asked of a run's events. They are append-only, so a file of the same size and time is the same file."""
+
+    key: str = ""  # of events.jsonl: inode, size, time of change
+    newest: str = ""  # the last event's name
+    end: dict[str, Any] | None = None  # the last of ENDS
+    end_since: dict[str, Any] | None = None  # the same, since the job was last submitted, put back or started
+    begun: str = ""  # the name of that beginning
+    stepped: bool = False  # a step was made since then
+    saved: dict[str, Any] | None = None  # the last save
+    evaluation: dict[str, Any] | None = None
+    books: Books = field(default_factory=Books)
+
+    @classmethod
+    def of(cls, key: str, run: RunDir) -> "_Digest":
+        events = _events(run)
+        names = [event["event"] for event in events]
+        begun = max((n for n, name in enumerate(names) if name in _BEGINNINGS), default=-1)
+
+        def last(*names: str, since: int = 0) -> dict[str, Any] | None:
+            return next((event for event in reversed(events[since:]) if event["event"] in names), None)
+
+        return cls(
+            key=key,
+            newest=names[-1] if names else "",
+            end=last(*ENDS),
+            end_since=last(*ENDS, since=begun + 1),
+            begun=names[begun] if begun >= 0 else "",
+            stepped="first_step" in names[begun + 1 :],
+            saved=last("saved"),
+            evaluation=_newest_evaluation(run),
+            books=goodput.account(events),
+        )
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "_Digest":
+        books = data.pop("books")
+        lives = [Life(**life) for life in books.pop("lives")]
+        return cls(**data, books=Books(**books, lives=lives))
+
+
+class _Digests:
+    """The digests of all runs that this user has looked at, in one file beside other programs' caches.
+
+    What it holds of a run counts while the run's events.jsonl is the same; a file that cannot be read or written, or is
+    an older release's, is no error: then all events are read.
+    """
+
+    VERSION = 1
+
+    def __init__(self) -> None:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        self.path = home / "radhpc" / "status.json"
+        self._stored: dict[str, Any] = {}
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            found = read_json(self.path) or {}
+            self._stored = found["runs"] if found.get("version") == self.VERSION else {}
+
+    def get(self, run: RunDir, key: str) -> _Digest | None:
+        data = self._stored.get(str(run.path))
+        if data is None or data["key"] != key:
+            return None
+        return _Digest.from_json({**data, "books": dict(data["books"])})
+
+    def keep(self, reads: Sequence["_Read"]) -> None:
+        """Add the digests of these runs; of others only those that are still there."""
+        new = {str(read.run.path): read.digest for read in reads if read.digest.key}
+        if all(self._stored.get(path, {}).get("key") == digest.key for path, digest in new.items()):
+            return
+        kept = {path: data for path, data in self._stored.items() if path not in new and os.path.exists(path)}
+        data = {"version": self.VERSION, "runs": kept | {path: asdict(digest) for path, digest in new.items()}}
+        with contextlib.suppress(OSError):
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_atomically(self.path, json.dumps(data).encode(), 0o600)
+
+
+@dataclass
+class _Read:
+    """What was read of a run's folder."""
+
+    run: RunDir
+    job: dict[str, Any] | None = None
+    progress: dict[str, Any] = field(default_factory=dict)
+    digest: _Digest = field(default_factory=_Digest)
+
+    def read(self, digests: _Digests) -> None:
+        self.job, self.progress = self.run.job(), self.run.progress()
+        try:
+            found = os.stat(self.run.path / "events.jsonl")
+        except FileNotFoundError:
+            self.digest = _Digest()
+            return
+        key = f"{found.st_ino} {found.st_size} {found.st_mtime_ns}"
+        if key != self.digest.key:
+            self.digest = digests.get(self.run, key) or _Digest.of(key, self.run)
+
+
+class Statuses:
+    """Where several runs stand. Looks at the queue at most every so many seconds, at a run's events when they grow."""
+
+    def __init__(self, runs: Sequence[RunDir], queue_seconds: float = 0.0) -> None:
+        self.queue_seconds = queue_seconds
+        self._read = [_Read(run) for run in runs]
+        self._found: list[Found] = []
+        self._jobs: list[dict[str, Any] | None] = []
+        self._asked = float("-inf")
+        self._digests = _Digests()
+
+    def now(self) -> list[dict[str, Any]]:
+        """The keys of `radhpc status --json`, for each run."""
+        with ThreadPoolExecutor(_THREADS) as pool:
+            list(pool.map(lambda read: read.read(self._digests), self._read))
+        if self._asked == float("-inf"):  # once: whoever watches has all in memory
+            self._digests.keep(self._read)
+        jobs = [read.job for read in self._read]
+        if jobs != self._jobs or time.monotonic() - self._asked >= self.queue_seconds:
+            self._jobs, self._asked = jobs, time.monotonic()
+            self._found = scheduler.states([None if _has_finished(read) else read.job for read in self._read])
+        now = time.time()
+        return [
+            _describe(read, Found() if _has_finished(read) else found, now)
+            for read, found in zip(self._read, self._found, strict=True)
+        ]
+
+
+def _has_finished(read: _Read) -> bool:
+    """The scheduler need not be asked: after this event no life follows."""
+    return read.digest.newest == "finished" and "process_start" not in (read.job or {})
+
+
+def _describe(read: _Read, found: Found, now: float) -> dict[str, Any]:
+    progress = read.progress
+    state, why = _state(read, found)
+    living = state == "running"
+    books = read.digest.books.living(now) if living else read.digest.books
+    lives = books.lives
+    stepping = living and bool(lives) and progress.get("time", 0.0) >= lives[-1].started
+    if living:
+        why = why or _running(lives, progress, now)
+    last, saved = read.digest.end, read.digest.saved
+    world = progress.get("world") or (lives[-1].world if lives else None)
+    rate = progress.get("samples_per_second", 0.0) if stepping else 0.0
+    return {
+        "run": str(read.run.path),
+        "job": (read.job or {}).get("id"),
+        "state": state,
+        "cause": "" if last is None else last.get("cause") or last.get("why") or last["event"],
+        "why": why,
+        "starts_in_seconds": round(max(0.0, found.start - now)) if state == "pending" and found.start else None,
+        "stage": progress.get("stage"),
+        "step": progress.get("step", 0),
+        "steps": progress.get("steps"),
+        "loss": progress.get("loss"),
+        "samples_per_second": rate,
+        "samples_per_second_per_rank": round(rate / world, 3) if world else 0.0,
+        "world": world,
+        "device": progress.get("device"),
+        "data_wait": progress.get("data_wait") if stepping else None,
+        "eta_seconds": _eta(progress, now) if stepping else None,
+        "checkpoint_step": saved["step"] if saved else None,
+        "checkpoint_age_seconds": round(max(0.0, now - goodput.seconds(saved)), 1) if saved else None,
+        "restarts": dict.fromkeys(_RESTARTS, 0) | books.restarts,
+        "goodput": None if books.goodput is None else round(books.goodput, 3),
+        "gpu_hours": round(books.used / 3600, 4),
+        "gpu_hours_lost": round(books.lost / 3600, 4),
+        "evaluation": read.digest.evaluation,
+    }
+
+
+def _state(read: _Read, found: Found) -> tuple[str, str]:
+    """pending, running, finished, stopped or failed, and why."""
+    if found.living:
+        if found.state in _WAITING:
+            return "pending", pending_reasons.words(found.reason)
+        return "running", "" if found.state in ("RUNNING", "COMPLETING") else f"SLURM says {found.state.lower()}"
+    if end := read.digest.end_since:
+        state = ENDS[end["event"]]
+        why = end.get("why") or end.get("cause") or end["event"]
+        return state, "" if state == "finished" else str(why).replace("_", " ")
+    started = read.digest.begun in ("starting", "started")
+    if found.problem:
+        return "running" if started else "pending", f"{found.problem}; this is what the run's own files say"
+    if read.job is None:
+        return "failed", "never submitted"
+    return _gone(read, found, started, read.digest.stepped)
+
+
+def _gone(read: _Read, found: Found, started: bool, stepped: bool) -> tuple[str, str]:
+    """The job is gone, and the run's events do not say why: the scheduler and the log may."""
+    assert read.job is not None
+    if found.state == "CANCELLED":
+        return "stopped", "cancelled while it ran" if started else "cancelled while it waited in the queue"
+    when = "" if stepped else "before its first step: " if started else "before it started: "
+    said = [pending_reasons.words(found.reason)] if found.reason not in ("", "None") else []
+    said += [found.status] if found.status else []
+    if words := logs.last_words(read.run, read.job["id"], first=not started):
+        said.append(words)
+    return "failed", when + (", ".join(said) or "its job is gone without a word; see 'radhpc logs'")
+
+
+def _running(lives: list[Life], progress: dict[str, Any], now: float) -> str:
+    """What a person should know of a job that runs: nothing while it makes steps."""
+    if not lives or progress.get("time", 0.0) < lives[-1].started:
+        return "starting up"
+    quiet = now - progress["time"]
+    if quiet > max(_QUIET, 20 * progress.get("step_seconds", 0.0)):
+        return f"no step for {quiet / 60:.0f} min: evaluating, saving, or stuck"
+    if slowest := progress.get("slowest"):
+        return f"rank {slowest['rank']} on {slowest['host']} takes {slowest['ratio']:.1f} times as long as the others"
+    return ""
+
+
+def _eta(progress: dict[str, Any], now: float) -> float | None:
+    """Seconds to the last step at the pace of the last minute."""
+    if not progress.get("step_seconds") or not progress.get("steps"):
+        return None
+    left: float = (progress["steps"] - progress["step"]) * progress["step_seconds"] - (now - progress["time"])
+    return round(max(0.0, left), 1)
+
+
+def _events(run: RunDir) -> list[dict[str, Any]]:
+    """All events, parsed in one go: there may be a thousand runs with hundreds of checkpoints each."""
+    try:
+        data = (run.path / "events.jsonl").read_text()
+    except FileNotFoundError:
+        return []
+    whole = data[: data.rfind("\n") + 1].split("\n")  # a last line that was cut by a crash is left out
+    found: list[dict[str, Any]] = json.loads(f"[{','.join(filter(None, whole))}]")
+    return found
+
+
+def _newest_evaluation(run: RunDir) -> dict[str, Any] | None:
+    found = sorted((run.path / "evaluation").glob("step-*/scores.json"))
+    if not found:
+        return None
+    scores = read_json(found[-1])
+    return {"step": scores["step"], "split": scores["split"], **{n: s["value"] for n, s in scores["scores"].items()}}
+
+
+def find_runs(paths: Sequence[Path] | None, strict: bool = True) -> list[RunDir]:
+    """The runs at these paths, and of a folder that is none (a sweep) those in it; by default all in runs/.
+
+    Raises UserError for a path without any, if `strict`.
+    """
+    if not paths:
+        paths, strict = sorted(Path("runs").glob("*/")), False
+    return [run for path in paths for run in _runs_in(path) or ([RunDir.open(path)] if strict else [])]
+
+
+def _runs_in(path: Path) -> list[RunDir]:
+    found = [path / "recipe.yaml"] if (path / "recipe.yaml").exists() else []
+    return [
+        RunDir(recipe.parent)
+        for recipe in found or sorted([*path.glob("*/recipe.yaml"), *path.glob("trials/*/recipe.yaml")])
+    ]

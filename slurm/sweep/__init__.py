@@ -1,0 +1,1 @@
+"""Hyperparameter sweeps: the definition, and the study that holds the trials."""

@@ -1,0 +1,405 @@
+"""A sweep's folder: who has which parameters, what came of it, and which is best.
+
+    sweep.yaml    the frozen sweep             trials/0007/  an ordinary run folder for each trial
+    base.yaml     the recipe they start from   jobs.json     the job that each trial was given last
+    journal.log   Optuna's study               logs/         of the array's batch scripts
+    best.yaml     the best recipe so far       profiles/     where it was submitted to, each time
+
+Optuna decides what to try and what to end early; the run folders are the truth about what came of it, and the study is
+told from them again and again, so that a job killed anywhere loses nothing. All processes of all nodes share the
+journal: a file, locked by a link, which NFS has made atomically since its second version.
+
+    study = Study.create(Path("runs/sweep-1"), sweep, base)
+    run = study.prepare(7)            # draws the parameters of trial 7, once and for all
+    study.standing()["best"]
+"""
+
+import contextlib
+import math
+import os
+import re
+import shutil
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from radhpc.core import recipe as recipes
+from radhpc.core.errors import UserError, nearest
+from radhpc.core.files import read_json, write_atomically
+from radhpc.core.recipe import Recipe, read_yaml, validate
+from radhpc.core.run_folder import RunDir
+from slurm import scheduler
+from slurm.monitoring.goodput import ENDS
+from slurm.sweep.definition import Scalar, Sweep
+
+if TYPE_CHECKING:
+    import optuna
+
+_NAME = "sweep"  # of the one study in the journal
+_CHANGEABLE = ("concurrent", "trials")  # keys that a sweep may change in its life; trials upwards
+
+
+class Study:
+    """One sweep, from its folder."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path).absolute()
+
+    # The folder
+
+    @classmethod
+    def create(cls, path: Path, sweep: Sweep, base: Recipe) -> "Study":
+        """Make the folder, or go on with the one that is there. Raises UserError where that is another sweep."""
+        study, frozen = cls(path), sweep.model_copy(update={"recipe": "base.yaml", "overrides": ()})
+        if is_sweep(path):
+            if why := study.difference(sweep, base):
+                raise UserError(f"{path}: another sweep is there: {why}; name another folder with --sweep")
+            frozen = (
+                frozen.model_copy(update={"trials": max(sweep.count, study.sweep.count)}) if sweep.trials else frozen
+            )
+        else:
+            try:
+                study.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+                if {file.name for file in study.path.iterdir()} - {"base.yaml", "trials", "logs"}:  # half made
+                    raise UserError(f"{path}: the folder is not empty, and no sweep; name another one with --sweep")
+                study.path.chmod(0o700)
+            except OSError as error:
+                raise UserError(f"{path}: {error.strerror}") from error
+            write_atomically(study.path / "base.yaml", base.to_yaml().encode())
+        for name in ("trials", "logs"):
+            (study.path / name).mkdir(mode=0o700, exist_ok=True)
+        write_atomically(study.path / "sweep.yaml", frozen.to_yaml().encode())
+        study.__dict__.pop("sweep", None)
+        study._fill()
+        return study
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> "Study":
+        """Open an existing sweep. Raises UserError where there is none."""
+        if not is_sweep(Path(path)):
+            beside = [p.parent.name for p in Path(path).absolute().parent.glob("*/sweep.yaml")]
+            raise UserError(f"{path}: no sweep there (no sweep.yaml){nearest(Path(path).name, beside)}")
+        return cls(path)
+
+    def difference(self, sweep: Sweep, base: Recipe) -> str:
+        """Why this folder is not that sweep's, or an empty string."""
+        mine = self.sweep.model_dump(mode="json", exclude={"recipe", "overrides", *_CHANGEABLE})
+        theirs = sweep.model_dump(mode="json", exclude={"recipe", "overrides", *_CHANGEABLE})
+        keys = [key for key in mine if mine[key] != theirs[key]]
+        if keys:
+            return f"its '{keys[0]}' is another"
+        return "" if self.base == base else "its recipe is another"
+
+    @cached_property
+    def sweep(self) -> Sweep:
+        return validate(Sweep, read_yaml(self.path / "sweep.yaml"), self.path / "sweep.yaml")
+
+    @cached_property
+    def base(self) -> Recipe:
+        return recipes.load(self.path / "base.yaml")
+
+    def run_path(self, number: int) -> Path:
+        """The run folder of a trial, there or not."""
+        return self.path / "trials" / f"{number:04d}"
+
+    # Parameters
+
+    @cached_property
+    def _storage(self) -> "optuna.storages.JournalStorage":
+        import optuna
+        from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        journal = str(self.path / "journal.log")
+        # A holder that was killed is waited for half a minute; the path is absolute, because the link is followed.
+        lock = JournalFileSymlinkLock(journal)
+        _mend(Path(journal), lock)
+        return optuna.storages.JournalStorage(JournalFileBackend(journal, lock))
+
+    def _optuna(self, number: int = 0) -> "optuna.Study":
+        """The study, with a sampler whose random numbers are a function of the sweep's seed and the trial's number:
+        not of the process that asks, nor of when a preempted one asks again.
+        """
+        import optuna
+
+        seed = (self.sweep.seed * 1_000_003 + number) % 2**32
+        sampler: optuna.samplers.BaseSampler
+        if self.sweep.method == "tpe":
+            sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)  # trials side by side keep apart
+        else:
+            sampler = optuna.samplers.RandomSampler(seed=seed)
+        pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
+        if asha := self.sweep.pruner:
+            pruner = optuna.pruners.SuccessiveHalvingPruner(
+                min_resource=asha.min_steps, reduction_factor=asha.reduction, min_early_stopping_rate=0
+            )
+        return optuna.load_study(study_name=_NAME, storage=self._storage, sampler=sampler, pruner=pruner)
+
+    def _fill(self) -> None:
+        """Give every trial its place in the study; those of a grid their parameters, too."""
+        import optuna
+
+        with contextlib.suppress(optuna.exceptions.DuplicatedStudyError):
+            directions = optuna.study.StudyDirection
+            direction = directions.MAXIMIZE if self.sweep.maximizes else directions.MINIMIZE
+            optuna.create_study(study_name=_NAME, storage=self._storage, direction=direction)
+        study, grid = self._optuna(), self.sweep.grid() if self.sweep.method == "grid" else None
+        for number in range(len(study.get_trials(deepcopy=False)), self.sweep.count):
+            study.enqueue_trial(grid[number] if grid else {})
+
+    def parameters(self, number: int) -> dict[str, Scalar]:
+        """The parameters of a trial: drawn when it is asked for the first time, from what is known by then."""
+        from optuna.trial import Trial, TrialState
+
+        study = self._optuna(number)
+        frozen = study.get_trials(deepcopy=False)[number]
+        if frozen.state.is_finished():
+            return dict(frozen.params)
+        if frozen.state == TrialState.WAITING:
+            self._storage.set_trial_state_values(frozen._trial_id, TrialState.RUNNING)
+        # What Study.ask makes, but of this trial and no other: a job that comes back finds what it had drawn before.
+        trial = Trial(study, frozen._trial_id)
+        return {key: _draw(trial, key, axis) for key, axis in self.sweep.space.items()}
+
+    def prepare(self, number: int) -> RunDir:
+        """The run of a trial, made with its frozen recipe where it is not there yet."""
+        path = self.run_path(number)
+        if (path / "recipe.yaml").exists():
+            return RunDir(path)
+        if path.exists():
+            shutil.rmtree(path)  # a job was killed while it made it: there is no recipe, so nothing was trained
+        overrides = self.sweep.trial_overrides(self.parameters(number))
+        data = self.base.model_dump(mode="json")
+        return RunDir.create(path, recipes.build(data, overrides, path))
+
+    # Results
+
+    def report(self, number: int) -> None:
+        """Tell the study what the run folder says: every score so far, and how the trial ended if it has."""
+        from optuna.exceptions import UpdateFinishedTrialError
+
+        with contextlib.suppress(UpdateFinishedTrialError):  # another job has settled it at this moment
+            self._report(number)
+
+    def _report(self, number: int) -> None:
+        from optuna.trial import TrialState
+
+        study, values = self._optuna(), scores(self.run_path(number), self.sweep.metric, self.base.evaluation.split)
+        frozen = study.get_trials(deepcopy=False)[number]
+        if frozen.state != TrialState.RUNNING:
+            return
+        for step, value in values.items():
+            if step not in frozen.intermediate_values:  # after a resume a step may be evaluated again
+                self._storage.set_trial_intermediate_value(frozen._trial_id, step, value)
+        ends = {event["event"] for event in RunDir(self.run_path(number)).events("finished", "pruned")}
+        if "finished" in ends:
+            last = list(values.values())[-1] if values else math.nan
+            if math.isnan(last):
+                study.tell(number, state=TrialState.FAIL, skip_if_finished=True)  # at its end, but without a score
+            else:
+                study.tell(number, last, skip_if_finished=True)
+        elif "pruned" in ends:
+            study.tell(number, state=TrialState.PRUNED, skip_if_finished=True)
+
+    def should_prune(self, number: int, step: int) -> bool:
+        """Whether the trial shall end at this step. A yes is kept: a job killed before it has saved asks again."""
+        self.report(number)
+        study = self._optuna()
+        frozen = study.get_trials()[number]
+        if frozen.state.is_finished():
+            return False
+        if "pruned_at" in frozen.user_attrs:
+            return True
+        if not study.pruner.prune(study, frozen):
+            return False
+        self._storage.set_trial_user_attr(frozen._trial_id, "pruned_at", step)
+        return True
+
+    def settle(self) -> None:
+        """Tell the study how all trials ended, also those whose job was killed before it could say so."""
+        for number, frozen in enumerate(self._optuna().get_trials(deepcopy=False)):
+            if frozen.state.name == "RUNNING" and self.run_path(number).exists():
+                self.report(number)
+
+    # Where it stands
+
+    def standing(self) -> dict[str, Any]:
+        """The keys of `status SWEEP --json`: sweep, trials (best first) and best; best.yaml is written beside it."""
+        self.settle()
+        frozen, living = self._optuna().get_trials(deepcopy=False), self.living()
+        trials = [self._trial(number, frozen[number].params, living.get(number, "")) for number in range(len(frozen))]
+        sign = -1 if self.sweep.maximizes else 1
+        order = {"finished": 0, "pruned": 2}
+
+        def rank(trial: dict[str, Any]) -> tuple[float, ...]:
+            if trial["value"] is None:
+                return 3, 0, trial["number"]
+            return order.get(trial["state"], 1), sign * trial["value"], trial["number"]
+
+        trials.sort(key=rank)
+        best = next((trial for trial in trials if trial["state"] == "finished" and trial["value"] is not None), None)
+        if best is not None:
+            write_atomically(self.path / "best.yaml", Path(best["recipe"]).read_bytes())
+        return {
+            "sweep": str(self.path),
+            "metric": self.sweep.metric,
+            "direction": "maximize" if self.sweep.maximizes else "minimize",
+            "trials": trials,
+            "best": best,
+            "best_recipe": str(self.path / "best.yaml") if best else None,
+        }
+
+    def _trial(self, number: int, parameters: dict[str, Any], living: str) -> dict[str, Any]:
+        run = RunDir(self.run_path(number))
+        values = scores(run.path, self.sweep.metric, self.base.evaluation.split)
+        last = list(values.items())[-1] if values else None
+        state, why = self.state(number, living)
+        progress = run.progress()
+        return {
+            "number": number,
+            "run": str(run.path),
+            "state": state,
+            "why": why,
+            "value": None if last is None or math.isnan(last[1]) else last[1],
+            "value_step": None if last is None else last[0],
+            "step": progress.get("step", 0),
+            "steps": progress.get("steps"),
+            "parameters": {key: self.sweep.space[key].given(value) for key, value in parameters.items()},
+            "labels": {key: self.sweep.space[key].label(value) for key, value in parameters.items()},
+            "recipe": str(run.recipe_path) if run.recipe_path.exists() else None,
+        }
+
+    def state(self, number: int, living: str) -> tuple[str, str]:
+        """(missing, pending, running, finished, pruned, stopped or failed, why); `living` as `living` says."""
+        run = RunDir(self.run_path(number))
+        events = run.events() if run.path.exists() else []
+        names = [event["event"] for event in events]
+        for end in ("finished", "pruned"):
+            if end in names:
+                return end, ""
+        if living:
+            return ("pending" if living in ("PENDING", "REQUEUED", "CONFIGURING") else "running"), ""
+        if not run.recipe_path.exists():
+            job = self.given.get(run.path.name, {}).get("id")
+            return "missing", f"job {job} ended before it began; logs/{job}_0_log.err says why" if job else ""
+        last = next((event for event in reversed(events) if event["event"] in (*_ENDS, "submitted", "started")), None)
+        if last is None:
+            return "missing", "its parameters are drawn, but no job was given to it"
+        if last["event"] not in _ENDS:
+            return "failed", "its job is gone without a word"
+        why = str(last.get("why") or last.get("cause") or last["event"])
+        return ("stopped" if last["event"] in _STOPPED else "failed"), why
+
+    @property
+    def given(self) -> dict[str, dict[str, Any]]:
+        """The job that each trial was given last, by the name of its folder."""
+        return read_json(self.path / "jobs.json") or {}
+
+    def living(self) -> dict[int, str]:
+        """Number and SLURM's state of each trial whose job is in the queue or runs."""
+        return {number: state for number, (_, state) in self.jobs().items()}
+
+    def jobs(self) -> dict[int, tuple[dict[str, Any], str]]:
+        """The job, as in job.json, and SLURM's state of each trial whose job is in the queue or runs."""
+        candidates = []
+        for number in range(self.sweep.count):
+            run = RunDir(self.run_path(number))
+            for job in (run.job() if run.path.exists() else None, self.given.get(run.path.name)):
+                if job is not None:
+                    candidates.append((number, job))
+        living: dict[int, tuple[dict[str, Any], str]] = {}
+        for (number, job), found in zip(candidates, scheduler.states([job for _, job in candidates]), strict=True):
+            if found.problem and job["cluster"] == "slurm":
+                raise UserError(found.problem)  # who does not know what lives must not submit it again
+            if found.living:
+                living.setdefault(number, (job, found.state))
+        return living
+
+
+_ENDS = tuple(ENDS)
+_STOPPED = tuple(name for name, state in ENDS.items() if state == "stopped")
+
+
+def is_sweep(path: Path) -> bool:
+    """Whether a folder is a sweep's."""
+    return (path / "sweep.yaml").exists()
+
+
+def scores(run: Path, metric: str, split: str) -> dict[int, float]:
+    """Step and value of each evaluation of a run so far, in the order of steps. Raises UserError for a score that its
+    evaluations do not have.
+    """
+    found = {}
+    for path in sorted((run / "evaluation").glob("step-*/scores.json")):
+        evaluation = read_json(path) if re.fullmatch(r"step-\d+", path.parent.name) else None
+        if evaluation is None or evaluation["split"] != split:
+            continue
+        if metric not in evaluation["scores"]:
+            raise UserError(f"metric '{metric}': {path} does not have it; it has {', '.join(evaluation['scores'])}")
+        found[int(evaluation["step"])] = float(evaluation["scores"][metric]["value"])
+    return dict(sorted(found.items()))
+
+
+class Trial:
+    """What radhpc.worker asks of the sweep that a run belongs to."""
+
+    def __init__(self, run: Path) -> None:
+        self._study, self._number = Study(run.parent.parent), int(run.name)
+
+    @classmethod
+    def of(cls, run: str) -> "Trial | None":
+        """The trial of a run folder; None for a run that belongs to no sweep."""
+        path = Path(run).absolute()
+        inside = path.parent.name == "trials" and path.name.isdecimal() and is_sweep(path.parent.parent)
+        return cls(path) if inside else None
+
+    @property
+    def metric(self) -> str:
+        return self._study.sweep.metric
+
+    def parameters(self) -> dict[str, Scalar]:
+        """By key, in the words of a table."""
+        drawn = self._study.parameters(self._number)
+        return {key: self._study.sweep.space[key].label(value) for key, value in drawn.items()}
+
+    def should_prune(self, step: int) -> bool:
+        """Report, and ask whether to save and end here; called on rank 0 after an evaluation."""
+        return self._study.should_prune(self._number, step)
+
+    def close(self) -> None:
+        """Tell the study how the run stands."""
+        self._study.report(self._number)
+
+
+def _draw(trial: "optuna.Trial", key: str, axis: Any) -> Scalar:
+    """Draw a value of an axis, or give what was drawn before."""
+    if axis.values is not None:
+        value: Scalar = trial.suggest_categorical(key, axis.corners())
+        return value
+    if axis.whole:
+        return trial.suggest_int(key, axis.low, axis.high, step=axis.step or 1, log=axis.log)
+    return trial.suggest_float(key, axis.low, axis.high, step=axis.step, log=axis.log)
+
+
+def _mend(journal: Path, lock: Any) -> None:
+    """Cut off a last line that a full disk left without its end: the next line would be glued to it."""
+    try:
+        if not journal.exists() or _whole(journal):
+            return
+    except OSError:
+        return
+    lock.acquire()
+    try:
+        if not _whole(journal):
+            data = journal.read_bytes()
+            os.truncate(journal, data.rfind(b"\n") + 1)
+    finally:
+        lock.release()
+
+
+def _whole(journal: Path) -> bool:
+    with journal.open("rb") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return True
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
