@@ -125,10 +125,8 @@ def archive(name: str) -> str:
     reader = registry.reader(name)
     document = str(reader.__doc__ or "").strip()
     first, _, rest = document.partition("\n")
-    page = [made_from(f"shards/datasets/{name}.py"), f"# {TITLES.get(name, name)}
-"]
-    page += [escaped(first), "", escaped(rest).strip("
-"), ""]
+    page = [made_from(f"shards/datasets/{name}.py"), f"# {TITLES.get(name, name)}\n"]
+    page += [escaped(first), "", escaped(rest).strip("\n"), ""]
     raw = "" if reader.SYNTHETIC else f" --raw /data/{name}"
     page += ["## Build it\n", "```sh", f"radhpc build {name}{raw} --out /data/shards/{name}", "```\n"]
     page += [f"## Options\n\nWritten as KEY=VALUE behind the command; `radhpc build {name}` prints them, too.\n"]
@@ -178,7 +176,8 @@ def commands() -> str:
         "## For programs\n",
         "Every verb that reports takes `--json` and prints one JSON object as the last line of standard output, and "
         "nothing else there. Exit status: 0 done; 1 failed, or the answer is no (`verify`, `plan`, `weights` and "
-        "`doctor` found something); 2 a mistake of the user's, in one line that names the key or file and what is allowed.",
+        "`doctor` found something); 2 a mistake of the user's, in one line that names "
+        "the key or file and what is allowed.",
         "",
     ]
     return "\n".join(page)
