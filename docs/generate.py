@@ -14,6 +14,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -224,7 +225,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "profiles.md": profiles,
     "commands.md": commands,
     "benchmarks.md": benchmarks,
-    **{f"data/{name}.md": (lambda name=name: archive(name)) for name in registry.BUILT_IN},
+    **{f"data/{name}.md": partial(archive, name) for name in registry.BUILT_IN},
 }
 
 
