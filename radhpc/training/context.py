@@ -16,7 +16,7 @@ from PIL import Image
 from radhpc.core.errors import UserError
 from radhpc.core.files import read_json, write_atomically
 from radhpc.core.recipe import Recipe
-from radhpc.core.run_folder import RunDir
+from radhpc.core.run_folder import RunFolder
 from radhpc.core.sample import Sample, Split
 from radhpc.data.collate import Encoder, conversation
 from radhpc.data.retrieval import Library, thumbnail
@@ -48,7 +48,7 @@ class Parts:
     """Everything that training, evaluation and generation share."""
 
     def __init__(
-        self, run: RunDir, recipe: Recipe, ranks: Ranks, stop: Stop | None = None, trial: Trial | None = None
+        self, run: RunFolder, recipe: Recipe, ranks: Ranks, stop: Stop | None = None, trial: Trial | None = None
     ) -> None:
         """`stop`: ends long work by Interrupted, on all ranks together."""
         self.run, self.recipe, self.ranks, self.stop = run, recipe, ranks, stop or Stop()
