@@ -218,7 +218,6 @@ STORY: list[tuple[str, dict[str, str], list[str], int]] = [
     ("radhpc train tiny/gla --on local --watch", {"--on local --watch": "--run runs/gla"}, BRIEF, 0),
     ("radhpc status", {}, [], 0),
     ("radhpc status RUN --audit", {"RUN": "runs/gla"}, [], 0),
-    ("radhpc logs RUN", {"RUN": "runs/gla"}, [], 2),
     ("radhpc stop RUN", {"RUN": "runs/gla"}, [], 2),
     ("radhpc resume RUN", {"RUN": "runs/gla"}, [], 2),
 ]
