@@ -125,7 +125,7 @@ LIFE_ENDS: Mapping[Event, RunState] = {
     Event.GAVE_UP: RunState.FAILED,
     Event.PRUNED: RunState.STOPPED,
 }
-# The ends that slurm.requeue decides on when all ranks are gone. It records one for each life, and counts lives by them;
+# The ends that slurm.requeue decides on when all ranks are gone: it records one for each life and counts lives by them;
 # "interrupted" and "pruned" are the ranks' own words before it, "finished" needs no verdict, "gave_up" follows one.
 REQUEUE_VERDICTS: tuple[Event, ...] = (
     Event.PREEMPTED,
