@@ -28,8 +28,9 @@ from torch import nn
 
 from bench import report
 from radhpc.core.ledger import Ledger
+from radhpc.core.protocol import Event
 from radhpc.core.recipe import Recipe, load
-from radhpc.core.run_folder import RunDir
+from radhpc.core.run_folder import RunFolder
 from radhpc.data.collate import IGNORE, TRUTH, Batch
 from radhpc.data.stream import Step, Stream
 from radhpc.distributed.ranks import Ranks
@@ -229,8 +230,8 @@ def recipe(folder: Path, steps: int, *more: str) -> Recipe:
     )
 
 
-def run_folder(path: Path, recipe: Recipe) -> RunDir:
-    return RunDir.create(path, recipe)
+def run_folder(path: Path, recipe: Recipe) -> RunFolder:
+    return RunFolder.create(path, recipe)
 
 
 def phantoms(folder: Path) -> None:
@@ -292,7 +293,7 @@ def save(folder: Path) -> tuple[dict[str, float], dict[str, float]]:
     run = run_folder(folder / "saving", recipe(folder, 6, "checkpoint={every: 2, keep: 1}", "evaluation.samples=1"))
     with contextlib.redirect_stdout(sys.stderr):
         worker.run(str(run.path))
-    events = run.events("saved")
+    events = run.events(Event.SAVED)
     waits = min(float(event["blocked_seconds"]) for event in events)
     whole = min(float(event["seconds"]) for event in events)
     megabytes = max(int(event["bytes"]) for event in events) / 1e6
@@ -368,7 +369,7 @@ def one_rank(folder: Path, engine: str, steps: int) -> None:
     if ranks.first:
         run_folder(path, here)
     ranks.barrier()
-    parts = Parts(RunDir.open(str(path)), here, ranks)
+    parts = Parts(RunFolder.open(str(path)), here, ranks)
     stage = here.stages[0]
     stream = Stream(parts.source(0, "train"), parts.encoder, stage, 0, here.stream, here.seed, ranks.rank, ranks.world)
     ready = list(stream)

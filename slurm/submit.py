@@ -19,12 +19,13 @@ import submitit
 
 from radhpc.core.errors import UserError, first_line
 from radhpc.core.files import write_atomically
-from radhpc.core.run_folder import RunDir, process_start
+from radhpc.core.protocol import END_FILES, Event
+from radhpc.core.run_folder import RunFolder, process_start
 from slurm import container, frozen_code, job as slurm_job, precheck, scheduler
 from slurm.profile import Profile
 
 
-def submit(run: RunDir, profile: Profile, current_code: bool = False) -> submitit.Job[Any]:
+def submit(run: RunFolder, profile: Profile, current_code: bool = False) -> submitit.Job[Any]:
     """Submit, and make the job the run's owner. An inline job runs when its outcome is asked for.
 
     The job runs the code in the run folder, which is this process's where there is none yet, or where
@@ -37,7 +38,7 @@ def submit(run: RunDir, profile: Profile, current_code: bool = False) -> submiti
     same_python = profile.python is None and profile.container is None
     if current_code and run.code.exists():
         was, is_now, kept = frozen_code.replace(run.code, same_python)
-        run.record("code_replaced", was=was, now=is_now, kept=kept)
+        run.record(Event.CODE_REPLACED, was=was, now=is_now, kept=kept)
     frozen = frozen_code.freeze(run.code, same_python)
     write_atomically(run.path / "profile.yaml", profile.to_yaml(), 0o600)
     if profile.cluster != "inline":
@@ -55,13 +56,13 @@ def submit(run: RunDir, profile: Profile, current_code: bool = False) -> submiti
         owner |= {"pid": pid, "process_start": process_start(pid)}
     run.write_job(**owner, environment=profile.environment)
     run.record(
-        "submitted", job=str(job.job_id), cluster=profile.cluster, nodes=profile.nodes, world=profile.world,
+        Event.SUBMITTED, job=str(job.job_id), cluster=profile.cluster, nodes=profile.nodes, world=profile.world,
         code=frozen["code"] if profile.cluster != "inline" else frozen_code.current(), commit=frozen["commit"],
     )  # fmt: skip
     return job
 
 
-def executor(run: RunDir, profile: Profile) -> submitit.Executor:
+def executor(run: RunFolder, profile: Profile) -> submitit.Executor:
     """The submitit executor that a profile describes."""
     folder = run.folder("logs")
     if profile.cluster == "inline":
@@ -112,7 +113,7 @@ def setup_lines(profile: Profile, frozen: Path) -> list[str]:
     ]
 
 
-def slurm_parameters(run: RunDir, profile: Profile, python: str, frozen: Path | None = None) -> dict[str, Any]:
+def slurm_parameters(run: RunFolder, profile: Profile, python: str, frozen: Path | None = None) -> dict[str, Any]:
     """What submitit shall put into the batch script. `python`: the shell words for slurm.requeue's Python, outside any
     container; `frozen`: the code that the job runs, the run's own by default.
     """
@@ -149,7 +150,7 @@ def slurm_parameters(run: RunDir, profile: Profile, python: str, frozen: Path | 
             *setup_lines(profile, frozen),
             *tasks,
             # What ranks said at the end of the life before is not for the decision on this one: there may be fewer now.
-            f"rm -f {shlex.quote(str(run.path))}/logs/end.rank-*.json",
+            f"rm -f {shlex.quote(str(run.path))}/logs/{END_FILES}",
         ],
         # From here on a signal must not end the decision half way; where it fails nevertheless, the run would be lost.
         "teardown": [
@@ -203,7 +204,7 @@ def explain() -> Iterator[None]:
 
 
 @contextmanager
-def apart(run: RunDir) -> Iterator[None]:
+def apart(run: RunFolder) -> Iterator[None]:
     """What the processes started in here inherit: their output goes to the run's logs, so that nobody waits for the end
     of a pipe that they hold; and Ctrl-C passes submitit's controller by, which would kill the ranks before they save.
     """
@@ -223,7 +224,7 @@ def apart(run: RunDir) -> Iterator[None]:
 
 
 @contextmanager
-def starting(run: RunDir, profile: Profile) -> Iterator[None]:
+def starting(run: RunFolder, profile: Profile) -> Iterator[None]:
     """What submission happens in: the profile's variables, and for local ranks the code they import."""
     if profile.cluster != "local":
         with environment(profile):

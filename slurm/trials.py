@@ -19,8 +19,9 @@ import submitit
 
 from radhpc.core.errors import UserError, first_line
 from radhpc.core.files import write_atomically
+from radhpc.core.protocol import Cause, Event, OutcomeState, RunState
 from radhpc.core.recipe import Recipe
-from radhpc.core.run_folder import RunDir
+from radhpc.core.run_folder import RunFolder
 from slurm import frozen_code, job as slurm_job, precheck, profile as profiles, scheduler
 from slurm.profile import Profile
 from slurm.submit import environment, explain, host_python, slurm_parameters, submit as submit_run
@@ -47,7 +48,8 @@ def due(study: Study) -> list[int]:
     return [
         number
         for number, state in states.items()
-        if state in ("missing", "failed") or (state == "stopped" and not _stopped_by_user(study, number))
+        if state in (RunState.MISSING, RunState.FAILED)
+        or (state == RunState.STOPPED and not _stopped_by_user(study, number))
     ]
 
 
@@ -64,7 +66,7 @@ def submit(study: Study, profile: Profile) -> str | None:
     frozen = folder / f"{len(list(folder.iterdir())):03d}.yaml"
     python = host_python(profile)
     parameters = _array_parameters(study, profile, python, numbers, frozen)
-    precheck.refuse(RunDir(study.path), profile, parameters, len(numbers))
+    precheck.refuse(RunFolder(study.path), profile, parameters, len(numbers))
     write_atomically(frozen, profile.to_yaml(), 0o600)
     frozen_code.freeze(study.path / "code", same_python=profile.python is None)
     with environment(profile), explain():
@@ -79,7 +81,7 @@ def submit(study: Study, profile: Profile) -> str | None:
     given |= {study.run_path(number).name: owner for number, owner in owners.items()}
     write_atomically(study.path / "jobs.json", json.dumps(given).encode(), 0o600)
     for number, owner in owners.items():
-        if (run := RunDir(study.run_path(number))).recipe_path.exists():
+        if (run := RunFolder(study.run_path(number))).recipe_path.exists():
             _own(run, owner, profile)
     return str(jobs[0].job_id).split("_")[0]
 
@@ -93,7 +95,7 @@ def stop(study: Study) -> list[str]:
         if job["cluster"] == "slurm":
             scheduler.cancel(job)
         else:
-            RunDir(study.run_path(number)).request_stop()
+            RunFolder(study.run_path(number)).request_stop()
     return [str(job["id"]) for job, _ in jobs.values()]
 
 
@@ -108,14 +110,14 @@ def run_here(study: Study, profile: Profile, say: Any) -> bool:
                 error = job.exception()
             if error is not None:
                 say(f"trial {run.path.name} failed: {first_line(error)}")
-            elif job.result().state == "interrupted":
+            elif job.result().state == OutcomeState.INTERRUPTED:
                 return False
         elif not _wait(run):
             return False
     return True
 
 
-def _wait(run: RunDir) -> bool:
+def _wait(run: RunFolder) -> bool:
     """Wait for a local job. Ctrl-C lets it save and end."""
     try:
         while scheduler.state(run.job()):
@@ -130,7 +132,7 @@ def _wait(run: RunDir) -> bool:
 
 def _array_parameters(study: Study, profile: Profile, python: str, numbers: list[int], frozen: Path) -> dict[str, Any]:
     """What submitit shall put into the batch script: that of one run, with the run a variable of the shell."""
-    parameters = slurm_parameters(RunDir(_ANY), profile, python, study.path / "code")
+    parameters = slurm_parameters(RunFolder(_ANY), profile, python, study.path / "code")
     for part in ("setup", "teardown"):
         parameters[part] = [line.replace(_ANY, '"$trial"') for line in parameters[part]]
     names = " ".join(study.run_path(number).name for number in numbers)
@@ -150,19 +152,21 @@ def _owner(job_id: str, profile: Profile) -> dict[str, Any]:
     return {"cluster": "slurm", "id": job_id, "host": socket.gethostname(), "environment": profile.environment}
 
 
-def _own(run: RunDir, owner: dict[str, Any], profile: Profile) -> None:
+def _own(run: RunFolder, owner: dict[str, Any], profile: Profile) -> None:
     """Make a job the owner of a run, once: a life that comes back is the owner already."""
     if (run.job() or {}).get("id") == owner["id"]:
         return
     run.clear_stop()
     write_atomically(run.path / "profile.yaml", profile.to_yaml(), 0o600)
     run.write_job(**owner)
-    run.record("submitted", job=owner["id"], cluster="slurm", nodes=profile.nodes, world=profile.world)
+    run.record(Event.SUBMITTED, job=owner["id"], cluster="slurm", nodes=profile.nodes, world=profile.world)
 
 
 def _stopped_by_user(study: Study, number: int) -> bool:
-    events = RunDir(study.run_path(number)).events("stopped", "cancelled", "interrupted", "submitted")
-    return bool(events) and (events[-1]["event"] == "stopped" or events[-1].get("cause") == "stop")
+    events = RunFolder(study.run_path(number)).events(
+        Event.STOPPED, Event.CANCELLED, Event.INTERRUPTED, Event.SUBMITTED
+    )
+    return bool(events) and (events[-1]["event"] == Event.STOPPED or events[-1].get("cause") == Cause.STOP)
 
 
 def main(folder: str, number: int, frozen: str) -> int:
@@ -170,7 +174,7 @@ def main(folder: str, number: int, frozen: str) -> int:
     study = Study.open(folder)
     study.settle()
     run = study.prepare(number)
-    if study.state(number, "")[0] in ("finished", "pruned"):
+    if study.state(number, "")[0] in (RunState.FINISHED, RunState.PRUNED):
         return ENDED
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     job_id = f"{array}_{task}" if array else os.environ["SLURM_JOB_ID"]

@@ -9,11 +9,12 @@ import typer
 from radhpc.cli.common import say
 from radhpc.core.errors import UserError
 from radhpc.core.log import Bar, console
+from radhpc.core.protocol import OutcomeState, RunState
 from slurm.monitoring import tables
 
 if TYPE_CHECKING:
     from radhpc.core.recipe import Recipe
-    from radhpc.core.run_folder import RunDir
+    from radhpc.core.run_folder import RunFolder
     from slurm.profile import Profile
 
 
@@ -48,10 +49,10 @@ def check_data(recipe: "Recipe", *also: str) -> None:
 
 
 def submit_job(
-    run: "RunDir",
+    run: "RunFolder",
     profile: "Profile",
     watch: bool,
-    announce: Callable[["RunDir", str], None],
+    announce: Callable[["RunFolder", str], None],
     current_code: bool = False,
     as_json: bool = False,
 ) -> None:
@@ -66,7 +67,7 @@ def submit_job(
         if error is not None:
             raise error
         outcome = job.result()
-        if outcome.state == "interrupted":
+        if outcome.state == OutcomeState.INTERRUPTED:
             again = "say the same again" if run.evaluates else f"radhpc resume {run.path}"
             say(f"interrupted by {outcome.cause} at step {outcome.step}; go on: {again}", as_json)
             raise typer.Exit(1)
@@ -74,11 +75,11 @@ def submit_job(
         watch_job(run, as_json)
 
 
-def announce(run: "RunDir", job: str, as_json: bool) -> None:
+def announce(run: "RunFolder", job: str, as_json: bool) -> None:
     say(f"run {run.path}\njob {job}", as_json)
 
 
-def watch_job(run: "RunDir", as_json: bool = False) -> None:
+def watch_job(run: "RunFolder", as_json: bool = False) -> None:
     """Follow a job until it ends. Ctrl-C leaves a SLURM job alone; a local one saves and ends with it."""
     from slurm.monitoring.logs import first_error
     from slurm.monitoring.status import LIVING, Statuses
@@ -90,7 +91,7 @@ def watch_job(run: "RunDir", as_json: bool = False) -> None:
             time.sleep(1)
         bar.update(now["step"], now["state"], now["steps"] or 1)
     say(f"{run.path}: {tables.line(now)}", as_json)
-    if now["state"] == "failed":
+    if now["state"] == RunState.FAILED:
         for text in first_error(run):
             console.print(text, soft_wrap=True)
         raise typer.Exit(1)

@@ -14,10 +14,11 @@ from radhpc.cli.common import Json, On, Overrides, RecipePath, RunPath, app, emi
 from radhpc.cli.data import build_shards
 from radhpc.cli.submission import announce, check_data, check_engine, submit_job
 from radhpc.core.errors import UserError
+from radhpc.core.protocol import Cause, Event, RunState
 from slurm.monitoring import tables
 
 if TYPE_CHECKING:
-    from radhpc.core.run_folder import RunDir
+    from radhpc.core.run_folder import RunFolder
     from slurm.profile import Profile
 
 
@@ -99,13 +100,13 @@ def resume(
     as_json: Json = False,
 ) -> None:
     """Go on from the newest checkpoint that verifies, on the same or another number of ranks, with the same code."""
-    from radhpc.core.run_folder import RunDir
+    from radhpc.core.run_folder import RunFolder
     from slurm import profile as profiles
 
-    run_dir = RunDir.open(run)
-    if run_dir.events() and run_dir.events()[-1]["event"] == "finished":
+    run_dir = RunFolder.open(run)
+    if run_dir.events() and run_dir.events()[-1]["event"] == Event.FINISHED:
         raise UserError(f"{run}: the run is finished; evaluate or generate with it, or train a new one")
-    if run_dir.events("pruned"):
+    if run_dir.events(Event.PRUNED):
         raise UserError(f"{run}: its sweep has ended the run early; train {run}/recipe.yaml as a run of its own")
     frozen = run_dir.path / "profile.yaml"
     profile = profiles.load(on or (str(frozen) if frozen.exists() else "inline"))
@@ -153,14 +154,14 @@ def sweep(
     standing = study.standing()
     say(tables.sweep(standing), as_json)
     emit(standing, as_json)
-    failed = profile.cluster != "slurm" and any(trial["state"] == "failed" for trial in standing["trials"])
+    failed = profile.cluster != "slurm" and any(trial["state"] == RunState.FAILED for trial in standing["trials"])
     raise typer.Exit(0 if whole and not failed else 1)
 
 
 @app.command(rich_help_panel="Training")
 def stop(run: RunPath, as_json: Json = False) -> None:
     """Save at the next step and end for good; a job that still waits in the queue is taken out of it."""
-    from radhpc.core.run_folder import RunDir
+    from radhpc.core.run_folder import RunFolder
     from slurm import scheduler, trials
     from slurm.sweep.study import Study, is_sweep
 
@@ -169,7 +170,7 @@ def stop(run: RunPath, as_json: Json = False) -> None:
         say(f"{run}: {len(jobs)} job(s) were asked to stop; 'radhpc sweep' goes on", as_json)
         emit({"sweep": str(run.absolute()), "jobs": jobs}, as_json)
         return
-    run_dir = RunDir.open(run)
+    run_dir = RunFolder.open(run)
     job = run_dir.job()
     state = scheduler.state(job)
     if not state or job is None:
@@ -177,7 +178,7 @@ def stop(run: RunPath, as_json: Json = False) -> None:
     run_dir.request_stop()
     if state == "PENDING":
         scheduler.cancel(job)
-        run_dir.record("stopped", cause="taken out of the queue")
+        run_dir.record(Event.STOPPED, cause=Cause.TAKEN_OUT)
     say(f"{run}: job {job['id']} ({state.lower()}) was asked to stop", as_json)
     emit({"run": str(run_dir.path), "job": job["id"]}, as_json)
 
@@ -188,34 +189,34 @@ def start_run(
     on: str,
     path: Path | None,
     watch: bool = False,
-    announce: Callable[["RunDir", str], None] = lambda run, job: None,
+    announce: Callable[["RunFolder", str], None] = lambda run, job: None,
     stages: str | None = None,
     origin: Path | None = None,
-) -> "RunDir":
+) -> "RunFolder":
     from radhpc.core import recipe as recipes
-    from radhpc.core.run_folder import RunDir
+    from radhpc.core.run_folder import RunFolder
     from radhpc.engine import lineage
     from slurm import profile as profiles
 
     recipe, profile = recipes.load(recipe_path, overrides), profiles.load(on)
-    before, first = RunDir.open(origin) if origin else None, 0
+    before, first = RunFolder.open(origin) if origin else None, 0
     if stages or before:
         recipe, first = lineage.select(recipe, stages, before)
     check_engine(recipe, profile)
     check_data(recipe)
-    run = RunDir.create(path or new_run(recipe.name), recipe)
+    run = RunFolder.create(path or new_run(recipe.name), recipe)
     try:
         if before is not None:
             lineage.take_over(run, first, before)
         submit_job(run, profile, watch, announce)
     except UserError:
-        if not run.events("submitted"):  # refused before anything was submitted: the name is free again
+        if not run.events(Event.SUBMITTED):  # refused before anything was submitted: the name is free again
             shutil.rmtree(run.path)
         raise
     return run
 
 
-def _choose_checkpoint(run: "RunDir", profile: "Profile", as_json: bool) -> dict[str, Any]:
+def _choose_checkpoint(run: "RunFolder", profile: "Profile", as_json: bool) -> dict[str, Any]:
     """Say before anything is submitted from which checkpoint the run will go on, and which are skipped and why."""
     from radhpc.engine.checkpoint import Checkpoints
     from slurm import scheduler, submit

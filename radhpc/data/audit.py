@@ -7,15 +7,16 @@ import numpy as np
 
 from radhpc.core.errors import UserError
 from radhpc.core.ledger import consumed
+from radhpc.core.protocol import Event
 from radhpc.core.recipe import Recipe
-from radhpc.core.run_folder import RunDir
+from radhpc.core.run_folder import RunFolder
 from radhpc.data.source import Source
 from radhpc.data.stream import order_of, stage_samples
 
 _STEPS = 256  # whose positions are looked up at a time
 
 
-def audit(run: RunDir) -> dict[str, Any]:
+def audit(run: RunFolder) -> dict[str, Any]:
     """Per stage and epoch: samples due so far, seen, missing, and repeated or foreign; and the run's topologies.
 
     With weights, each dataset has epochs of its own. A step that a hard kill undid was trained again in a later life
@@ -28,7 +29,7 @@ def audit(run: RunDir) -> dict[str, Any]:
     seen = consumed(run.path / "ledger")
     epochs = []
     # What was taken over from another run was trained on there.
-    first = max((event["step"] for event in run.events("taken_over")), default=0) + 1
+    first = max((event["step"] for event in run.events(Event.TAKEN_OVER)), default=0) + 1
     for number, stage in enumerate(recipe.stages):
         steps = [step for step, at in seen.stages.items() if at == number]
         if not steps and not epochs:
@@ -40,8 +41,8 @@ def audit(run: RunDir) -> dict[str, Any]:
         epochs += _epochs(recipe, number, source, batches, first)
         first = max(steps) + 1
     topologies: list[dict[str, Any]] = []
-    for event in run.events("started", "resumed"):
-        if event["event"] == "started":
+    for event in run.events(Event.STARTED, Event.RESUMED):
+        if event["event"] == Event.STARTED:
             topologies.append({"world_size": event["world"], "engine": event["engine"], "from_step": 0})
         else:
             topologies[-1]["from_step"] = int(event["step"])

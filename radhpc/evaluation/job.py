@@ -14,8 +14,9 @@ from typing import Any
 from radhpc.core.errors import UserError
 from radhpc.core.files import read_json
 from radhpc.core.log import Bar
+from radhpc.core.protocol import Event
 from radhpc.core.recipe import Evaluation
-from radhpc.core.run_folder import EVALUATION, RunDir
+from radhpc.core.run_folder import EVALUATION, RunFolder
 from radhpc.data.source import Source
 from radhpc.distributed.background import beside, on_first
 from radhpc.distributed.ranks import Ranks
@@ -26,10 +27,10 @@ from radhpc.training.context import Parts
 PROGRESS = 10.0  # seconds between two records of what is done: a life that leaves none has made no progress
 
 
-def work(job: RunDir, ranks: Ranks, stop: Stop) -> int:
+def work(job: RunFolder, ranks: Ranks, stop: Stop) -> int:
     """Evaluate as the job's evaluation.json says; the step of the checkpoint. Raises UserError and Interrupted."""
     task: dict[str, Any] = ranks.broadcast(read_json(job.path / EVALUATION) if ranks.first else None)
-    run = RunDir.open(task["run"])
+    run = RunFolder.open(task["run"])
     settings = Evaluation.model_validate(task["settings"])
     parts = Parts(run, run.recipe(), ranks, stop)
     name, folder = task["checkpoint"], job.path.parent
@@ -53,7 +54,7 @@ def work(job: RunDir, ranks: Ranks, stop: Stop) -> int:
             now = time.monotonic()
             if ranks.first and now - recorded[0] > PROGRESS:
                 recorded[0] = now
-                job.record("saved", step=done)  # reports, which slurm.requeue takes for progress
+                job.record(Event.SAVED, step=done)  # reports, which slurm.requeue takes for progress
                 job.write_progress(stage="evaluate", step=done, steps=count, world=ranks.world)
 
         ranks.heart.beat("loading", slow=True)
@@ -81,7 +82,7 @@ def work(job: RunDir, ranks: Ranks, stop: Stop) -> int:
         evaluate.write(folder, result, cursor.step, task["split"], comparison)
         report_page.write(folder, held_out)
         job.write_progress(stage="evaluate", step=count, steps=count, world=ranks.world)
-        run.record("evaluated", step=cursor.step, split=task["split"], samples=len(result.rows))
+        run.record(Event.EVALUATED, step=cursor.step, split=task["split"], samples=len(result.rows))
     return cursor.step
 
 

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from radhpc.core.board import Board
-from radhpc.core.run_folder import RunDir, node_name
+from radhpc.core.protocol import Event
+from radhpc.core.run_folder import RunFolder, node_name
 from radhpc.distributed.ranks import Ranks
 from radhpc.training.loop import Pace, Position, Report
 
@@ -51,7 +52,7 @@ def slowest(hosts: Sequence[str], paces: Sequence[Pace]) -> tuple[Slowest, list[
 class Stragglers:
     """A hook of every step, on all ranks: every WINDOW steps they tell each other how long they took."""
 
-    def __init__(self, run: RunDir, ranks: Ranks, board: Board) -> None:
+    def __init__(self, run: RunFolder, ranks: Ranks, board: Board) -> None:
         self.run, self.ranks, self.board = run, ranks, board
         self.slowest: Slowest | None = None  # of the last window; none yet, or one rank alone
         self._paces: list[Pace] = []
@@ -77,9 +78,9 @@ class Stragglers:
     def _tell(self, position: Position, found: Slowest) -> None:
         """Once for a rank and life."""
         this_life = 0
-        events = self.run.events("started", "straggler")
+        events = self.run.events(Event.STARTED, Event.STRAGGLER)
         for n, event in enumerate(events):
-            this_life = n if event["event"] == "started" else this_life
+            this_life = n if event["event"] == Event.STARTED else this_life
         if any(event.get("rank") == found.rank for event in events[this_life:]):
             return
         line = (
@@ -87,8 +88,8 @@ class Stragglers:
             f"{found.ratio:.1f} times the median rank; of it {found.data_seconds:.3f} s standing still for data"
         )
         log.warning("%s", line)
-        self.board.event(position.step, "straggler", line)
+        self.board.event(position.step, Event.STRAGGLER, line)
         self.run.record(
-            "straggler", step=position.step, rank=found.rank, host=found.host, ratio=found.ratio,
+            Event.STRAGGLER, step=position.step, rank=found.rank, host=found.host, ratio=found.ratio,
             seconds=found.seconds, data_seconds=found.data_seconds,
         )  # fmt: skip

@@ -17,7 +17,8 @@ from rich.text import Text
 
 from radhpc.core.errors import UserError
 from radhpc.core.files import read_json
-from radhpc.core.run_folder import RunDir, now
+from radhpc.core.protocol import JOB_BEGINNINGS, LIFE_BEGINNINGS, Event, OutcomeState
+from radhpc.core.run_folder import RunFolder, now
 from slurm import scheduler
 
 _TAIL = 32768  # bytes at the end of a file in which the last words are looked for
@@ -29,7 +30,8 @@ _ECHO = re.compile(
 )
 _TELLING = re.compile(r"error|cannot|not found|no such|denied|killed|oom|fatal|exception", re.IGNORECASE)
 _SCRIPT = re.compile(r"^\S*slurm_script: line \d+: ")
-_CULPRITS = ("mistake", "crashed", "hung", "lost_peer")  # the first of these is the cause, the others follow from it
+# The first of these is the cause, the others follow from it.
+_CULPRITS = (OutcomeState.MISTAKE, OutcomeState.CRASHED, OutcomeState.HUNG, OutcomeState.LOST_PEER)
 
 
 @dataclass(frozen=True)
@@ -48,18 +50,18 @@ def mark(rank: int, host: str) -> None:
         print(f"slurm.job: {now()} rank {rank} starts on {host}", file=stream, flush=True)
 
 
-def files(run: RunDir, job: str | None = None) -> list[Log]:
+def files(run: RunFolder, job: str | None = None) -> list[Log]:
     """The files of a run's jobs, by age of the job, rank and kind."""
     found = []
     for path in (run.path / "logs").glob("*_log.*"):
         match = re.fullmatch(r"(\d+(?:_\d+)?)_(\d+)_log\.(out|err)", path.name)
         if match and job in (None, match[1]):
             found.append(Log(path, match[1], int(match[2]), match[3]))
-    order = {event["job"]: number for number, event in enumerate(run.events("submitted"))} if job is None else {}
+    order = {event["job"]: number for number, event in enumerate(run.events(Event.SUBMITTED))} if job is None else {}
     return sorted(found, key=lambda log: (order.get(log.job, -1), log.job, log.rank, log.kind))
 
 
-def show(run: RunDir, console: Console, rank: int | None, life: int | None, follow: bool) -> None:
+def show(run: RunFolder, console: Console, rank: int | None, life: int | None, follow: bool) -> None:
     """Print the files of rank 0 and the errors of all, or those of one rank, after the error that ended the run."""
     logs = _chosen(run, rank)
     if not logs:
@@ -83,11 +85,11 @@ def show(run: RunDir, console: Console, rank: int | None, life: int | None, foll
         follow = living
 
 
-def _chosen(run: RunDir, rank: int | None) -> list[Log]:
+def _chosen(run: RunFolder, rank: int | None) -> list[Log]:
     return [log for log in files(run) if (log.rank == rank if rank is not None else log.rank == 0 or log.kind == "err")]
 
 
-def _no_logs(run: RunDir, rank: int | None) -> str:
+def _no_logs(run: RunFolder, rank: int | None) -> str:
     ranks = sorted({log.rank for log in files(run)})
     if ranks:
         return f"--rank {rank}: allowed are {ranks[0]} to {ranks[-1]}"
@@ -97,9 +99,9 @@ def _no_logs(run: RunDir, rank: int | None) -> str:
     return f"{run.path}: no logs yet: no job of this run has started"
 
 
-def _window(run: RunDir, life: int) -> tuple[str, str]:
+def _window(run: RunFolder, life: int) -> tuple[str, str]:
     """From when to when a life lasted, as the times of events: from its start until that of the next."""
-    starts = run.events("started")
+    starts = run.events(Event.STARTED)
     if life > len(starts):
         raise UserError(
             f"--life {life}: allowed are 1 to {len(starts)}" if starts else f"--life {life}: none has begun"
@@ -140,12 +142,12 @@ def _print_more(log: Log, console: Console, done: int) -> int:
 # The error that matters
 
 
-def first_error(run: RunDir) -> list[Text]:
+def first_error(run: RunFolder) -> list[Text]:
     """Of a run that failed: who failed first and how, and the traceback. Empty for one that did not."""
     last = run.events(
-        "submitted", "starting", "started", "requeued", "finished", "stopped", "cancelled", "preempted", "time_limit"
+        *JOB_BEGINNINGS, Event.FINISHED, Event.STOPPED, Event.CANCELLED, Event.PREEMPTED, Event.TIME_LIMIT
     )
-    if last and last[-1]["event"] not in ("submitted", "starting", "started"):
+    if last and last[-1]["event"] not in (Event.SUBMITTED, *LIFE_BEGINNINGS):
         return []
     end = culprit(run)
     job = run.job()
@@ -153,25 +155,25 @@ def first_error(run: RunDir) -> list[Text]:
         words = (
             ""
             if job is None or scheduler.state(job)
-            else last_words(run, job["id"], first=last[-1]["event"] == "submitted" if last else True)
+            else last_words(run, job["id"], first=last[-1]["event"] == Event.SUBMITTED if last else True)
         )
         return [Text(words, style="bold red")] if words else []
     title = Text(f"rank {end['rank']} on {end['host']}: {end['cause']}", style="bold red")
     return [title, Text(end["traceback"])] if end.get("traceback") else [title]
 
 
-def culprit(run: RunDir) -> dict[str, Any] | None:
+def culprit(run: RunFolder) -> dict[str, Any] | None:
     """What the rank left behind that ended the newest life by an error; its peers' errors follow from its own."""
-    starts = run.events("started")
+    starts = run.events(Event.STARTED)
     found = []
-    for path in (run.path / "logs").glob("end.rank-*.json"):
-        end, rank = read_json(path), int(path.stem.rpartition("-")[2])
+    for rank, path in run.end_paths().items():
+        end = read_json(path)
         if end and end["state"] in _CULPRITS and (not starts or rank < starts[-1]["world"]):
             found.append((_CULPRITS.index(end["state"]), path.stat().st_mtime, {**end, "rank": rank}))
     return min(found, key=lambda one: one[:2])[2] if found else None
 
 
-def last_words(run: RunDir, job: str, first: bool) -> str:
+def last_words(run: RunFolder, job: str, first: bool) -> str:
     """The line of a job's logs that says best why it died, or "".
 
     `first`: the first one that names an error, as what follows follows from it. Otherwise the last one: a job that had

@@ -1,7 +1,7 @@
 """Where runs stand, and why: read from their folders and from one look at each cluster's queue.
 
-status(RunDir.open("runs/padchest-1"))          # the keys of `radhpc status --json`
-look = Statuses([RunDir.open(path) for path in paths])
+status(RunFolder.open("runs/padchest-1"))          # the keys of `radhpc status --json`
+look = Statuses([RunFolder.open(path) for path in paths])
 look.now()                                      # of all of them, in their order; again a second later, cheaply
 """
 
@@ -16,22 +16,24 @@ from pathlib import Path
 from typing import Any
 
 from radhpc.core.files import read_json, write_atomically
-from radhpc.core.run_folder import RunDir
+from radhpc.core.protocol import JOB_BEGINNINGS, LIFE_BEGINNINGS, LIFE_ENDS, Event, RunState
+from radhpc.core.run_folder import RunFolder
 from slurm import scheduler
 from slurm.monitoring import goodput, logs, pending_reasons
-from slurm.monitoring.goodput import ENDS, Account as Books, Life
+from slurm.monitoring.goodput import Account as Books, Life
 from slurm.scheduler import Found
 
 _WAITING = {"PENDING", "REQUEUED", "CONFIGURING", "REQUEUE_HOLD", "SPECIAL_EXIT"}
 # Causes that are named even where there were none.
-_RESTARTS = ("preempted", "time_limit", "node_lost", "rank_lost", "hung", "crashed")
+_RESTARTS = (
+    Event.PREEMPTED, Event.TIME_LIMIT, Event.NODE_LOST, Event.RANK_LOST, Event.HUNG, Event.CRASHED,
+)  # fmt: skip
 _THREADS = 16  # a shared file system answers slowly, and many questions at once
 _QUIET = 120.0  # seconds without a step after which a running job is said to make none, or twenty of its steps
-_BEGINNINGS = ("submitted", "starting", "started", "requeued")
-LIVING = ("pending", "running")
+LIVING = (RunState.PENDING, RunState.RUNNING)
 
 
-def status(run: RunDir) -> dict[str, Any]:
+def status(run: RunFolder) -> dict[str, Any]:
     """Where one run stands."""
     return Statuses([run]).now()[0]
 
@@ -42,7 +44,7 @@ class _Digest:
 
     key: str = ""  # of events.jsonl: inode, size, time of change
     newest: str = ""  # the last event's name
-    end: dict[str, Any] | None = None  # the last of ENDS
+    end: dict[str, Any] | None = None  # the last of LIFE_ENDS
     end_since: dict[str, Any] | None = None  # the same, since the job was last submitted, put back or started
     begun: str = ""  # the name of that beginning
     stepped: bool = False  # a step was made since then
@@ -51,22 +53,22 @@ class _Digest:
     books: Books = field(default_factory=Books)
 
     @classmethod
-    def of(cls, key: str, run: RunDir) -> "_Digest":
+    def of(cls, key: str, run: RunFolder) -> "_Digest":
         events = _events(run)
         names = [event["event"] for event in events]
-        begun = max((n for n, name in enumerate(names) if name in _BEGINNINGS), default=-1)
+        begun = max((n for n, name in enumerate(names) if name in JOB_BEGINNINGS), default=-1)
 
-        def last(*names: str, since: int = 0) -> dict[str, Any] | None:
+        def last(*names: Event, since: int = 0) -> dict[str, Any] | None:
             return next((event for event in reversed(events[since:]) if event["event"] in names), None)
 
         return cls(
             key=key,
             newest=names[-1] if names else "",
-            end=last(*ENDS),
-            end_since=last(*ENDS, since=begun + 1),
+            end=last(*LIFE_ENDS),
+            end_since=last(*LIFE_ENDS, since=begun + 1),
             begun=names[begun] if begun >= 0 else "",
-            stepped="first_step" in names[begun + 1 :],
-            saved=last("saved"),
+            stepped=Event.FIRST_STEP in names[begun + 1 :],
+            saved=last(Event.SAVED),
             evaluation=_newest_evaluation(run),
             books=goodput.account(events),
         )
@@ -95,7 +97,7 @@ class _Digests:
             found = read_json(self.path) or {}
             self._stored = found["runs"] if found.get("version") == self.VERSION else {}
 
-    def get(self, run: RunDir, key: str) -> _Digest | None:
+    def get(self, run: RunFolder, key: str) -> _Digest | None:
         data = self._stored.get(str(run.path))
         if data is None or data["key"] != key:
             return None
@@ -117,7 +119,7 @@ class _Digests:
 class _Read:
     """What was read of a run's folder."""
 
-    run: RunDir
+    run: RunFolder
     job: dict[str, Any] | None = None
     progress: dict[str, Any] = field(default_factory=dict)
     digest: _Digest = field(default_factory=_Digest)
@@ -137,7 +139,7 @@ class _Read:
 class Statuses:
     """Where several runs stand. Looks at the queue at most every so many seconds, at a run's events when they grow."""
 
-    def __init__(self, runs: Sequence[RunDir], queue_seconds: float = 0.0) -> None:
+    def __init__(self, runs: Sequence[RunFolder], queue_seconds: float = 0.0) -> None:
         self.queue_seconds = queue_seconds
         self._read = [_Read(run) for run in runs]
         self._found: list[Found] = []
@@ -164,13 +166,13 @@ class Statuses:
 
 def _has_finished(read: _Read) -> bool:
     """The scheduler need not be asked: after this event no life follows."""
-    return read.digest.newest == "finished" and "process_start" not in (read.job or {})
+    return read.digest.newest == Event.FINISHED and "process_start" not in (read.job or {})
 
 
 def _describe(read: _Read, found: Found, now: float) -> dict[str, Any]:
     progress = read.progress
     state, why = _state(read, found)
-    living = state == "running"
+    living = state == RunState.RUNNING
     books = read.digest.books.living(now) if living else read.digest.books
     lives = books.lives
     stepping = living and bool(lives) and progress.get("time", 0.0) >= lives[-1].started
@@ -185,7 +187,7 @@ def _describe(read: _Read, found: Found, now: float) -> dict[str, Any]:
         "state": state,
         "cause": "" if last is None else last.get("cause") or last.get("why") or last["event"],
         "why": why,
-        "starts_in_seconds": round(max(0.0, found.start - now)) if state == "pending" and found.start else None,
+        "starts_in_seconds": round(max(0.0, found.start - now)) if state == RunState.PENDING and found.start else None,
         "stage": progress.get("stage"),
         "step": progress.get("step", 0),
         "steps": progress.get("steps"),
@@ -206,35 +208,38 @@ def _describe(read: _Read, found: Found, now: float) -> dict[str, Any]:
     }
 
 
-def _state(read: _Read, found: Found) -> tuple[str, str]:
-    """pending, running, finished, stopped or failed, and why."""
+def _state(read: _Read, found: Found) -> tuple[RunState, str]:
+    """The state of a run and the reason."""
     if found.living:
         if found.state in _WAITING:
-            return "pending", pending_reasons.words(found.reason)
-        return "running", "" if found.state in ("RUNNING", "COMPLETING") else f"SLURM says {found.state.lower()}"
+            return RunState.PENDING, pending_reasons.words(found.reason)
+        return RunState.RUNNING, "" if found.state in ("RUNNING", "COMPLETING") else f"SLURM says {found.state.lower()}"
     if end := read.digest.end_since:
-        state = ENDS[end["event"]]
+        state = LIFE_ENDS[end["event"]]
         why = end.get("why") or end.get("cause") or end["event"]
-        return state, "" if state == "finished" else str(why).replace("_", " ")
-    started = read.digest.begun in ("starting", "started")
+        return state, "" if state == RunState.FINISHED else str(why).replace("_", " ")
+    started = read.digest.begun in LIFE_BEGINNINGS
     if found.problem:
-        return "running" if started else "pending", f"{found.problem}; this is what the run's own files say"
+        return (
+            RunState.RUNNING if started else RunState.PENDING,
+            f"{found.problem}; this is what the run's own files say",
+        )
     if read.job is None:
-        return "failed", "never submitted"
+        return RunState.FAILED, "never submitted"
     return _gone(read, found, started, read.digest.stepped)
 
 
-def _gone(read: _Read, found: Found, started: bool, stepped: bool) -> tuple[str, str]:
+def _gone(read: _Read, found: Found, started: bool, stepped: bool) -> tuple[RunState, str]:
     """The job is gone, and the run's events do not say why: the scheduler and the log may."""
     assert read.job is not None
     if found.state == "CANCELLED":
-        return "stopped", "cancelled while it ran" if started else "cancelled while it waited in the queue"
+        return RunState.STOPPED, "cancelled while it ran" if started else "cancelled while it waited in the queue"
     when = "" if stepped else "before its first step: " if started else "before it started: "
     said = [pending_reasons.words(found.reason)] if found.reason not in ("", "None") else []
     said += [found.status] if found.status else []
     if words := logs.last_words(read.run, read.job["id"], first=not started):
         said.append(words)
-    return "failed", when + (", ".join(said) or "its job is gone without a word; see 'radhpc logs'")
+    return RunState.FAILED, when + (", ".join(said) or "its job is gone without a word; see 'radhpc logs'")
 
 
 def _running(lives: list[Life], progress: dict[str, Any], now: float) -> str:
@@ -257,7 +262,7 @@ def _eta(progress: dict[str, Any], now: float) -> float | None:
     return round(max(0.0, left), 1)
 
 
-def _events(run: RunDir) -> list[dict[str, Any]]:
+def _events(run: RunFolder) -> list[dict[str, Any]]:
     """All events, parsed in one go: there may be a thousand runs with hundreds of checkpoints each."""
     try:
         data = (run.path / "events.jsonl").read_text()
@@ -268,7 +273,7 @@ def _events(run: RunDir) -> list[dict[str, Any]]:
     return found
 
 
-def _newest_evaluation(run: RunDir) -> dict[str, Any] | None:
+def _newest_evaluation(run: RunFolder) -> dict[str, Any] | None:
     found = sorted((run.path / "evaluation").glob("step-*/scores.json"))
     if not found:
         return None
@@ -276,19 +281,19 @@ def _newest_evaluation(run: RunDir) -> dict[str, Any] | None:
     return {"step": scores["step"], "split": scores["split"], **{n: s["value"] for n, s in scores["scores"].items()}}
 
 
-def find_runs(paths: Sequence[Path] | None, strict: bool = True) -> list[RunDir]:
+def find_runs(paths: Sequence[Path] | None, strict: bool = True) -> list[RunFolder]:
     """The runs at these paths, and of a folder that is none (a sweep) those in it; by default all in runs/.
 
     Raises UserError for a path without any, if `strict`.
     """
     if not paths:
         paths, strict = sorted(Path("runs").glob("*/")), False
-    return [run for path in paths for run in _runs_in(path) or ([RunDir.open(path)] if strict else [])]
+    return [run for path in paths for run in _runs_in(path) or ([RunFolder.open(path)] if strict else [])]
 
 
-def _runs_in(path: Path) -> list[RunDir]:
+def _runs_in(path: Path) -> list[RunFolder]:
     found = [path / "recipe.yaml"] if (path / "recipe.yaml").exists() else []
     return [
-        RunDir(recipe.parent)
+        RunFolder(recipe.parent)
         for recipe in found or sorted([*path.glob("*/recipe.yaml"), *path.glob("trials/*/recipe.yaml")])
     ]

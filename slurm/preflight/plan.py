@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from radhpc.core.errors import UserError
-from radhpc.core.run_folder import RunDir
+from radhpc.core.protocol import Event
+from radhpc.core.run_folder import RunFolder
 from slurm.cluster import GPUS, Cluster, known_gpu
 from slurm.profile import Profile
 
@@ -28,7 +29,7 @@ def costs(
     stages: Sequence[Any],
     profile: Profile,
     folder: Path,
-    like: RunDir | None = None,
+    like: RunFolder | None = None,
     samples_per_second: float | None = None,
 ) -> dict[str, Any]:
     """The keys of `radhpc plan --json`. `stages`: of radhpc.planning.forecast; `folder`: where the run will lie."""
@@ -133,14 +134,14 @@ def write_rate(folder: Path) -> float:
         raise UserError(f"{folder}: {error.strerror}; the run's folder must be writable") from error
 
 
-def _rate(profile: Profile, like: RunDir | None, stated: float | None) -> tuple[float | None, str | None]:
+def _rate(profile: Profile, like: RunFolder | None, stated: float | None) -> tuple[float | None, str | None]:
     """Samples per second over all ranks, and where the figure comes from."""
     if stated is not None:
         return stated, "stated"
     if like is None:
         return None, None
     rate = like.progress().get("samples_per_second")
-    started = like.events("started")
+    started = like.events(Event.STARTED)
     if not rate or not started:
         raise UserError(f"--like {like.path}: no samples/s there; name a run that has trained for a minute")
     world = int(started[-1]["world"])
