@@ -211,6 +211,19 @@ def test_retention_keeps_the_newest_and_every_stages_last(checkpoints: Checkpoin
     assert checkpoints.names() == ["step-000007", "step-000006", "step-000003"]
 
 
+def test_steps_are_compared_as_numbers(tmp_path: Path) -> None:
+    """From step 1,000,000 on a name has one digit more, and comes before the others in the alphabet."""
+    checkpoints = Checkpoints(Folder(tmp_path))
+    for step in (999_998, 999_999, 1_000_000, 1_000_001):
+        save(checkpoints, step)
+    replace(checkpoints, "step-999999", "COMMITTED", None)  # torn, and older than the newest: it goes
+    replace(checkpoints, "step-1000001", "COMMITTED", None)  # torn, and newer: it may be the one that is being written
+    assert checkpoints.committed() == ["step-1000000", "step-999998"]
+    assert checkpoints.newest()[0] == "step-1000000"
+    assert checkpoints.prune(1) == ["step-999998"]
+    assert checkpoints.names() == ["step-1000001", "step-1000000"]
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs to mount a small file system")
 def test_a_full_disk_is_said_in_one_line_and_leaves_nothing_half_written(tmp_path: Path) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", tmp_path], check=True)
