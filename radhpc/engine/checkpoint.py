@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from radhpc.core.errors import UserError
+from radhpc.core.run_folder import step_of
 from radhpc.storage.checkpoint_storage import Bucket, Buffer, Folder, Storage
 from radhpc.storage.store import PART
 
@@ -118,7 +119,7 @@ class Checkpoints:
 
     def names(self) -> list[str]:
         """All of them, torn ones too, newest first."""
-        return sorted(self.storage.names(), key=lambda name: int(name.removeprefix("step-")), reverse=True)
+        return sorted(self.storage.names(), key=step_of, reverse=True)
 
     def committed(self) -> list[str]:
         """Those with a marker, newest first; whether it is true is not looked at."""
@@ -139,7 +140,8 @@ class Checkpoints:
         stage stays. Returns the names.
         """
         committed = self.committed()
-        torn = [name for name in self.names() if name not in committed and committed and name < committed[0]]
+        newest = step_of(committed[0]) if committed else -1
+        torn = [name for name in self.names() if name not in committed and step_of(name) < newest]
         old = [name for name in committed[keep:] if not self._ends_a_stage(name)]
         for name in old + torn:
             self.storage.remove(name, _FILES)

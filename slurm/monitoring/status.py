@@ -17,7 +17,7 @@ from typing import Any
 
 from radhpc.core.files import read_json, write_atomically
 from radhpc.core.protocol import JOB_BEGINNINGS, LIFE_BEGINNINGS, LIFE_ENDS, Event, RunState
-from radhpc.core.run_folder import RunFolder
+from radhpc.core.run_folder import RunFolder, by_step
 from slurm import scheduler
 from slurm.monitoring import goodput, logs, pending_reasons
 from slurm.monitoring.goodput import Account as Books, Life
@@ -274,7 +274,7 @@ def _events(run: RunFolder) -> list[dict[str, Any]]:
 
 
 def _newest_evaluation(run: RunFolder) -> dict[str, Any] | None:
-    found = sorted((run.path / "evaluation").glob("step-*/scores.json"))
+    found = sorted((run.path / "evaluation").glob("step-*/scores.json"), key=lambda path: by_step(path.parent))
     if not found:
         return None
     scores = read_json(found[-1])
