@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from radhpc.core.errors import UserError
-from shards.build import Settings, build
+from shards.build import BuildSettings, build
 from shards.execution import writer
 from shards.execution.output import WORK
 from tests.shards.helpers import PHANTOM, ROOT, SMALL, contents, records
@@ -144,7 +144,7 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
     try:
         for workers in (1, 2):
             with pytest.raises(UserError, match="no space left"):
-                build("phantom", None, str(disk / "out"), PHANTOM, Settings(workers=workers, shard_samples=8))
+                build("phantom", None, str(disk / "out"), PHANTOM, BuildSettings(workers=workers, shard_samples=8))
             assert not (disk / "out" / "manifest.json").exists()
             tars = list((disk / "out").glob("*.tar"))
             assert tars
