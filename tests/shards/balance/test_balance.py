@@ -15,7 +15,7 @@ from radhpc.core.sample import Sample
 from radhpc.storage.store import Store
 from shards.balance import BalanceSettings, balance, picture
 from shards.balance.selection import select
-from shards.build import Settings as Build, build
+from shards.build import BuildSettings as Build, build
 from shards.verify import verify
 
 pytestmark = pytest.mark.timeout(120)
