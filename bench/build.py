@@ -84,9 +84,9 @@ def main() -> None:
 BUILD = """if True:
     import sys
     from pathlib import Path
-    from shards.build import Settings, build
+    from shards.build import BuildSettings, build
 
-    build("padchest", Path(sys.argv[1]), sys.argv[2], {}, Settings(workers=2, shard_samples=100))
+    build("padchest", Path(sys.argv[1]), sys.argv[2], {}, BuildSettings(workers=2, shard_samples=100))
 """
 Measured = tuple[dict[str, float], dict[str, float]]  # ratios, figures
 

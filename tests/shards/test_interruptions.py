@@ -27,11 +27,11 @@ def start(out: Path, *arguments: str) -> subprocess.Popen[str]:
     code = f"""
 import signal, sys
 from radhpc.core.errors import UserError
-from shards.build import Settings, build
+from shards.build import BuildSettings, build
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     try:
-        build("phantom", None, {str(out)!r}, {{"studies": "600", "size": "64"}}, Settings(workers=2, shard_samples=8))
+        build("phantom", None, {str(out)!r}, {{"studies": "600", "size": "64"}}, BuildSettings(workers=2, shard_samples=8))
     except UserError as error:
         sys.exit(f"UserError: {{error}}")
 """
