@@ -31,7 +31,8 @@ from shards.build import BuildSettings, build
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     try:
-        build("phantom", None, {str(out)!r}, {{"studies": "600", "size": "64"}}, BuildSettings(workers=2, shard_samples=8))
+        settings = BuildSettings(workers=2, shard_samples=8)
+        build("phantom", None, {str(out)!r}, {{"studies": "600", "size": "64"}}, settings)
     except UserError as error:
         sys.exit(f"UserError: {{error}}")
 """
