@@ -490,7 +490,7 @@ def decisions(archive: Archive) -> dict[str, float]:
     shards = [SimpleNamespace(size=archive.shard_bytes)] * archive.shards
     store = SimpleNamespace(folder=None, on_local_disk=False)
     manifest = SimpleNamespace(shards=shards, samples=archive.samples)
-    source = cast(Any, SimpleNamespace(parts=[SimpleNamespace(store=store, manifest=manifest)]))
+    source = cast(Any, SimpleNamespace(datasets=[SimpleNamespace(store=store, manifest=manifest)]))
     recipe = StreamRecipe.model_validate({"cache": {"folder": "unused", "gigabytes": KEPT}})
     return {
         f"node cache used, {nodes:,} nodes, {passes} passes": float(

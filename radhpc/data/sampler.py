@@ -9,9 +9,10 @@ Nothing is replayed and nothing is saved but the position. Three parts make it u
 1. A keyed pseudo-random permutation of 0..n-1 (`permute`): a balanced Feistel network on the next even power of two,
    with cycle walking for what falls outside (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
 2. A window of shards (`_DatasetPermutation`), so that an object store is read in long runs. In every epoch the shards
-   are permuted, and each is dealt in `window` runs of neighbouring samples over as many blocks that follow each other:
-   a block holds one run of each of `window` shards, and is permuted as a whole. From block to block one shard enters and
-   one leaves, so a block is about as large as a shard, whatever the window. No window: one block, a full shuffle.
+   are permuted, and each is dealt in `window` runs of neighbouring samples over as many blocks that follow each
+   other: a block holds one run of each of `window` shards, and is permuted as a whole. From block to block one shard
+   enters and one leaves, so a block is about as large as a shard, whatever the window. No window: one block, a full
+   shuffle.
 3. A schedule over datasets with weights (`schedule`): a fixed row of PERIOD draws in which every dataset is, at every
    length, less than one draw away from its share. Each dataset goes through its own epochs.
 """
