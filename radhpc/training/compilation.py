@@ -13,6 +13,7 @@ import time
 
 import torch
 
+from radhpc.core.protocol import Event
 from radhpc.core.recipe import Stage
 from radhpc.data.source import BadSample
 from radhpc.distributed.background import beside
@@ -55,7 +56,7 @@ def warm_up(parts: Parts, engine: Engine, stage: Stage) -> None:
     if engine.meter.supported:
         _count(parts, engine, size)
     if ranks.first:
-        parts.run.record("compiled", stage=stage.name, seconds=round(time.perf_counter() - started, 1))
+        parts.run.record(Event.COMPILED, stage=stage.name, seconds=round(time.perf_counter() - started, 1))
 
 
 def _count(parts: Parts, engine: Engine, size: int) -> None:
