@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch.distributed.tensor import DTensor
 
+from radhpc.core import compat_torch
 from radhpc.core.board import RESTART, Board
 from radhpc.core.log import Bar
 from radhpc.core.protocol import Cause, Event
@@ -107,14 +108,14 @@ def board_hook(
 ) -> Callable[[Position, Report], None]:
     """Curves of every step; the first point behind a restart is marked."""
     life, ranks = parts.run.lives, parts.ranks
-    ceiling, kinds = peak_flops(ranks.device, engine.dtype), parts.encoder.slices
+    ceiling, kinds = peak_flops(ranks.device, engine.dtype), parts.encoder.loss_groups
 
     def write(position: Position, report: Report) -> None:
         nonlocal restarted
         stage = parts.recipe.stages[position.stage].name
         marks = {f"by_stage/{RESTART}": report.engine.loss} if restarted else {}
         restarted = False
-        by_slice = zip(kinds, report.engine.by_slice, strict=False)
+        by_group = zip(kinds, report.engine.by_group, strict=False)
         speed = engine.meter.speed(report.samples / ranks.world, report.seconds, ceiling)
         board.scalars(
             position.step,
@@ -133,7 +134,7 @@ def board_hook(
                 **{f"data/{name}": value for name, value in report.traffic.items()},
                 "memory/gigabytes": _memory(ranks) / 1e9,
                 **{f"speed/{name}": value for name, value in speed.items()},
-                **{f"loss_by_{kind}/{name}": loss / tokens for (kind, name), (loss, tokens) in by_slice if tokens},
+                **{f"loss_by_{kind}/{name}": loss / tokens for (kind, name), (loss, tokens) in by_group if tokens},
                 **{f"loss/{name}": value for name, value in report.engine.terms.items()},
                 **{f"learning_rate/{name}": rate for name, rate in report.engine.learning_rates.items()},
             },
@@ -216,7 +217,7 @@ class GroupNorms:
         for group in optimizer.param_groups:
             parts = [p.grad for p in group["params"] if p.grad is not None]
             local = [part.to_local() if isinstance(part, DTensor) else part for part in parts]
-            norms = torch._foreach_norm(local) if local else [torch.zeros(())]
+            norms = compat_torch.norms(local) if local else [torch.zeros(())]
             self._squares.append(torch.stack([norm.float() for norm in norms]).square().sum())
 
     def __call__(self, position: Position, report: Report) -> None:

@@ -23,7 +23,7 @@ from radhpc.core.ledger import Ledger
 from radhpc.core.log import Bar
 from radhpc.core.protocol import Cause, CulpritRecord, Event, Outcome, OutcomeState
 from radhpc.core.recipe import Recipe
-from radhpc.core.run_folder import RunFolder
+from radhpc.core.run_folder import RunFolder, step_of
 from radhpc.data import tasks
 from radhpc.data.stream import Stream, stage_samples, stage_steps
 from radhpc.distributed.background import beside, on_first
@@ -171,7 +171,7 @@ def _evaluate(job: RunFolder, ranks: Ranks, stop: Stop) -> Outcome:
 
 def _before_training(parts: Parts, stop: Stop) -> Ending:
     """Nothing is lost by an interruption of the start-up: the next life goes on from what is committed."""
-    steps = [int(name.removeprefix("step-")) for name in parts.checkpoints.committed()] if parts.ranks.first else []
+    steps = [step_of(name) for name in parts.checkpoints.committed()] if parts.ranks.first else []
     return Ending(max(steps, default=None), "last checkpoint", stop.margin, round(stop.waited, 3))
 
 
@@ -191,7 +191,7 @@ def _run_stage(
     stage = recipe.stages[number]
     engine = _loaded(parts, number, cursor, lineage, stop)
     training = parts.source(number, "train")
-    parts.encoder.set_slices([part.manifest.dataset for part in training.datasets])
+    parts.encoder.set_loss_groups([part.manifest.dataset for part in training.datasets])
     compilation.warm_up(parts, engine, stage)
     stop.check(ranks.max)
     _describe(engine, position, parts)

@@ -22,7 +22,7 @@ from radhpc.data.tasks import AnswerNotAllowed, TaskExample, Tasks
 from radhpc.models.family import Arrays, ModelFamily
 from radhpc.models.image_processors import stitch
 
-TARGET_KEYS = ("labels", "findings", "slices")  # in a batch: what a model that is asked is not given
+TARGET_KEYS = ("labels", "findings", "groups")  # in a batch: what a model that is asked is not given
 UNKNOWN = -1  # a finding that the study says nothing about
 
 NEIGHBOUR_WORDS = 60  # of the report of a training study that looks alike
@@ -71,7 +71,7 @@ class StudyEncoder:
         """`labelled`: whether batches hold the findings, too. Raises UserError for a prompt that leaves no room."""
         self.family, self.text, self.images, self.labelled = family, text, images, labelled
         self.tasks = Tasks(text, findings, seed)
-        self.slices: tuple[tuple[str, str], ...] = ()  # whose losses are told apart: set_slices
+        self.loss_groups: tuple[tuple[str, str], ...] = ()  # whose losses are told apart: set_loss_groups
         # Views and patient -> reports of training studies that look alike, where the recipe wants them: context.py.
         self.retrieve: Callable[[Sequence[Image.Image], str], list[str]] | None = None
         self._known: dict[tuple[str, int], list[int]] = {}  # the ids of the recipe's own prompts, by number of views
@@ -83,10 +83,10 @@ class StudyEncoder:
                     f"{text.max_tokens}"
                 )
 
-    def set_slices(self, datasets: Sequence[str]) -> None:
+    def set_loss_groups(self, datasets: Sequence[str]) -> None:
         """From now on batches say which of these datasets and which task each row is of."""
         names = dict.fromkeys(datasets)
-        self.slices = (*(("dataset", name) for name in names), *(("task", name) for name in self.text.mixture()))
+        self.loss_groups = (*(("dataset", name) for name in names), *(("task", name) for name in self.text.mixture()))
 
     def reference(self, sample: Sample) -> str:
         """What the model shall say in an evaluation, of the first task of the recipe that the study can serve."""
@@ -191,7 +191,7 @@ class StudyEncoder:
             "attention_mask": torch.from_numpy(mask),
             "labels": torch.from_numpy(labels),
             **self._collated_findings(rows, left),
-            **self._collated_kinds(rows, left),
+            **self._collated_groups(rows, left),
             **self.family.collate_images([row.images for row in rows], ids),
         }
 
@@ -212,12 +212,12 @@ class StudyEncoder:
         known += [len(first)] * (len(views) - len(known))
         return [views[n] for n in sorted(range(len(views)), key=known.__getitem__)]
 
-    def _collated_kinds(self, rows: Sequence[EncodedStudy], left: bool) -> Batch:
+    def _collated_groups(self, rows: Sequence[EncodedStudy], left: bool) -> Batch:
         """(rows, kinds) of 0 and 1: the dataset and the task of each row."""
-        if not self.slices or left:
+        if not self.loss_groups or left:
             return {}
-        found = [[getattr(row, kind) == name for kind, name in self.slices] for row in rows]
-        return {"slices": torch.tensor(found, dtype=torch.float32)}
+        found = [[getattr(row, kind) == name for kind, name in self.loss_groups] for row in rows]
+        return {"groups": torch.tensor(found, dtype=torch.float32)}
 
     def _shown(self, views: Sequence[Image.Image]) -> Sequence[Image.Image]:
         """The pictures that the model gets for the views of a study: as many of them as the recipe wants, or one."""

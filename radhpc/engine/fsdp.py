@@ -39,7 +39,7 @@ from radhpc.engine.objective import Objective, random_state, set_random_state
 from radhpc.engine.sam import ascent_step
 from radhpc.models.adapters import Tensors, canonical
 from radhpc.models.layers import leave_casting_to_autocast, prepare_blocks
-from radhpc.models.lazy_loading import place
+from radhpc.models.lazy_loading import materialize
 
 _LOSS_SCALE = "engine/loss_scale"
 _BUCKET = 1 << 25  # numbers that go into one collective, from all ranks together
@@ -53,7 +53,7 @@ class StepReport:
     gradient_norm: float
     learning_rates: dict[str, float]  # by group
     terms: dict[str, float]  # of the objective, by name, without their weights
-    by_slice: tuple[tuple[float, float], ...] = ()  # summed token loss and tokens of each of StudyEncoder.slices
+    by_group: tuple[tuple[float, float], ...] = ()  # summed token loss and tokens of each of StudyEncoder.loss_groups
 
 
 class Engine:
@@ -91,8 +91,8 @@ class Engine:
     def _lay_out(self, recipe: Recipe, blocks: tuple[type, ...]) -> None:
         """Bring the model to the devices."""
         sharded = self.ranks.world > 1 and not recipe.replicate
-        place(self.model, self.ranks, self.dtype, partial(_shard, blocks=blocks, ranks=self.ranks, dtype=self.dtype)
-              if sharded else None)  # fmt: skip
+        shard = partial(_shard, blocks=blocks, ranks=self.ranks, dtype=self.dtype) if sharded else None
+        materialize(self.model, self.ranks, self.dtype, shard)
         self._replicated = self.ranks.world > 1 and not sharded
         self._autocast: Any = contextlib.nullcontext()
         if not sharded and self.dtype != torch.float32:
@@ -215,9 +215,9 @@ class Engine:
         if self.scaler is not None:
             self.scaler.good()
         self.meter.close(sum(len(batch["labels"]) for batch in batches))
-        terms, by_slice = self._objective.values()
+        terms, by_group = self._objective.values()
         rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
-        return StepReport(self._objective.weighted(terms), norm, rates, terms, by_slice)
+        return StepReport(self._objective.weighted(terms), norm, rates, terms, by_group)
 
     def _passes(self, batches: Sequence[Batch], supervised: int, scale: float, check: Callable[[], None]) -> None:
         """Forward and backward over the micro-batches; leaves the gradients, `scale` times too large."""

@@ -42,11 +42,11 @@ class NextToken:
     def __init__(self, label_smoothing: float = 0.0) -> None:
         self.label_smoothing = label_smoothing
 
-    def __call__(self, model: nn.Module, batch: Batch, tally: token_loss.Tally | None = None) -> torch.Tensor:
+    def __call__(self, model: nn.Module, batch: Batch, grouped: token_loss.GroupedLoss | None = None) -> torch.Tensor:
         """The sum of the token losses, in float32: the caller divides by the tokens of the whole global batch."""
         inputs = {name: value for name, value in batch.items() if name not in TARGET_KEYS}
         smoothing = self.label_smoothing if torch.is_grad_enabled() else 0.0  # a loss is reported without
-        return token_loss.summed(model, inputs, batch["labels"], smoothing, tally)
+        return token_loss.summed_loss(model, inputs, batch["labels"], smoothing, grouped)
 
 
 class Objective:
@@ -92,17 +92,17 @@ class Objective:
                 stack.enter_context(self._fusion.prompted(prompt))
             terms = self._begun and (looking or torch.is_grad_enabled())
             heard = stack.enter_context(self._heads.listening(batch)) if self._heads is not None and terms else {}
-            tally = token_loss.Tally(batch["slices"]) if terms and not looking and "slices" in batch else None
-            loss = self._next_token(model, batch, tally)
+            grouped = token_loss.GroupedLoss(batch["groups"]) if terms and not looking and "groups" in batch else None
+            loss = self._next_token(model, batch, grouped)
             if looking:
                 assert self._looking is not None
                 self._looking.append(torch.stack([heard["image"], heard["text"]], dim=1).detach())
                 return loss
             if not terms:
                 return loss
-            if tally is not None:
-                tokens = (batch["labels"][:, 1:] != IGNORE).sum(1).double() @ tally.kinds.double()
-                found = torch.stack([tally.sums, tokens])
+            if grouped is not None:
+                tokens = (batch["labels"][:, 1:] != IGNORE).sum(1).double() @ grouped.groups.double()
+                found = torch.stack([grouped.sums, tokens])
                 self._kinds = found if self._kinds is None else self._kinds + found
             return self._sum(loss, batch, heard)
 
@@ -215,15 +215,15 @@ class Objective:
             self._sums, self._means, self._kinds = sums, means, kinds
 
     def values(self) -> tuple[dict[str, float], tuple[tuple[float, float], ...]]:
-        """The mean of each term over the global batch, without its weight; and of each of StudyEncoder.slices the
+        """The mean of each term over the global batch, without its weight; and of each of StudyEncoder.loss_groups the
         summed loss of its tokens and their number. All ranks must call it; it is one collective.
         """
         assert self._ranks is not None
         kinds = [] if self._kinds is None else self._kinds.flatten().tolist()
         sums = self._ranks.sum([*(float(value) for value in self._sums.values()), *kinds])
-        by_slice, count = sums[len(self._sums) :], len(kinds) // 2
+        by_group, count = sums[len(self._sums) :], len(kinds) // 2
         terms = dict(zip(self._sums, sums, strict=False)) | self._means
-        return terms, tuple(zip(by_slice[:count], by_slice[count:], strict=True))
+        return terms, tuple(zip(by_group[:count], by_group[count:], strict=True))
 
     def loss(self) -> float:
         """What is minimised, of this rank alone."""
