@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from radhpc.distributed.stop import Interrupted
 from radhpc.storage.store import Store
 from radhpc.training import loop
 from radhpc.training.context import Parts
+from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(240)]
 
@@ -57,13 +57,6 @@ def phantoms(folder: Path, studies: int, seed: int) -> Path:
 def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A second dataset, a third of the size of `phantom_shards`."""
     return phantoms(tmp_path_factory.mktemp("others") / "shards", 20, 1)
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.02)
 
 
 def rank_of(job: dict[str, Any], rank: int) -> psutil.Process:

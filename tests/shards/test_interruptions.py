@@ -6,8 +6,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -18,6 +16,7 @@ from shards.build import Settings, build
 from shards.execution import writer
 from shards.execution.output import WORK
 from tests.shards.helpers import PHANTOM, ROOT, SMALL, contents, records
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -45,13 +44,6 @@ if __name__ == "__main__":
         text=True,
         start_new_session=True,
     )
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.01)
 
 
 def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:

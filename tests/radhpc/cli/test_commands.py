@@ -5,7 +5,6 @@ import json
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +21,7 @@ from radhpc.core.files import read_lines
 from radhpc.core.run_folder import RunFolder
 from tests.browser import Browser, chromium
 from tests.conftest import ROOT, TINY_RECIPE, free_port
+from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(300)]
 
@@ -33,14 +33,6 @@ def call(*arguments: object) -> int:
 
 def command(*arguments: object) -> list[str]:
     return [sys.executable, str(ROOT / "launch.py"), *map(str, arguments)]
-
-
-def until(condition: Callable[[], Any], seconds: float = 120) -> Any:
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.1)
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +52,10 @@ def traced(tmp_path_factory: pytest.TempPathFactory, phantom_shards: Path) -> tu
         told = profiling.trace(RunFolder(run), steps=2, seconds=200)
     finally:
         call("stop", run)
-    until(lambda: RunFolder(run).events("stopped", "interrupted", "finished"))
+    wait_for(lambda: RunFolder(run).events("stopped", "interrupted", "finished"))
     job = RunFolder(run).job()
     assert job is not None
-    until(lambda: not Path(f"/proc/{job['pid']}").exists() or "Z" in Path(f"/proc/{job['pid']}/stat").read_text())
+    wait_for(lambda: not Path(f"/proc/{job['pid']}").exists() or "Z" in Path(f"/proc/{job['pid']}/stat").read_text())
     call("resume", run, "--watch")
     assert RunFolder(run).events("finished")
     return run, told
@@ -433,12 +425,12 @@ def test_tensorboard_shows_it(run: Path, tmp_path: Path) -> None:
         assert server.stdout is not None
         assert server.stdout.readline().strip() == f"http://localhost:{port}/"
         assert "ssh -N -L" in server.stdout.readline()
-        until(lambda: listens(port), 60)
+        wait_for(lambda: listens(port), 60)
         with Browser(tmp_path) as browser:
             browser.open(f"http://localhost:{port}/#timeseries")
-            until(lambda: "train/loss" in browser.text() or "by_stage" in browser.text(), 60)
+            wait_for(lambda: "train/loss" in browser.text() or "by_stage" in browser.text(), 60)
             browser.open(f"http://localhost:{port}/?x#custom_scalars")
-            until(lambda: "loss by stage, restarts marked" in browser.text(), 60)
+            wait_for(lambda: "loss by stage, restarts marked" in browser.text(), 60)
             browser.screenshot(tmp_path / "board.png")
             assert np.asarray(Image.open(tmp_path / "board.png").convert("L")).std() > 5
         with pytest.raises(UserError, match="something listens there already"):

@@ -30,7 +30,7 @@ from radhpc.distributed.watchdog import EXIT_STATUS, Beat, Heartbeat, Limits, de
 from radhpc.training.loop import Pace
 from radhpc.training.straggler import slowest
 from tests.conftest import free_port
-from tests.radhpc.training.test_training import wait_for
+from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(120)]
 
