@@ -45,10 +45,10 @@ def one_stage(**changes: Any) -> str:
 
 
 def phantoms(folder: Path, studies: int, seed: int) -> Path:
-    from shards.build import Settings, build
+    from shards.build import BuildSettings, build
 
     options = {"studies": str(studies), "size": "64", "seed": str(seed)}
-    settings = Settings(workers=1, longest_side=56, shard_samples=8)
+    settings = BuildSettings(workers=1, longest_side=56, shard_samples=8)
     build("phantom", None, str(folder), options, settings, lambda done, total: None)
     return folder
 

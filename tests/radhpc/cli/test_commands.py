@@ -306,7 +306,7 @@ def demo(run: Path) -> Iterator[Any]:
     run_dir, target = image_settings(run)
     parts = parts_of(run_dir.path)
     reader = Reader(parts, Decoding.of(parts.recipe.evaluation), neighbours=2)
-    with Demo(reader, lambda data, name: views.read_bytes(data, name, target)) as page:
+    with Demo(reader, lambda data, name: views.load_view_bytes(data, name, target)) as page:
         thread = threading.Thread(target=page.serve)
         thread.start()
         try:
@@ -328,9 +328,9 @@ def test_the_page_reads_a_radiograph(run: Path, study: Path, photograph: Path, t
         browser.wait("document.body.dataset.state == 'done'")
         reader = page.reader
         from radhpc.serving.inference import answers
-        from shards.views import read_study
+        from shards.views import load_study
 
-        views, _ = read_study("", [study], image_settings(run)[1])
+        views, _ = load_study("", [study], image_settings(run)[1])
         (text,) = answers(reader.engine, reader.parts.encoder, [views], None, reader.decoding)
         assert text.split()[-1] in browser.run("document.getElementById('text').textContent")
         assert browser.run("document.querySelectorAll('.neighbour img').length") == 2
