@@ -54,7 +54,8 @@ def test_real_radiographs_are_not(real_notes: Path) -> None:
     files = sorted((real_notes / "images").glob("*.jpg"))
     assert len(files) >= 20
     for side in (1120, 224):
-        found = {path.name: radiograph_warnings(load_view(path, ImageSettings(longest_side=side)).picture) for path in files}
+        settings = ImageSettings(longest_side=side)
+        found = {path.name: radiograph_warnings(load_view(path, settings).picture) for path in files}
         assert not any(found.values()), {name: why for name, why in found.items() if why}
 
 
