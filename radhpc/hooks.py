@@ -41,7 +41,7 @@ class Evaluating:
 
     def __call__(self, position: Position, report: Report | None = None, split: Split | None = None) -> None:
         parts = self.parts
-        parts.ranks.heart.beat("evaluating", slow=True)
+        parts.ranks.watchdog.beat("evaluating", slow=True)
         split = split or parts.recipe.evaluation.split
         folder = parts.run.path / "evaluation" / f"step-{position.step:06d}"
         if parts.ranks.broadcast((folder / "scores.json").exists()):
@@ -56,7 +56,7 @@ class Evaluating:
         with Bar(f"evaluate step {position.step}", count, unit="studies", hidden=not parts.ranks.first) as bar:
 
             def check(done: int) -> None:
-                parts.ranks.heart.beat("evaluating", slow=True)
+                parts.ranks.watchdog.beat("evaluating", slow=True)
                 self.stop.check(parts.ranks.max)
                 bar.update(done)
 

@@ -26,11 +26,11 @@ from radhpc.core.recipe import Recipe
 from radhpc.core.run_folder import RunFolder, step_of
 from radhpc.data import tasks
 from radhpc.data.stream import Stream, stage_samples, stage_steps
-from radhpc.distributed.background import beside, on_first
+from radhpc.distributed.background import run_in_background, run_on_first
 from radhpc.distributed.malloc import keep_freed_memory
 from radhpc.distributed.ranks import Ranks, lost_peer
 from radhpc.distributed.stop import Interrupted, Stop
-from radhpc.distributed.watchdog import Heartbeat, Limits
+from radhpc.distributed.watchdog import Limits, Watchdog
 from radhpc.engine.checkpoint import Checkpoints, Cursor, name_of
 from radhpc.engine.fsdp import Engine
 from radhpc.evaluation import job as evaluation_job
@@ -63,14 +63,14 @@ def run(path: str, stop: Stop | None = None, trial: Trial | None = None) -> Outc
     def end(state: OutcomeState, cause: str, step: int, culprits: list[CulpritRecord]) -> None:
         run_dir.record_end(rank, Outcome(state, cause, step), culprits=culprits)
 
-    heart = Heartbeat(run_dir, rank, world, Limits.from_environment(), end)
+    watchdog = Watchdog(run_dir, rank, world, Limits.from_environment(), end)
     with contextlib.nullcontext(stop) if stop else Stop() as stop:
         stop.run = run_dir if rank == 0 else None
         try:
-            ranks = Ranks(heart)
+            ranks = Ranks(watchdog)
             outcome = _run(run_dir, ranks, stop, trial)
         except BaseException as error:
-            heart.give_way()
+            watchdog.give_way()
             if isinstance(error, torch.OutOfMemoryError):
                 raise _recorded(run_dir, rank, out_of_memory(run_dir, rank, world)) from error
             if isinstance(error, OSError) and error.errno in FULL:
@@ -81,7 +81,7 @@ def run(path: str, stop: Stop | None = None, trial: Trial | None = None) -> Outc
         finally:
             if ranks is not None:
                 ranks.close()
-            heart.close()
+            watchdog.close()
     run_dir.record_end(rank, outcome)
     return outcome
 
@@ -101,14 +101,17 @@ def _run(run: RunFolder, ranks: Ranks, stop: Stop, trial: Trial | None) -> Outco
     compilation.prepare(parts)
     position: Position | None = None
     try:
-        lengths = beside(lambda: [len(parts.source(n, "train")) for n in range(len(recipe.stages))], ranks, stop) or []
+        lengths = (
+            run_in_background(lambda: [len(parts.source(n, "train")) for n in range(len(recipe.stages))], ranks, stop)
+            or []
+        )
         for n, length in enumerate(lengths):
             if not length:
                 raise UserError(f"stage '{recipe.stages[n].name}': no sample of split 'train' in its shards")
         steps = [stage_steps(stage, length) for stage, length in zip(recipe.stages, lengths, strict=True)]
         _agree_on_data(parts, steps)
         for stage, number in zip(recipe.stages, range(len(steps)), strict=True):
-            on_first(lambda s=stage, n=number: tasks.check(recipe, s, parts.source(n, "train")), ranks, stop)
+            run_on_first(lambda s=stage, n=number: tasks.check(recipe, s, parts.source(n, "train")), ranks, stop)
         parts.find_neighbours()
         cursor = _restore(parts, run, life, ranks)
         wandb = recipe.board.wandb if ranks.first else None
@@ -247,12 +250,12 @@ def _run_stage(
 def _loaded(parts: Parts, number: int, cursor: Cursor | None, lineage: tuple[str, ...], stop: Stop) -> Engine:
     """The engine of a stage, as its own last checkpoint or the stages before it have left the model."""
     ranks = parts.ranks
-    ranks.heart.beat(f"loading stage {parts.recipe.stages[number].name}", slow=True)
+    ranks.watchdog.beat(f"loading stage {parts.recipe.stages[number].name}", slow=True)
     engine = parts.engine(number, lineage)
     if cursor is not None:
         parts.check(cursor)
         name = name_of(cursor.step)
-        tensors = beside(lambda: parts.checkpoints.tensors(name, moments=True), ranks, stop)
+        tensors = run_in_background(lambda: parts.checkpoints.tensors(name, moments=True), ranks, stop)
         assert tensors is not None
         engine.load(tensors, cursor.stage_step)
     elif number:
@@ -298,7 +301,7 @@ def _agree_on_data(parts: Parts, steps: list[int]) -> None:
                     f"stage '{parts.recipe.stages[n].name}': rank {rank} sees other shards than rank {ranks.rank}: "
                     f"{theirs[n][1]} steps there, {steps[n]} here; all nodes must read the same manifests"
                 )
-    on_first(lambda: [parts.source(n, "train").check_sizes() for n in stages] and None, ranks, parts.stop)
+    run_on_first(lambda: [parts.source(n, "train").check_sizes() for n in stages] and None, ranks, parts.stop)
 
 
 def _quarantined(run: RunFolder) -> Callable[[str, str], None]:
@@ -322,7 +325,7 @@ def _own(parts: Parts, life: int) -> Checkpoints:
 
 def _restore(parts: Parts, run: RunFolder, life: int, ranks: Ranks) -> Cursor | None:
     """The cursor of the newest checkpoint that verifies, on all ranks; names those that were skipped."""
-    name, skipped = on_first(lambda: _own(parts, life).newest(), ranks, parts.stop)
+    name, skipped = run_on_first(lambda: _own(parts, life).newest(), ranks, parts.stop)
     if ranks.first:
         for torn, fault in skipped:
             log.warning("checkpoint %s is skipped: %s", torn, fault)

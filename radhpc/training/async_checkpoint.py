@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from radhpc.core.board import Board
 from radhpc.core.errors import UserError
 from radhpc.core.protocol import Cause, Event
-from radhpc.distributed.grace_period import RESERVE, SAFETY, Longest, Plan, choose
+from radhpc.distributed.grace_period import RESERVE, SAFETY, Plan, RecentMaximum, choose
 from radhpc.distributed.stop import CAUSES, Interrupted, Stop
 from radhpc.engine.checkpoint import Cursor, SaveCancelled
 from radhpc.engine.fsdp import Engine
@@ -93,7 +93,7 @@ class Saving:
         self.saved_step = -1  # the newest one that was copied
         self.committed_step: int | None = None
         self._save: _Save | None = None
-        self.stepping, self.copying, self.writing = Longest(), Longest(), Longest()
+        self.stepping, self.copying, self.writing = RecentMaximum(), RecentMaximum(), RecentMaximum()
         self._warned = False
 
     def start_at(self, step: int) -> None:
@@ -141,7 +141,7 @@ class Saving:
         if position.step == self.saved_step:
             return
         parts, started = self.parts, time.perf_counter()
-        parts.ranks.heart.beat("saving", slow=True)
+        parts.ranks.watchdog.beat("saving", slow=True)
         self._wait()
         free = time.perf_counter()
         if free - started > 1:
@@ -176,12 +176,12 @@ class Saving:
 
         Raises UserError on all ranks when it failed, and Interrupted, with `poll`, when any is told to stop.
         """
-        with self.parts.ranks.heart.poll():
+        with self.parts.ranks.watchdog.poll():
             while True:
                 if self._save is not None:
                     self._save.join(max(0.0, min(_POLL, until - time.monotonic())))
                 busy = self._save is not None and self._save.is_alive()
-                self.parts.ranks.heart.polling = not busy
+                self.parts.ranks.watchdog.polling = not busy
                 failed = self._save is not None and not busy and self._save.problem is not None
                 flags = [float(busy), float(failed), float(time.monotonic() > until), float(self.stop.poll())]
                 any_busy, any_failed, over, code = self.parts.ranks.max(flags)

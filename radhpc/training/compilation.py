@@ -17,7 +17,7 @@ from radhpc.core.compat_torch import disable_duck_shapes
 from radhpc.core.protocol import Event
 from radhpc.core.recipe import Stage
 from radhpc.data.source import BadSample
-from radhpc.distributed.background import beside
+from radhpc.distributed.background import run_in_background
 from radhpc.engine.fsdp import Engine
 from radhpc.training.context import Parts
 
@@ -47,11 +47,11 @@ def warm_up(parts: Parts, engine: Engine, stage: Stage) -> None:
             torch.cuda.set_device(ranks.device)  # of this thread
         engine.warm_up(batch)
 
-    ranks.heart.beat(f"compiling for stage {stage.name}", slow=True)
+    ranks.watchdog.beat(f"compiling for stage {stage.name}", slow=True)
     if ranks.world > 1 and ranks.device.type == "cpu":
         work()  # the engine's collectives and the agreements go over the same group, and must not mix
     else:
-        beside(work, ranks, parts.stop)
+        run_in_background(work, ranks, parts.stop)
     if engine.meter.supported:
         _count(parts, engine, size)
     if ranks.first:

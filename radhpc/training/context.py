@@ -23,7 +23,7 @@ from radhpc.data.collate import StudyEncoder, conversation
 from radhpc.data.retrieval import RetrievalIndex, encode_thumbnail
 from radhpc.data.source import Source
 from radhpc.data.tasks import Tasks
-from radhpc.distributed.background import beside, on_first
+from radhpc.distributed.background import run_in_background, run_on_first
 from radhpc.distributed.ranks import Ranks
 from radhpc.distributed.stop import Stop
 from radhpc.engine import zero
@@ -102,7 +102,7 @@ class Parts:
                 return asked.answer if asked and tasks.mixture[asked.task].kind == "report" else ""
 
             RetrievalIndex.build(training, answer, len(training), self._libraries(number), self.ranks, self.stop)
-            on_first(lambda n=number: self._check_library(n), self.ranks, self.stop)
+            run_on_first(lambda n=number: self._check_library(n), self.ranks, self.stop)
 
     def _libraries(self, number: int) -> Path:
         """A stage's own: two stages may learn other sections of the same studies."""
@@ -139,7 +139,9 @@ class Parts:
         check(recipe, self.ranks)
         gc.collect()  # the engine of the stage before is full of cycles
         whole = any(each.lora is not None and each.lora.dora for each in recipe.stages)
-        model = beside(lambda: lazy_loading.build(family, recipe.model, recipe.seed, whole), self.ranks, self.stop)
+        model = run_in_background(
+            lambda: lazy_loading.build(family, recipe.model, recipe.seed, whole), self.ranks, self.stop
+        )
         assert model is not None
         self.base_hash = self._base_hash(model)
         if recipe.model.quantise is not None:
@@ -205,7 +207,7 @@ class Parts:
             tokenizer.train(texts, vocabulary, temporary)
             temporary.rename(folder)
 
-        on_first(lambda: None if folder.exists() else train(), self.ranks, self.stop)
+        run_on_first(lambda: None if folder.exists() else train(), self.ranks, self.stop)
         return str(folder)
 
     def _base_hash(self, model: torch.nn.Module) -> str:
@@ -213,7 +215,7 @@ class Parts:
         parts, remembered = self.recipe.model, self.run.path / "base.json"
         folders = [Path(folder) for _, folder in sorted(parts.folders.items())]
         # What is put together has random values, too: they are a function of the recipe, whose hash is checked beside.
-        return on_first(
+        return run_on_first(
             lambda: _hash_files(folders, remembered) if folders else _hash_tensors(model), self.ranks, self.stop
         )
 
