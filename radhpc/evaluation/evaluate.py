@@ -25,7 +25,7 @@ from radhpc.core.recipe import Evaluation
 from radhpc.data import sampler
 from radhpc.data.collate import EncodedStudy, StudyEncoder
 from radhpc.data.retrieval import RetrievalIndex, encode_thumbnail
-from radhpc.data.source import BadSample, Source, DecodedStudy
+from radhpc.data.source import BadSample, DecodedStudy, Source
 from radhpc.distributed.background import run_in_background, run_on_first
 from radhpc.distributed.ranks import Ranks
 from radhpc.distributed.stop import Stop
