@@ -194,7 +194,7 @@ def _run_stage(
     stage = recipe.stages[number]
     engine = _loaded(parts, number, cursor, lineage, stop)
     training = parts.source(number, "train")
-    parts.encoder.tell_apart([part.manifest.dataset for part in training.parts])
+    parts.encoder.set_loss_groups([part.manifest.dataset for part in training.datasets])
     compilation.warm_up(parts, engine, stage)
     stop.check(ranks.max)
     _describe(engine, position, parts)

@@ -40,7 +40,7 @@ def work(job: RunFolder, ranks: Ranks, stop: Stop) -> int:
     training = parts.source(cursor.stage, "train")
     held_out = Source(task["shards"], task["split"]) if task["shards"] else parts.source(cursor.stage, task["split"])
     if task["shards"]:
-        Source(tuple(dict.fromkeys([*(part.url for part in training.parts), *task["shards"]])), "train")  # no leak
+        Source(tuple(dict.fromkeys([*(part.url for part in training.datasets), *task["shards"]])), "train")  # no leak
     _refuse_unasked(run.path, held_out, training)
     judge = scoring.Scoring(settings, every_convention=task["every_convention"], device=str(ranks.device))
     run_on_first(lambda: judge.judges.hashes and None, ranks, stop)

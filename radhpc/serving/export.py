@@ -37,7 +37,7 @@ from transformers.utils import logging
 from radhpc.core.compat_torch import module_table
 from radhpc.core.errors import UserError
 from radhpc.core.resources import folder as folder_of
-from radhpc.data.collate import TRUTH
+from radhpc.data.collate import TARGET_KEYS
 from radhpc.models import adapters
 from radhpc.models.adapters import Tensors
 from radhpc.models.image_processors import ClipImages
@@ -261,7 +261,7 @@ def _write_beside(parts: "Parts", folder: Path) -> None:
     images = getattr(family, "image_processor", None)
     shown = parts.encoder.images
     asking = {
-        "prompt": parts.encoder.tasks.plain(),
+        "prompt": parts.encoder.tasks.default_prompt(),
         "views": shown.limit,
         "stitch": shown.stitch,
         "gap": shown.gap,
@@ -284,9 +284,9 @@ class Probe:
     def of(cls, parts: "Parts", engine: Any) -> "Probe":
         picture = probe_picture()
         encoder = copy.copy(parts.encoder)
-        encoder.alike = None  # whoever has no radhpc has no training studies to look up
+        encoder.retrieve = None  # whoever has no radhpc has no training studies to look up
         batch = encoder.batch([encoder.encode_prompt("", None, [picture])])
-        inputs = {name: value for name, value in engine.to_device(batch).items() if name not in TRUTH}
+        inputs = {name: value for name, value in engine.to_device(batch).items() if name not in TARGET_KEYS}
         with torch.no_grad(), engine._autocast:
             logits = engine.model.eval()(**inputs).logits[0, -1].float().cpu()
         dtypes = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}

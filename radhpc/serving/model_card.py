@@ -43,7 +43,8 @@ def card(parts: "Parts", cursor: "Cursor", kind: str, base: str | None, dtype: s
         _what(parts, cursor, kind, base, dtype),
         "## How to use it\n\n```\npython example.py frontal.png"
         f"{' --base FOLDER' if kind == 'adapter' and base != 'base' else ''}\n```\n\n"
-        f"What it is asked for a report: {parts.encoder.tasks.plain()!r}.{_code(parts)} {_images(parts, cursor)}",
+        f"What it is asked for a report: {parts.encoder.tasks.default_prompt()!r}."
+        f"{_code(parts)} {_images(parts, cursor)}",
         "## Lineage\n\n" + _lineage(parts, cursor),
         "## Data\n\n" + _data(parts, cursor),
         "## Scores\n\n" + _scores(parts),
@@ -88,7 +89,7 @@ def _what(parts: "Parts", cursor: "Cursor", kind: str, base: str | None, dtype: 
 
 
 def _images(parts: "Parts", cursor: "Cursor") -> str:
-    build = parts.source(cursor.stage, "train").parts[0].manifest.build
+    build = parts.source(cursor.stage, "train").datasets[0].manifest.build
     side, images = build.get("longest_side"), parts.encoder.images
     told = f"Images were shrunk to {side} pixels on their longest side by area averages and stored as 8 bits"
     told += ", those of more bits between their 0.5% and 99.5% percentiles or by the window of the file."
@@ -134,7 +135,7 @@ def _parts(parts: "Parts", cursor: "Cursor") -> dict[str, Any]:
     """The manifests of all stages so far, each once."""
     found = {}
     for stage in range(cursor.stage + 1):
-        for part in parts.source(stage, "train").parts:
+        for part in parts.source(stage, "train").datasets:
             found[part.manifest.hash] = part
     return found
 

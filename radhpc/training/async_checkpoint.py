@@ -17,7 +17,7 @@ from radhpc.core.errors import UserError
 from radhpc.core.protocol import Cause, Event
 from radhpc.distributed.grace_period import RESERVE, SAFETY, Plan, RecentMaximum, choose
 from radhpc.distributed.stop import CAUSES, Interrupted, Stop
-from radhpc.engine.checkpoint import Cursor, Dropped
+from radhpc.engine.checkpoint import Cursor, SaveCancelled
 from radhpc.engine.fsdp import Engine
 from radhpc.models.adapters import Tensors
 from radhpc.training.context import Parts
@@ -57,7 +57,7 @@ class _Save(threading.Thread):
     def run(self) -> None:
         try:
             self._write()
-        except Dropped:
+        except SaveCancelled:
             pass
         except BaseException as error:  # for the main thread to raise
             self.problem = error

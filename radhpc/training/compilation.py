@@ -52,7 +52,7 @@ def warm_up(parts: Parts, engine: Engine, stage: Stage) -> None:
         work()  # the engine's collectives and the agreements go over the same group, and must not mix
     else:
         run_in_background(work, ranks, parts.stop)
-    if engine.meter.able:
+    if engine.meter.supported:
         _count(parts, engine, size)
     if ranks.first:
         parts.run.record(Event.COMPILED, stage=stage.name, seconds=round(time.perf_counter() - started, 1))

@@ -19,8 +19,8 @@ from radhpc.core.protocol import Event
 from radhpc.core.recipe import Recipe
 from radhpc.core.run_folder import RunFolder
 from radhpc.core.sample import Sample, Split
-from radhpc.data.collate import Encoder, conversation
-from radhpc.data.retrieval import Library, thumbnail
+from radhpc.data.collate import StudyEncoder, conversation
+from radhpc.data.retrieval import RetrievalIndex, encode_thumbnail
 from radhpc.data.source import Source
 from radhpc.data.tasks import Tasks
 from radhpc.distributed.background import run_in_background, run_on_first
@@ -58,7 +58,7 @@ class Parts:
         self._sources: dict[tuple[int, str], Source] = {}
         self.base_hash = ""  # known once a model was built
         self.stage = len(recipe.stages) - 1  # whose prompts and views encoder() has: that of the newest engine
-        self._encoders: dict[int, Encoder] = {}
+        self._encoders: dict[int, StudyEncoder] = {}
 
     def source(self, stage: int, split: Split) -> Source:
         """The samples of a split, over a stage's shards."""
@@ -71,20 +71,20 @@ class Parts:
         return models.family(self.recipe.model, self._tokenizer_folder())
 
     @property
-    def encoder(self) -> Encoder:
+    def encoder(self) -> StudyEncoder:
         """That of the stage whose engine was built last."""
         return self.encoder_of(self.stage)
 
-    def encoder_of(self, number: int) -> Encoder:
+    def encoder_of(self, number: int) -> StudyEncoder:
         """Prompts, answers and views as a stage has them."""
         if number not in self._encoders:
             recipe, stage = self.recipe, self.recipe.stages[number]
             text, images = recipe.text_of(stage), recipe.images_of(stage)
             labelled = bool(stage.objective.clinical)
-            encoder = Encoder(self.family, text, images, recipe.findings, recipe.seed, labelled)
+            encoder = StudyEncoder(self.family, text, images, recipe.findings, recipe.seed, labelled)
             self._encoders[number] = encoder
             if text.neighbours:
-                encoder.alike = self._alike(number, text.neighbours)
+                encoder.retrieve = self._alike(number, text.neighbours)
         return self._encoders[number]
 
     def find_neighbours(self) -> None:
@@ -98,10 +98,10 @@ class Parts:
             training, tasks = self.source(number, "train"), Tasks(text, self.recipe.findings, self.recipe.seed)
 
             def answer(sample: Sample, tasks: Tasks = tasks) -> str:
-                asked = tasks.usual(sample)
+                asked = tasks.default(sample)
                 return asked.answer if asked and tasks.mixture[asked.task].kind == "report" else ""
 
-            Library.build(training, answer, len(training), self._libraries(number), self.ranks, self.stop)
+            RetrievalIndex.build(training, answer, len(training), self._libraries(number), self.ranks, self.stop)
             run_on_first(lambda n=number: self._check_library(n), self.ranks, self.stop)
 
     def _libraries(self, number: int) -> Path:
@@ -110,7 +110,7 @@ class Parts:
 
     def _library(self, number: int) -> Path:
         training = self.source(number, "train")
-        return Library.path(training, len(training), self._libraries(number))
+        return RetrievalIndex.path(training, len(training), self._libraries(number))
 
     def _check_library(self, number: int) -> None:
         path, name = self._library(number), self.recipe.stages[number].name
@@ -125,8 +125,8 @@ class Parts:
         path = self._library(number)
         if not path.exists():
             raise UserError(f"{path}: missing; without it the model does not get the reports that it was trained with")
-        library = Library.load(path)
-        return lambda views, patient: library.alike(thumbnail(views), count, patient)
+        library = RetrievalIndex.load(path)
+        return lambda views, patient: library.most_similar(encode_thumbnail(views), count, patient)
 
     def engine(self, stage: int, lineage: tuple[str, ...], training: bool = True) -> Engine:
         """The model at the start of a stage, ready to train. `lineage` names the checkpoints of the stages before.
