@@ -43,7 +43,7 @@ from unittest import mock
 from bench import report
 from radhpc.core.errors import UserError
 from radhpc.core.files import write_atomically
-from radhpc.core.run_folder import Event, RunDir
+from radhpc.core.run_folder import Event, RunFolder
 from radhpc.engine.checkpoint import Checkpoints
 from radhpc.storage.store import Store
 from slurm import box, scheduler
@@ -99,18 +99,18 @@ def call(conf: str, *command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
 
 
-def job_id(run: RunDir) -> str:
+def job_id(run: RunFolder) -> str:
     job = run.job()
     assert job is not None
     return str(job["id"])
 
 
-def step(run: RunDir) -> int:
+def step(run: RunFolder) -> int:
     """The step that the run last told of."""
     return int(run.progress().get("step", 0))
 
 
-def disturb(kind: str, run: RunDir, cluster: Cluster) -> None:
+def disturb(kind: str, run: RunFolder, cluster: Cluster) -> None:
     """Do one kind of trouble to a run that trains, and see that its next life begins."""
     lives = run.lives
     if kind == "urgent":
@@ -205,7 +205,7 @@ def hasten(conf: str, job: str) -> None:
             call(conf, "scontrol", "update", f"JobId={job}", "StartTime=now")
 
 
-def decisions(run: RunDir) -> list[int]:
+def decisions(run: RunFolder) -> list[int]:
     """The processes that decide on a run at this moment."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
@@ -222,7 +222,7 @@ def urgent(conf: str) -> None:
     call(conf, "sbatch", *options, "--wrap", "sleep 2")
 
 
-def spoil(run: RunDir, kind: str, chance: random.Random) -> None:
+def spoil(run: RunFolder, kind: str, chance: random.Random) -> None:
     """Damage the newest checkpoint, as a failing disk does."""
     checkpoints = Checkpoints.of(run.path, run.recipe())
     newest, file = Store(checkpoints.storage.where(checkpoints.names()[0])), "state.safetensors"
@@ -351,7 +351,7 @@ def chaos(
         # An epoch has some 12 steps.
         stages = STAGES.format(steps=steps // 2, epochs=-(-steps // 25), checkpoints=checkpoints)
         recipe.write_text(f"name: chaos\nshards: ['{shards}']\nmodel:\n{TINY_MODEL}{stages}")
-        calm, wild = RunDir(here.disk / "calm"), RunDir(here.disk / "wild")
+        calm, wild = RunFolder(here.disk / "calm"), RunFolder(here.disk / "wild")
         here.launch("train", recipe, "--on", here.profile, "--run", calm.path, "--watch")
         started = time.time()
         here.launch("train", recipe, "--on", here.profile, "--run", wild.path)
@@ -393,9 +393,9 @@ def _kept(disk: Path, folder: Path) -> Iterator[None]:
 
 
 def _figures(
-    wild: RunDir, calm: RunDir, audit: dict[str, Any], seconds: float
+    wild: RunFolder, calm: RunFolder, audit: dict[str, Any], seconds: float
 ) -> tuple[dict[str, float], dict[str, float]]:
-    def moments(run: RunDir, name: Event) -> list[float]:
+    def moments(run: RunFolder, name: Event) -> list[float]:
         return [moment(event) for event in run.events(name)]
 
     pace = moments(calm, "finished")[0] - moments(calm, "started")[0]

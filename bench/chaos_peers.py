@@ -35,7 +35,7 @@ from bench import report
 from bench.chaos import hasten, losses, urgent, wait
 from radhpc.core.files import read_lines
 from radhpc.core.ledger import consumed
-from radhpc.core.run_folder import RunDir
+from radhpc.core.run_folder import RunFolder
 from slurm import box, scheduler
 from slurm.job import port
 from slurm.profile import FOLDER as PROFILES
@@ -124,7 +124,7 @@ class Radhpc(System):
         return sum(consumed(run / "ledger").replayed.values())
 
     def losses(self, run: Path) -> dict[int, float]:
-        wait(lambda: bool(RunDir(run).events("finished")), 120, "radhpc does not finish")
+        wait(lambda: bool(RunFolder(run).events("finished")), 120, "radhpc does not finish")
         return losses(run)
 
 

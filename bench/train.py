@@ -29,7 +29,7 @@ from torch import nn
 from bench import report
 from radhpc.core.ledger import Ledger
 from radhpc.core.recipe import Recipe, load
-from radhpc.core.run_folder import RunDir
+from radhpc.core.run_folder import RunFolder
 from radhpc.data.collate import IGNORE, TRUTH, Batch
 from radhpc.data.stream import Step, Stream
 from radhpc.distributed.ranks import Ranks
@@ -232,8 +232,8 @@ def recipe(folder: Path, steps: int, *more: str) -> Recipe:
     )
 
 
-def run_folder(path: Path, recipe: Recipe) -> RunDir:
-    return RunDir.create(path, recipe)
+def run_folder(path: Path, recipe: Recipe) -> RunFolder:
+    return RunFolder.create(path, recipe)
 
 
 def phantoms(folder: Path) -> None:
@@ -371,7 +371,7 @@ def one_rank(folder: Path, engine: str, steps: int) -> None:
     if ranks.first:
         run_folder(path, here)
     ranks.barrier()
-    context = open_context(RunDir.open(str(path)), here, ranks)
+    context = open_context(RunFolder.open(str(path)), here, ranks)
     stage = here.stages[0]
     training, encoder = open_source(context, 0, "train"), build_encoder(context, 0)
     stream = Stream(training, encoder, stage, 0, here.stream, here.seed, ranks.rank, ranks.world)

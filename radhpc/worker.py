@@ -24,7 +24,7 @@ from radhpc.core.files import FULL, insist, read_json, write_atomically
 from radhpc.core.ledger import Ledger
 from radhpc.core.log import Bar
 from radhpc.core.recipe import Recipe
-from radhpc.core.run_folder import RunDir, node_name
+from radhpc.core.run_folder import RunFolder, node_name
 from radhpc.data import tasks
 from radhpc.data.stream import Stream, stage_samples, stage_steps
 from radhpc.distributed.background import beside, on_first
@@ -65,7 +65,7 @@ def run(path: str, stop: Stop | None = None, trial: Trial | None = None) -> Outc
     `stop`: a flag that listens already, since before this module was imported.
     `trial`: the sweep that the run belongs to, if any, which may end it early.
     """
-    run_dir = RunDir.open(path)
+    run_dir = RunFolder.open(path)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     logs.start(rank, world)
     keep_freed_memory()
@@ -100,7 +100,7 @@ def run(path: str, stop: Stop | None = None, trial: Trial | None = None) -> Outc
     return outcome
 
 
-def _run(run: RunDir, ranks: Ranks, stop: Stop, trial: Trial | None) -> Outcome:
+def _run(run: RunFolder, ranks: Ranks, stop: Stop, trial: Trial | None) -> Outcome:
     recipe = run.recipe()
     life = ranks.broadcast(run.lives + 1 if ranks.first else 0)
     if ranks.first:
@@ -171,7 +171,7 @@ def _run(run: RunDir, ranks: Ranks, stop: Stop, trial: Trial | None) -> Outcome:
         return Outcome(state, interrupted.cause, step)
 
 
-def _evaluate(job: RunDir, ranks: Ranks, stop: Stop) -> Outcome:
+def _evaluate(job: RunFolder, ranks: Ranks, stop: Stop) -> Outcome:
     """Of a job that evaluates another run; what it has generated is on the disk already when it is interrupted."""
     try:
         step = evaluation_job.work(job, ranks, stop)
@@ -281,7 +281,7 @@ def _load_engine(
     return engine, base_hash
 
 
-def _agree_on_environment(run: RunDir, recipe: Recipe, ranks: Ranks) -> None:
+def _agree_on_environment(run: RunFolder, recipe: Recipe, ranks: Ranks) -> None:
     """All ranks run the same recipe and code with the same libraries; what is not as it was at the submission is
     recorded.
     """
@@ -327,7 +327,7 @@ def _agree_on_data(context: RunContext, steps: list[int]) -> None:
     on_first(check_sizes, ranks, context.stop)
 
 
-def _quarantined(run: RunDir) -> Callable[[str, str], None]:
+def _quarantined(run: RunFolder) -> Callable[[str, str], None]:
     def record(key: str, fault: str) -> None:
         log.warning("left out: %s: %s", key, fault)
         run.record("quarantined", key=key, fault=fault)
@@ -346,7 +346,7 @@ def _own(context: RunContext, life: int) -> Checkpoints:
     return checkpoints
 
 
-def _restore(context: RunContext, run: RunDir, life: int, ranks: Ranks) -> Cursor | None:
+def _restore(context: RunContext, run: RunFolder, life: int, ranks: Ranks) -> Cursor | None:
     """The cursor of the newest checkpoint that verifies, on all ranks; names those that were skipped."""
     name, skipped = on_first(lambda: _own(context, life).newest(), ranks, context.stop)
     if ranks.first:
@@ -371,12 +371,12 @@ def _describe(stage: StageContext, position: Position) -> None:
     )
 
 
-def _history(run: RunDir) -> str:
+def _history(run: RunFolder) -> str:
     """The events so far as Markdown, for the board."""
     return "\n".join(f"- {event['time']} {event['event']} {event.get('cause', '')}" for event in run.events())
 
 
-def _last_finished(run: RunDir) -> int:
+def _last_finished(run: RunFolder) -> int:
     return max((event["number"] for event in run.events("stage_finished")), default=-1)
 
 
@@ -386,7 +386,7 @@ def _kind(error: BaseException) -> Literal["mistake", "lost_peer", "crashed"]:
     return "lost_peer" if lost_peer(error) else "crashed"
 
 
-def _recorded(run: RunDir, rank: int, error: BaseException) -> BaseException:
+def _recorded(run: RunFolder, rank: int, error: BaseException) -> BaseException:
     """Record how this rank ends by an error, as far as the disk allows, and give the error back."""
     with contextlib.suppress(OSError):
         _record_end(run, rank, Outcome(_kind(error), first_line(error)), traceback.format_exc())
@@ -394,7 +394,7 @@ def _recorded(run: RunDir, rank: int, error: BaseException) -> BaseException:
 
 
 def _record_end(
-    run: RunDir, rank: int, outcome: Outcome, trace: str = "", culprits: Sequence[dict[str, Any]] = ()
+    run: RunFolder, rank: int, outcome: Outcome, trace: str = "", culprits: Sequence[dict[str, Any]] = ()
 ) -> None:
     """How this rank's life ended, for slurm.requeue to read once all are gone; a killed rank leaves no such file."""
     data = {**asdict(outcome), "host": node_name(), "traceback": trace, "culprits": list(culprits)}
@@ -402,5 +402,5 @@ def _record_end(
     insist(run.reserve("ranks"), lambda: write_atomically(_end_path(run, rank), text, 0o600))
 
 
-def _end_path(run: RunDir, rank: int) -> Path:
+def _end_path(run: RunFolder, rank: int) -> Path:
     return run.folder("logs") / f"end.rank-{rank:05d}.json"

@@ -17,7 +17,7 @@ from pathlib import Path
 from radhpc.core.errors import UserError
 from radhpc.core.files import read_json
 from radhpc.core.recipe import Recipe
-from radhpc.core.run_folder import EVALUATION, RunDir
+from radhpc.core.run_folder import EVALUATION, RunFolder
 from slurm.profile import Container, Profile
 
 # For Python inside: the frozen code alone, neither the host's PYTHONPATH nor what `pip install --user` left at home.
@@ -32,7 +32,7 @@ def check(container: Container) -> None:
         raise UserError(f"container.{key}: {image}: no such file; jobs must see the image under this path")
 
 
-def needs(run: RunDir) -> list[str]:
+def needs(run: RunFolder) -> list[str]:
     """The binds that a run asks for by itself: its folder, and what its recipe names on local paths."""
     inputs = _inputs(run.recipe()) + _of_evaluation(run) if run.recipe_path.exists() else []  # a probe has none
     folder = (run.evaluates or run).path  # an evaluation's job lies in the folder of the run, and writes there
@@ -89,7 +89,7 @@ def _with_blobs(folder: str) -> str:
     return str(path.parent.parent) if path.parent.name == "snapshots" else folder
 
 
-def _of_evaluation(run: RunDir) -> list[str]:
+def _of_evaluation(run: RunFolder) -> list[str]:
     """What a job that evaluates another run reads beside it."""
     task = read_json(run.path / EVALUATION)
     if task is None:

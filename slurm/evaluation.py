@@ -1,6 +1,6 @@
 """The folder of an evaluation, and the job in it: what `radhpc evaluate` prepares before anything is submitted.
 
-    job = prepare(run, "step-000430", "9f86d0...", "test", [], settings, against=None)     # a RunDir
+    job = prepare(run, "step-000430", "9f86d0...", "test", [], settings, against=None)     # a RunFolder
     submit.submit(job, profile)
 
 An evaluation that was interrupted goes on when it is said again; what was asked otherwise begins anew (generated.py).
@@ -14,18 +14,18 @@ from pathlib import Path
 from radhpc.core.errors import UserError
 from radhpc.core.files import write_atomically
 from radhpc.core.recipe import Evaluation, override
-from radhpc.core.run_folder import EVALUATION, RunDir
+from radhpc.core.run_folder import EVALUATION, RunFolder
 from slurm import scheduler
 
 
-def settings_of(run: RunDir, overrides: Sequence[str], samples: int | None) -> Evaluation:
+def settings_of(run: RunFolder, overrides: Sequence[str], samples: int | None) -> Evaluation:
     """The evaluation section of a run's recipe, with changes such as `beams=3`; all studies unless told otherwise."""
     section = run.recipe().evaluation
     return override(section, overrides, "evaluation").model_copy(update={"samples": samples, "images": 0})
 
 
 def prepare(
-    run: RunDir,
+    run: RunFolder,
     checkpoint: str,
     weights: str,
     split: str,
@@ -33,7 +33,7 @@ def prepare(
     settings: Evaluation,
     against: Path | None,
     every_convention: bool = True,
-) -> RunDir:
+) -> RunFolder:
     """Make the job's folder. `weights`: the identity of the checkpoint; `shards`: others than the run's own.
 
     Raises UserError, also while a job works there.
@@ -41,7 +41,7 @@ def prepare(
     folder = run.path / "evaluation" / f"{checkpoint}-{split}"
     if shards:
         folder = folder.with_name(f"{folder.name}-{'-'.join(_plain(url) for url in shards)}")
-    job = RunDir(folder / "job")
+    job = RunFolder(folder / "job")
     scheduler.refuse_if_alive(job)
     scorers = {**settings.scorers.folders(), "sha256": settings.scorers.sha256}  # absolute: a job runs elsewhere
     task = {
@@ -52,7 +52,7 @@ def prepare(
         "shards": [url if "://" in url else str(Path(url).absolute()) for url in shards],
         "settings": {**settings.model_dump(mode="json"), "scorers": scorers},
         "every_convention": every_convention,
-        "against": None if against is None else str(RunDir.open(against).path),
+        "against": None if against is None else str(RunFolder.open(against).path),
     }
     try:
         job.path.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from typing import Any
 import submitit
 
 from radhpc.core.errors import UserError
-from radhpc.core.run_folder import RunDir
+from radhpc.core.run_folder import RunFolder
 from slurm import requeue
 from slurm.monitoring import logs
 from slurm.sweep.study import Trial
@@ -19,7 +19,7 @@ from slurm.sweep.study import Trial
 
 def main(run: str) -> Any:
     """Run one rank. Raises UserError inline; elsewhere it ends the process with status 2 after one line."""
-    inside = join(RunDir(run))
+    inside = join(RunFolder(run))
     from radhpc.distributed.stop import Stop
 
     try:
@@ -65,7 +65,7 @@ def probe(folder: str) -> None:
     radhpc.probe.run(folder)
 
 
-def join(run: RunDir | None = None) -> bool:
+def join(run: RunFolder | None = None) -> bool:
     """Set the variables by which PyTorch's ranks find each other; whether this is a job at all. A run's life begins."""
     environment = submitit.JobEnvironment() if "SUBMITIT_EXECUTOR" in os.environ else None
     if environment is not None:
@@ -83,7 +83,7 @@ def join(run: RunDir | None = None) -> bool:
     return environment is not None
 
 
-def _begin(run: RunDir, environment: submitit.JobEnvironment) -> None:
+def _begin(run: RunFolder, environment: submitit.JobEnvironment) -> None:
     """Record that a life begins, long before "started", for which all ranks and their libraries must be there."""
     if "SLURM_JOB_ID" in os.environ:
         requeue.account_for_the_dead(run)

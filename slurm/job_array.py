@@ -17,7 +17,7 @@ import submitit
 
 from radhpc.core.errors import UserError
 from radhpc.core.files import write_atomically
-from radhpc.core.run_folder import RunDir
+from radhpc.core.run_folder import RunFolder
 from slurm import container, frozen_code, precheck
 from slurm.profile import Profile
 from slurm.submit import environment, explain, rank_python, setup_lines, site_parameters
@@ -72,7 +72,7 @@ def submit(
         "setup": setup_lines(profile, frozen),
     }
     one = profile.model_copy(update={"nodes": 1, "tasks_per_node": 1})  # of each element
-    precheck.refuse(RunDir(folder), one, parameters, len(arguments))
+    precheck.refuse(RunFolder(folder), one, parameters, len(arguments))
     with environment(profile), explain():
         try:
             executor = submitit.SlurmExecutor(folder / "logs", python=rank_python(profile, folder, binds))

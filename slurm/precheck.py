@@ -19,7 +19,7 @@ from typing import Any
 
 from radhpc.core.errors import UserError, nearest
 from radhpc.core.files import NODE_LOCAL, file_system
-from radhpc.core.run_folder import RunDir
+from radhpc.core.run_folder import RunFolder
 from slurm.cluster import Cluster, call, minutes
 from slurm.profile import Profile
 
@@ -28,7 +28,7 @@ _WAITS = re.compile(r"down, drained or reserved|nodes are busy|temporarily unava
 _GPU_OPTIONS = ("gres", "gpus-per-node", "gpus_per_node")
 
 
-def refuse(run: RunDir, profile: Profile, parameters: Mapping[str, Any], elements: int = 0) -> None:
+def refuse(run: RunFolder, profile: Profile, parameters: Mapping[str, Any], elements: int = 0) -> None:
     """Raise UserError for what is known to fail; all of it, in one line. `elements`: of a job array, 0 for a job."""
     found = environment_problems(profile)
     if profile.cluster == "slurm":
@@ -169,7 +169,7 @@ def _refused(profile: Profile, parameters: Mapping[str, Any], elements: int) -> 
     return [f"sbatch would refuse the job: {'; '.join(filter(None, lines))}"]
 
 
-def time_problems(run: RunDir, profile: Profile) -> list[str]:
+def time_problems(run: RunFolder, profile: Profile) -> list[str]:
     """A life that is too short to save in, by the run's own saves where it has made any."""
     if profile.signal_seconds >= profile.minutes * 60:
         return [

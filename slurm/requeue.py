@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from radhpc.core.files import insist, read_json
-from radhpc.core.run_folder import Event, RunDir
+from radhpc.core.run_folder import Event, RunFolder
 from slurm import scheduler
 from slurm.profile import Profile, load
 
@@ -195,7 +195,7 @@ def excluded(job: Mapping[str, str], verdict: Verdict, before: Past, profile: Pr
     return ",".join(sorted(bad)) if bad > named and len(set(usable) - bad) >= profile.least_nodes else ""
 
 
-def account_for_the_dead(run: RunDir) -> None:
+def account_for_the_dead(run: RunFolder) -> None:
     """At the start of a life: record the end of the one before, where the batch script was killed with its ranks.
 
     Nobody has submitted the run since, so it is this very job that SLURM has started again.
@@ -223,7 +223,7 @@ def tried_before(events: Sequence[dict[str, Any]], job_id: str) -> tuple[list[di
 
 def main(run_path: str, exit_status: int) -> None:
     """Decide, record, and requeue if so decided. The batch script calls it once more where it fails."""
-    run = RunDir.open(run_path)
+    run = RunFolder.open(run_path)
     profile = load(str(run.path / "profile.yaml"))
     job_id = os.environ["SLURM_JOB_ID"]
 

@@ -12,7 +12,7 @@ from datetime import datetime
 from typing import Any
 
 from radhpc.core.errors import UserError
-from radhpc.core.run_folder import RunDir, process_alive
+from radhpc.core.run_folder import RunFolder, process_alive
 
 _LIVING = {
     "PENDING",
@@ -201,7 +201,7 @@ def _status(code: str) -> str:
     return f"signal {killed}" if killed else f"exit {number}" if number else ""
 
 
-def refuse_if_alive(run: RunDir) -> None:
+def refuse_if_alive(run: RunFolder) -> None:
     """Raise UserError while a job still works, or waits to work, on the run."""
     job = run.job()
     if found := state(job):

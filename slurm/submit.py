@@ -19,12 +19,12 @@ import submitit
 
 from radhpc.core.errors import UserError, first_line
 from radhpc.core.files import write_atomically
-from radhpc.core.run_folder import RunDir, process_start
+from radhpc.core.run_folder import RunFolder, process_start
 from slurm import container, frozen_code, job as slurm_job, precheck, scheduler
 from slurm.profile import Profile
 
 
-def submit(run: RunDir, profile: Profile, current_code: bool = False) -> submitit.Job[Any]:
+def submit(run: RunFolder, profile: Profile, current_code: bool = False) -> submitit.Job[Any]:
     """Submit, and make the job the run's owner. An inline job runs when its outcome is asked for.
 
     The job runs the code in the run folder, which is this process's where there is none yet, or where
@@ -61,7 +61,7 @@ def submit(run: RunDir, profile: Profile, current_code: bool = False) -> submiti
     return job
 
 
-def executor(run: RunDir, profile: Profile) -> submitit.Executor:
+def executor(run: RunFolder, profile: Profile) -> submitit.Executor:
     """The submitit executor that a profile describes."""
     folder = run.folder("logs")
     if profile.cluster == "inline":
@@ -112,7 +112,7 @@ def setup_lines(profile: Profile, frozen: Path) -> list[str]:
     ]
 
 
-def slurm_parameters(run: RunDir, profile: Profile, python: str, frozen: Path | None = None) -> dict[str, Any]:
+def slurm_parameters(run: RunFolder, profile: Profile, python: str, frozen: Path | None = None) -> dict[str, Any]:
     """What submitit shall put into the batch script. `python`: the shell words for slurm.requeue's Python, outside any
     container; `frozen`: the code that the job runs, the run's own by default.
     """
@@ -203,7 +203,7 @@ def explain() -> Iterator[None]:
 
 
 @contextmanager
-def apart(run: RunDir) -> Iterator[None]:
+def apart(run: RunFolder) -> Iterator[None]:
     """What the processes started in here inherit: their output goes to the run's logs, so that nobody waits for the end
     of a pipe that they hold; and Ctrl-C passes submitit's controller by, which would kill the ranks before they save.
     """
@@ -223,7 +223,7 @@ def apart(run: RunDir) -> Iterator[None]:
 
 
 @contextmanager
-def starting(run: RunDir, profile: Profile) -> Iterator[None]:
+def starting(run: RunFolder, profile: Profile) -> Iterator[None]:
     """What submission happens in: the profile's variables, and for local ranks the code they import."""
     if profile.cluster != "local":
         with environment(profile):

@@ -20,7 +20,7 @@ import submitit
 from radhpc.core.errors import UserError, first_line
 from radhpc.core.files import write_atomically
 from radhpc.core.recipe import Recipe
-from radhpc.core.run_folder import RunDir
+from radhpc.core.run_folder import RunFolder
 from slurm import frozen_code, job as slurm_job, precheck, profile as profiles, scheduler
 from slurm.profile import Profile
 from slurm.submit import environment, explain, host_python, slurm_parameters, submit as submit_run
@@ -64,7 +64,7 @@ def submit(study: Study, profile: Profile) -> str | None:
     frozen = folder / f"{len(list(folder.iterdir())):03d}.yaml"
     python = host_python(profile)
     parameters = _array_parameters(study, profile, python, numbers, frozen)
-    precheck.refuse(RunDir(study.path), profile, parameters, len(numbers))
+    precheck.refuse(RunFolder(study.path), profile, parameters, len(numbers))
     write_atomically(frozen, profile.to_yaml(), 0o600)
     frozen_code.freeze(study.path / "code", same_python=profile.python is None)
     with environment(profile), explain():
@@ -79,7 +79,7 @@ def submit(study: Study, profile: Profile) -> str | None:
     given |= {study.run_path(number).name: owner for number, owner in owners.items()}
     write_atomically(study.path / "jobs.json", json.dumps(given).encode(), 0o600)
     for number, owner in owners.items():
-        if (run := RunDir(study.run_path(number))).recipe_path.exists():
+        if (run := RunFolder(study.run_path(number))).recipe_path.exists():
             _own(run, owner, profile)
     return str(jobs[0].job_id).split("_")[0]
 
@@ -93,7 +93,7 @@ def stop(study: Study) -> list[str]:
         if job["cluster"] == "slurm":
             scheduler.cancel(job)
         else:
-            RunDir(study.run_path(number)).request_stop()
+            RunFolder(study.run_path(number)).request_stop()
     return [str(job["id"]) for job, _ in jobs.values()]
 
 
@@ -115,7 +115,7 @@ def run_here(study: Study, profile: Profile, say: Any) -> bool:
     return True
 
 
-def _wait(run: RunDir) -> bool:
+def _wait(run: RunFolder) -> bool:
     """Wait for a local job. Ctrl-C lets it save and end."""
     try:
         while scheduler.state(run.job()):
@@ -130,7 +130,7 @@ def _wait(run: RunDir) -> bool:
 
 def _array_parameters(study: Study, profile: Profile, python: str, numbers: list[int], frozen: Path) -> dict[str, Any]:
     """What submitit shall put into the batch script: that of one run, with the run a variable of the shell."""
-    parameters = slurm_parameters(RunDir(_ANY), profile, python, study.path / "code")
+    parameters = slurm_parameters(RunFolder(_ANY), profile, python, study.path / "code")
     for part in ("setup", "teardown"):
         parameters[part] = [line.replace(_ANY, '"$trial"') for line in parameters[part]]
     names = " ".join(study.run_path(number).name for number in numbers)
@@ -150,7 +150,7 @@ def _owner(job_id: str, profile: Profile) -> dict[str, Any]:
     return {"cluster": "slurm", "id": job_id, "host": socket.gethostname(), "environment": profile.environment}
 
 
-def _own(run: RunDir, owner: dict[str, Any], profile: Profile) -> None:
+def _own(run: RunFolder, owner: dict[str, Any], profile: Profile) -> None:
     """Make a job the owner of a run, once: a life that comes back is the owner already."""
     if (run.job() or {}).get("id") == owner["id"]:
         return
@@ -161,7 +161,7 @@ def _own(run: RunDir, owner: dict[str, Any], profile: Profile) -> None:
 
 
 def _stopped_by_user(study: Study, number: int) -> bool:
-    events = RunDir(study.run_path(number)).events("stopped", "cancelled", "interrupted", "submitted")
+    events = RunFolder(study.run_path(number)).events("stopped", "cancelled", "interrupted", "submitted")
     return bool(events) and (events[-1]["event"] == "stopped" or events[-1].get("cause") == "stop")
 
 

@@ -22,7 +22,7 @@ from radhpc import worker
 from radhpc.core.errors import UserError
 from radhpc.core.ledger import consumed
 from radhpc.core.recipe import load
-from radhpc.core.run_folder import RunDir
+from radhpc.core.run_folder import RunFolder
 from radhpc.data.audit import audit
 from radhpc.data.source import Source
 from radhpc.data.stream import order_of, stage_steps
@@ -87,7 +87,7 @@ def test_a_mixture_on_s3_survives_a_killed_rank_and_other_ranks_exactly_once(
     changes = [f"shards={{{urls[0]}: 2, {urls[1]}: 1}}", one_stage(steps=STEPS), "evaluation.samples=2"]
     launch("train", recipe_file, "--on", local_profile(3), "--run", run, *changes)
     wait_for(lambda: any(step >= 9 for step in consumed(run / "ledger").steps))
-    job = RunDir.open(run).job()
+    job = RunFolder.open(run).job()
     assert job is not None
     rank_of(job, 1).send_signal(signal.SIGKILL)
     wait_for(lambda: not psutil.pid_exists(job["pid"]) or psutil.Process(job["pid"]).status() == "zombie")
@@ -146,7 +146,7 @@ def test_a_bad_sample_is_counted_once_over_epochs_and_lives(
     shard.write_bytes(data)
     changes = [f"shards=[{bad}]", one_stage(epochs=2), "evaluation.samples=2"]
 
-    strict = RunDir.create(tmp_path / "strict", load(recipe_file, changes))
+    strict = RunFolder.create(tmp_path / "strict", load(recipe_file, changes))
     with pytest.raises(UserError, match=rf"max_bad_samples allows 0; now {place.key}: {shard.name}: json: checksum"):
         worker.run(str(strict.path))
 
@@ -160,7 +160,7 @@ def test_a_bad_sample_is_counted_once_over_epochs_and_lives(
         return before(*arguments)
 
     monkeypatch.setattr(loop, "_agree", interrupted)
-    run = RunDir.create(tmp_path / "run", load(recipe_file, [*changes, "stream.max_bad_samples=1"]))
+    run = RunFolder.create(tmp_path / "run", load(recipe_file, [*changes, "stream.max_bad_samples=1"]))
     assert worker.run(str(run.path)).state == "interrupted"
     assert worker.run(str(run.path)).state == "finished"
     assert [event["key"] for event in run.events("quarantined")] == [place.key]
@@ -176,7 +176,7 @@ def test_a_bad_sample_is_counted_once_over_epochs_and_lives(
 
 def test_without_a_ledger_the_audit_refuses(launch: Launch, recipe_file: Path, tmp_path: Path) -> None:
     changes = [one_stage(steps=1), "evaluation.samples=1", "stream.audit=false"]
-    run = RunDir.create(tmp_path / "run", load(recipe_file, changes))
+    run = RunFolder.create(tmp_path / "run", load(recipe_file, changes))
     assert worker.run(str(run.path)).state == "finished"
     assert not list((run.path / "ledger").iterdir())
     done = launch("status", run.path, "--audit", status=2)
@@ -199,7 +199,7 @@ class OtherNode(Ranks):
 def test_ranks_that_see_other_manifests_do_not_start(recipe_file: Path, others: Path, tmp_path: Path) -> None:
     """The same folder, other shards in it: a mirror that was not brought up to date."""
     recipe = load(recipe_file)
-    run = RunDir.create(tmp_path / "run", recipe)
+    run = RunFolder.create(tmp_path / "run", recipe)
     there = Source((str(others),), "train")
     theirs = [(there.hashes, stage_steps(stage, len(there))) for stage in recipe.stages]
     context = open_context(run, recipe, OtherNode(theirs))

@@ -16,7 +16,7 @@ from slurm.monitoring import tables
 
 if TYPE_CHECKING:
     from radhpc.core.recipe import Evaluation
-    from radhpc.core.run_folder import RunDir
+    from radhpc.core.run_folder import RunFolder
     from radhpc.training.context import RunContext
     from shards.images.pixels import Target
 
@@ -49,10 +49,10 @@ def evaluate(
     Every score carries its convention or the hash of its weights, and an interval over patients.
     """
     from radhpc.core.files import read_json
-    from radhpc.core.run_folder import RunDir
+    from radhpc.core.run_folder import RunFolder
     from slurm import evaluation, profile as profiles, submit
 
-    run_dir, profile = RunDir.open(run), profiles.load(on)
+    run_dir, profile = RunFolder.open(run), profiles.load(on)
     settings = evaluation.settings_of(run_dir, overrides or [], samples)
     with submit.environment(profile):  # it may hold the keys of an object store
         checkpoint, weights = _check_evaluation(run_dir, split, shards or [], settings, against)
@@ -245,7 +245,7 @@ def export(
 
 
 def _check_evaluation(
-    run: "RunDir", split: str, shards: list[str], settings: "Evaluation", against: Path | None
+    run: "RunFolder", split: str, shards: list[str], settings: "Evaluation", against: Path | None
 ) -> tuple[str, str]:
     """Say here what would otherwise fail in the job. The name and the identity of the newest checkpoint."""
     from radhpc.core.manifest import Manifest
@@ -268,17 +268,17 @@ def _check_evaluation(
         raise UserError(f"--split {split}: no study there")
     Judges(settings.scorers.folders(), settings.scorers.sha256, "cpu").hashes  # noqa: B018
     if against is not None:
-        from radhpc.core.run_folder import RunDir
+        from radhpc.core.run_folder import RunFolder
 
-        newest_evaluation(RunDir.open(against).path, split)
+        newest_evaluation(RunFolder.open(against).path, split)
     return name, checkpoints.identity(name)
 
 
 def context_of(path: Path) -> "RunContext":
     """Return the context of a run, for one rank in this process."""
-    from radhpc.core.run_folder import RunDir
+    from radhpc.core.run_folder import RunFolder
 
-    run = RunDir.open(path)
+    run = RunFolder.open(path)
     from radhpc.distributed.ranks import Ranks
     from radhpc.training.context import open_context
 
@@ -286,13 +286,13 @@ def context_of(path: Path) -> "RunContext":
     return open_context(run, run.recipe(), Ranks())
 
 
-def image_settings(path: Path) -> tuple["RunDir", "Target"]:
+def image_settings(path: Path) -> tuple["RunFolder", "Target"]:
     """What the images were made into that a run was trained on."""
     from radhpc.core.manifest import Manifest
-    from radhpc.core.run_folder import RunDir
+    from radhpc.core.run_folder import RunFolder
     from radhpc.storage.store import Store
     from shards.images.pixels import Target
 
-    run = RunDir.open(path)
+    run = RunFolder.open(path)
     settings = Manifest.load(Store(next(iter(run.recipe().shards)))).build
     return run, Target(settings["longest_side"], settings["quality"], settings.get("image_format", "jpeg"))

@@ -72,10 +72,10 @@ def logs(
     life: Annotated[int | None, typer.Option(help="Only this start of the job, from 1; default: all.", min=1)] = None,
 ) -> None:
     """What the job printed; of a failed run first the traceback that matters."""
-    from radhpc.core.run_folder import RunDir
+    from radhpc.core.run_folder import RunFolder
     from slurm.monitoring.logs import show
 
-    show(RunDir.open(run), Console(highlight=False), rank, life, follow)
+    show(RunFolder.open(run), Console(highlight=False), rank, life, follow)
 
 
 @app.command(rich_help_panel="Looking on", epilog="Example: radhpc board runs/quickstart-20261122-101500")
@@ -88,14 +88,16 @@ def board(
     import subprocess
     import tempfile
 
-    from radhpc.core.run_folder import RunDir
+    from radhpc.core.run_folder import RunFolder
     from slurm.sweep.study import is_sweep
 
     inside = [
         sorted(p.parent for p in path.glob("trials/*/recipe.yaml")) if is_sweep(path) else [path] for path in runs or []
     ]
     named = [path for paths in inside for path in paths]
-    chosen = [RunDir.open(path).path for path in named or sorted(p.parent for p in Path("runs").glob("*/recipe.yaml"))]
+    chosen = [
+        RunFolder.open(path).path for path in named or sorted(p.parent for p in Path("runs").glob("*/recipe.yaml"))
+    ]
     if not chosen:
         raise UserError("no run in runs/: name one")
     # Two runs of one name, of two sweeps for example, are told apart by their folders.
@@ -125,9 +127,9 @@ def profile(
     as_json: Json = False,
 ) -> None:
     """A profiler's trace of the next steps of the living job, and the operators that take longest."""
-    from radhpc.core.run_folder import RunDir
+    from radhpc.core.run_folder import RunFolder
     from slurm.monitoring import profiling
 
-    traced = profiling.trace(RunDir.open(run), steps, wait)
+    traced = profiling.trace(RunFolder.open(run), steps, wait)
     say(tables.traced(traced), as_json)
     emit({"run": str(run.absolute()), **traced}, as_json)

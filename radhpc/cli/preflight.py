@@ -32,12 +32,12 @@ def plan(
     may be missing: it says what stands in for them. Exit status 1 where it cannot fit.
     """
     from radhpc.core import recipe as recipes
-    from radhpc.core.run_folder import RunDir
+    from radhpc.core.run_folder import RunFolder
     from slurm import profile as profiles
     from slurm.preflight import plan as plans
 
     chosen, profile = recipes.load(recipe, overrides or []), profiles.load(on)
-    earlier = RunDir.open(like) if like else None
+    earlier = RunFolder.open(like) if like else None
     from radhpc.planning.forecast import foretell
     from radhpc.planning.placeholders import told
 

@@ -13,7 +13,7 @@ from slurm.monitoring import tables
 
 if TYPE_CHECKING:
     from radhpc.core.recipe import Recipe
-    from radhpc.core.run_folder import RunDir
+    from radhpc.core.run_folder import RunFolder
     from slurm.profile import Profile
 
 
@@ -48,10 +48,10 @@ def check_data(recipe: "Recipe", *also: str) -> None:
 
 
 def submit_job(
-    run: "RunDir",
+    run: "RunFolder",
     profile: "Profile",
     watch: bool,
-    announce: Callable[["RunDir", str], None],
+    announce: Callable[["RunFolder", str], None],
     current_code: bool = False,
     as_json: bool = False,
 ) -> None:
@@ -74,11 +74,11 @@ def submit_job(
         watch_job(run, as_json)
 
 
-def announce(run: "RunDir", job: str, as_json: bool) -> None:
+def announce(run: "RunFolder", job: str, as_json: bool) -> None:
     say(f"run {run.path}\njob {job}", as_json)
 
 
-def watch_job(run: "RunDir", as_json: bool = False) -> None:
+def watch_job(run: "RunFolder", as_json: bool = False) -> None:
     """Follow a job until it ends. Ctrl-C leaves a SLURM job alone; a local one saves and ends with it."""
     from slurm.monitoring.logs import first_error
     from slurm.monitoring.status import LIVING, Statuses

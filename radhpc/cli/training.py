@@ -17,7 +17,7 @@ from radhpc.core.errors import UserError
 from slurm.monitoring import tables
 
 if TYPE_CHECKING:
-    from radhpc.core.run_folder import RunDir
+    from radhpc.core.run_folder import RunFolder
     from slurm.profile import Profile
 
 
@@ -99,10 +99,10 @@ def resume(
     as_json: Json = False,
 ) -> None:
     """Go on from the newest checkpoint that verifies, on the same or another number of ranks, with the same code."""
-    from radhpc.core.run_folder import RunDir
+    from radhpc.core.run_folder import RunFolder
     from slurm import profile as profiles
 
-    run_dir = RunDir.open(run)
+    run_dir = RunFolder.open(run)
     if run_dir.events() and run_dir.events()[-1]["event"] == "finished":
         raise UserError(f"{run}: the run is finished; evaluate or generate with it, or train a new one")
     if run_dir.events("pruned"):
@@ -160,7 +160,7 @@ def sweep(
 @app.command(rich_help_panel="Training")
 def stop(run: RunPath, as_json: Json = False) -> None:
     """Save at the next step and end for good; a job that still waits in the queue is taken out of it."""
-    from radhpc.core.run_folder import RunDir
+    from radhpc.core.run_folder import RunFolder
     from slurm import scheduler, trials
     from slurm.sweep.study import Study, is_sweep
 
@@ -169,7 +169,7 @@ def stop(run: RunPath, as_json: Json = False) -> None:
         say(f"{run}: {len(jobs)} job(s) were asked to stop; 'radhpc sweep' goes on", as_json)
         emit({"sweep": str(run.absolute()), "jobs": jobs}, as_json)
         return
-    run_dir = RunDir.open(run)
+    run_dir = RunFolder.open(run)
     job = run_dir.job()
     state = scheduler.state(job)
     if not state or job is None:
@@ -188,22 +188,22 @@ def start_run(
     on: str,
     path: Path | None,
     watch: bool = False,
-    announce: Callable[["RunDir", str], None] = lambda run, job: None,
+    announce: Callable[["RunFolder", str], None] = lambda run, job: None,
     stages: str | None = None,
     origin: Path | None = None,
-) -> "RunDir":
+) -> "RunFolder":
     from radhpc.core import recipe as recipes
-    from radhpc.core.run_folder import RunDir
+    from radhpc.core.run_folder import RunFolder
     from radhpc.engine import lineage
     from slurm import profile as profiles
 
     recipe, profile = recipes.load(recipe_path, overrides), profiles.load(on)
-    before, first = RunDir.open(origin) if origin else None, 0
+    before, first = RunFolder.open(origin) if origin else None, 0
     if stages or before:
         recipe, first = lineage.select(recipe, stages, before)
     check_engine(recipe, profile)
     check_data(recipe)
-    run = RunDir.create(path or new_run(recipe.name), recipe)
+    run = RunFolder.create(path or new_run(recipe.name), recipe)
     try:
         if before is not None:
             lineage.take_over(run, first, before)
@@ -215,7 +215,7 @@ def start_run(
     return run
 
 
-def _choose_checkpoint(run: "RunDir", profile: "Profile", as_json: bool) -> dict[str, Any]:
+def _choose_checkpoint(run: "RunFolder", profile: "Profile", as_json: bool) -> dict[str, Any]:
     """Say before anything is submitted from which checkpoint the run will go on, and which are skipped and why."""
     from radhpc.engine.checkpoint import Checkpoints
     from slurm import scheduler, submit

@@ -50,14 +50,14 @@ Speaker = Literal["ranks", "decision"]
 _SPEAKERS: tuple[Speaker, ...] = ("ranks", "decision")
 
 
-class RunDir:
+class RunFolder:
     """Paths and small files of one run."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path).absolute()
 
     @classmethod
-    def create(cls, path: Path, recipe: Recipe) -> "RunDir":
+    def create(cls, path: Path, recipe: Recipe) -> "RunFolder":
         """Make the folder and freeze the recipe. Raises UserError where a run is there already."""
         run = cls(path)
         if run.recipe_path.exists():
@@ -75,7 +75,7 @@ class RunDir:
         return run
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> "RunDir":
+    def open(cls, path: str | os.PathLike[str]) -> "RunFolder":
         """Open an existing run. Raises UserError where there is none."""
         run = cls(path)
         if not run.recipe_path.exists():
@@ -104,10 +104,10 @@ class RunDir:
             self.record("engine_changed", was=was, engine=name)
 
     @property
-    def evaluates(self) -> "RunDir | None":
+    def evaluates(self) -> "RunFolder | None":
         """The run that a job evaluates whose folder this is; None for a run."""
         task = read_json(self.path / EVALUATION)
-        return None if task is None else RunDir(task["run"])
+        return None if task is None else RunFolder(task["run"])
 
     def folder(self, name: str) -> Path:
         """A subfolder, made where it is missing."""

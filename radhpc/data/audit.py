@@ -8,14 +8,14 @@ import numpy as np
 from radhpc.core.errors import UserError
 from radhpc.core.ledger import consumed
 from radhpc.core.recipe import Recipe
-from radhpc.core.run_folder import RunDir
+from radhpc.core.run_folder import RunFolder
 from radhpc.data.source import Source
 from radhpc.data.stream import order_of, stage_samples
 
 _STEPS = 256  # whose positions are looked up at a time
 
 
-def audit(run: RunDir) -> dict[str, Any]:
+def audit(run: RunFolder) -> dict[str, Any]:
     """Per stage and epoch: samples due so far, seen, missing, and repeated or foreign; and the run's topologies.
 
     With weights, each dataset has epochs of its own. A step that a hard kill undid was trained again in a later life

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
-from radhpc.core.run_folder import RunDir
+from radhpc.core.run_folder import RunFolder
 
 # By increasing weight: a user's request outweighs the scheduler's, and a save that failed ends the run in any case.
 CAUSES = ("", "SIGUSR2", "SIGTERM", "SIGINT", "stop", "save failed")
@@ -43,7 +43,7 @@ class Interrupted(Exception):
 class Stop:
     """The flag. Use as a context: the handlers before it are put back at the end."""
 
-    def __init__(self, run: RunDir | None = None, poll_seconds: float = 1.0) -> None:
+    def __init__(self, run: RunFolder | None = None, poll_seconds: float = 1.0) -> None:
         """`run`: whose request file is looked at, on one rank."""
         self.code = 0
         self.since: float | None = None  # time.monotonic() of the first signal

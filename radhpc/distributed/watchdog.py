@@ -33,7 +33,7 @@ from typing import Any
 
 from radhpc.core.errors import UserError, first_line
 from radhpc.core.files import read_json
-from radhpc.core.run_folder import RunDir, node_name, process_start
+from radhpc.core.run_folder import RunFolder, node_name, process_start
 
 log = logging.getLogger("radhpc")
 
@@ -138,7 +138,7 @@ class Heartbeat:
 
     def __init__(
         self,
-        run: RunDir | None = None,
+        run: RunFolder | None = None,
         rank: int = 0,
         world: int = 1,
         limits: Limits | None = None,
@@ -393,7 +393,7 @@ class Heartbeat:
         return self._run.folder("logs") / f"{what}.rank-{self.rank:05d}.{ending}"
 
 
-def read(run: RunDir) -> dict[int, Beat]:
+def read(run: RunFolder) -> dict[int, Beat]:
     """The newest heartbeat of every rank that has ever had one, by rank."""
     known = {field.name for field in fields(Beat)}
     beats = {}

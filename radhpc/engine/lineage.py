@@ -3,8 +3,8 @@
 The earlier stages of the new run's recipe are those that the other run was trained by, and their last checkpoints are
 copied, so that the new run depends on no other folder, and its recipe says how its weights came about.
 
-    recipe, first = select(recipe, "2,3", RunDir.open("runs/base"))     # first = 1: the stages before are done
-    take_over(run, first, RunDir.open("runs/base"))                     # into the new run's folder
+    recipe, first = select(recipe, "2,3", RunFolder.open("runs/base"))     # first = 1: the stages before are done
+    take_over(run, first, RunFolder.open("runs/base"))                     # into the new run's folder
 """
 
 import shutil
@@ -13,11 +13,11 @@ from pathlib import Path
 
 from radhpc.core.errors import UserError
 from radhpc.core.recipe import Recipe, validate
-from radhpc.core.run_folder import RunDir
+from radhpc.core.run_folder import RunFolder
 from radhpc.engine.checkpoint import Checkpoints
 
 
-def select(recipe: Recipe, stages: str | None, origin: RunDir | None) -> tuple[Recipe, int]:
+def select(recipe: Recipe, stages: str | None, origin: RunFolder | None) -> tuple[Recipe, int]:
     """The recipe of the stages that `stages` names, by number from 1 or by name, and how many of them are done already.
     Raises UserError.
     """
@@ -52,7 +52,7 @@ def select(recipe: Recipe, stages: str | None, origin: RunDir | None) -> tuple[R
     return validate(Recipe, cut, Path(f"--stages {stages}")), first
 
 
-def take_over(run: RunDir, first: int, origin: RunDir) -> None:
+def take_over(run: RunFolder, first: int, origin: RunFolder) -> None:
     """Copy the ends of the stages before `first`, and the tokenizer if it was trained there. Raises UserError."""
     recipe, theirs = run.recipe(), Checkpoints.of(origin.path, origin.recipe())
     ours = Checkpoints.of(run.path, recipe)
@@ -73,7 +73,7 @@ def take_over(run: RunDir, first: int, origin: RunDir) -> None:
     )
 
 
-def _last_checkpoints(origin: RunDir, first: int) -> list[str]:
+def _last_checkpoints(origin: RunFolder, first: int) -> list[str]:
     """The checkpoints that ended the stages before `first`. Raises UserError where one is missing or damaged."""
     recipe = origin.recipe()
     checkpoints = Checkpoints.of(origin.path, recipe)

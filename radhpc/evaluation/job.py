@@ -15,7 +15,7 @@ from radhpc.core.errors import UserError
 from radhpc.core.files import read_json
 from radhpc.core.log import Bar
 from radhpc.core.recipe import Evaluation
-from radhpc.core.run_folder import EVALUATION, RunDir
+from radhpc.core.run_folder import EVALUATION, RunFolder
 from radhpc.data.source import Source
 from radhpc.distributed.background import beside, on_first
 from radhpc.distributed.ranks import Ranks
@@ -29,10 +29,10 @@ from radhpc.training.sources import open_source
 PROGRESS = 10.0  # seconds between two records of what is done: a life that leaves none has made no progress
 
 
-def work(job: RunDir, ranks: Ranks, stop: Stop) -> int:
+def work(job: RunFolder, ranks: Ranks, stop: Stop) -> int:
     """Evaluate as the job's evaluation.json says; the step of the checkpoint. Raises UserError and Interrupted."""
     task: dict[str, Any] = ranks.broadcast(read_json(job.path / EVALUATION) if ranks.first else None)
-    run = RunDir.open(task["run"])
+    run = RunFolder.open(task["run"])
     settings = Evaluation.model_validate(task["settings"])
     context = open_context(run, run.recipe(), ranks, stop)
     name, folder = task["checkpoint"], job.path.parent

@@ -1,6 +1,7 @@
 """Parameters come to where they are trained, one tensor at a time: no rank holds a whole model on the host.
 
-Between engine_builder.py, which builds a model whose parameters are promises, and fsdp.py, which says how they are laid out:
+Between engine_builder.py, which builds a model whose parameters are promises, and fsdp.py, which says how they are
+laid out:
 
     model = build(family, recipe.model, seed)             # of a local folder: no value is read yet
     adapters.prepare(model, ...)                          # what it changes in the base is noted on the promise

@@ -6,8 +6,8 @@ python -m radhpc.planning RUN WORLD_SIZE      # prints [["stage", gigabytes per 
 import json
 import sys
 
-from radhpc.core.run_folder import RunDir
+from radhpc.core.run_folder import RunFolder
 from radhpc.planning.forecast import foretell
 
-stages = foretell(RunDir.open(sys.argv[1]).recipe(), int(sys.argv[2]))
+stages = foretell(RunFolder.open(sys.argv[1]).recipe(), int(sys.argv[2]))
 print(json.dumps([[stage.name, stage.gigabytes_per_gpu] for stage in stages]))

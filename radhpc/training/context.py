@@ -15,7 +15,7 @@ from typing import Protocol
 
 from radhpc.core.board import Board
 from radhpc.core.recipe import Recipe, Stage
-from radhpc.core.run_folder import RunDir
+from radhpc.core.run_folder import RunFolder
 from radhpc.core.sample import Split
 from radhpc.data.collate import Encoder
 from radhpc.data.source import Source
@@ -51,7 +51,7 @@ class BuilderCache:
 class RunContext:
     """A run as one rank sees it."""
 
-    run: RunDir
+    run: RunFolder
     recipe: Recipe
     ranks: Ranks
     stop: Stop  # ends long work by Interrupted, on all ranks together
@@ -77,7 +77,7 @@ class StageContext:
 
 
 def open_context(
-    run: RunDir, recipe: Recipe, ranks: Ranks, stop: Stop | None = None, trial: Trial | None = None
+    run: RunFolder, recipe: Recipe, ranks: Ranks, stop: Stop | None = None, trial: Trial | None = None
 ) -> RunContext:
     """Return the context of a run; without `stop` no signal is listened to."""
     return RunContext(run, recipe, ranks, stop or Stop(), trial, Checkpoints.of(run.path, recipe))

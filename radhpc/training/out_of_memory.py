@@ -13,12 +13,12 @@ import torch
 
 from radhpc.core.errors import UserError
 from radhpc.core.recipe import Recipe
-from radhpc.core.run_folder import RunDir
+from radhpc.core.run_folder import RunFolder
 
 SECONDS = 120  # that foretelling may take
 
 
-def out_of_memory(run: RunDir, rank: int, world: int) -> UserError:
+def out_of_memory(run: RunFolder, rank: int, world: int) -> UserError:
     """The one line for the user."""
     recipe = run.recipe()
     there = ""
@@ -49,7 +49,7 @@ def _advice(recipe: Recipe, world: int) -> str:
     return "change, in this order: " + ", ".join(change for change, possible in changes.items() if possible)
 
 
-def _foretold(run: RunDir, world: int) -> list[tuple[str, float]]:
+def _foretold(run: RunFolder, world: int) -> list[tuple[str, float]]:
     """By stage; none where it cannot be foretold in time."""
     alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     try:

@@ -18,7 +18,7 @@ from typing import Any
 
 from radhpc.core.board import Board
 from radhpc.core.files import read_json, write_atomically
-from radhpc.core.run_folder import RunDir
+from radhpc.core.run_folder import RunFolder
 from radhpc.distributed.ranks import Ranks
 from radhpc.training.loop import Position, Report
 
@@ -35,7 +35,7 @@ class Profiling:
 
     POLL = 1.0  # seconds
 
-    def __init__(self, run: RunDir, ranks: Ranks, board: Board) -> None:
+    def __init__(self, run: RunFolder, ranks: Ranks, board: Board) -> None:
         self.run, self.ranks, self.board = run, ranks, board
         self._profiler: Any = None
         self._left = 0

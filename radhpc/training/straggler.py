@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from radhpc.core.board import Board
-from radhpc.core.run_folder import RunDir, node_name
+from radhpc.core.run_folder import RunFolder, node_name
 from radhpc.distributed.ranks import Ranks
 from radhpc.training.loop import Pace, Position, Report
 
@@ -51,7 +51,7 @@ def slowest(hosts: Sequence[str], paces: Sequence[Pace]) -> tuple[Slowest, list[
 class Stragglers:
     """A hook of every step, on all ranks: every WINDOW steps they tell each other how long they took."""
 
-    def __init__(self, run: RunDir, ranks: Ranks, board: Board) -> None:
+    def __init__(self, run: RunFolder, ranks: Ranks, board: Board) -> None:
         self.run, self.ranks, self.board = run, ranks, board
         self.slowest: Slowest | None = None  # of the last window; none yet, or one rank alone
         self._paces: list[Pace] = []

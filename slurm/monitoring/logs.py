@@ -17,7 +17,7 @@ from rich.text import Text
 
 from radhpc.core.errors import UserError
 from radhpc.core.files import read_json
-from radhpc.core.run_folder import RunDir, now
+from radhpc.core.run_folder import RunFolder, now
 from slurm import scheduler
 
 _TAIL = 32768  # bytes at the end of a file in which the last words are looked for
@@ -48,7 +48,7 @@ def mark(rank: int, host: str) -> None:
         print(f"slurm.job: {now()} rank {rank} starts on {host}", file=stream, flush=True)
 
 
-def files(run: RunDir, job: str | None = None) -> list[Log]:
+def files(run: RunFolder, job: str | None = None) -> list[Log]:
     """The files of a run's jobs, by age of the job, rank and kind."""
     found = []
     for path in (run.path / "logs").glob("*_log.*"):
@@ -59,7 +59,7 @@ def files(run: RunDir, job: str | None = None) -> list[Log]:
     return sorted(found, key=lambda log: (order.get(log.job, -1), log.job, log.rank, log.kind))
 
 
-def show(run: RunDir, console: Console, rank: int | None, life: int | None, follow: bool) -> None:
+def show(run: RunFolder, console: Console, rank: int | None, life: int | None, follow: bool) -> None:
     """Print the files of rank 0 and the errors of all, or those of one rank, after the error that ended the run."""
     logs = _chosen(run, rank)
     if not logs:
@@ -83,11 +83,11 @@ def show(run: RunDir, console: Console, rank: int | None, life: int | None, foll
         follow = living
 
 
-def _chosen(run: RunDir, rank: int | None) -> list[Log]:
+def _chosen(run: RunFolder, rank: int | None) -> list[Log]:
     return [log for log in files(run) if (log.rank == rank if rank is not None else log.rank == 0 or log.kind == "err")]
 
 
-def _no_logs(run: RunDir, rank: int | None) -> str:
+def _no_logs(run: RunFolder, rank: int | None) -> str:
     ranks = sorted({log.rank for log in files(run)})
     if ranks:
         return f"--rank {rank}: allowed are {ranks[0]} to {ranks[-1]}"
@@ -97,7 +97,7 @@ def _no_logs(run: RunDir, rank: int | None) -> str:
     return f"{run.path}: no logs yet: no job of this run has started"
 
 
-def _window(run: RunDir, life: int) -> tuple[str, str]:
+def _window(run: RunFolder, life: int) -> tuple[str, str]:
     """From when to when a life lasted, as the times of events: from its start until that of the next."""
     starts = run.events("started")
     if life > len(starts):
@@ -140,7 +140,7 @@ def _print_more(log: Log, console: Console, done: int) -> int:
 # The error that matters
 
 
-def first_error(run: RunDir) -> list[Text]:
+def first_error(run: RunFolder) -> list[Text]:
     """Of a run that failed: who failed first and how, and the traceback. Empty for one that did not."""
     last = run.events(
         "submitted", "starting", "started", "requeued", "finished", "stopped", "cancelled", "preempted", "time_limit"
@@ -160,7 +160,7 @@ def first_error(run: RunDir) -> list[Text]:
     return [title, Text(end["traceback"])] if end.get("traceback") else [title]
 
 
-def culprit(run: RunDir) -> dict[str, Any] | None:
+def culprit(run: RunFolder) -> dict[str, Any] | None:
     """What the rank left behind that ended the newest life by an error; its peers' errors follow from its own."""
     starts = run.events("started")
     found = []
@@ -171,7 +171,7 @@ def culprit(run: RunDir) -> dict[str, Any] | None:
     return min(found, key=lambda one: one[:2])[2] if found else None
 
 
-def last_words(run: RunDir, job: str, first: bool) -> str:
+def last_words(run: RunFolder, job: str, first: bool) -> str:
     """The line of a job's logs that says best why it died, or "".
 
     `first`: the first one that names an error, as what follows follows from it. Otherwise the last one: a job that had

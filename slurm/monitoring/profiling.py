@@ -9,13 +9,13 @@ from typing import Any
 
 from radhpc.core.errors import UserError
 from radhpc.core.files import read_json, write_atomically
-from radhpc.core.run_folder import RunDir
+from radhpc.core.run_folder import RunFolder
 from slurm import scheduler
 
 FOLDER, REQUEST = "profile", "request.json"
 
 
-def trace(run: RunDir, steps: int, seconds: float) -> dict[str, Any]:
+def trace(run: RunFolder, steps: int, seconds: float) -> dict[str, Any]:
     """What the job says of the trace. Raises UserError where no job runs, or none came in time."""
     if scheduler.state(run.job()) != "RUNNING":
         raise UserError(f"{run.path}: no running job to trace")
@@ -35,6 +35,6 @@ def trace(run: RunDir, steps: int, seconds: float) -> dict[str, Any]:
     return found
 
 
-def _told(run: RunDir) -> set[tuple[int, str]]:
+def _told(run: RunFolder) -> set[tuple[int, str]]:
     """A step may be traced once more after a restart, so a file is known by its time, too."""
     return {(path.stat().st_mtime_ns, path.name) for path in (run.path / FOLDER).glob("step-*.json")}

@@ -1,7 +1,7 @@
 """Where runs stand, and why: read from their folders and from one look at each cluster's queue.
 
-status(RunDir.open("runs/padchest-1"))          # the keys of `radhpc status --json`
-look = Statuses([RunDir.open(path) for path in paths])
+status(RunFolder.open("runs/padchest-1"))          # the keys of `radhpc status --json`
+look = Statuses([RunFolder.open(path) for path in paths])
 look.now()                                      # of all of them, in their order; again a second later, cheaply
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from radhpc.core.files import read_json, write_atomically
-from radhpc.core.run_folder import RunDir
+from radhpc.core.run_folder import RunFolder
 from slurm import scheduler
 from slurm.monitoring import goodput, logs, pending_reasons
 from slurm.monitoring.goodput import ENDS, Account as Books, Life
@@ -31,7 +31,7 @@ _BEGINNINGS = ("submitted", "starting", "started", "requeued")
 LIVING = ("pending", "running")
 
 
-def status(run: RunDir) -> dict[str, Any]:
+def status(run: RunFolder) -> dict[str, Any]:
     """Where one run stands."""
     return Statuses([run]).now()[0]
 
@@ -51,7 +51,7 @@ class _Digest:
     books: Books = field(default_factory=Books)
 
     @classmethod
-    def of(cls, key: str, run: RunDir) -> "_Digest":
+    def of(cls, key: str, run: RunFolder) -> "_Digest":
         events = _events(run)
         names = [event["event"] for event in events]
         begun = max((n for n, name in enumerate(names) if name in _BEGINNINGS), default=-1)
@@ -95,7 +95,7 @@ class _Digests:
             found = read_json(self.path) or {}
             self._stored = found["runs"] if found.get("version") == self.VERSION else {}
 
-    def get(self, run: RunDir, key: str) -> _Digest | None:
+    def get(self, run: RunFolder, key: str) -> _Digest | None:
         data = self._stored.get(str(run.path))
         if data is None or data["key"] != key:
             return None
@@ -117,7 +117,7 @@ class _Digests:
 class _Read:
     """What was read of a run's folder."""
 
-    run: RunDir
+    run: RunFolder
     job: dict[str, Any] | None = None
     progress: dict[str, Any] = field(default_factory=dict)
     digest: _Digest = field(default_factory=_Digest)
@@ -137,7 +137,7 @@ class _Read:
 class Statuses:
     """Where several runs stand. Looks at the queue at most every so many seconds, at a run's events when they grow."""
 
-    def __init__(self, runs: Sequence[RunDir], queue_seconds: float = 0.0) -> None:
+    def __init__(self, runs: Sequence[RunFolder], queue_seconds: float = 0.0) -> None:
         self.queue_seconds = queue_seconds
         self._read = [_Read(run) for run in runs]
         self._found: list[Found] = []
@@ -257,7 +257,7 @@ def _eta(progress: dict[str, Any], now: float) -> float | None:
     return round(max(0.0, left), 1)
 
 
-def _events(run: RunDir) -> list[dict[str, Any]]:
+def _events(run: RunFolder) -> list[dict[str, Any]]:
     """All events, parsed in one go: there may be a thousand runs with hundreds of checkpoints each."""
     try:
         data = (run.path / "events.jsonl").read_text()
@@ -268,7 +268,7 @@ def _events(run: RunDir) -> list[dict[str, Any]]:
     return found
 
 
-def _newest_evaluation(run: RunDir) -> dict[str, Any] | None:
+def _newest_evaluation(run: RunFolder) -> dict[str, Any] | None:
     found = sorted((run.path / "evaluation").glob("step-*/scores.json"))
     if not found:
         return None
@@ -276,19 +276,19 @@ def _newest_evaluation(run: RunDir) -> dict[str, Any] | None:
     return {"step": scores["step"], "split": scores["split"], **{n: s["value"] for n, s in scores["scores"].items()}}
 
 
-def find_runs(paths: Sequence[Path] | None, strict: bool = True) -> list[RunDir]:
+def find_runs(paths: Sequence[Path] | None, strict: bool = True) -> list[RunFolder]:
     """The runs at these paths, and of a folder that is none (a sweep) those in it; by default all in runs/.
 
     Raises UserError for a path without any, if `strict`.
     """
     if not paths:
         paths, strict = sorted(Path("runs").glob("*/")), False
-    return [run for path in paths for run in _runs_in(path) or ([RunDir.open(path)] if strict else [])]
+    return [run for path in paths for run in _runs_in(path) or ([RunFolder.open(path)] if strict else [])]
 
 
-def _runs_in(path: Path) -> list[RunDir]:
+def _runs_in(path: Path) -> list[RunFolder]:
     found = [path / "recipe.yaml"] if (path / "recipe.yaml").exists() else []
     return [
-        RunDir(recipe.parent)
+        RunFolder(recipe.parent)
         for recipe in found or sorted([*path.glob("*/recipe.yaml"), *path.glob("trials/*/recipe.yaml")])
     ]

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 
-from radhpc.core.run_folder import RunDir
+from radhpc.core.run_folder import RunFolder
 from slurm.monitoring.status import LIVING, Statuses
 from slurm.monitoring.tables import Runs, line, name
 
@@ -16,7 +16,7 @@ QUEUE_SECONDS = 10.0  # between looks at the queue: many sites ask not to poll i
 SECONDS = 2.0  # between looks at the runs' folders
 
 
-def watch(find: Callable[[], Sequence[RunDir]], console: Console) -> None:
+def watch(find: Callable[[], Sequence[RunFolder]], console: Console) -> None:
     """Until Ctrl-C; without a terminal until no run lives any more. `find` is asked again for runs that are new."""
     with suppress(KeyboardInterrupt):
         if console.is_terminal:
@@ -25,7 +25,7 @@ def watch(find: Callable[[], Sequence[RunDir]], console: Console) -> None:
             _lines(find, console)
 
 
-def _table(find: Callable[[], Sequence[RunDir]], console: Console) -> None:
+def _table(find: Callable[[], Sequence[RunFolder]], console: Console) -> None:
     runs = list(find())
     look = Statuses(runs, QUEUE_SECONDS)
     with Live(Runs(look.now(), console.height - 1), console=console, screen=True, auto_refresh=False) as live:
@@ -38,7 +38,7 @@ def _table(find: Callable[[], Sequence[RunDir]], console: Console) -> None:
             live.update(Runs(results, console.height - 1), refresh=True)
 
 
-def _lines(find: Callable[[], Sequence[RunDir]], console: Console) -> None:
+def _lines(find: Callable[[], Sequence[RunFolder]], console: Console) -> None:
     """What stays the same from step to step, when it changes."""
     look, said = Statuses(list(find()), QUEUE_SECONDS), dict[str, Any]()
     while True:

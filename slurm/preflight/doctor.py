@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from radhpc.core.files import file_system
-from radhpc.core.run_folder import RunDir
+from radhpc.core.run_folder import RunFolder
 from slurm import precheck
 from slurm.cluster import Cluster, call, minutes, preempts
 from slurm.preflight.plan import write_rate
@@ -43,7 +43,7 @@ def examine(profile: Profile, folder: Path) -> list[Check]:
 
 def _job(profile: Profile, cluster: Cluster, folder: Path) -> list[Check]:
     """Would sbatch take the job?"""
-    parameters = slurm_parameters(RunDir(folder / "doctor"), profile, "python")
+    parameters = slurm_parameters(RunFolder(folder / "doctor"), profile, "python")
     problems = [*precheck.environment_problems(profile), *precheck.problems(profile, cluster, parameters)]
     nodes = cluster.nodes_of(profile.partition)
     names = sorted({f"{count} {kind or 'GPU'}" for node in nodes for kind, count in node.gpus.items()})

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from radhpc.core.errors import UserError
-from radhpc.core.run_folder import RunDir
+from radhpc.core.run_folder import RunFolder
 from slurm.cluster import GPUS, Cluster, known_gpu
 from slurm.profile import Profile
 
@@ -28,7 +28,7 @@ def costs(
     stages: Sequence[Any],
     profile: Profile,
     folder: Path,
-    like: RunDir | None = None,
+    like: RunFolder | None = None,
     samples_per_second: float | None = None,
 ) -> dict[str, Any]:
     """The keys of `radhpc plan --json`. `stages`: of radhpc.planning.forecast; `folder`: where the run will lie."""
@@ -133,7 +133,7 @@ def write_rate(folder: Path) -> float:
         raise UserError(f"{folder}: {error.strerror}; the run's folder must be writable") from error
 
 
-def _rate(profile: Profile, like: RunDir | None, stated: float | None) -> tuple[float | None, str | None]:
+def _rate(profile: Profile, like: RunFolder | None, stated: float | None) -> tuple[float | None, str | None]:
     """Samples per second over all ranks, and where the figure comes from."""
     if stated is not None:
         return stated, "stated"

@@ -20,7 +20,7 @@ import submitit
 
 from radhpc.core.errors import UserError
 from radhpc.core.files import read_lines, write_atomically
-from radhpc.core.run_folder import RunDir
+from radhpc.core.run_folder import RunFolder
 from slurm import frozen_code, job as slurm_job, scheduler
 from slurm.profile import Profile
 from slurm.submit import executor, explain, host_python, slurm_parameters, starting
@@ -83,8 +83,8 @@ def _why_not_preempted(owner: dict[str, Any], urgent: list[str]) -> str:
     return "not preempted: the urgent job got its nodes only when the probe was over"
 
 
-def _prepare(profile: Profile, folder: Path, urls: Sequence[str]) -> RunDir:
-    run = RunDir(folder / f"probe-{datetime.now():%Y%m%d-%H%M%S}")
+def _prepare(profile: Profile, folder: Path, urls: Sequence[str]) -> RunFolder:
+    run = RunFolder(folder / f"probe-{datetime.now():%Y%m%d-%H%M%S}")
     try:
         (run.path / "probe").mkdir(mode=0o700, parents=True)
     except OSError as error:
@@ -95,7 +95,7 @@ def _prepare(profile: Profile, folder: Path, urls: Sequence[str]) -> RunDir:
     return run
 
 
-def _submit(run: RunDir, profile: Profile) -> submitit.Job[Any]:
+def _submit(run: RunFolder, profile: Profile) -> submitit.Job[Any]:
     made = executor(run, profile)
     if isinstance(made, submitit.SlurmExecutor):
         # Nothing is decided when the ranks are gone: this job does not come back.
@@ -108,7 +108,7 @@ def _submit(run: RunDir, profile: Profile) -> submitit.Job[Any]:
 
 
 def _wait(
-    run: RunDir,
+    run: RunFolder,
     owner: dict[str, Any],
     job: submitit.Job[Any],
     preempt_with: str | None,
@@ -152,7 +152,7 @@ def _preempt(profile: Profile, partition: str) -> str:
     return done.stdout.strip()
 
 
-def _lines(run: RunDir) -> dict[str, list[dict[str, Any]]]:
+def _lines(run: RunFolder) -> dict[str, list[dict[str, Any]]]:
     return {path.stem: list(read_lines(path)) for path in sorted((run.path / "probe").glob("rank-*.jsonl"))}
 
 

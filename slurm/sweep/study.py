@@ -27,7 +27,7 @@ from radhpc.core import recipe as recipes
 from radhpc.core.errors import UserError, nearest
 from radhpc.core.files import read_json, write_atomically
 from radhpc.core.recipe import Recipe, read_yaml, validate
-from radhpc.core.run_folder import RunDir
+from radhpc.core.run_folder import RunFolder
 from slurm import scheduler
 from slurm.monitoring.goodput import ENDS
 from slurm.sweep.definition import Scalar, Sweep
@@ -161,16 +161,16 @@ class Study:
         trial = Trial(study, frozen._trial_id)
         return {key: _draw(trial, key, axis) for key, axis in self.sweep.space.items()}
 
-    def prepare(self, number: int) -> RunDir:
+    def prepare(self, number: int) -> RunFolder:
         """The run of a trial, made with its frozen recipe where it is not there yet."""
         path = self.run_path(number)
         if (path / "recipe.yaml").exists():
-            return RunDir(path)
+            return RunFolder(path)
         if path.exists():
             shutil.rmtree(path)  # a job was killed while it made it: there is no recipe, so nothing was trained
         overrides = self.sweep.trial_overrides(self.parameters(number))
         data = self.base.model_dump(mode="json")
-        return RunDir.create(path, recipes.build(data, overrides, path))
+        return RunFolder.create(path, recipes.build(data, overrides, path))
 
     # Results
 
@@ -191,7 +191,7 @@ class Study:
         for step, value in values.items():
             if step not in frozen.intermediate_values:  # after a resume a step may be evaluated again
                 self._storage.set_trial_intermediate_value(frozen._trial_id, step, value)
-        ends = {event["event"] for event in RunDir(self.run_path(number)).events("finished", "pruned")}
+        ends = {event["event"] for event in RunFolder(self.run_path(number)).events("finished", "pruned")}
         if "finished" in ends:
             last = list(values.values())[-1] if values else math.nan
             if math.isnan(last):
@@ -250,7 +250,7 @@ class Study:
         }
 
     def _trial(self, number: int, parameters: dict[str, Any], living: str) -> dict[str, Any]:
-        run = RunDir(self.run_path(number))
+        run = RunFolder(self.run_path(number))
         values = scores(run.path, self.sweep.metric, self.base.evaluation.split)
         last = list(values.items())[-1] if values else None
         state, why = self.state(number, living)
@@ -271,7 +271,7 @@ class Study:
 
     def state(self, number: int, living: str) -> tuple[str, str]:
         """(missing, pending, running, finished, pruned, stopped or failed, why); `living` as `living` says."""
-        run = RunDir(self.run_path(number))
+        run = RunFolder(self.run_path(number))
         events = run.events() if run.path.exists() else []
         names = [event["event"] for event in events]
         for end in ("finished", "pruned"):
@@ -303,7 +303,7 @@ class Study:
         """The job, as in job.json, and SLURM's state of each trial whose job is in the queue or runs."""
         candidates = []
         for number in range(self.sweep.count):
-            run = RunDir(self.run_path(number))
+            run = RunFolder(self.run_path(number))
             for job in (run.job() if run.path.exists() else None, self.given.get(run.path.name)):
                 if job is not None:
                     candidates.append((number, job))

@@ -16,7 +16,7 @@ import yaml
 from radhpc.core import environment
 from radhpc.core.errors import UserError
 from radhpc.core.recipe import load as load_recipe
-from radhpc.core.run_folder import RunDir
+from radhpc.core.run_folder import RunFolder
 from slurm import frozen_code, profile as profiles, scheduler
 from slurm.submit import setup_lines, slurm_parameters
 from tests.conftest import ROOT
@@ -60,8 +60,8 @@ def test_a_resume_runs_the_submitted_code_until_it_is_told_otherwise(
 
     def stop_at(number: int) -> None:
         wait_for(lambda: step(run) >= number)
-        RunDir.open(run).request_stop()
-        wait_for(lambda: not scheduler.state(RunDir.open(run).job()))
+        RunFolder.open(run).request_stop()
+        wait_for(lambda: not scheduler.state(RunFolder.open(run).job()))
         assert events(run)[-1]["event"] == "interrupted", "it had ended before it was asked to: nothing is tested"
 
     launch_from(checkout, "train", recipe_file, *LONGER, "--on", profile, "--run", run)
@@ -185,7 +185,7 @@ def test_ranks_that_differ_are_refused_and_a_changed_library_is_recorded(
         f"rank 1 runs something else than rank 0: simplejpeg 99.0 there, {found} on rank 0; all nodes must be set up "
         "alike",
     )
-    wait_for(lambda: not scheduler.state(RunDir.open(run).job()))
+    wait_for(lambda: not scheduler.state(RunFolder.open(run).job()))
     frozen = frozen_code.environment(run / "code")
     assert "libraries" not in frozen, "nobody can know at the submission what another Python has"
     (run / "code" / "environment.json").write_text(json.dumps({**frozen, **environment.versions()}))
@@ -236,14 +236,14 @@ def test_a_rank_imports_the_frozen_code_from_any_working_directory(tmp_path: Pat
     assert done.stdout.split() == [str(tmp_path / "code" / name) for name in ("slurm/job.py", "radhpc/__init__.py")]
 
 
-def script_of(recipe_file: Path, tmp_path: Path, **settings: Any) -> tuple[RunDir, str]:
+def script_of(recipe_file: Path, tmp_path: Path, **settings: Any) -> tuple[RunFolder, str]:
     from submitit.slurm.slurm import _make_sbatch_string
 
     from slurm.container import needs
     from slurm.submit import rank_python
 
     profile = profiles.Profile(cluster="slurm", gpus_per_node=4, tasks_per_node=4, **settings)
-    run = RunDir.create(tmp_path / "run", load_recipe(recipe_file))
+    run = RunFolder.create(tmp_path / "run", load_recipe(recipe_file))
     python = rank_python(profile, run.path, needs(run))
     return run, _make_sbatch_string(f"{python} -u -m x", run.path, **slurm_parameters(run, profile, sys.executable))
 
@@ -253,7 +253,7 @@ def test_a_decision_that_fails_is_made_once_more(recipe_file: Path, tmp_path: Pa
     python, called = tmp_path / "python", tmp_path / "called"
     python.write_text(f'#!/bin/sh\necho "$@" >> {called}\n[ $(wc -l < {called}) = 2 ] || kill -9 $$\n')
     python.chmod(0o755)
-    run = RunDir.create(tmp_path / "run", load_recipe(recipe_file))
+    run = RunFolder.create(tmp_path / "run", load_recipe(recipe_file))
     parameters = slurm_parameters(run, profiles.Profile(cluster="slurm"), str(python))
     end = "\n".join(["(exit 143)", *parameters["teardown"]])
     assert subprocess.run(["bash", "-c", end], check=False).returncode == 0

@@ -6,7 +6,7 @@ import pytest
 
 from radhpc.core.errors import UserError
 from radhpc.core.recipe import load as load_recipe
-from radhpc.core.run_folder import RunDir
+from radhpc.core.run_folder import RunFolder
 from slurm import job, profile as profiles
 from slurm.submit import executor, slurm_parameters
 
@@ -14,12 +14,12 @@ NAMES = sorted(path.stem for path in profiles.FOLDER.glob("*.yaml"))
 
 
 @pytest.fixture
-def run(tmp_path: Path, recipe_file: Path) -> RunDir:
-    return RunDir.create(tmp_path / "a run's folder", load_recipe(recipe_file))
+def run(tmp_path: Path, recipe_file: Path) -> RunFolder:
+    return RunFolder.create(tmp_path / "a run's folder", load_recipe(recipe_file))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_profile_loads_and_describes_its_job(name: str, run: RunDir) -> None:
+def test_every_profile_loads_and_describes_its_job(name: str, run: RunFolder) -> None:
     from submitit.slurm.slurm import _make_sbatch_string
 
     profile = profiles.load(name)

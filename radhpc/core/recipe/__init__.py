@@ -59,8 +59,10 @@ __all__ = [
 class Recipe(Section):
     """The whole recipe."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
-    seed: int = Field(0, ge=0)
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", description="the name of the run; its folder is runs/NAME-DATE")
+    seed: int = Field(
+        0, ge=0, description="the order of samples, the initial weights, dropout and the choice of tasks follow from it"
+    )
     engine: Literal["fsdp", "deepspeed", "single"] = Field(
         "fsdp", description="fsdp: FSDP2 over all ranks; deepspeed: ZeRO over all ranks; single: one process"
     )
@@ -81,7 +83,9 @@ class Recipe(Section):
     text: Text = Text()  # type: ignore[call-arg]
     findings: Findings = Findings()  # type: ignore[call-arg]
     images: Images = Images()  # type: ignore[call-arg]
-    stages: tuple[Stage, ...] = Field(min_length=1)
+    stages: tuple[Stage, ...] = Field(
+        min_length=1, description="the stages of the training, in order; each starts where the one before it has ended"
+    )
     checkpoint: Checkpoint = Checkpoint()  # type: ignore[call-arg]
     evaluation: Evaluation = Evaluation()  # type: ignore[call-arg]
     board: Board = Board()  # type: ignore[call-arg]

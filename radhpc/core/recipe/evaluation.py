@@ -48,11 +48,11 @@ class Evaluation(Section):
     """Generation on held-out studies, at the end of each stage and every so many steps."""
 
     every: int | None = Field(None, ge=1, description="steps; default: at the end of a stage alone")
-    split: Split = "validate"
+    split: Split = Field("validate", description="the split whose studies are generated for and scored")
     samples: int | None = Field(64, ge=1, description="of the split, always the same ones; null: all")
     batch: int = Field(16, ge=1, description="studies per rank and generation")
-    max_new_tokens: int = Field(128, ge=1)
-    min_new_tokens: int = Field(0, ge=0)
+    max_new_tokens: int = Field(128, ge=1, description="longest generated text, in tokens")
+    min_new_tokens: int = Field(0, ge=0, description="shortest generated text, in tokens")
     beams: int = Field(1, ge=1, description="texts that are searched at a time; 1: the likeliest next word")
     temperature: float | None = Field(None, gt=0, description="sample instead, from the distribution at this one")
     top_p: float | None = Field(None, gt=0, le=1, description="sample among the likeliest words of this share")

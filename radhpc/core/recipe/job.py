@@ -11,8 +11,8 @@ from radhpc.core.recipe.section import Section
 class Checkpoint(Section):
     """When checkpoints are written and how many are kept; the last one of each stage is always kept."""
 
-    every: int = Field(100, ge=1, description="steps")
-    keep: int = Field(2, ge=1)
+    every: int = Field(100, ge=1, description="steps between two checkpoints")
+    keep: int = Field(2, ge=1, description="how many of the newest checkpoints are kept")
     asynchronous: bool = Field(True, description="written in the background: steps wait for the copy alone")
     url: str | None = Field(
         None, description="an object store's prefix, such as s3://bucket/checkpoints; default: the run folder"
@@ -29,7 +29,7 @@ class Checkpoint(Section):
 class Wandb(Section):
     """Weights & Biases beside TensorBoard: curves alone, no texts, images, code or names of machines."""
 
-    project: str = Field("radhpc", min_length=1)
+    project: str = Field("radhpc", min_length=1, description="the project in Weights & Biases")
     mode: Literal["offline", "online"] = Field(
         "offline", description="offline: files in RUN/wandb, which 'wandb sync' sends; online: sent as they come"
     )

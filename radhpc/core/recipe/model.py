@@ -48,7 +48,7 @@ class Fusion(Section):
     """Hierarchical cross-modal fusion of the vision encoder's levels with the prompt: models/hcf.py."""
 
     width: int = Field(1024, ge=1, description="of each level")
-    heads: int = Field(16, ge=1)
+    heads: int = Field(16, ge=1, description="attention heads; they divide `width`")
 
     @model_validator(mode="after")
     def _divides(self) -> "Fusion":

@@ -12,9 +12,9 @@ from radhpc.core.recipe.text import Images, Text
 class Lora(Section):
     """Low-rank adapters (Hu et al., 2021): W + alpha / rank * B A."""
 
-    rank: int = Field(ge=1)
-    alpha: float = Field(gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
+    rank: int = Field(ge=1, description="columns of B and rows of A")
+    alpha: float = Field(gt=0, description="the adapter is multiplied by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout of the adapter's input")
     targets: str = Field(description="regular expression that matches the whole name of the linear layers to adapt")
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = Field(
         default_factory=dict,
@@ -63,12 +63,14 @@ class Optimizer(Section):
         description="adamw: PyTorch's, in one kernel; 8bit: moments in a quarter of the memory; paged: moments that go "
         "to the host where the GPU is full. The last three are bitsandbytes'; they go with engines fsdp and single",
     )
-    learning_rate: float = Field(gt=0)
+    learning_rate: float = Field(gt=0, description="the peak learning rate, after the warm-up")
     weight_decay: float = Field(0.0, ge=0, description="for matrices; biases, norms and gates have none")
-    betas: tuple[float, float] = (0.9, 0.95)
-    epsilon: float = Field(1e-8, gt=0)
+    betas: tuple[float, float] = Field((0.9, 0.95), description="decay rates of the first and the second moment")
+    epsilon: float = Field(1e-8, gt=0, description="added to the denominator of the update")
     warmup_steps: int = Field(0, ge=0, description="linear from zero")
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "cosine", description="constant after the warm-up, or falling from the peak to `final`"
+    )
     final: float = Field(0.0, ge=0, le=1, description="of the learning rate that is left at the stage's end")
     clip: float | None = Field(1.0, gt=0, description="largest gradient norm over all trained parameters")
     sharpness: float | None = Field(
@@ -76,7 +78,9 @@ class Optimizer(Section):
         gt=0,
         description="sharpness-aware minimisation (Foret et al., 2021) with this rho: steps take twice as long",
     )
-    groups: tuple[Group, ...] = ()
+    groups: tuple[Group, ...] = Field(
+        (), description="parameters with learning rates of their own; the first match counts"
+    )
 
 
 class Objective(Section):
@@ -103,12 +107,14 @@ class Objective(Section):
 class Stage(Section):
     """One stage: what is trained, on what, for how long."""
 
-    name: str = Field(pattern=r"^[a-z][a-z0-9_]*$")
+    name: str = Field(
+        pattern=r"^[a-z][a-z0-9_]*$", description="the name of the stage, as overrides and `--stages` use it"
+    )
     shards: Shards | None = Field(None, description="other shards than the recipe's")
     text: Text | None = Field(None, description="other prompts and tasks than the recipe's")
     images: Images | None = Field(None, description="another choice of views than the recipe's")
-    steps: int | None = Field(None, ge=1)
-    epochs: int | None = Field(None, ge=1)
+    steps: int | None = Field(None, ge=1, description="optimizer steps of the stage; give this or `epochs`")
+    epochs: int | None = Field(None, ge=1, description="passes over the training split; give this or `steps`")
     batch: int = Field(ge=1, description="samples per optimizer step over all ranks, whatever their number")
     micro_batch: int | None = Field(
         None, ge=1, description="samples per rank and forward pass; default: all of the rank's"

@@ -19,7 +19,7 @@ import launch
 from radhpc.cli.models import context_of, image_settings
 from radhpc.core.errors import UserError
 from radhpc.core.files import read_lines
-from radhpc.core.run_folder import RunDir
+from radhpc.core.run_folder import RunFolder
 from radhpc.training.encoder_builder import build_encoder, build_family
 from radhpc.training.engine_builder import restore_engine
 from radhpc.training.sources import open_source
@@ -60,15 +60,15 @@ def traced(tmp_path_factory: pytest.TempPathFactory, phantom_shards: Path) -> tu
     from slurm.monitoring import profiling
 
     try:  # asked before the first step, so that the rest of the first life is short
-        told = profiling.trace(RunDir(run), steps=2, seconds=200)
+        told = profiling.trace(RunFolder(run), steps=2, seconds=200)
     finally:
         call("stop", run)
-    until(lambda: RunDir(run).events("stopped", "interrupted", "finished"))
-    job = RunDir(run).job()
+    until(lambda: RunFolder(run).events("stopped", "interrupted", "finished"))
+    job = RunFolder(run).job()
     assert job is not None
     until(lambda: not Path(f"/proc/{job['pid']}").exists() or "Z" in Path(f"/proc/{job['pid']}/stat").read_text())
     call("resume", run, "--watch")
-    assert RunDir(run).events("finished")
+    assert RunFolder(run).events("finished")
     return run, told
 
 
@@ -176,7 +176,7 @@ def test_an_adapter_on_given_weights_leaves_them_where_they_are(
         "  - {name: adapt, steps: 2, batch: 4, lora: {rank: 2, alpha: 4, targets: '.*language_model.*q_proj'},\n"
         "     optimizer: {learning_rate: 1.0e-2}}\nevaluation: {samples: 2, max_new_tokens: 4}\n"
     )
-    later = RunDir.create(tmp_path / "later", load(tmp_path / "adapt.yaml"))
+    later = RunFolder.create(tmp_path / "later", load(tmp_path / "adapt.yaml"))
     assert worker.run(str(later.path)).state == "finished"
     result = said("export", later.path, "--out", tmp_path / "adapter", "--check")
     assert (result["kind"], result["base"]) == ("adapter", str(weights))

@@ -12,14 +12,14 @@ import pytest
 from bench.chaos import small_disk
 from radhpc.core.errors import UserError
 from radhpc.core.files import insist, write_atomically
-from radhpc.core.run_folder import RunDir
+from radhpc.core.run_folder import RunFolder
 from tests.conftest import ROOT
 
 WRITER = """
 import resource, signal, sys
-from radhpc.core.run_folder import RunDir
+from radhpc.core.run_folder import RunFolder
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-run = RunDir(sys.argv[1])
+run = RunFolder(sys.argv[1])
 run.record("started", life=1)
 resource.setrlimit(resource.RLIMIT_FSIZE, (150, resource.RLIM_INFINITY))
 try:
@@ -50,7 +50,7 @@ def test_a_life_that_fills_the_disk_can_still_say_so(tmp_path: Path) -> None:
     except UserError:
         pytest.skip("NO SMALL DISK CAN BE MOUNTED HERE: a full one is not tested; this needs root")
     try:
-        run = RunDir(folder)
+        run = RunFolder(folder)
         run.hold_back()
         with (folder / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
             while True:

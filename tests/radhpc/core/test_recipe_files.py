@@ -11,7 +11,7 @@ from torch import nn
 from radhpc import worker
 from radhpc.core.errors import UserError
 from radhpc.core.recipe import Recipe, load
-from radhpc.core.run_folder import RunDir
+from radhpc.core.run_folder import RunFolder
 from radhpc.models import adapters, extra_modules, tokenizer
 from radhpc.models.family import ModelFamily, family
 from tests.conftest import ROOT
@@ -56,7 +56,7 @@ def test_a_twin_trains_through_all_its_stages(name: str, phantom_shards: Path, t
     changes = [f"shards=[{phantom_shards}]", "evaluation.samples=1", "evaluation.max_new_tokens=2"]
     twin = load(ROOT / "recipes" / "tiny" / f"{name}.yaml", changes)
     few = twin.model_copy(update={"stages": tuple(stage.model_copy(update={"steps": 2}) for stage in twin.stages)})
-    run = RunDir.create(tmp_path / "run", few)
+    run = RunFolder.create(tmp_path / "run", few)
     assert worker.run(str(run.path)).state == "finished"
     assert [event["stage"] for event in run.events("stage_finished")] == [stage.name for stage in few.stages]
 

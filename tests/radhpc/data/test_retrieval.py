@@ -8,7 +8,7 @@ import pytest
 from radhpc import worker
 from radhpc.core.errors import UserError
 from radhpc.core.recipe import load
-from radhpc.core.run_folder import RunDir
+from radhpc.core.run_folder import RunFolder
 from radhpc.data.collate import IGNORE
 from radhpc.data.retrieval import Library, thumbnail
 from radhpc.distributed.ranks import Ranks
@@ -33,19 +33,19 @@ evaluation: {{samples: 2, batch: 2, max_new_tokens: 2, images: 0, neighbours: 0,
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, phantom_shards: Path) -> RunDir:
+def run(tmp_path_factory: pytest.TempPathFactory, phantom_shards: Path) -> RunFolder:
     folder = tmp_path_factory.mktemp("grounded")
     (folder / "tiny.yaml").write_text(RECIPE.replace("SHARDS", str(phantom_shards)))
-    made = RunDir.create(folder / "run", load(folder / "tiny.yaml"))
+    made = RunFolder.create(folder / "run", load(folder / "tiny.yaml"))
     assert worker.run(str(made.path)).state == "finished"
     return made
 
 
-def opened(run: RunDir) -> RunContext:
+def opened(run: RunFolder) -> RunContext:
     return open_context(run, run.recipe(), Ranks())
 
 
-def test_each_study_gets_the_nearest_reports_of_other_patients(run: RunDir) -> None:
+def test_each_study_gets_the_nearest_reports_of_other_patients(run: RunFolder) -> None:
     context = opened(run)
     source, encoder = open_source(context, 0, "train"), build_encoder(context, 0)
     tokenizer = encoder.family.tokenizer
@@ -78,7 +78,7 @@ def thumbnail_pixels(views: object) -> "np.typing.NDArray[np.float64]":
     return small / np.linalg.norm(small)  # type: ignore[no-any-return]
 
 
-def test_a_resume_needs_the_same_library(run: RunDir, tmp_path: Path) -> None:
+def test_a_resume_needs_the_same_library(run: RunFolder, tmp_path: Path) -> None:
     (event,) = run.events("neighbours")
     (path,) = (run.path / "neighbours" / "scratch").glob("neighbours-*.npz")
     kept, context = path.read_bytes(), opened(run)
@@ -103,7 +103,7 @@ def test_neighbours_of_questions_are_refused(tmp_path: Path) -> None:
         load(tmp_path / "tiny.yaml", ["text.tasks={ask: {kind: question, prompt: '{question}'}}"])
 
 
-def test_whoever_asks_sees_what_the_model_got(run: RunDir) -> None:
+def test_whoever_asks_sees_what_the_model_got(run: RunFolder) -> None:
     from radhpc.serving.inference import Decoding
     from radhpc.serving.pipeline import Reader, Study
 
@@ -115,7 +115,7 @@ def test_whoever_asks_sees_what_the_model_got(run: RunDir) -> None:
     assert answer.given[0] == Library.load(library_path(context, 0)).alike(thumbnail(views), 1, "")[0]
 
 
-def test_the_page_is_told_what_the_model_got(run: RunDir) -> None:
+def test_the_page_is_told_what_the_model_got(run: RunFolder) -> None:
     from radhpc.serving.demo import Demo
     from radhpc.serving.inference import Decoding
     from radhpc.serving.pipeline import Reader

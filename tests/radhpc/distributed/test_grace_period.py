@@ -8,7 +8,7 @@ import time
 import pytest
 from hypothesis import given, strategies as st
 
-from radhpc.core.run_folder import RunDir
+from radhpc.core.run_folder import RunFolder
 from radhpc.distributed.grace_period import RESERVE, SAFETY, Longest, choose
 from radhpc.distributed.stop import CAUSES, Interrupted, Stop
 
@@ -100,7 +100,7 @@ def test_what_is_left_after_the_warning(graces: None, monkeypatch: pytest.Monkey
 
 
 def test_ctrl_c_and_a_request_have_no_deadline(graces: None, tmp_path: object) -> None:
-    run = RunDir(str(tmp_path))
+    run = RunFolder(str(tmp_path))
     with Stop(run, poll_seconds=0) as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert math.isinf(stop.left)

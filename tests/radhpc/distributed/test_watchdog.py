@@ -25,7 +25,7 @@ from radhpc.core.errors import UserError
 from radhpc.core.files import read_json, read_lines
 from radhpc.core.ledger import consumed
 from radhpc.core.recipe import load
-from radhpc.core.run_folder import RunDir
+from radhpc.core.run_folder import RunFolder
 from radhpc.distributed.watchdog import EXIT_STATUS, Beat, Heartbeat, Limits, describe, judge, read
 from radhpc.training.loop import Pace
 from radhpc.training.straggler import slowest
@@ -143,8 +143,8 @@ def one_slow_rank() -> None:
 
 def another_recipe() -> None:
     """As on a node whose file system still shows the file of yesterday."""
-    before = RunDir.recipe
-    RunDir.recipe = lambda self: before(self).model_copy(update={"seed": 77})  # type: ignore[method-assign]
+    before = RunFolder.recipe
+    RunFolder.recipe = lambda self: before(self).model_copy(update={"seed": 77})  # type: ignore[method-assign]
 
 
 def full_gpu() -> None:
@@ -189,7 +189,7 @@ def start(nursery: Any, tmp_path: Path, recipe_file: Path) -> Iterator[START]:
         trouble: str = "", limit: float = LIMIT, slow: float = 60, steps: int = 400, world: int = 2, more: Any = ()
     ) -> list[ForkServerProcess]:
         changes = [f"stages.scratch.steps={steps}", "checkpoint.every=1000", *more]
-        RunDir.create(tmp_path / "run", load(recipe_file, changes))
+        RunFolder.create(tmp_path / "run", load(recipe_file, changes))
         port = free_port()
         for rank in range(world):
             args = (str(tmp_path / "run"), rank, port, limit, slow, trouble)
@@ -298,7 +298,7 @@ def test_a_rank_whose_peer_died_does_not_wait_for_it(start: START, tmp_path: Pat
     ranks = start("away", limit=20)
 
     def away() -> bool:
-        beat = read(RunDir(run)).get(0)
+        beat = read(RunFolder(run)).get(0)
         return beat is not None and beat.phase == "step 5" and not beat.waiting
 
     wait_for(away, 60)
@@ -324,8 +324,8 @@ def test_a_slow_rank_is_named_once_and_equal_ranks_never(start: START, tmp_path:
     (event,) = told(run, "straggler")  # not in the first two windows, and not in the fourth again
     assert (event["rank"], event["host"], event["step"]) == (1, HOST, 3 * WINDOW)
     assert event["ratio"] > 1.5
-    wait_for(lambda: RunDir(run).progress()["slowest"] is not None, 10)
-    found = RunDir(run).progress()["slowest"]
+    wait_for(lambda: RunFolder(run).progress()["slowest"] is not None, 10)
+    found = RunFolder(run).progress()["slowest"]
     assert (found["rank"], found["host"]) == (1, HOST)
     assert not told(run, "stuck")
 
@@ -372,7 +372,7 @@ def test_what_a_life_before_left_does_not_count_whatever_its_clock_said(
 ) -> None:
     monkeypatch.setenv("MASTER_ADDR", "node0")
     monkeypatch.setenv("MASTER_PORT", "12001")
-    run = RunDir(tmp_path)
+    run = RunFolder(tmp_path)
     for rank, port in ((1, 12000), (2, 12001)):
         beat = replace(beats({})[0], rank=rank, time=time.time() + (7200 if rank == 1 else -7200), life=f"node0:{port}")
         (run.folder("logs") / f"heartbeat.rank-{rank:05d}.json").write_text(json.dumps(asdict(beat)))

@@ -212,10 +212,10 @@ def test_a_card_without_bf16_is_named(lives: Lives, monkeypatch: pytest.MonkeyPa
 def test_a_gpu_that_is_full_is_told_what_to_change(lives: Lives, tmp_path: Path) -> None:
     from radhpc.core.errors import UserError
     from radhpc.core.recipe import load
-    from radhpc.core.run_folder import RunDir
+    from radhpc.core.run_folder import RunFolder
     from radhpc.training.out_of_memory import out_of_memory
 
-    run = RunDir.create(tmp_path / "run", load(lives.folder / "tiny.yaml"))
+    run = RunFolder.create(tmp_path / "run", load(lives.folder / "tiny.yaml"))
     error = out_of_memory(run, rank=1, world=2)
     assert isinstance(error, UserError)
     for said in ("rank 1's GPU", "GB in stage 'adapt'", "precision: bf16", "micro_batch below 3", "nf4", "more ranks"):

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from radhpc import worker
 from radhpc.core.errors import UserError
 from radhpc.core.recipe import Recipe, load
-from radhpc.core.run_folder import RunDir
+from radhpc.core.run_folder import RunFolder
 from radhpc.data.audit import audit
 from radhpc.engine import lineage
 from radhpc.engine.checkpoint import read_cursor
@@ -31,24 +31,24 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, phantom_shards: Path) -> Re
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, recipe: Recipe) -> RunDir:
+def base(tmp_path_factory: pytest.TempPathFactory, recipe: Recipe) -> RunFolder:
     """A run of three stages of two steps each."""
-    run = RunDir.create(tmp_path_factory.mktemp("base") / "run", recipe)
+    run = RunFolder.create(tmp_path_factory.mktemp("base") / "run", recipe)
     assert worker.run(str(run.path)).state == "finished"
     return run
 
 
-def end(run: RunDir) -> dict[str, torch.Tensor]:
+def end(run: RunFolder) -> dict[str, torch.Tensor]:
     return load_file(run.path / "checkpoints/step-000006/state.safetensors")
 
 
-def test_a_run_from_anothers_stage_ends_as_that_one(base: RunDir, recipe: Recipe, tmp_path: Path) -> None:
+def test_a_run_from_anothers_stage_ends_as_that_one(base: RunFolder, recipe: Recipe, tmp_path: Path) -> None:
     """The same seeds, data and weights: bit for bit, from its own copies, and with a recipe that says so."""
     changed = load_changed(recipe, "stages.scratch.optimizer.learning_rate=0.5")
     chosen, first = lineage.select(changed, "2,refine", base)
     assert first == 1
     assert chosen.stages[0].optimizer == recipe.stages[0].optimizer, "the recipe must say how its weights came about"
-    run = RunDir.create(tmp_path / "run", chosen)
+    run = RunFolder.create(tmp_path / "run", chosen)
     lineage.take_over(run, first, base)
     cursor = read_cursor(run.path / "checkpoints/step-000002")
     assert (cursor.stage, cursor.stage_done) == (0, True)
@@ -61,7 +61,7 @@ def test_a_run_from_anothers_stage_ends_as_that_one(base: RunDir, recipe: Recipe
     assert found == [("adapt", True), ("refine", True)]
     assert [event["number"] for event in run.events("stage_finished")] == [1, 2]
     again, first = lineage.select(recipe, "3", run)  # and so on
-    third = RunDir.create(tmp_path / "third", again)
+    third = RunFolder.create(tmp_path / "third", again)
     lineage.take_over(third, first, run)
     assert worker.run(str(third.path)).state == "finished"
     assert all(torch.equal(end(third)[name], wanted[name]) for name in wanted)
@@ -73,8 +73,8 @@ def load_changed(recipe: Recipe, *changes: str) -> Recipe:
     return build(recipe.model_dump(mode="json"), changes, Path("tiny.yaml"))
 
 
-def test_a_seam_ends_the_run_before_its_first_step(base: RunDir, tmp_path: Path) -> None:
-    run = RunDir(tmp_path / "run")
+def test_a_seam_ends_the_run_before_its_first_step(base: RunFolder, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
     shutil.copytree(base.path, run.path)
     for name in ("step-000004", "step-000006"):
         shutil.rmtree(run.path / "checkpoints" / name)
@@ -90,8 +90,8 @@ def test_a_seam_ends_the_run_before_its_first_step(base: RunDir, tmp_path: Path)
     assert not run.events("first_step")[len([e for e in kept if e["event"] == "first_step"]) :]
 
 
-def test_what_cannot_be_chosen_is_refused(base: RunDir, recipe: Recipe, tmp_path: Path) -> None:
-    def refused(stages: str | None, origin: RunDir | None, of: Recipe = recipe) -> str:
+def test_what_cannot_be_chosen_is_refused(base: RunFolder, recipe: Recipe, tmp_path: Path) -> None:
+    def refused(stages: str | None, origin: RunFolder | None, of: Recipe = recipe) -> str:
         with pytest.raises(UserError) as error:
             lineage.select(of, stages, origin)
         assert "\n" not in str(error.value)
@@ -104,6 +104,6 @@ def test_what_cannot_be_chosen_is_refused(base: RunDir, recipe: Recipe, tmp_path
     assert "its model.fusion is another one" in refused(
         "3", base, load_changed(recipe, "model.fusion={width: 8, heads: 1}")
     )
-    unborn = RunDir.create(tmp_path / "unborn", recipe)
+    unborn = RunFolder.create(tmp_path / "unborn", recipe)
     assert "no checkpoint of the end of stage 'scratch'" in refused("2", unborn)
     assert lineage.select(recipe, "1,2", None)[0].stages == recipe.stages[:2]

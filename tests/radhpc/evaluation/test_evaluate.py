@@ -15,7 +15,7 @@ from PIL import Image
 from radhpc import worker
 from radhpc.core.files import read_json, read_lines
 from radhpc.core.recipe import load
-from radhpc.core.run_folder import RunDir
+from radhpc.core.run_folder import RunFolder
 from radhpc.distributed.ranks import Ranks
 from radhpc.engine.fsdp import Engine
 from radhpc.evaluation import evaluate
@@ -42,22 +42,22 @@ ONE = "conventions=[r2gen_iu]"  # the others take Java, and seconds
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, phantom_shards: Path) -> RunDir:
+def run(tmp_path_factory: pytest.TempPathFactory, phantom_shards: Path) -> RunFolder:
     """Thirty steps in this process."""
     folder = tmp_path_factory.mktemp("evaluated")
     (folder / "tiny.yaml").write_text(RECIPE.replace("SHARDS", str(phantom_shards)))
-    made = RunDir.create(folder / "run", load(folder / "tiny.yaml"))
+    made = RunFolder.create(folder / "run", load(folder / "tiny.yaml"))
     assert worker.run(str(made.path)).state == "finished"
     return made
 
 
 @pytest.fixture(scope="module")
-def restored(run: RunDir) -> tuple[RunContext, Engine]:
+def restored(run: RunFolder) -> tuple[RunContext, Engine]:
     context = open_context(run, run.recipe(), Ranks())
     return context, restore_engine(context)[0]
 
 
-def prepared(run: RunDir, split: str, *overrides: str, **more: Any) -> RunDir:
+def prepared(run: RunFolder, split: str, *overrides: str, **more: Any) -> RunFolder:
     """The job folder of an evaluation of all studies of a split."""
     settings = evaluation.settings_of(run, overrides, None)
     given = {"shards": [], "against": None, "every_convention": False, **more}
@@ -65,7 +65,7 @@ def prepared(run: RunDir, split: str, *overrides: str, **more: Any) -> RunDir:
 
 
 @pytest.fixture(scope="module")
-def whole(run: RunDir) -> dict[str, Any]:
+def whole(run: RunFolder) -> dict[str, Any]:
     """An evaluation that nobody disturbs, of the validation split, with yes and no for each drawn finding."""
     job = prepared(run, "validate", "findings_question=Is there {finding}?", "findings_vocabulary=phantom")
     assert worker.run(str(job.path)).state == "finished"
@@ -73,7 +73,7 @@ def whole(run: RunDir) -> dict[str, Any]:
     return {"scores": read_json(folder / "scores.json"), "rows": list(read_lines(folder / "reports.jsonl"))}
 
 
-def test_the_training_leaves_an_evaluation_of_its_own(run: RunDir) -> None:
+def test_the_training_leaves_an_evaluation_of_its_own(run: RunFolder) -> None:
     scores = read_json(run.path / "evaluation/step-000030/scores.json")
     assert scores["samples"] == 4
     assert set(scores["baselines"]) == {"constant", "random", "nearest"}
@@ -96,7 +96,7 @@ def test_every_score_says_what_it_is(whole: dict[str, Any]) -> None:
 
 
 def test_a_preempted_evaluation_goes_on_on_other_ranks_and_loses_nothing(
-    run: RunDir, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch, local_profile: Callable[[int], Path],
+    run: RunFolder, whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch, local_profile: Callable[[int], Path],
     launch_json: Callable[..., dict[str, Any]],
 ) -> None:  # fmt: skip
     """A signal in the third batch; a line that a crash has cut; then two ranks by the command, without those done."""
@@ -135,7 +135,7 @@ def test_a_preempted_evaluation_goes_on_on_other_ranks_and_loses_nothing(
         assert result["scores"][name]["value"] == pytest.approx(whole["scores"]["scores"][name]["value"], rel=1e-5)
 
 
-def test_a_run_against_itself_differs_by_nothing(run: RunDir, whole: dict[str, Any]) -> None:
+def test_a_run_against_itself_differs_by_nothing(run: RunFolder, whole: dict[str, Any]) -> None:
     """And it needs no model: all that is asked has been generated before."""
     job = prepared(run, "validate", "findings_question=Is there {finding}?", "findings_vocabulary=phantom")
     assert worker.run(str(job.path)).state == "finished"
@@ -211,7 +211,7 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_what_cannot_be_evaluated_is_refused_in_one_line(
-    run: RunDir, questions: Path, tmp_path: Path, launch: Callable[..., subprocess.CompletedProcess[str]],
+    run: RunFolder, questions: Path, tmp_path: Path, launch: Callable[..., subprocess.CompletedProcess[str]],
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     from typer.testing import CliRunner
@@ -236,7 +236,7 @@ def test_what_cannot_be_evaluated_is_refused_in_one_line(
     assert "weights of sha256" in wrong
     assert "wants abcd" in wrong
     assert "no evaluation of split 'train' there" in refused(run.path, "--split", "train", "--against", run.path)
-    fresh = RunDir.create(tmp_path / "fresh", run.recipe())
+    fresh = RunFolder.create(tmp_path / "fresh", run.recipe())
     assert "no checkpoint to evaluate" in refused(fresh.path)
     text = refused(run.path, ONE, "--shards", questions)
     assert "asks questions, and no study of the stage's training data does" in text

@@ -13,7 +13,7 @@ from radhpc.cli.models import context_of
 from radhpc.core.errors import UserError
 from radhpc.core.files import read_json, read_lines
 from radhpc.core.recipe import build, read_yaml
-from radhpc.core.run_folder import RunDir
+from radhpc.core.run_folder import RunFolder
 from radhpc.evaluation.evaluate import score
 from radhpc.evaluation.scoring import Scoring, load_rows
 from radhpc.serving.export import HEADS, check, export
@@ -38,7 +38,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, phantom_shards: Path) -> Path:
     data |= {"stages": [{**stage, "steps": 3, "batch": 4, "micro_batch": 2}], "shards": [str(phantom_shards)]}
     data["stages"][0]["optimizer"]["sharpness"] = None
     data["evaluation"] = {}
-    made = RunDir.create(folder / "run", build(data, CHANGES, path))
+    made = RunFolder.create(folder / "run", build(data, CHANGES, path))
     assert worker.run(str(made.path)).state == "finished"
     return made.path
 
@@ -47,7 +47,7 @@ def test_the_head_is_scored_beside_yes_and_no(run: Path) -> None:
     (folder,) = (run / "evaluation").glob("step-*")
     found, rows = read_json(folder / "scores.json")["scores"], load_rows(folder)
     names = list(rows[0].head or ())
-    assert names == list(RunDir.open(run).recipe().findings.names)
+    assert names == list(RunFolder.open(run).recipe().findings.names)
     told = [name for name in found if name.startswith("head_auroc/") and name != "head_auroc/macro"]
     for name in told:
         label = name.partition("/")[2]
@@ -60,7 +60,7 @@ def test_the_head_is_scored_beside_yes_and_no(run: Path) -> None:
     assert found["head_auroc/macro"]["value"] == pytest.approx(np.mean([found[name]["value"] for name in told]))
     assert "auroc/macro" not in found, "nobody asked about findings"
     asked = [row.__class__(**{**vars(row), "likelihoods": row.head}) for row in rows]
-    both = score(asked, Scoring(RunDir.open(run).recipe().evaluation))
+    both = score(asked, Scoring(RunFolder.open(run).recipe().evaluation))
     assert both["auroc/macro"]["value"] == both["head_auroc/macro"]["value"]
     assert both["auroc/macro"]["convention"] != both["head_auroc/macro"]["convention"]
 

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from bench.chaos import losses
 from radhpc.core.errors import UserError
 from radhpc.core.recipe import Images, Recipe, load
-from radhpc.core.run_folder import RunDir, node_name
+from radhpc.core.run_folder import RunFolder, node_name
 from radhpc.core.sample import Report, Sample, View
 from radhpc.data.collate import Encoder
 from radhpc.models import family as models
@@ -118,7 +118,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, phantom_shards: Path) -> dict
     found = {}
     for family in FAMILIES:
         recipe = short(family, phantom_shards)
-        one, two = (RunDir.create(folder / f"{family}-{ranks}", recipe) for ranks in (1, 2))
+        one, two = (RunFolder.create(folder / f"{family}-{ranks}", recipe) for ranks in (1, 2))
         assert worker.run(str(one.path)).state == "finished"
         found[family] = one.path, two.path
     port = 20000 + os.getpid() % 20000
@@ -148,7 +148,9 @@ def test_all_stages_on_one_process_and_on_two_ranks_that_resume(
     assert sorted(alone) == sorted(together) == list(range(1, 2 * len(stages) + 1))
     assert [together[step] for step in alone] == pytest.approx(list(alone.values()), rel=2e-5)
     assert len(set(alone.values())) == len(alone), "nothing was learnt"
-    assert [event["stage"] for event in RunDir.open(two).events("stage_finished")] == [stage.name for stage in stages]
+    assert [event["stage"] for event in RunFolder.open(two).events("stage_finished")] == [
+        stage.name for stage in stages
+    ]
     for run in (one, two):
         scores = [json.loads(path.read_text()) for path in sorted(run.glob("evaluation/*/scores.json"))]
         assert len(scores) == len(stages)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from radhpc.core import recipe as recipes
-from radhpc.core.run_folder import RunDir
+from radhpc.core.run_folder import RunFolder
 from radhpc.planning.forecast import foretell
 from slurm.preflight.plan import costs, fits
 from slurm.profile import Profile
@@ -129,7 +129,7 @@ def test_what_cannot_fit_is_refused_and_hours_come_from_a_run(recipe_file: Path,
     from dataclasses import replace
 
     stages = [replace(stage, gigabytes_per_gpu=22.9) for stage in foretell(recipes.load(recipe_file), world=1)]
-    like = RunDir.create(tmp_path / "run", recipes.load(recipe_file))
+    like = RunFolder.create(tmp_path / "run", recipes.load(recipe_file))
     like.record("started", world=2)
     like.write_progress(samples_per_second=3.0)
     profile = Profile(cluster="local", tasks_per_node=4, gpus_per_node=4, constraint="t4")

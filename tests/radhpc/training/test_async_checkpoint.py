@@ -20,7 +20,7 @@ from radhpc.core.errors import UserError
 from radhpc.core.files import read_lines
 from radhpc.core.ledger import Ledger, consumed
 from radhpc.core.recipe import load
-from radhpc.core.run_folder import RunDir
+from radhpc.core.run_folder import RunFolder
 from radhpc.distributed.grace_period import RESERVE
 from radhpc.engine.checkpoint import Checkpoints
 from radhpc.storage.checkpoint_storage import Bucket, Buffer, Folder
@@ -78,13 +78,13 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> type[SlowFolder]:
 
 
 @pytest.fixture
-def new_run(tmp_path: Path, phantom_shards: Path) -> Callable[..., RunDir]:
+def new_run(tmp_path: Path, phantom_shards: Path) -> Callable[..., RunFolder]:
     """A frozen run of one stage."""
 
-    def create(*changes: str, name: str = "run") -> RunDir:
+    def create(*changes: str, name: str = "run") -> RunFolder:
         path = tmp_path / "one.yaml"
         path.write_text(ONE_STAGE.format(shards=phantom_shards))
-        return RunDir.create(tmp_path / name, load(path, changes))
+        return RunFolder.create(tmp_path / name, load(path, changes))
 
     return create
 
@@ -94,7 +94,7 @@ def wanted(tmp_path_factory: pytest.TempPathFactory, phantom_shards: Path) -> Pa
     """The run that nobody disturbs."""
     folder = tmp_path_factory.mktemp("undisturbed")
     (folder / "one.yaml").write_text(ONE_STAGE.format(shards=phantom_shards))
-    run = RunDir.create(folder / "run", load(folder / "one.yaml", ["checkpoint.asynchronous=false"]))
+    run = RunFolder.create(folder / "run", load(folder / "one.yaml", ["checkpoint.asynchronous=false"]))
     assert worker.run(str(run.path)).state == "finished"
     return run.path
 
@@ -127,11 +127,11 @@ def preempt() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def events(run: RunDir, name: Any) -> list[dict[str, Any]]:
+def events(run: RunFolder, name: Any) -> list[dict[str, Any]]:
     return run.events(name)
 
 
-def test_steps_wait_for_the_copy_alone(new_run: Callable[..., RunDir], slow: type[SlowFolder], wanted: Path) -> None:
+def test_steps_wait_for_the_copy_alone(new_run: Callable[..., RunFolder], slow: type[SlowFolder], wanted: Path) -> None:
     run = new_run()
     assert worker.run(str(run.path)).state == "finished"
     first, *_ = events(run, "saved")
@@ -142,7 +142,7 @@ def test_steps_wait_for_the_copy_alone(new_run: Callable[..., RunDir], slow: typ
 
 
 def test_two_saves_never_overlap_and_none_is_left_out(
-    new_run: Callable[..., RunDir], slow: type[SlowFolder], monkeypatch: pytest.MonkeyPatch
+    new_run: Callable[..., RunFolder], slow: type[SlowFolder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = new_run("checkpoint.every=1", "stages.scratch.steps=3")
     assert worker.run(str(run.path)).state == "finished"
@@ -167,7 +167,7 @@ except radhpc.core.errors.UserError as error:
 """
 
 
-def ranks(run: RunDir, seconds: float, world: int, **environment: str) -> list[subprocess.Popen[str]]:
+def ranks(run: RunFolder, seconds: float, world: int, **environment: str) -> list[subprocess.Popen[str]]:
     """The ranks of a run on a slow disk, each a process of its own."""
     port = str(free_port())
     shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
@@ -191,7 +191,7 @@ def wait_for(condition: Callable[[], bool], processes: list[subprocess.Popen[str
         time.sleep(0.005)
 
 
-def test_a_kill_while_a_save_is_written_leaves_the_one_before(new_run: Callable[..., RunDir], wanted: Path) -> None:
+def test_a_kill_while_a_save_is_written_leaves_the_one_before(new_run: Callable[..., RunFolder], wanted: Path) -> None:
     run = new_run()
     (process,) = ranks(run, 1.0, 1)
     try:
@@ -209,7 +209,9 @@ def test_a_kill_while_a_save_is_written_leaves_the_one_before(new_run: Callable[
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs to mount a small file system")
-def test_a_full_disk_ends_all_ranks_in_one_line_at_the_next_step(new_run: Callable[..., RunDir], wanted: Path) -> None:
+def test_a_full_disk_ends_all_ranks_in_one_line_at_the_next_step(
+    new_run: Callable[..., RunFolder], wanted: Path
+) -> None:
     """The disk holds one checkpoint and a half."""
     run = new_run("checkpoint.every=2")
     size = sum(file.stat().st_size for file in (wanted / f"checkpoints/step-{STEPS:06d}").iterdir())
@@ -241,7 +243,7 @@ def test_a_full_disk_ends_all_ranks_in_one_line_at_the_next_step(new_run: Callab
     ],
 )
 def test_what_the_grace_allows_is_committed(
-    new_run: Callable[..., RunDir],
+    new_run: Callable[..., RunFolder],
     slow: type[SlowFolder],
     wanted: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -279,7 +281,7 @@ def test_what_the_grace_allows_is_committed(
 
 
 def test_a_save_that_turns_out_too_slow_is_dropped_in_time(
-    new_run: Callable[..., RunDir], slow: type[SlowFolder], monkeypatch: pytest.MonkeyPatch
+    new_run: Callable[..., RunFolder], slow: type[SlowFolder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing was measured yet, so it is tried, and given up before the kill."""
     monkeypatch.setenv("RADHPC_GRACE_SECONDS", str(RESERVE + 1))
@@ -293,7 +295,7 @@ def test_a_save_that_turns_out_too_slow_is_dropped_in_time(
     assert list((run.path / "checkpoints").iterdir()) == []
 
 
-def test_one_rank_is_told_and_both_leave_together(new_run: Callable[..., RunDir]) -> None:
+def test_one_rank_is_told_and_both_leave_together(new_run: Callable[..., RunFolder]) -> None:
     """With a save of step 4 in flight for which the grace of rank 1 is too short."""
     run = new_run("stages.scratch.steps=100000")
     processes = ranks(run, 60.0, 2, RADHPC_GRACE_SECONDS=str(RESERVE + 1))
@@ -329,7 +331,7 @@ def test_one_rank_is_told_and_both_leave_together(new_run: Callable[..., RunDir]
     ],
 )
 def test_a_signal_in_long_work_is_heard_before_the_work_is_done(
-    new_run: Callable[..., RunDir], wanted: Path, monkeypatch: pytest.MonkeyPatch, where: str
+    new_run: Callable[..., RunFolder], wanted: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     run = new_run()
     began: list[float] = []
@@ -354,7 +356,7 @@ def test_a_signal_in_long_work_is_heard_before_the_work_is_done(
 
 
 def test_a_signal_between_two_micro_batches_keeps_the_step_before(
-    new_run: Callable[..., RunDir], wanted: Path, monkeypatch: pytest.MonkeyPatch
+    new_run: Callable[..., RunFolder], wanted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from radhpc.engine.objective import NextToken
 
@@ -377,7 +379,7 @@ def test_a_signal_between_two_micro_batches_keeps_the_step_before(
 
 
 def test_resume_says_where_it_goes_on_before_it_submits(
-    new_run: Callable[..., RunDir], wanted: Path, tmp_path: Path, launch_json: Callable[..., dict[str, Any]]
+    new_run: Callable[..., RunFolder], wanted: Path, tmp_path: Path, launch_json: Callable[..., dict[str, Any]]
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(wanted, run)
@@ -393,7 +395,7 @@ def test_resume_says_where_it_goes_on_before_it_submits(
 
 
 def test_a_run_whose_checkpoints_lie_in_an_object_store(
-    new_run: Callable[..., RunDir], wanted: Path, tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch
+    new_run: Callable[..., RunFolder], wanted: Path, tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Preempted, its newest checkpoint damaged, resumed; and a run of the same name does not take it for its own."""
     url = f"checkpoint.url={s3}"
@@ -415,7 +417,9 @@ def test_a_run_whose_checkpoints_lie_in_an_object_store(
         worker.run(str(new_run(url).path))
 
 
-def test_a_bug_in_the_background_is_not_lost(new_run: Callable[..., RunDir], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_in_the_background_is_not_lost(
+    new_run: Callable[..., RunFolder], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*_: object) -> None:
         raise ZeroDivisionError("a bug")
 
@@ -427,6 +431,6 @@ def test_a_bug_in_the_background_is_not_lost(new_run: Callable[..., RunDir], mon
     assert (end["state"], end["cause"]) == ("crashed", "a bug")
 
 
-def test_an_impossible_url_is_refused(new_run: Callable[..., RunDir]) -> None:
+def test_an_impossible_url_is_refused(new_run: Callable[..., RunFolder]) -> None:
     with pytest.raises(UserError, match="checkpoint.url.*allowed are URLs"):
         new_run("checkpoint.url=bucket/prefix")

@@ -10,7 +10,7 @@ import torch._inductor.config as inductor
 from bench.chaos import losses
 from radhpc import worker
 from radhpc.core.recipe import load
-from radhpc.core.run_folder import RunDir
+from radhpc.core.run_folder import RunFolder
 from radhpc.distributed.background import Background
 from radhpc.distributed.stop import Stop
 from radhpc.training import compilation
@@ -31,13 +31,13 @@ def test_compiled_layers_train_as_plain_ones_and_are_kept(
     # The C++ compiler takes most of the time, to make kernels of a few numbers fast.
     monkeypatch.setattr(inductor.cpp, "simdlen", 1)
     monkeypatch.setattr(inductor.aot_inductor, "debug_compile", True)
-    compiled = RunDir.create(tmp_path / "compiled", load(recipe_file, [*SHORT, "model.compile=true"]))
+    compiled = RunFolder.create(tmp_path / "compiled", load(recipe_file, [*SHORT, "model.compile=true"]))
     assert worker.run(str(compiled.path)).state == "finished"
     assert os.environ[compilation.CACHE] == str(compiled.path / "compiled")
     assert any((compiled.path / "compiled").rglob("*.so")) or any((compiled.path / "compiled").rglob("*.py"))
     (event,) = compiled.events("compiled")
     print("compiled in", event["seconds"], "s")
-    plain = RunDir.create(tmp_path / "plain", load(recipe_file, SHORT))
+    plain = RunFolder.create(tmp_path / "plain", load(recipe_file, SHORT))
     worker.run(str(plain.path))
     assert losses(compiled.path) == pytest.approx(losses(plain.path), rel=1e-4)
 
@@ -64,7 +64,7 @@ def test_a_signal_while_layers_are_compiled_ends_the_start_up(
 
     monkeypatch.setattr(Engine, "warm_up", long)
     monkeypatch.setenv(compilation.CACHE, str(tmp_path / "cache"))
-    run = RunDir.create(tmp_path / "run", load(recipe_file, [*SHORT, "model.compile=true"]))
+    run = RunFolder.create(tmp_path / "run", load(recipe_file, [*SHORT, "model.compile=true"]))
     with Told() as stop:
         outcome = worker.run(str(run.path), stop)
     assert (outcome.state, outcome.step) == ("interrupted", 0)

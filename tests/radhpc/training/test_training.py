@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from bench.chaos import losses
 from radhpc.core.files import read_lines
 from radhpc.core.ledger import consumed
-from radhpc.core.run_folder import RunDir
+from radhpc.core.run_folder import RunFolder
 from tests.conftest import ROOT, free_port
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
@@ -132,7 +132,7 @@ def test_the_number_of_ranks_does_not_change_the_training(
 
     run = tmp_path / "run"
     changes = ["stages.adapt.lora.dropout=0", "evaluation.samples=2"]  # a rank of three has nothing to evaluate
-    RunDir.create(run, load(recipe_file, changes))
+    RunFolder.create(run, load(recipe_file, changes))
     life = start(run, ranks)
     for rank in life:
         rank.join(240)
@@ -153,7 +153,7 @@ def test_an_interrupted_run_ends_bit_for_bit_as_one_that_was_not(
     """Promise 3, from the command line: SIGTERM to both ranks, then resume."""
     run = tmp_path / "run"
     launch("train", recipe_file, "--on", "local", "--run", run)
-    controller = RunDir.open(run).job()
+    controller = RunFolder.open(run).job()
     assert controller is not None
     wait_for(lambda: any_ledger(run, STAGES["scratch"] + 3), 240)  # both ranks import everything first
     os.kill(controller["pid"], signal.SIGTERM)
@@ -171,7 +171,7 @@ def test_a_run_interrupted_again_and_again_ends_bit_for_bit(
     from radhpc.core.recipe import load
 
     run = tmp_path / "run"
-    RunDir.create(run, load(recipe_file))
+    RunFolder.create(run, load(recipe_file))
     for number, at_step in enumerate((*at_steps, None), 1):
         life = start(run, 2)
         wait_for(lambda n=number: events(run).count("started") == n)  # type: ignore[misc]  # all ranks hear signals
@@ -220,7 +220,7 @@ def test_a_run_goes_on_on_another_number_of_ranks_and_under_another_engine(
     run = tmp_path / "run"
     launch("train", recipe_file, "--on", local_profile(3), "--run", run)
     wait_for(lambda: any_ledger(run, 8))
-    RunDir.open(run).request_stop()  # as `stop` does, but while it still runs: a command takes seconds to start
+    RunFolder.open(run).request_stop()  # as `stop` does, but while it still runs: a command takes seconds to start
     wait_for(lambda: launch_json("status", run)["state"] == "stopped")
     before = events(run)
     assert "allowed are fsdp and deepspeed" in launch("resume", run, "--engine", "single", status=2).stderr
@@ -254,7 +254,7 @@ def test_a_signal_before_a_stages_first_step_keeps_the_stage_before(
 
     calls: list[int] = []
     monkeypatch.setattr(loop, "_agree", interrupted)
-    run = RunDir.create(tmp_path / "run", load(recipe_file))
+    run = RunFolder.create(tmp_path / "run", load(recipe_file))
     assert worker.run(str(run.path)).state == "interrupted"
     assert calls[-1] == 0
     cursor = read_cursor(run.path / f"checkpoints/step-{STAGES['scratch']:06d}")

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from radhpc.core.errors import UserError
 from radhpc.core.recipe import load as load_recipe
-from radhpc.core.run_folder import RunDir
+from radhpc.core.run_folder import RunFolder
 from slurm import scheduler
 from slurm.monitoring import logs, pending_reasons, tables
 from slurm.monitoring.status import Statuses, find_runs, status
@@ -34,8 +34,8 @@ Slurm = Callable[..., str]
 
 
 @pytest.fixture
-def run(tmp_path: Path, recipe_file: Path) -> RunDir:
-    return RunDir.create(tmp_path / "a run", load_recipe(recipe_file))
+def run(tmp_path: Path, recipe_file: Path) -> RunFolder:
+    return RunFolder.create(tmp_path / "a run", load_recipe(recipe_file))
 
 
 def result(**changes: Any) -> dict[str, Any]:
@@ -150,7 +150,7 @@ def test_a_thousand_runs_ask_each_cluster_once(tmp_path: Path, recipe_file: Path
         job = {"cluster": "slurm", "id": str(1000 + n), "host": "h", "environment": {"SLURM_CONF": f"/conf/{n % 2}"}}
         (folder / "job.json").write_text(json.dumps(job))
         (folder / "events.jsonl").write_text('{"time": "2026-11-22T09:00:00+00:00", "event": "submitted"}\n')
-        runs.append(RunDir(folder))
+        runs.append(RunFolder(folder))
     look = Statuses(runs, queue_seconds=60)
     assert {one["state"] for one in look.now()} == {"running"}
     assert len(started) == 2, "one squeue for each cluster"
@@ -175,7 +175,7 @@ def test_what_squeue_says_is_read_in_the_words_of_old_and_new_releases(tmp_path:
     assert forgotten == scheduler.Found()
 
 
-def test_a_silent_scheduler_is_no_failed_run(run: RunDir, monkeypatch: Any) -> None:
+def test_a_silent_scheduler_is_no_failed_run(run: RunFolder, monkeypatch: Any) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     run.write_job(cluster="slurm", id="7", host="h", environment={})
     run.record("submitted", job="7")
@@ -207,7 +207,7 @@ def test_a_run_is_followed_and_every_figure_is_there(
     assert (found["world"], found["device"], found["eta_seconds"]) == (1, "cpu", None)
     assert 0 < found["goodput"] < 1
     assert found["gpu_hours"] > found["gpu_hours_lost"] > 0
-    events = RunDir(path).events()
+    events = RunFolder(path).events()
     assert [event["event"] for event in events].count("first_step") == 3, "one for each stage"
     begin, end = (datetime.fromisoformat(events[place]["time"]) for place in (1, -1))
     assert events[1]["event"] == "starting"
@@ -221,7 +221,7 @@ def test_a_run_is_followed_and_every_figure_is_there(
 
 
 @pytest.mark.timeout(60)
-def test_the_live_table_in_a_terminal(run: RunDir) -> None:
+def test_the_live_table_in_a_terminal(run: RunFolder) -> None:
     """In a real pseudo-terminal: it is drawn, follows what changes, and Ctrl-C ends it without a word."""
     run.write_job(cluster="local", id="1", host=os.uname().nodename, pid=os.getpid())
     run.record("submitted", job="1")
@@ -264,14 +264,14 @@ def test_the_live_table_in_a_terminal(run: RunDir) -> None:
             os.waitpid(pid, 0)
 
 
-def test_watch_and_json_are_not_one_thing(launch: Launch, run: RunDir) -> None:
+def test_watch_and_json_are_not_one_thing(launch: Launch, run: RunFolder) -> None:
     assert "--watch: not together with --json" in launch("status", run.path, "--watch", "--json", status=2).stderr
 
 
 def test_folders_of_runs_and_of_trials_are_looked_into(tmp_path: Path, recipe_file: Path) -> None:
     recipe = load_recipe(recipe_file)
     for name in ("runs/one", "runs/sweep/trials/0000", "runs/sweep/trials/0001"):
-        RunDir.create(tmp_path / name, recipe)
+        RunFolder.create(tmp_path / name, recipe)
     assert [run.path.name for run in find_runs([tmp_path / "runs" / "sweep"])] == ["0000", "0001"]
     assert [run.path.name for run in find_runs([tmp_path / "runs"])] == ["one"]
     with pytest.raises(UserError, match="no run there"):
@@ -282,7 +282,7 @@ def test_without_a_name_sweeps_are_sweeps_and_runs_are_runs(tmp_path: Path, reci
     (tmp_path / "mine.yaml").write_text(f"recipe: {recipe_file}\nspace: {{seed: [1, 2]}}\nmethod: grid\n")
     study = Study.create(tmp_path / "runs" / "sweep-mine-1", *sweeps.load(tmp_path / "mine.yaml"))
     study.prepare(0)
-    RunDir.create(tmp_path / "runs" / "one", load_recipe(recipe_file))
+    RunFolder.create(tmp_path / "runs" / "one", load_recipe(recipe_file))
     (tmp_path / "runs" / "notes").mkdir()
     command = [sys.executable, ROOT / "launch.py", "status", "--json"]
     done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
@@ -293,7 +293,7 @@ def test_without_a_name_sweeps_are_sweeps_and_runs_are_runs(tmp_path: Path, reci
 
 
 def test_what_was_digested_counts_while_the_events_are_the_same(
-    run: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     run.record("submitted", job="5")
@@ -317,7 +317,7 @@ def test_what_was_digested_counts_while_the_events_are_the_same(
 # Logs
 
 
-def test_the_error_of_the_rank_that_failed_first_comes_first(run: RunDir) -> None:
+def test_the_error_of_the_rank_that_failed_first_comes_first(run: RunFolder) -> None:
     run.record("submitted", job="5")
     run.record("started", job="5", world=3)
     folder = run.folder("logs")
@@ -331,7 +331,7 @@ def test_the_error_of_the_rank_that_failed_first_comes_first(run: RunDir) -> Non
     assert logs.first_error(run) == []
 
 
-def test_a_life_is_cut_out_of_the_files_that_all_lives_share(run: RunDir, capsys: Any) -> None:
+def test_a_life_is_cut_out_of_the_files_that_all_lives_share(run: RunFolder, capsys: Any) -> None:
     run.record("submitted", job="5")
     texts = []
     for life in (1, 2):

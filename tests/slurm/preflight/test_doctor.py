@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from radhpc.core.files import file_system
-from radhpc.core.run_folder import RunDir
+from radhpc.core.run_folder import RunFolder
 from slurm import box as slurm_box, precheck, profile as profiles
 from slurm.cluster import Cluster, known_gpu, minutes
 from slurm.preflight.plan import own_gpu
@@ -57,7 +57,7 @@ def refused(profile: Path, run: Path) -> str:
 
     loaded = profiles.load(str(profile))
     try:
-        precheck.refuse(RunDir(run), loaded, slurm_parameters(RunDir(run), loaded, host_python(loaded)))
+        precheck.refuse(RunFolder(run), loaded, slurm_parameters(RunFolder(run), loaded, host_python(loaded)))
     except UserError as error:
         return str(error)
     return ""
@@ -130,7 +130,7 @@ def test_a_folder_that_the_nodes_do_not_see(box_profile: Path, tmp_path: Path) -
 
 
 def test_a_warning_shorter_than_a_save_of_this_run(tmp_path: Path) -> None:
-    run = RunDir(tmp_path)
+    run = RunFolder(tmp_path)
     run.record("saved", step=10, seconds=75.5)
     profile = Profile(cluster="slurm", signal_seconds=60)
     (said,) = precheck.time_problems(run, profile)

@@ -16,7 +16,7 @@ import yaml
 from radhpc.core.errors import UserError
 from radhpc.core.files import read_lines
 from radhpc.core.recipe import load as load_recipe
-from radhpc.core.run_folder import RunDir
+from radhpc.core.run_folder import RunFolder
 from radhpc.evaluation.metrics import score_names
 from slurm import precheck, profile as profiles, trials
 from slurm.cluster import Cluster
@@ -60,7 +60,7 @@ def events(run: Path, *names: str) -> list[dict[str, Any]]:
     return [event for event in read_lines(run / "events.jsonl") if not names or event["event"] in names]
 
 
-def evaluated(run: RunDir, step: int, value: float, split: str = "validate") -> None:
+def evaluated(run: RunFolder, step: int, value: float, split: str = "validate") -> None:
     """Leave an evaluation in a run folder, as the worker does."""
     folder = run.path / "evaluation" / f"step-{step:06d}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -226,8 +226,8 @@ def test_pruning_is_decided_once_and_told_once(write: Callable[..., Path], tmp_p
         for _ in range(2):  # a life that was lost asks again
             assert Study.open(study.path).should_prune(number, 4) == (value == 2.0)
     assert scores(study.run_path(2), "loss", "validate") == {2: 9.0, 4: 0.5}
-    RunDir(study.run_path(1)).record("pruned", step=4)
-    RunDir(study.run_path(2)).record("finished", step=14)
+    RunFolder(study.run_path(1)).record("pruned", step=4)
+    RunFolder(study.run_path(2)).record("finished", step=14)
     standing = study.standing()
     assert [(trial["number"], trial["state"], trial["value"]) for trial in standing["trials"]] == [
         (2, "finished", 0.5), (0, "missing", 1.0), (1, "pruned", 2.0), (3, "missing", None)
@@ -380,7 +380,7 @@ def test_an_array_whose_elements_are_killed_and_preempted(
 
     wait_for(lambda: states()[0] == "failed", 60)  # SLURM takes its time to end a job
     # Said again at this moment, the command submits the failed one and touches nothing that waits or runs.
-    first = {run.name: job["id"] for run, job in ((run, RunDir(run).job()) for run in runs if run.exists()) if job}
+    first = {run.name: job["id"] for run, job in ((run, RunFolder(run).job()) for run in runs if run.exists()) if job}
     launch(*command)
     given = json.loads((folder / "jobs.json").read_text())
     assert given["0000"]["id"] != first["0000"]
@@ -401,7 +401,7 @@ def test_an_array_whose_elements_are_killed_and_preempted(
     assert standing["best"] == standing["trials"][0]
     for log in (runs[2] / "logs").glob("*_log.*"):
         assert log.resolve().exists()
-    assert load_recipe(Path(standing["best_recipe"])) == RunDir(standing["best"]["run"]).recipe()
+    assert load_recipe(Path(standing["best_recipe"])) == RunFolder(standing["best"]["run"]).recipe()
 
 
 def most_at_a_time(runs: list[Path]) -> int:
