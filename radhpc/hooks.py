@@ -14,10 +14,11 @@ from torch.distributed.tensor import DTensor
 
 from radhpc.core.board import RESTART, Board
 from radhpc.core.log import Bar
+from radhpc.core.protocol import Cause, Event
 from radhpc.core.run_folder import node_name
 from radhpc.core.sample import Split
 from radhpc.distributed.ranks import Ranks
-from radhpc.distributed.stop import PRUNED, Interrupted
+from radhpc.distributed.stop import Interrupted
 from radhpc.engine.flop_counter import peak
 from radhpc.evaluation import evaluate, report_page
 from radhpc.evaluation.scoring import CLASSIFIERS, classified
@@ -86,7 +87,9 @@ class Evaluating:
             self.board.text(position.step, "evaluation/table", "\n".join(evaluate.table(result)))
             self.board.flush()
             seconds = round(time.perf_counter() - started, 1)
-            context.run.record("evaluated", step=position.step, split=split, samples=len(result.rows), seconds=seconds)
+            context.run.record(
+                Event.EVALUATED, step=position.step, split=split, samples=len(result.rows), seconds=seconds
+            )
         self._prune(position)
 
     def _prune(self, position: Position) -> None:
@@ -97,7 +100,7 @@ class Evaluating:
         last = position.stage_done and position.stage == len(context.recipe.stages) - 1
         prune = context.trial.should_prune(position.step) and not last if context.ranks.first else False
         if context.ranks.broadcast(prune):
-            raise Interrupted(PRUNED)
+            raise Interrupted(Cause.PRUNED)
 
 
 def board_hook(stage: StageContext, restarted: bool = False) -> Callable[[Position, Report], None]:
@@ -246,7 +249,7 @@ class Progress:
         now = time.monotonic()
         stage = self.context.recipe.stages[position.stage].name
         if not self._recent:
-            self.context.run.record("first_step", stage=stage, step=position.step, seconds=round(report.seconds, 3))
+            self.context.run.record(Event.FIRST_STEP, stage=stage, step=position.step, seconds=round(report.seconds, 3))
             self._recent.append((now - report.seconds, 0, 0.0))
         self._recent.append((now, report.samples, report.wait_seconds))
         while len(self._recent) > 2 and self._recent[1][0] < now - self.WINDOW:

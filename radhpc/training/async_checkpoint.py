@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass
 
 from radhpc.core.errors import UserError
+from radhpc.core.protocol import Cause, Event
 from radhpc.distributed.grace_period import RESERVE, SAFETY, Longest, Plan, choose
 from radhpc.distributed.stop import CAUSES, Interrupted
 from radhpc.engine.checkpoint import Cursor, Dropped
@@ -59,7 +60,7 @@ class _Save(threading.Thread):
             pass
         except BaseException as error:  # for the main thread to raise
             self.problem = error
-            self._saving.stage.context.stop.tell("save failed")
+            self._saving.stage.context.stop.tell(Cause.SAVE_FAILED)
         finally:
             self._tensors = {}
 
@@ -71,7 +72,7 @@ class _Save(threading.Thread):
         saving.writing.add(seconds)
         times = {**self._times, "seconds": self._times["blocked_seconds"] + seconds}
         rounded = {name: round(value, 3) for name, value in times.items()}
-        context.run.record("saved", step=cursor.step, stage=cursor.stage, bytes=size, **rounded)
+        context.run.record(Event.SAVED, step=cursor.step, stage=cursor.stage, bytes=size, **rounded)
         if self.given_up.is_set():
             return  # it landed after all, and nobody listens any more
         saving.stage.board.scalars(
@@ -101,7 +102,7 @@ class Saving:
     def expect(self) -> None:
         """Take the estimates from what saves of this stage took in earlier lives."""
         if self.ranks.first:
-            for event in self.stage.context.run.events("saved"):
+            for event in self.stage.context.run.events(Event.SAVED):
                 if event["stage"] == self.stage.number:
                     self.copying.add(event["copy_seconds"])
                     self.writing.add(event["seconds"] - event["blocked_seconds"])

@@ -13,6 +13,7 @@ import time
 
 import torch
 
+from radhpc.core.protocol import Event
 from radhpc.data.source import BadSample
 from radhpc.distributed.background import beside
 from radhpc.training.context import RunContext, StageContext
@@ -56,7 +57,7 @@ def warm_up(stage: StageContext) -> None:
     if engine.meter.able:
         _count(stage, size)
     if ranks.first:
-        context.run.record("compiled", stage=settings.name, seconds=round(time.perf_counter() - started, 1))
+        context.run.record(Event.COMPILED, stage=settings.name, seconds=round(time.perf_counter() - started, 1))
 
 
 def _count(stage: StageContext, size: int) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from radhpc.core.errors import UserError
+from radhpc.core.protocol import Event
 from radhpc.core.sample import Sample
 from radhpc.data.retrieval import Library, thumbnail
 from radhpc.data.tasks import Tasks
@@ -72,8 +73,8 @@ def _folder(context: RunContext, stage: int) -> Path:
 def _check_library(context: RunContext, stage: int) -> None:
     path, name = library_path(context, stage), context.recipe.stages[stage].name
     digest = sha256(path)
-    recorded = next((event for event in context.run.events("neighbours") if event["stage"] == name), None)
+    recorded = next((event for event in context.run.events(Event.NEIGHBOURS) if event["stage"] == name), None)
     if recorded is None:
-        context.run.record("neighbours", stage=name, sha256=digest)
+        context.run.record(Event.NEIGHBOURS, stage=name, sha256=digest)
     elif recorded["sha256"] != digest:
         raise UserError(f"{path}: changed since stage '{name}' began; its prompts would be others: start a new run")
