@@ -213,7 +213,7 @@ def plain(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 def ours(model: nn.Module, batch: Batch) -> torch.Tensor:
     inputs = {name: value for name, value in batch.items() if name not in TRUTH}
-    return token_loss.summed(model, inputs, batch["labels"])
+    return token_loss.summed_loss(model, inputs, batch["labels"])
 
 
 def differences(times: Times) -> Times:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch.distributed.tensor import DTensor
 
+from radhpc.core import compat_torch
 from radhpc.core.board import RESTART, Board
 from radhpc.core.log import Bar
 from radhpc.core.protocol import Cause, Event
@@ -216,7 +217,7 @@ class GroupNorms:
         for group in optimizer.param_groups:
             parts = [p.grad for p in group["params"] if p.grad is not None]
             local = [part.to_local() if isinstance(part, DTensor) else part for part in parts]
-            norms = torch._foreach_norm(local) if local else [torch.zeros(())]
+            norms = compat_torch.norms(local) if local else [torch.zeros(())]
             self._squares.append(torch.stack([norm.float() for norm in norms]).square().sum())
 
     def __call__(self, position: Position, report: Report) -> None:

@@ -23,7 +23,7 @@ from radhpc.core.ledger import Ledger
 from radhpc.core.log import Bar
 from radhpc.core.protocol import Cause, CulpritRecord, Event, Outcome, OutcomeState
 from radhpc.core.recipe import Recipe
-from radhpc.core.run_folder import RunFolder
+from radhpc.core.run_folder import RunFolder, step_of
 from radhpc.data import tasks
 from radhpc.data.stream import Stream, stage_samples, stage_steps
 from radhpc.distributed.background import beside, on_first
@@ -178,7 +178,7 @@ def _evaluate(job: RunFolder, ranks: Ranks, stop: Stop) -> Outcome:
 
 def _before_training(context: RunContext, stop: Stop) -> Ending:
     """Nothing is lost by an interruption of the start-up: the next life goes on from what is committed."""
-    steps = [int(name.removeprefix("step-")) for name in context.checkpoints.committed()] if context.ranks.first else []
+    steps = [step_of(name) for name in context.checkpoints.committed()] if context.ranks.first else []
     return Ending(max(steps, default=None), "last checkpoint", stop.margin, round(stop.waited, 3))
 
 

@@ -31,6 +31,7 @@ def quickstart(
 ) -> None:
     """Draw phantom radiographs, build shards, train all stages, evaluate and write reports: on a CPU, in minutes."""
     from radhpc.core.files import read_json
+    from radhpc.core.run_folder import by_step
     from shards.build import Settings
 
     started = time.perf_counter()
@@ -40,7 +41,7 @@ def quickstart(
     options = {"studies": str(studies), "two_views": "0.15", "size": "128"}
     build_shards("phantom", None, str(shards), options, Settings(longest_side=112))
     run_dir = start_run(Path("quickstart"), [f"shards=[{shards}]", *(overrides or [])], "inline", path)
-    folder = max((run_dir.path / "evaluation").glob("step-*"))
+    folder = max((run_dir.path / "evaluation").glob("step-*"), key=by_step)
     scores = read_json(folder / "scores.json")
     name = "findings_macro_f1"
     result = {

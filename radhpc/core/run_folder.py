@@ -16,6 +16,7 @@ logs/reserve.* keep some room for the last words of a life that fills the disk.
 
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Sequence
@@ -188,6 +189,20 @@ class RunFolder:
 
     def clear_stop(self) -> None:
         (self.path / "stop").unlink(missing_ok=True)
+
+
+def step_of(name: str) -> int:
+    """Return the step in the name of a checkpoint (step-000430) or of an evaluation (step-000430-test), -1 without one.
+
+    Compare steps, never names: from step 1,000,000 on a name has one digit more.
+    """
+    match = re.match(r"step-(\d+)", name)
+    return int(match[1]) if match else -1
+
+
+def by_step(path: Path) -> tuple[int, str]:
+    """Sort folders that are named by a step; of one step, by the rest of their names."""
+    return step_of(path.name), path.name
 
 
 def process_alive(job: dict[str, Any]) -> bool:

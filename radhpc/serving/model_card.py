@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from radhpc.core.files import read_json
+from radhpc.core.run_folder import by_step
 from radhpc.engine.checkpoint import Cursor
 from radhpc.training.context import RunContext
 from radhpc.training.encoder_builder import build_encoder, build_family
@@ -148,7 +149,7 @@ def _data(context: RunContext, cursor: Cursor) -> str:
 
 
 def _scores(context: RunContext) -> str:
-    folders = sorted((context.run.path / "evaluation").glob("step-*"))
+    folders = sorted((context.run.path / "evaluation").glob("step-*"), key=by_step)
     tables = [folder / "table.md" for folder in folders if (folder / "scores.json").exists()]
     if not tables:
         return "None: the run was not evaluated."

@@ -13,6 +13,7 @@ import time
 
 import torch
 
+from radhpc.core.compat_torch import disable_duck_shapes
 from radhpc.core.protocol import Event
 from radhpc.data.source import BadSample
 from radhpc.distributed.background import beside
@@ -28,10 +29,8 @@ def prepare(context: RunContext) -> None:
     if context.recipe.model.compile:
         # torch would choose a place of its own.
         os.environ.setdefault(CACHE, str(context.run.folder("compiled")))
-        from torch.fx.experimental import _config as symbolic
-
         # Else sizes that happen to be equal in the first batch are taken for one, and the next batch compiles anew.
-        symbolic.use_duck_shape = False
+        disable_duck_shapes()
 
 
 def warm_up(stage: StageContext) -> None:

@@ -335,7 +335,7 @@ def scores(run: Path, metric: str, split: str) -> dict[int, float]:
     evaluations do not have.
     """
     found = {}
-    for path in sorted((run / "evaluation").glob("step-*/scores.json")):
+    for path in (run / "evaluation").glob("step-*/scores.json"):
         evaluation = read_json(path) if re.fullmatch(r"step-\d+", path.parent.name) else None
         if evaluation is None or evaluation["split"] != split:
             continue
