@@ -238,9 +238,9 @@ def run_folder(path: Path, recipe: Recipe) -> RunFolder:
 
 
 def phantoms(folder: Path) -> None:
-    from shards.build import Settings, build
+    from shards.build import BuildSettings, build
 
-    settings = Settings(workers=1, longest_side=112, shard_samples=64)
+    settings = BuildSettings(workers=1, longest_side=112, shard_samples=64)
     build(
         "phantom", None, str(folder / "phantom"), {"studies": "160", "size": "112"}, settings, lambda done, all_: None
     )

@@ -42,7 +42,7 @@ class Evaluating:
 
     def __call__(self, position: Position, report: Report | None = None, split: Split | None = None) -> None:
         context = self.context
-        context.ranks.heart.beat("evaluating", slow=True)
+        context.ranks.watchdog.beat("evaluating", slow=True)
         split = split or context.recipe.evaluation.split
         folder = context.run.path / "evaluation" / f"step-{position.step:06d}"
         if context.ranks.broadcast((folder / "scores.json").exists()):
@@ -57,7 +57,7 @@ class Evaluating:
         with Bar(f"evaluate step {position.step}", count, unit="studies", hidden=not context.ranks.first) as bar:
 
             def check(done: int) -> None:
-                context.ranks.heart.beat("evaluating", slow=True)
+                context.ranks.watchdog.beat("evaluating", slow=True)
                 context.stop.check(context.ranks.max)
                 bar.update(done)
 

@@ -26,11 +26,11 @@ from radhpc.core.recipe import Recipe
 from radhpc.core.run_folder import RunFolder, step_of
 from radhpc.data import tasks
 from radhpc.data.stream import Stream, stage_samples, stage_steps
-from radhpc.distributed.background import beside, on_first
+from radhpc.distributed.background import run_in_background, run_on_first
 from radhpc.distributed.malloc import keep_freed_memory
 from radhpc.distributed.ranks import Ranks, lost_peer
 from radhpc.distributed.stop import Interrupted, Stop
-from radhpc.distributed.watchdog import Heartbeat, Limits
+from radhpc.distributed.watchdog import Limits, Watchdog
 from radhpc.engine.checkpoint import Checkpoints, Cursor, name_of
 from radhpc.engine.fsdp import Engine
 from radhpc.evaluation import job as evaluation_job
@@ -67,14 +67,14 @@ def run(path: str, stop: Stop | None = None, trial: Trial | None = None) -> Outc
     def end(state: OutcomeState, cause: str, step: int, culprits: list[CulpritRecord]) -> None:
         run_dir.record_end(rank, Outcome(state, cause, step), culprits=culprits)
 
-    heart = Heartbeat(run_dir, rank, world, Limits.from_environment(), end)
+    watchdog = Watchdog(run_dir, rank, world, Limits.from_environment(), end)
     with contextlib.nullcontext(stop) if stop else Stop() as stop:
         stop.run = run_dir if rank == 0 else None
         try:
-            ranks = Ranks(heart)
+            ranks = Ranks(watchdog)
             outcome = _run(run_dir, ranks, stop, trial)
         except BaseException as error:
-            heart.give_way()
+            watchdog.give_way()
             if isinstance(error, torch.OutOfMemoryError):
                 raise _recorded(run_dir, rank, out_of_memory(run_dir, rank, world)) from error
             if isinstance(error, OSError) and error.errno in FULL:
@@ -85,7 +85,7 @@ def run(path: str, stop: Stop | None = None, trial: Trial | None = None) -> Outc
         finally:
             if ranks is not None:
                 ranks.close()
-            heart.close()
+            watchdog.close()
     run_dir.record_end(rank, outcome)
     return outcome
 
@@ -106,7 +106,9 @@ def _run(run: RunFolder, ranks: Ranks, stop: Stop, trial: Trial | None) -> Outco
     position: Position | None = None
     try:
         lengths = (
-            beside(lambda: [len(open_source(context, n, "train")) for n in range(len(recipe.stages))], ranks, stop)
+            run_in_background(
+                lambda: [len(open_source(context, n, "train")) for n in range(len(recipe.stages))], ranks, stop
+            )
             or []
         )
         for n, length in enumerate(lengths):
@@ -115,7 +117,9 @@ def _run(run: RunFolder, ranks: Ranks, stop: Stop, trial: Trial | None) -> Outco
         steps = [stage_steps(stage, length) for stage, length in zip(recipe.stages, lengths, strict=True)]
         _agree_on_data(context, steps)
         for stage, number in zip(recipe.stages, range(len(steps)), strict=True):
-            on_first(lambda s=stage, n=number: tasks.check(recipe, s, open_source(context, n, "train")), ranks, stop)
+            run_on_first(
+                lambda s=stage, n=number: tasks.check(recipe, s, open_source(context, n, "train")), ranks, stop
+            )
         build_libraries(context)
         cursor = _restore(context, run, life, ranks)
         wandb = recipe.board.wandb if ranks.first else None
@@ -260,12 +264,12 @@ def _load_engine(
     hash of its base model.
     """
     ranks = context.ranks
-    ranks.heart.beat(f"loading stage {context.recipe.stages[number].name}", slow=True)
+    ranks.watchdog.beat(f"loading stage {context.recipe.stages[number].name}", slow=True)
     engine, base_hash = build_engine(context, number, lineage)
     if cursor is not None:
         check_cursor(context, cursor, base_hash)
         name = name_of(cursor.step)
-        tensors = beside(lambda: context.checkpoints.tensors(name, moments=True), ranks, context.stop)
+        tensors = run_in_background(lambda: context.checkpoints.tensors(name, moments=True), ranks, context.stop)
         assert tensors is not None
         engine.load(tensors, cursor.stage_step)
     elif number:
@@ -316,7 +320,7 @@ def _agree_on_data(context: RunContext, steps: list[int]) -> None:
         for n in stages:
             open_source(context, n, "train").check_sizes()
 
-    on_first(check_sizes, ranks, context.stop)
+    run_on_first(check_sizes, ranks, context.stop)
 
 
 def _quarantined(run: RunFolder) -> Callable[[str, str], None]:
@@ -340,7 +344,7 @@ def _own(context: RunContext, life: int) -> Checkpoints:
 
 def _restore(context: RunContext, run: RunFolder, life: int, ranks: Ranks) -> Cursor | None:
     """The cursor of the newest checkpoint that verifies, on all ranks; names those that were skipped."""
-    name, skipped = on_first(lambda: _own(context, life).newest(), ranks, context.stop)
+    name, skipped = run_on_first(lambda: _own(context, life).newest(), ranks, context.stop)
     if ranks.first:
         for torn, fault in skipped:
             log.warning("checkpoint %s is skipped: %s", torn, fault)

@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +31,7 @@ from radhpc.storage.store import Store
 from radhpc.training import loop
 from radhpc.training.context import open_context
 from radhpc.training.sources import open_source
+from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(240)]
 
@@ -47,10 +47,10 @@ def one_stage(**changes: Any) -> str:
 
 
 def phantoms(folder: Path, studies: int, seed: int) -> Path:
-    from shards.build import Settings, build
+    from shards.build import BuildSettings, build
 
     options = {"studies": str(studies), "size": "64", "seed": str(seed)}
-    settings = Settings(workers=1, longest_side=56, shard_samples=8)
+    settings = BuildSettings(workers=1, longest_side=56, shard_samples=8)
     build("phantom", None, str(folder), options, settings, lambda done, total: None)
     return folder
 
@@ -59,13 +59,6 @@ def phantoms(folder: Path, studies: int, seed: int) -> Path:
 def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A second dataset, a third of the size of `phantom_shards`."""
     return phantoms(tmp_path_factory.mktemp("others") / "shards", 20, 1)
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.02)
 
 
 def rank_of(job: dict[str, Any], rank: int) -> psutil.Process:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from radhpc.core.recipe import Evaluation
     from radhpc.core.run_folder import RunFolder
     from radhpc.training.context import RunContext
-    from shards.images.pixels import Target
+    from shards.images.encoding import ImageSettings
 
 
 @app.command(
@@ -109,10 +109,10 @@ def generate(
     from shards import views
 
     run_dir, target = image_settings(run)
-    studies = views.studies(folder) if folder else {" ".join(map(str, image or [])): image or []}
-    told = views.answered(out, studies) if out else {}
+    studies = views.find_studies(folder) if folder else {" ".join(map(str, image or [])): image or []}
+    told = views.read_answers(out, studies) if out else {}
     if not folder:  # one broken image of one study: before the model is loaded
-        views.read_study("", next(iter(studies.values())), target)
+        views.load_study("", next(iter(studies.values())), target)
     context = context_of(run_dir.path)
     from radhpc.serving.inference import Decoding
     from radhpc.serving.pipeline import Reader, Study
@@ -121,7 +121,7 @@ def generate(
     reader = Reader(context, Decoding.of(context.recipe.evaluation, **changes, seed=seed), retrieve)
     if stream:
         ((name, paths),) = studies.items()
-        study = Study(name, *views.read_study(name, paths, target))
+        study = Study(name, *views.load_study(name, paths, target))
         ((neighbours, far),) = reader.near([study])
         for warning in [*reader.warnings(study), *far]:
             console.print(f"[yellow]warning[/] {warning}", soft_wrap=True)
@@ -138,7 +138,7 @@ def generate(
             some = []
             for name in waiting[start : start + batch]:
                 try:
-                    some.append(Study(name, *views.read_study(name, studies[name], target)))
+                    some.append(Study(name, *views.load_study(name, studies[name], target)))
                 except UserError as error:  # one of many: named, and left out
                     broken += 1
                     results.append({"name": name, "error": str(error)})
@@ -180,7 +180,7 @@ def demo(
 
     decoding = Decoding.of(context.recipe.evaluation, max_new_tokens=max_new_tokens, beams=beams)
     with Demo(
-        Reader(context, decoding, retrieve), lambda data, name: views.read_bytes(data, name, target), port
+        Reader(context, decoding, retrieve), lambda data, name: views.load_view_bytes(data, name, target), port
     ) as page:
         say(f"{page.url}\n{from_elsewhere(page.port)}\nCtrl-C ends it. Research use only, not for clinical use.", False)
         try:
@@ -286,13 +286,13 @@ def context_of(path: Path) -> "RunContext":
     return open_context(run, run.recipe(), Ranks())
 
 
-def image_settings(path: Path) -> tuple["RunFolder", "Target"]:
+def image_settings(path: Path) -> tuple["RunFolder", "ImageSettings"]:
     """What the images were made into that a run was trained on."""
     from radhpc.core.manifest import Manifest
     from radhpc.core.run_folder import RunFolder
     from radhpc.storage.store import Store
-    from shards.images.pixels import Target
+    from shards.images.encoding import ImageSettings
 
     run = RunFolder.open(path)
     settings = Manifest.load(Store(next(iter(run.recipe().shards)))).build
-    return run, Target(settings["longest_side"], settings["quality"], settings.get("image_format", "jpeg"))
+    return run, ImageSettings(settings["longest_side"], settings["quality"], settings.get("image_format", "jpeg"))

@@ -27,7 +27,7 @@ from radhpc.core.files import write_atomically
 from radhpc.core.sample import Sample
 from radhpc.data import sampler
 from radhpc.data.source import BadSample, Source
-from radhpc.distributed.background import beside
+from radhpc.distributed.background import run_in_background
 from radhpc.distributed.ranks import Ranks
 from radhpc.distributed.stop import Stop
 
@@ -73,7 +73,7 @@ class Library:
                     found.append((thumbnail(views), told, sample.patient))
             return found
 
-        mine = beside(read, ranks, stop) or []
+        mine = run_in_background(read, ranks, stop) or []
         # In an order of its own: the file is the same whatever the number of ranks.
         every = sorted(one for theirs in ranks.gather(mine) for one in theirs)
         library = cls(*(list(column) for column in zip(*every, strict=True))) if every else cls([], [], [])

@@ -326,7 +326,7 @@ def _show(recipe: Recipe, number: int, split: Split, count: int, out: Path) -> N
         print(f"  prompt     {(~taught).sum()} tokens: {family.tokenizer.decode(row.input_ids[~taught])}")
         cut = f", cut at text.max_tokens {recipe.text_of(stage).max_tokens}" if row.cut else ""
         print(f"  answer     {row.supervised} supervised tokens{cut}: {family.tokenizer.decode(row.input_ids[taught])}")
-        picture = board.beside({"in the shard": views, "what the model sees": family.show_images(row.images)})
+        picture = board.side_by_side({"in the shard": views, "what the model sees": family.show_images(row.images)})
         path, data = out / f"{turn}-{place.key}.png", io.BytesIO()
         picture.save(data, "PNG")
         write_atomically(path, data.getvalue(), 0o600)

@@ -31,7 +31,7 @@ from radhpc.core.errors import UserError
 from radhpc.core.recipe import Objective as ObjectiveRecipe, Optimizer, Recipe
 from radhpc.data.collate import TRUTH
 from radhpc.distributed import shard_layout
-from radhpc.distributed.host_staging import remember
+from radhpc.distributed.host_staging import keep_host_values
 from radhpc.distributed.ranks import Ranks
 from radhpc.engine import optimizers
 from radhpc.engine.flop_counter import Meter
@@ -148,7 +148,7 @@ class Engine:
         """
         pieces = {}
         for name, parameter in self.trained.items():
-            pieces[name] = shard_layout.local(parameter).detach().reshape(-1)
+            pieces[name] = shard_layout.local_shard(parameter).detach().reshape(-1)
             if moments:
                 for moment, tensor in optimizers.moments(self.optimizer, parameter).items():
                     pieces[self._saved_name(moment, name)] = tensor
@@ -157,10 +157,11 @@ class Engine:
     def _restore(self, tensors: Tensors, steps: int) -> None:
         for name, parameter in self.trained.items():
             with torch.no_grad():
-                shard_layout.local(parameter).copy_(shard_layout.part(tensors[name], parameter))
+                shard_layout.local_shard(parameter).copy_(shard_layout.shard_like(tensors[name], parameter))
             if steps:
                 values = {
-                    m: shard_layout.part(tensors[f"{m}/{name}"], parameter).reshape(-1) for m in optimizers.MOMENTS
+                    m: shard_layout.shard_like(tensors[f"{m}/{name}"], parameter).reshape(-1)
+                    for m in optimizers.MOMENTS
                 }
                 for scales in optimizers.SCALES:
                     saved = tensors.get(self._saved_name(scales, name))
@@ -302,7 +303,7 @@ class Engine:
 
     def to_device(self, batch: Batch) -> Batch:
         device = self.ranks.device
-        return {name: remember(value.to(device, non_blocking=True), value) for name, value in batch.items()}
+        return {name: keep_host_values(value.to(device, non_blocking=True), value) for name, value in batch.items()}
 
     def weights(self) -> Tensors:
         """The trained parameters, whole, on the CPU. All ranks must call it; only rank 0 gets them."""
@@ -339,7 +340,7 @@ class Engine:
         if not isinstance(parameter, DTensor):
             return saved
         count, world = parameter.shape[0], self.ranks.world
-        dealt = [shard_layout.rows_of(count, rank, world) for rank in range(world)]
+        dealt = [shard_layout.rank_rows(count, rank, world) for rank in range(world)]
         sizes = [(theirs.stop - theirs.start) * parameter.numel() // max(1, count) for theirs in dealt]
         blocks = [-(-size // 256) if size >= 4096 else 0 for size in sizes]
         first = sum(blocks[: self.ranks.rank])

@@ -189,7 +189,7 @@ class Objective:
                 whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
                 value, gradient = self._penalty(whole.detach().float(), ".lora_A." in name)
                 total += value
-                gradient = shard_layout.laid_out(gradient * (self.recipe.regularisation * scale), parameter)
+                gradient = shard_layout.dtensor_like(gradient * (self.recipe.regularisation * scale), parameter)
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         self._means["regularisation"] = total
 

@@ -26,7 +26,7 @@ from radhpc.data import sampler
 from radhpc.data.collate import Encoded, Encoder
 from radhpc.data.retrieval import Library, thumbnail
 from radhpc.data.source import BadSample, Source, Study
-from radhpc.distributed.background import beside, on_first
+from radhpc.distributed.background import run_in_background, run_on_first
 from radhpc.distributed.ranks import Ranks
 from radhpc.distributed.stop import Stop
 from radhpc.engine.fsdp import Engine
@@ -82,7 +82,7 @@ def evaluate(
     numbers = chosen(held_out, settings.samples)
     kept = Generated(folder / "generated", ranks.rank)
     asked = _identity(identity, held_out, settings)
-    earlier = on_first(lambda: kept.begin(asked), ranks, stop)
+    earlier = run_on_first(lambda: kept.begin(asked), ranks, stop)
     wanted = dict(zip(held_out.keys(np.asarray(numbers)), numbers, strict=True))
     done = {key for batch in earlier for key in (*(row["key"] for row in batch["rows"]), *batch["bad"])}
     left = [number for key, number in wanted.items() if key not in done]
@@ -120,7 +120,7 @@ def evaluate(
             {"loss": nats, **score(rows, scoring)}, baselines, rows, pictures, bad, held_out.split, scoring.missing()
         )
 
-    return beside(scored if ranks.first else None, ranks, stop) or Result({}, {}, [], [], [])
+    return run_in_background(scored if ranks.first else None, ranks, stop) or Result({}, {}, [], [], [])
 
 
 def _identity(weights: str, source: Source, settings: Evaluation) -> str:
@@ -154,7 +154,7 @@ def _answered(
         prompts = [encoder.encode_prompt(key, sample.question, views, sample) for key, sample, views in studies]
         return studies, bad, prompts, list(_questions(encoder, studies, settings))
 
-    studies, bad, prompts, questions = beside(read, ranks, stop) or ([], [], [], [])
+    studies, bad, prompts, questions = run_in_background(read, ranks, stop) or ([], [], [], [])
     if settings.temperature is not None and numbers:
         torch.manual_seed(sampler.number("evaluation", numbers[0]) % (1 << 63))
     texts = generate(

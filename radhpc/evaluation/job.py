@@ -18,7 +18,7 @@ from radhpc.core.protocol import Event
 from radhpc.core.recipe import Evaluation
 from radhpc.core.run_folder import EVALUATION, RunFolder
 from radhpc.data.source import Source
-from radhpc.distributed.background import beside, on_first
+from radhpc.distributed.background import run_in_background, run_on_first
 from radhpc.distributed.ranks import Ranks
 from radhpc.distributed.stop import Stop
 from radhpc.evaluation import evaluate, report_page, scoring
@@ -37,7 +37,7 @@ def work(job: RunFolder, ranks: Ranks, stop: Stop) -> int:
     settings = Evaluation.model_validate(task["settings"])
     context = open_context(run, run.recipe(), ranks, stop)
     name, folder = task["checkpoint"], job.path.parent
-    if fault := on_first(lambda: context.checkpoints.verify(name), ranks, stop):
+    if fault := run_on_first(lambda: context.checkpoints.verify(name), ranks, stop):
         raise UserError(f"{context.checkpoints.storage.where(name)}: {fault}; evaluate again for the newest one")
     cursor = context.checkpoints.cursor(name)
     training = open_source(context, cursor.stage, "train")
@@ -48,12 +48,12 @@ def work(job: RunFolder, ranks: Ranks, stop: Stop) -> int:
         held_out = open_source(context, cursor.stage, task["split"])
     _refuse_unasked(run.path, held_out, training)
     judge = scoring.Scoring(settings, every_convention=task["every_convention"], device=str(ranks.device))
-    on_first(lambda: judge.judges.hashes and None, ranks, stop)
+    run_on_first(lambda: judge.judges.hashes and None, ranks, stop)
     count, recorded = len(evaluate.chosen(held_out, settings.samples)), [0.0]
     with Bar("evaluate", count, unit="studies", hidden=not ranks.first) as bar:
 
         def check(done: int) -> None:
-            ranks.heart.beat("evaluating", slow=True)
+            ranks.watchdog.beat("evaluating", slow=True)
             stop.check(ranks.max)
             bar.update(done)
             now = time.monotonic()
@@ -62,7 +62,7 @@ def work(job: RunFolder, ranks: Ranks, stop: Stop) -> int:
                 job.record(Event.SAVED, step=done)  # reports, which slurm.requeue takes for progress
                 job.write_progress(stage="evaluate", step=done, steps=count, world=ranks.world)
 
-        ranks.heart.beat("loading", slow=True)
+        ranks.watchdog.beat("loading", slow=True)
         result = evaluate.evaluate(
             lambda: restore_engine(context, name)[0],
             build_encoder(context, cursor.stage),
@@ -82,7 +82,7 @@ def work(job: RunFolder, ranks: Ranks, stop: Stop) -> int:
         other = scoring.newest_evaluation(Path(task["against"]), task["split"])
         return scoring.compare(result.rows, scoring.load_rows(other), judge, task["against"])
 
-    comparison = beside(compared if task["against"] and ranks.first else None, ranks, stop)
+    comparison = run_in_background(compared if task["against"] and ranks.first else None, ranks, stop)
     if ranks.first:
         evaluate.write(folder, result, cursor.step, task["split"], comparison)
         report_page.write(folder, held_out)

@@ -302,7 +302,7 @@ def _slice(tensor: torch.Tensor, first: int, last: int) -> torch.Tensor:
 
 def _fill(parameter: nn.Parameter, read: Callable[[int, int], torch.Tensor]) -> None:
     """Copy into a parameter the rows that this rank owns of it."""
-    rows, shard = shard_layout.mine(parameter), shard_layout.local(parameter)
+    rows, shard = shard_layout.local_rows(parameter), shard_layout.local_shard(parameter)
     if shard.numel():
         with torch.no_grad():
             shard.copy_(read(rows.start, rows.stop))

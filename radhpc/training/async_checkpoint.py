@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from radhpc.core.errors import UserError
 from radhpc.core.protocol import Cause, Event
-from radhpc.distributed.grace_period import RESERVE, SAFETY, Longest, Plan, choose
+from radhpc.distributed.grace_period import RESERVE, SAFETY, Plan, RecentMaximum, choose
 from radhpc.distributed.stop import CAUSES, Interrupted
 from radhpc.engine.checkpoint import Cursor, Dropped
 from radhpc.models.adapters import Tensors
@@ -92,7 +92,7 @@ class Saving:
         self.saved_step = -1  # the newest one that was copied
         self.committed_step: int | None = None
         self._save: _Save | None = None
-        self.stepping, self.copying, self.writing = Longest(), Longest(), Longest()
+        self.stepping, self.copying, self.writing = RecentMaximum(), RecentMaximum(), RecentMaximum()
         self._warned = False
 
     def start_at(self, step: int) -> None:
@@ -140,7 +140,7 @@ class Saving:
         if position.step == self.saved_step:
             return
         context, started = self.stage.context, time.perf_counter()
-        context.ranks.heart.beat("saving", slow=True)
+        context.ranks.watchdog.beat("saving", slow=True)
         self._wait()
         free = time.perf_counter()
         if free - started > 1:
@@ -175,12 +175,12 @@ class Saving:
 
         Raises UserError on all ranks when it failed, and Interrupted, with `poll`, when any is told to stop.
         """
-        with self.ranks.heart.poll():
+        with self.ranks.watchdog.poll():
             while True:
                 if self._save is not None:
                     self._save.join(max(0.0, min(_POLL, until - time.monotonic())))
                 busy = self._save is not None and self._save.is_alive()
-                self.ranks.heart.polling = not busy
+                self.ranks.watchdog.polling = not busy
                 failed = self._save is not None and not busy and self._save.problem is not None
                 flags = [float(busy), float(failed), float(time.monotonic() > until), float(self.stop.poll())]
                 any_busy, any_failed, over, code = self.ranks.max(flags)

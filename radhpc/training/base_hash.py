@@ -12,7 +12,7 @@ import torch
 
 from radhpc.core.errors import UserError
 from radhpc.core.files import read_json, write_atomically
-from radhpc.distributed.background import on_first
+from radhpc.distributed.background import run_on_first
 from radhpc.engine.checkpoint import sha256
 from radhpc.training.context import RunContext
 
@@ -23,7 +23,7 @@ def compute_base_hash(context: RunContext, model: torch.nn.Module) -> str:
     folders = [Path(folder) for _, folder in sorted(settings.folders.items())]
     # A model that is put together from folders has random values, too: they are a function of the recipe, whose own
     # hash is checked as well.
-    return on_first(
+    return run_on_first(
         lambda: _hash_files(folders, remembered) if folders else _hash_tensors(model), context.ranks, context.stop
     )
 

@@ -16,7 +16,7 @@ import torch
 from radhpc.core.compat_torch import disable_duck_shapes
 from radhpc.core.protocol import Event
 from radhpc.data.source import BadSample
-from radhpc.distributed.background import beside
+from radhpc.distributed.background import run_in_background
 from radhpc.training.context import RunContext, StageContext
 from radhpc.training.encoder_builder import build_encoder
 from radhpc.training.sources import open_source
@@ -48,11 +48,11 @@ def warm_up(stage: StageContext) -> None:
             torch.cuda.set_device(ranks.device)  # of this thread
         engine.warm_up(batch)
 
-    ranks.heart.beat(f"compiling for stage {settings.name}", slow=True)
+    ranks.watchdog.beat(f"compiling for stage {settings.name}", slow=True)
     if ranks.world > 1 and ranks.device.type == "cpu":
         work()  # the engine's collectives and the agreements go over the same group, and must not mix
     else:
-        beside(work, ranks, context.stop)
+        run_in_background(work, ranks, context.stop)
     if engine.meter.able:
         _count(stage, size)
     if ranks.first:

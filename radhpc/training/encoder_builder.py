@@ -8,7 +8,7 @@ batch = encoder.batch([encoder.encode(*source.read(7))])
 import shutil
 
 from radhpc.data.collate import Encoder, conversation
-from radhpc.distributed.background import on_first
+from radhpc.distributed.background import run_on_first
 from radhpc.models import family as models, tokenizer
 from radhpc.training.context import RunContext
 from radhpc.training.retrieval_libraries import load_retrieval
@@ -54,5 +54,5 @@ def _tokenizer_folder(context: RunContext) -> str:
         tokenizer.train((conversation(sample, text, findings) for sample in samples), vocabulary, temporary)
         temporary.rename(folder)
 
-    on_first(train, context.ranks, context.stop)
+    run_on_first(train, context.ranks, context.stop)
     return str(folder)

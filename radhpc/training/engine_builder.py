@@ -12,7 +12,7 @@ import torch
 
 from radhpc.core.errors import UserError
 from radhpc.core.recipe import Recipe
-from radhpc.distributed.background import beside
+from radhpc.distributed.background import run_in_background
 from radhpc.engine import zero
 from radhpc.engine.checkpoint import Cursor
 from radhpc.engine.fsdp import Engine, check
@@ -37,7 +37,9 @@ def build_engine(
     check(recipe, ranks)
     gc.collect()  # the engine of the stage before is full of reference cycles
     values_needed = any(each.lora is not None and each.lora.dora for each in recipe.stages)
-    model = beside(lambda: lazy_loading.build(family, recipe.model, recipe.seed, values_needed), ranks, context.stop)
+    model = run_in_background(
+        lambda: lazy_loading.build(family, recipe.model, recipe.seed, values_needed), ranks, context.stop
+    )
     assert model is not None
     base_hash = compute_base_hash(context, model)
     if recipe.model.quantise is not None:

@@ -17,7 +17,7 @@ from radhpc.core.protocol import Event
 from radhpc.core.sample import Sample
 from radhpc.data.retrieval import Library, thumbnail
 from radhpc.data.tasks import Tasks
-from radhpc.distributed.background import on_first
+from radhpc.distributed.background import run_on_first
 from radhpc.engine.checkpoint import sha256
 from radhpc.training.context import RunContext
 from radhpc.training.sources import open_source
@@ -44,7 +44,7 @@ def build_libraries(context: RunContext) -> None:
         def check(number: int = number) -> None:
             _check_library(context, number)
 
-        on_first(check, context.ranks, context.stop)
+        run_on_first(check, context.ranks, context.stop)
 
 
 def library_path(context: RunContext, stage: int) -> Path:

@@ -5,7 +5,6 @@ import json
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +24,7 @@ from radhpc.training.engine_builder import restore_engine
 from radhpc.training.sources import open_source
 from tests.browser import Browser, chromium
 from tests.conftest import ROOT, TINY_RECIPE, free_port
+from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(300)]
 
@@ -36,14 +36,6 @@ def call(*arguments: object) -> int:
 
 def command(*arguments: object) -> list[str]:
     return [sys.executable, str(ROOT / "launch.py"), *map(str, arguments)]
-
-
-def until(condition: Callable[[], Any], seconds: float = 120) -> Any:
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.1)
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +55,10 @@ def traced(tmp_path_factory: pytest.TempPathFactory, phantom_shards: Path) -> tu
         told = profiling.trace(RunFolder(run), steps=2, seconds=200)
     finally:
         call("stop", run)
-    until(lambda: RunFolder(run).events("stopped", "interrupted", "finished"))
+    wait_for(lambda: RunFolder(run).events("stopped", "interrupted", "finished"))
     job = RunFolder(run).job()
     assert job is not None
-    until(lambda: not Path(f"/proc/{job['pid']}").exists() or "Z" in Path(f"/proc/{job['pid']}/stat").read_text())
+    wait_for(lambda: not Path(f"/proc/{job['pid']}").exists() or "Z" in Path(f"/proc/{job['pid']}/stat").read_text())
     call("resume", run, "--watch")
     assert RunFolder(run).events("finished")
     return run, told
@@ -318,7 +310,7 @@ def demo(run: Path) -> Iterator[Any]:
     run_dir, target = image_settings(run)
     context = context_of(run_dir.path)
     reader = Reader(context, Decoding.of(context.recipe.evaluation), neighbours=2)
-    with Demo(reader, lambda data, name: views.read_bytes(data, name, target)) as page:
+    with Demo(reader, lambda data, name: views.load_view_bytes(data, name, target)) as page:
         thread = threading.Thread(target=page.serve)
         thread.start()
         try:
@@ -340,9 +332,9 @@ def test_the_page_reads_a_radiograph(run: Path, study: Path, photograph: Path, t
         browser.wait("document.body.dataset.state == 'done'")
         reader = page.reader
         from radhpc.serving.inference import answers
-        from shards.views import read_study
+        from shards.views import load_study
 
-        views, _ = read_study("", [study], image_settings(run)[1])
+        views, _ = load_study("", [study], image_settings(run)[1])
         (text,) = answers(reader.engine, reader.encoder, [views], None, reader.decoding)
         assert text.split()[-1] in browser.run("document.getElementById('text').textContent")
         assert browser.run("document.querySelectorAll('.neighbour img').length") == 2
@@ -437,12 +429,12 @@ def test_tensorboard_shows_it(run: Path, tmp_path: Path) -> None:
         assert server.stdout is not None
         assert server.stdout.readline().strip() == f"http://localhost:{port}/"
         assert "ssh -N -L" in server.stdout.readline()
-        until(lambda: listens(port), 60)
+        wait_for(lambda: listens(port), 60)
         with Browser(tmp_path) as browser:
             browser.open(f"http://localhost:{port}/#timeseries")
-            until(lambda: "train/loss" in browser.text() or "by_stage" in browser.text(), 60)
+            wait_for(lambda: "train/loss" in browser.text() or "by_stage" in browser.text(), 60)
             browser.open(f"http://localhost:{port}/?x#custom_scalars")
-            until(lambda: "loss by stage, restarts marked" in browser.text(), 60)
+            wait_for(lambda: "loss by stage, restarts marked" in browser.text(), 60)
             browser.screenshot(tmp_path / "board.png")
             assert np.asarray(Image.open(tmp_path / "board.png").convert("L")).std() > 5
         with pytest.raises(UserError, match="something listens there already"):

@@ -199,10 +199,10 @@ def test_a_manifest_that_is_none_is_named(phantom_shards: Path, tmp_path: Path) 
 
 def test_a_patient_in_two_splits_is_refused(phantom_shards: Path, tmp_path: Path) -> None:
     """Across folders: the same studies, built with other ratios, put patients into other splits."""
-    from shards.build import Settings, build
+    from shards.build import BuildSettings, build
 
     out = tmp_path / "again"
-    settings = Settings(workers=1, longest_side=56, ratios=(0.1, 0.1, 0.8))
+    settings = BuildSettings(workers=1, longest_side=56, ratios=(0.1, 0.1, 0.8))
     build("phantom", None, str(out), {"studies": "60", "size": "96"}, settings, lambda done, total: None)
     with pytest.raises(UserError, match="another split"):
         Source((str(phantom_shards), str(out)), "train")

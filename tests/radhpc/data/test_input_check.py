@@ -8,8 +8,8 @@ from PIL import Image, ImageDraw
 
 from radhpc.data.input_check import doubts
 from radhpc.data.source import Source
-from shards.images.pixels import Target
-from shards.views import read
+from shards.images.encoding import ImageSettings
+from shards.views import load_view
 
 
 def words(ink: int, paper: int) -> Image.Image:
@@ -54,7 +54,7 @@ def test_real_radiographs_are_not(real_notes: Path) -> None:
     files = sorted((real_notes / "images").glob("*.jpg"))
     assert len(files) >= 20
     for side in (1120, 224):
-        found = {path.name: doubts(read(path, Target(longest_side=side)).picture) for path in files}
+        found = {path.name: doubts(load_view(path, ImageSettings(longest_side=side)).picture) for path in files}
         assert not any(found.values()), {name: why for name, why in found.items() if why}
 
 
@@ -68,10 +68,10 @@ def test_neither_are_phantoms(phantom_shards: Path) -> None:
 def test_a_dicom_says_what_it_is() -> None:
     from pydicom.data import get_testdata_file
 
-    ct = read(Path(str(get_testdata_file("CT_small.dcm"))), Target())
+    ct = load_view(Path(str(get_testdata_file("CT_small.dcm"))), ImageSettings())
     assert doubts(ct.picture, ct.modality) == ["its DICOM header says CT"]
     chest = get_testdata_file("RG1_UNCR.dcm", download=False)
     if chest is None:
         pytest.skip("pydicom-data is not installed")
-    view = read(Path(str(chest)), Target())
+    view = load_view(Path(str(chest)), ImageSettings())
     assert doubts(view.picture, view.modality) == []

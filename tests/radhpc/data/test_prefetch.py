@@ -23,6 +23,7 @@ from radhpc.storage import object_store, store as stores
 from radhpc.storage.store import Store
 from tests.conftest import Server, reach
 from tests.faults import Faults
+from tests.waiting import wait_for
 
 SAMPLES, PER_SHARD, BATCH = 240, 40, 16
 
@@ -246,7 +247,7 @@ def test_a_stream_can_be_left_while_the_store_stalls(url: str, faults: Faults) -
     rows = stream(url, RECIPE, source=source)
     reader = threading.Thread(target=lambda: list(rows), daemon=True)
     reader.start()
-    time.sleep(1)
+    wait_for(lambda: any(is_range(one.method, one.path) for one in faults.requests))
     started = time.monotonic()
     rows.close()
     assert time.monotonic() - started < 3

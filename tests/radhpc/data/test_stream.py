@@ -22,8 +22,8 @@ from radhpc.core.recipe import Optimizer, Stage, Stream as StreamRecipe
 from radhpc.core.sample import SPLITS, Sample
 from radhpc.data.source import BadSample, Raw, Source
 from radhpc.data.stream import Deal, Step, Stream, order_of, stage_samples, stage_steps
-from shards.execution.assembly import join, part
-from shards.execution.writer import write
+from shards.execution.assembly import concatenate, index_of_shard
+from shards.execution.writer import write_shard
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -82,11 +82,11 @@ def make(folder: Path, name: str, counts: Sequence[int], most_views: int) -> Pat
             )
             for sample in described
         )
-        shard, rows = write(folder / f"train-{number:06d}.tar", members)
+        shard, rows = write_shard(folder / f"train-{number:06d}.tar", members)
         assert shard is not None
-        parts.append(part(rows, [sample.patient for sample in described], "train", number))
+        parts.append(index_of_shard(rows, [sample.patient for sample in described], "train", number))
         shards.append(shard)
-    columns = join(parts).to_bytes()
+    columns = concatenate(parts).to_bytes()
     write_atomically(folder / INDEX, columns)
     samples = {str(split): sum(counts) if split == "train" else 0 for split in SPLITS}
     manifest = Manifest(
@@ -286,11 +286,11 @@ def test_of_real_wordings_little_is_padded(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     from radhpc.models.tokenizer import train
-    from shards.build import Settings, build
+    from shards.build import BuildSettings, build
 
     url = str(tmp_path / "shards")
     options = {"studies": "400", "size": "32"}
-    build("phantom", None, url, options, Settings(workers=1, longest_side=32), lambda done, total: None)
+    build("phantom", None, url, options, BuildSettings(workers=1, longest_side=32), lambda done, total: None)
     source = Source((url,), "train")
     train((sample.report.text() for sample in source.samples()), 800, tmp_path / "tokenizer")
     reader = Tokens(AutoTokenizer.from_pretrained(tmp_path / "tokenizer"))

@@ -26,11 +26,11 @@ from radhpc.core.files import read_json, read_lines
 from radhpc.core.ledger import consumed
 from radhpc.core.recipe import load
 from radhpc.core.run_folder import RunFolder
-from radhpc.distributed.watchdog import EXIT_STATUS, Beat, Heartbeat, Limits, describe, judge, read
+from radhpc.distributed.watchdog import EXIT_STATUS, Beat, Limits, Watchdog, describe, judge, read
 from radhpc.training.loop import Pace
 from radhpc.training.straggler import slowest
 from tests.conftest import free_port
-from tests.radhpc.training.test_training import wait_for
+from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(120)]
 
@@ -376,11 +376,11 @@ def test_what_a_life_before_left_does_not_count_whatever_its_clock_said(
     for rank, port in ((1, 12000), (2, 12001)):
         beat = replace(beats({})[0], rank=rank, time=time.time() + (7200 if rank == 1 else -7200), life=f"node0:{port}")
         (run.folder("logs") / f"heartbeat.rank-{rank:05d}.json").write_text(json.dumps(asdict(beat)))
-    heart = Heartbeat(run, 0, 3, Limits(0, 0))
+    watchdog = Watchdog(run, 0, 3, Limits(0, 0))
     try:
-        assert set(heart._read()) - {0} == {2}
+        assert set(watchdog._read()) - {0} == {2}
     finally:
-        heart.close()
+        watchdog.close()
 
 
 # The judgement, without processes

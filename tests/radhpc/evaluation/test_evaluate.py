@@ -195,7 +195,7 @@ def test_yes_and_no_share_the_likelihood(restored: tuple[RunContext, Engine]) ->
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of a data set that asks questions."""
-    from shards.build import Settings, build
+    from shards.build import BuildSettings, build
 
     folder = tmp_path_factory.mktemp("questions")
     lines = []
@@ -205,7 +205,7 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"image": f"{n}.png", "patient": str(n), "question": "Is it large?", "answer": "yes", "split": "test"}
         )
     (folder / "table.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    settings = Settings(workers=1, longest_side=56, max_skipped="100%")
+    settings = BuildSettings(workers=1, longest_side=56, max_skipped="100%")
     build("image_text", folder / "table.jsonl", str(folder / "shards"), {}, settings, lambda done, total: None)
     return folder / "shards"
 
