@@ -31,7 +31,7 @@ from radhpc.core.ledger import Ledger
 from radhpc.core.protocol import Event
 from radhpc.core.recipe import Recipe, load
 from radhpc.core.run_folder import RunFolder
-from radhpc.data.collate import IGNORE, TRUTH, Batch
+from radhpc.data.collate import IGNORE, TARGET_KEYS, Batch
 from radhpc.data.stream import Step, Stream
 from radhpc.distributed.ranks import Ranks
 from radhpc.distributed.stop import Stop
@@ -206,13 +206,13 @@ class Hook:
 
 def plain(model: nn.Module, batch: Batch) -> torch.Tensor:
     """The summed loss as transformers' users compute it: over all logits."""
-    inputs = {name: value for name, value in batch.items() if name not in TRUTH}
+    inputs = {name: value for name, value in batch.items() if name not in TARGET_KEYS}
     logits = model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1).float()
     return nn.functional.cross_entropy(logits, batch["labels"][:, 1:].flatten(), ignore_index=IGNORE, reduction="sum")
 
 
 def ours(model: nn.Module, batch: Batch) -> torch.Tensor:
-    inputs = {name: value for name, value in batch.items() if name not in TRUTH}
+    inputs = {name: value for name, value in batch.items() if name not in TARGET_KEYS}
     return token_loss.summed_loss(model, inputs, batch["labels"])
 
 

@@ -20,7 +20,7 @@ from radhpc.core.run_folder import node_name
 from radhpc.core.sample import Split
 from radhpc.distributed.ranks import Ranks
 from radhpc.distributed.stop import Interrupted
-from radhpc.engine.flop_counter import peak
+from radhpc.engine.flop_counter import peak_flops
 from radhpc.evaluation import evaluate, report_page
 from radhpc.evaluation.scoring import CLASSIFIERS, classified
 from radhpc.models import adapters
@@ -108,13 +108,13 @@ def board_hook(stage: StageContext, restarted: bool = False) -> Callable[[Positi
     """Curves of every step; the first point behind a restart is marked."""
     context, engine, board = stage.context, stage.engine, stage.board
     life, ranks, stage_name = context.run.lives, context.ranks, stage.settings.name
-    ceiling, kinds = peak(ranks.device, engine.dtype), build_encoder(context, stage.number).kinds
+    ceiling, kinds = peak_flops(ranks.device, engine.dtype), build_encoder(context, stage.number).loss_groups
 
     def write(position: Position, report: Report) -> None:
         nonlocal restarted
         marks = {f"by_stage/{RESTART}": report.engine.loss} if restarted else {}
         restarted = False
-        by_kind = zip(kinds, report.engine.by_kind, strict=False)
+        by_group = zip(kinds, report.engine.by_group, strict=False)
         speed = engine.meter.speed(report.samples / ranks.world, report.seconds, ceiling)
         board.scalars(
             position.step,
@@ -133,7 +133,7 @@ def board_hook(stage: StageContext, restarted: bool = False) -> Callable[[Positi
                 **{f"data/{name}": value for name, value in report.traffic.items()},
                 "memory/gigabytes": _memory(ranks) / 1e9,
                 **{f"speed/{name}": value for name, value in speed.items()},
-                **{f"loss_by_{kind}/{name}": loss / tokens for (kind, name), (loss, tokens) in by_kind if tokens},
+                **{f"loss_by_{kind}/{name}": loss / tokens for (kind, name), (loss, tokens) in by_group if tokens},
                 **{f"loss/{name}": value for name, value in report.engine.terms.items()},
                 **{f"learning_rate/{name}": rate for name, rate in report.engine.learning_rates.items()},
             },

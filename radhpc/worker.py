@@ -202,7 +202,7 @@ def _run_stage(
     engine, base_hash = _load_engine(context, number, cursor, lineage)
     stage = StageContext(context, number, engine, base_hash, lineage, board)
     training, encoder = open_source(context, number, "train"), build_encoder(context, number)
-    encoder.tell_apart([part.manifest.dataset for part in training.parts])
+    encoder.set_loss_groups([part.manifest.dataset for part in training.datasets])
     compilation.warm_up(stage)
     stop.check(ranks.max)
     _describe(stage, position)

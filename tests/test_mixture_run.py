@@ -24,7 +24,7 @@ from radhpc.core.recipe import load
 from radhpc.core.run_folder import RunFolder
 from radhpc.data.audit import audit
 from radhpc.data.source import Source
-from radhpc.data.stream import order_of, stage_steps
+from radhpc.data.stream import stage_sampler, stage_steps
 from radhpc.distributed.ranks import Ranks
 from radhpc.distributed.stop import Interrupted
 from radhpc.storage.store import Store
@@ -131,9 +131,9 @@ def test_a_bad_sample_is_counted_once_over_epochs_and_lives(
     bad = tmp_path / "bad"
     shutil.copytree(phantom_shards, bad)
     source = Source((str(bad),), "train")
-    order = order_of(source, 0, load(recipe_file).stream, seed=0)
-    place = source.places(order.at(np.asarray([2 * len(source) - 1])).sample)[0]  # the last of the second epoch
-    shard = bad / source.parts[0].manifest.shards[place.shard].name
+    order = stage_sampler(source, 0, load(recipe_file).stream, seed=0)
+    place = source.locate(order.at(np.asarray([2 * len(source) - 1])).sample)[0]  # the last of the second epoch
+    shard = bad / source.datasets[0].manifest.shards[place.shard].name
     data = bytearray(shard.read_bytes())
     data[place.start + 3] ^= 1
     shard.write_bytes(data)

@@ -43,7 +43,7 @@ def work(job: RunFolder, ranks: Ranks, stop: Stop) -> int:
     training = open_source(context, cursor.stage, "train")
     if task["shards"]:
         held_out = Source(task["shards"], task["split"])
-        Source(tuple(dict.fromkeys([*(part.url for part in training.parts), *task["shards"]])), "train")  # no leak
+        Source(tuple(dict.fromkeys([*(part.url for part in training.datasets), *task["shards"]])), "train")  # no leak
     else:
         held_out = open_source(context, cursor.stage, task["split"])
     _refuse_unasked(run.path, held_out, training)

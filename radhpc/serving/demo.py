@@ -96,7 +96,7 @@ class Demo:
             ((neighbours, far),) = self.reader.near([study])
             yield {"warnings": [*self.reader.warnings(study), *far, *([unlearnt] if unlearnt else [])]}
             shown = [{**vars(one), "picture": self._picture(one.number)} for one in neighbours]
-            yield {"neighbours": shown, "given": [] if question else self.reader.encoder.given(study.views)}
+            yield {"neighbours": shown, "given": [] if question else self.reader.encoder.neighbour_texts(study.views)}
             for piece in self.reader.stream(study, question):
                 yield {"text": piece}
         yield {"end": True}

@@ -37,7 +37,7 @@ from transformers.utils import logging
 from radhpc.core.compat_torch import module_table
 from radhpc.core.errors import UserError
 from radhpc.core.resources import folder as folder_of
-from radhpc.data.collate import TRUTH, Encoder
+from radhpc.data.collate import TARGET_KEYS, StudyEncoder
 from radhpc.models import adapters
 from radhpc.models.adapters import Tensors
 from radhpc.models.image_processors import ClipImages
@@ -245,7 +245,7 @@ def copy_modules(modules: Sequence[str], folder: Path) -> None:
             file.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _write_beside(context: RunContext, encoder: Encoder, folder: Path) -> None:
+def _write_beside(context: RunContext, encoder: StudyEncoder, folder: Path) -> None:
     """Processor, tokenizer, how to ask, and the file that shows it."""
     family, weights = build_family(context), base_folder(context.recipe.model)
     family.tokenizer.save_pretrained(str(folder))  # before the processor, whose chat template is the one that counts
@@ -265,7 +265,7 @@ def _write_beside(context: RunContext, encoder: Encoder, folder: Path) -> None:
     images = getattr(family, "image_processor", None)
     shown = encoder.images
     asking = {
-        "prompt": encoder.tasks.plain(),
+        "prompt": encoder.tasks.default_prompt(),
         "views": shown.limit,
         "stitch": shown.stitch,
         "gap": shown.gap,
@@ -285,12 +285,12 @@ class Probe:
     dtype: str  # of the computation
 
     @classmethod
-    def of(cls, encoder: Encoder, engine: Any, precision: str) -> "Probe":
+    def of(cls, encoder: StudyEncoder, engine: Any, precision: str) -> "Probe":
         picture = probe_picture()
         encoder = copy.copy(encoder)
-        encoder.alike = None  # whoever has no radhpc has no training studies to look up
+        encoder.retrieve = None  # whoever has no radhpc has no training studies to look up
         batch = encoder.batch([encoder.encode_prompt("", None, [picture])])
-        inputs = {name: value for name, value in engine.to_device(batch).items() if name not in TRUTH}
+        inputs = {name: value for name, value in engine.to_device(batch).items() if name not in TARGET_KEYS}
         with torch.no_grad(), engine._autocast:
             logits = engine.model.eval()(**inputs).logits[0, -1].float().cpu()
         dtypes = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}

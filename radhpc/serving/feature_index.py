@@ -27,8 +27,8 @@ from PIL import Image
 from radhpc.core.batch import Batch
 from radhpc.core.errors import UserError
 from radhpc.core.files import read_json, write_atomically
-from radhpc.data.collate import Encoder
-from radhpc.data.source import BadSample, Study
+from radhpc.data.collate import StudyEncoder
+from radhpc.data.source import BadSample, DecodedStudy
 from radhpc.engine.checkpoint import Cursor
 from radhpc.engine.fsdp import Engine
 from radhpc.training.context import RunContext
@@ -54,7 +54,9 @@ class Neighbour:
     text: str
 
 
-def features(engine: Engine, encoder: Encoder, studies: Sequence[Sequence[Image.Image]], batch: int = 8) -> Vectors:
+def features(
+    engine: Engine, encoder: StudyEncoder, studies: Sequence[Sequence[Image.Image]], batch: int = 8
+) -> Vectors:
     """(studies, D): pooled vision features, as they come out of the encoder. Raises UserError where there is none."""
     model: Any = engine.model
     vision = model.get_encoder(modality="image") if hasattr(model, "get_encoder") else model
@@ -98,7 +100,7 @@ def build(
     described: list[dict[str, Any]] = []
     left_out = 0
     for start in range(0, count, 32):
-        studies: list[tuple[int, Study]] = []
+        studies: list[tuple[int, DecodedStudy]] = []
         for number in numbers[start : start + 32]:
             try:
                 studies.append((int(number), source.read(int(number))))
@@ -108,7 +110,8 @@ def build(
         if studies:
             vectors.append(features(engine, encoder, [views for _, (_, _, views) in studies]))
             described += [
-                {"key": key, "number": number, "text": encoder.answer(sample)} for number, (key, sample, _) in studies
+                {"key": key, "number": number, "text": encoder.reference(sample)}
+                for number, (key, sample, _) in studies
             ]
         progress(min(start + 32, count), count)
     if not described:

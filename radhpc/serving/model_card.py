@@ -34,7 +34,7 @@ REMINDERS = {
 
 def card(context: RunContext, cursor: Cursor, kind: str, base: str | None, dtype: str) -> str:
     """The card as Markdown, with the front matter that model hubs read."""
-    recipe, prompt = context.recipe, build_encoder(context, cursor.stage).tasks.plain()
+    recipe, prompt = context.recipe, build_encoder(context, cursor.stage).tasks.default_prompt()
     sections = [
         _front(recipe.model, kind),
         f"# {recipe.name}",
@@ -88,7 +88,7 @@ def _what(context: RunContext, cursor: Cursor, kind: str, base: str | None, dtyp
 
 
 def _images(context: RunContext, cursor: Cursor) -> str:
-    build = open_source(context, cursor.stage, "train").parts[0].manifest.build
+    build = open_source(context, cursor.stage, "train").datasets[0].manifest.build
     side, images = build.get("longest_side"), build_encoder(context, cursor.stage).images
     told = f"Images were shrunk to {side} pixels on their longest side by area averages and stored as 8 bits"
     told += ", those of more bits between their 0.5% and 99.5% percentiles or by the window of the file."
@@ -134,7 +134,7 @@ def _manifests(context: RunContext, cursor: Cursor) -> dict[str, Any]:
     """The manifests of all stages so far, each once."""
     found = {}
     for stage in range(cursor.stage + 1):
-        for part in open_source(context, stage, "train").parts:
+        for part in open_source(context, stage, "train").datasets:
             found[part.manifest.hash] = part
     return found
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from radhpc.core.errors import UserError
 from radhpc.data import sampler
-from radhpc.data.input_check import doubts
+from radhpc.data.input_check import radiograph_warnings
 from radhpc.serving.feature_index import Index, Neighbour, features
 from radhpc.serving.inference import Decoding, answers, sections, stream
 from radhpc.training.context import RunContext
@@ -85,7 +85,7 @@ class Reader:
         told = []
         modalities = study.modalities or [None] * len(study.views)
         for number, (view, modality) in enumerate(zip(study.views, modalities, strict=True), 1):
-            for doubt in doubts(view, modality):
+            for doubt in radiograph_warnings(view, modality):
                 which = f"view {number}: " if len(study.views) > 1 else ""
                 told.append(f"{which}{NO_RADIOGRAPH}: {doubt}")
         limit = self.context.recipe.images.limit
@@ -113,7 +113,7 @@ class Reader:
             texts = answers(self.engine, self.encoder, [study.views for study in some], question, self.decoding, batch)
             for study, text, (neighbours, far) in zip(some, texts, self.near(some), strict=True):
                 warnings = [*self.warnings(study), *far, *([unlearnt] if unlearnt else [])]
-                given = [] if question else self.encoder.given(study.views)
+                given = [] if question else self.encoder.neighbour_texts(study.views)
                 yield Answer(study.name, text, {} if question else sections(text), warnings, neighbours, given)
 
     def stream(self, study: Study, question: str | None = None) -> Iterator[str]:

@@ -16,7 +16,7 @@ from radhpc.core.errors import UserError
 from radhpc.core.protocol import Cause, Event
 from radhpc.distributed.grace_period import RESERVE, SAFETY, Plan, RecentMaximum, choose
 from radhpc.distributed.stop import CAUSES, Interrupted
-from radhpc.engine.checkpoint import Cursor, Dropped
+from radhpc.engine.checkpoint import Cursor, SaveCancelled
 from radhpc.models.adapters import Tensors
 from radhpc.training.context import StageContext
 from radhpc.training.loop import Position, Report
@@ -56,7 +56,7 @@ class _Save(threading.Thread):
     def run(self) -> None:
         try:
             self._write()
-        except Dropped:
+        except SaveCancelled:
             pass
         except BaseException as error:  # for the main thread to raise
             self.problem = error

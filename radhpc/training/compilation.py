@@ -53,7 +53,7 @@ def warm_up(stage: StageContext) -> None:
         work()  # the engine's collectives and the agreements go over the same group, and must not mix
     else:
         run_in_background(work, ranks, context.stop)
-    if engine.meter.able:
+    if engine.meter.supported:
         _count(stage, size)
     if ranks.first:
         context.run.record(Event.COMPILED, stage=settings.name, seconds=round(time.perf_counter() - started, 1))

@@ -17,7 +17,7 @@ from radhpc.core.board import Board
 from radhpc.core.recipe import Recipe, Stage
 from radhpc.core.run_folder import RunFolder
 from radhpc.core.sample import Split
-from radhpc.data.collate import Encoder
+from radhpc.data.collate import StudyEncoder
 from radhpc.data.source import Source
 from radhpc.distributed.ranks import Ranks
 from radhpc.distributed.stop import Stop
@@ -44,7 +44,7 @@ class BuilderCache:
 
     family: ModelFamily | None = None
     sources: dict[tuple[int, Split], Source] = field(default_factory=dict)  # by stage and split
-    encoders: dict[int, Encoder] = field(default_factory=dict)  # by stage
+    encoders: dict[int, StudyEncoder] = field(default_factory=dict)  # by stage
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ batch = encoder.batch([encoder.encode(*source.read(7))])
 
 import shutil
 
-from radhpc.data.collate import Encoder, conversation
+from radhpc.data.collate import StudyEncoder, conversation
 from radhpc.distributed.background import run_on_first
 from radhpc.models import family as models, tokenizer
 from radhpc.training.context import RunContext
@@ -22,16 +22,16 @@ def build_family(context: RunContext) -> models.ModelFamily:
     return context.cache.family
 
 
-def build_encoder(context: RunContext, stage: int) -> Encoder:
+def build_encoder(context: RunContext, stage: int) -> StudyEncoder:
     """Return the encoder of a stage: its prompts, answers and views."""
     encoders, recipe = context.cache.encoders, context.recipe
     if stage not in encoders:
         settings = recipe.stages[stage]
         text, images = recipe.text_of(settings), recipe.images_of(settings)
         labelled = bool(settings.objective.clinical)
-        encoder = Encoder(build_family(context), text, images, recipe.findings, recipe.seed, labelled)
+        encoder = StudyEncoder(build_family(context), text, images, recipe.findings, recipe.seed, labelled)
         if text.neighbours:
-            encoder.alike = load_retrieval(context, stage, text.neighbours)
+            encoder.retrieve = load_retrieval(context, stage, text.neighbours)
         encoders[stage] = encoder
     return encoders[stage]
 

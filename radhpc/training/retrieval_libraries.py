@@ -15,7 +15,7 @@ from PIL import Image
 from radhpc.core.errors import UserError
 from radhpc.core.protocol import Event
 from radhpc.core.sample import Sample
-from radhpc.data.retrieval import Library, thumbnail
+from radhpc.data.retrieval import RetrievalIndex, encode_thumbnail
 from radhpc.data.tasks import Tasks
 from radhpc.distributed.background import run_on_first
 from radhpc.engine.checkpoint import sha256
@@ -36,10 +36,10 @@ def build_libraries(context: RunContext) -> None:
         training, tasks = open_source(context, number, "train"), Tasks(text, recipe.findings, recipe.seed)
 
         def report(sample: Sample, tasks: Tasks = tasks) -> str:
-            usual = tasks.usual(sample)
+            usual = tasks.default(sample)
             return usual.answer if usual and tasks.mixture[usual.task].kind == "report" else ""
 
-        Library.build(training, report, len(training), _folder(context, number), context.ranks, context.stop)
+        RetrievalIndex.build(training, report, len(training), _folder(context, number), context.ranks, context.stop)
 
         def check(number: int = number) -> None:
             _check_library(context, number)
@@ -50,7 +50,7 @@ def build_libraries(context: RunContext) -> None:
 def library_path(context: RunContext, stage: int) -> Path:
     """Return the file of a stage's library."""
     training = open_source(context, stage, "train")
-    return Library.path(training, len(training), _folder(context, stage))
+    return RetrievalIndex.path(training, len(training), _folder(context, stage))
 
 
 def load_retrieval(context: RunContext, stage: int, count: int) -> Callable[[Sequence[Image.Image], str], list[str]]:
@@ -61,8 +61,8 @@ def load_retrieval(context: RunContext, stage: int, count: int) -> Callable[[Seq
     path = library_path(context, stage)
     if not path.exists():
         raise UserError(f"{path}: missing; without it the model does not get the reports that it was trained with")
-    library = Library.load(path)
-    return lambda views, patient: library.alike(thumbnail(views), count, patient)
+    library = RetrievalIndex.load(path)
+    return lambda views, patient: library.most_similar(encode_thumbnail(views), count, patient)
 
 
 def _folder(context: RunContext, stage: int) -> Path:

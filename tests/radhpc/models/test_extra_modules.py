@@ -74,7 +74,7 @@ def test_the_head_says_the_same_alone(run: Path) -> None:
     source = open_source(context, cursor.stage, "test")
     number = next(n for n in range(len(source)) if source.key(n) in written)
     row = encoder.encode(*source.read(number))
-    found = engine.findings(encoder.batch([row]))
+    found = engine.predict_findings(encoder.batch([row]))
     assert found is not None
     assert list(written[source.key(number)].values()) == pytest.approx(found[0].tolist(), abs=2e-6)
 
