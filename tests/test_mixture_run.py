@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from radhpc.distributed.ranks import Ranks
 from radhpc.distributed.stop import Interrupted
 from radhpc.storage.store import Store
 from radhpc.training import loop
-from radhpc.training.context import Parts
+from radhpc.training.context import open_context
+from radhpc.training.sources import open_source
 from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(240)]
@@ -193,10 +195,10 @@ def test_ranks_that_see_other_manifests_do_not_start(recipe_file: Path, others: 
     run = RunFolder.create(tmp_path / "run", recipe)
     there = Source((str(others),), "train")
     theirs = [(there.hashes, stage_steps(stage, len(there))) for stage in recipe.stages]
-    parts = Parts(run, recipe, OtherNode(theirs))
-    steps = [stage_steps(stage, len(parts.source(n, "train"))) for n, stage in enumerate(recipe.stages)]
+    context = open_context(run, recipe, OtherNode(theirs))
+    steps = [stage_steps(stage, len(open_source(context, n, "train"))) for n, stage in enumerate(recipe.stages)]
     with pytest.raises(UserError, match="stage 'scratch': rank 1 sees other shards than rank 0: .*the same manifests"):
-        worker._agree_on_data(parts, steps)
-    parts.ranks = OtherNode([(parts.source(n, "train").hashes, count) for n, count in enumerate(steps)])
-    worker._agree_on_data(parts, steps)
+        worker._agree_on_data(context, steps)
+    ranks = OtherNode([(open_source(context, n, "train").hashes, count) for n, count in enumerate(steps)])
+    worker._agree_on_data(replace(context, ranks=ranks), steps)
     assert os.listdir(run.path / "checkpoints") == []

@@ -170,10 +170,10 @@ def test_a_family_is_exported_for_plain_transformers(
     runs: dict[str, tuple[Path, Path]], tmp_path: Path, family: str
 ) -> None:
     """--check: example.py runs in a process that cannot import radhpc, and gives the same logits."""
-    from radhpc.cli.models import parts_of
+    from radhpc.cli.models import context_of
     from radhpc.serving.export import check, export
 
-    assert check(*export(parts_of(runs[family][0]), tmp_path / "out")) < 1e-5
+    assert check(*export(context_of(runs[family][0]), tmp_path / "out")) < 1e-5
     travel = {path.name for path in tmp_path.rglob("*.py")} - {"example.py"}
     assert (
         travel
