@@ -15,7 +15,7 @@ from PIL import Image
 
 from radhpc.core.batch import IGNORE, Batch
 from radhpc.core.errors import UserError
-from radhpc.core.recipe import Findings, Images, Text
+from radhpc.core.recipe import FindingsSettings, ImageSettings, TextSettings
 from radhpc.core.sample import Sample
 from radhpc.data.source import BadSample, Raw, study
 from radhpc.data.tasks import Asked, OutsideTheSet, Tasks
@@ -62,9 +62,9 @@ class Encoder:
     def __init__(
         self,
         family: ModelFamily,
-        text: Text,
-        images: Images = Images(),  # type: ignore[call-arg]  # noqa: B008
-        findings: Findings = Findings(),  # type: ignore[call-arg]  # noqa: B008
+        text: TextSettings,
+        images: ImageSettings = ImageSettings(),  # type: ignore[call-arg]  # noqa: B008
+        findings: FindingsSettings = FindingsSettings(),  # type: ignore[call-arg]  # noqa: B008
         seed: int = 0,
         labelled: bool = False,
     ) -> None:
@@ -240,7 +240,7 @@ class Encoder:
         return list(self.family.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def conversation(sample: Sample, text: Text, findings: Findings = Findings()) -> str:  # type: ignore[call-arg]  # noqa: B008
+def conversation(sample: Sample, text: TextSettings, findings: FindingsSettings = FindingsSettings()) -> str:  # type: ignore[call-arg]  # noqa: B008
     """What a sample says, question and answer, as a tokenizer is trained on it."""
     asked = Tasks(text, findings, 0).usual(sample)
     return f"{asked.prompt}\n{asked.answer}" if asked else sample.report.text()

@@ -21,7 +21,7 @@ import torch
 from radhpc.core.board import panel
 from radhpc.core.errors import UserError
 from radhpc.core.files import write_atomically
-from radhpc.core.recipe import Evaluation
+from radhpc.core.recipe import EvaluationSettings
 from radhpc.data import sampler
 from radhpc.data.collate import Encoded, Encoder
 from radhpc.data.retrieval import Library, thumbnail
@@ -65,7 +65,7 @@ def evaluate(
     encoder: Encoder,
     held_out: Source,
     training: Source,
-    settings: Evaluation,
+    settings: EvaluationSettings,
     ranks: Ranks,
     folder: Path,
     identity: str,
@@ -123,7 +123,7 @@ def evaluate(
     return run_in_background(scored if ranks.first else None, ranks, stop) or Result({}, {}, [], [], [])
 
 
-def _identity(weights: str, source: Source, settings: Evaluation) -> str:
+def _identity(weights: str, source: Source, settings: EvaluationSettings) -> str:
     """What the generated texts depend on, and nothing else: more studies or other scores do not change it."""
     names = ("max_new_tokens", "findings_question", "findings_vocabulary")
     asked = {**{name: getattr(settings, name) for name in names}, **settings.decoding()}
@@ -145,7 +145,13 @@ def _by_length(source: Source, numbers: Sequence[int], batch: int) -> list[list[
 
 
 def _answered(
-    engine: Engine, encoder: Encoder, source: Source, numbers: list[int], settings: Evaluation, ranks: Ranks, stop: Stop
+    engine: Engine,
+    encoder: Encoder,
+    source: Source,
+    numbers: list[int],
+    settings: EvaluationSettings,
+    ranks: Ranks,
+    stop: Stop,
 ) -> Batch:
     """Generate for one batch of this rank, which may be empty, and measure its loss. Raises Interrupted."""
 
@@ -179,7 +185,9 @@ def _answered(
     return {"rows": [asdict(row) for row in answered], "bad": bad, "loss": loss, "tokens": tokens}
 
 
-def _questions(encoder: Encoder, studies: Sequence[Study], settings: Evaluation) -> Iterator[tuple[str, str, Encoded]]:
+def _questions(
+    encoder: Encoder, studies: Sequence[Study], settings: EvaluationSettings
+) -> Iterator[tuple[str, str, Encoded]]:
     """Key, finding and prompt of each yes/no question about a study's labels."""
     if settings.findings_question is not None:
         for key, sample, views in studies:
