@@ -200,13 +200,13 @@ class Data:
         from peft import LoraConfig, get_peft_model
 
         from radhpc.core.recipe import load
-        from radhpc.data.collate import Encoder
+        from radhpc.data.collate import StudyEncoder
         from radhpc.data.source import Source
         from radhpc.models import family as models
 
         recipe = load(folder / "recipe.yaml")
         family = models.family(recipe.model, str(folder / "tokenizer"))
-        self._encoder = Encoder(family, recipe.text, recipe.images)
+        self._encoder = StudyEncoder(family, recipe.text, recipe.images)
         torch.manual_seed(SEED)
         lora = LoraConfig(r=LORA["rank"], lora_alpha=LORA["alpha"], target_modules=LORA["targets"])
         self.model = get_peft_model(family.build(recipe.seed), lora)

@@ -22,7 +22,10 @@ from radhpc.distributed.background import run_in_background, run_on_first
 from radhpc.distributed.ranks import Ranks
 from radhpc.distributed.stop import Stop
 from radhpc.evaluation import evaluate, report_page, scoring
-from radhpc.training.context import Parts
+from radhpc.training.context import open_context
+from radhpc.training.encoder_builder import build_encoder
+from radhpc.training.engine_builder import restore_engine
+from radhpc.training.sources import open_source
 
 PROGRESS = 10.0  # seconds between two records of what is done: a life that leaves none has made no progress
 
@@ -32,15 +35,17 @@ def work(job: RunFolder, ranks: Ranks, stop: Stop) -> int:
     task: dict[str, Any] = ranks.broadcast(read_json(job.path / EVALUATION) if ranks.first else None)
     run = RunFolder.open(task["run"])
     settings = EvaluationSettings.model_validate(task["settings"])
-    parts = Parts(run, run.recipe(), ranks, stop)
+    context = open_context(run, run.recipe(), ranks, stop)
     name, folder = task["checkpoint"], job.path.parent
-    if fault := run_on_first(lambda: parts.checkpoints.verify(name), ranks, stop):
-        raise UserError(f"{parts.checkpoints.storage.where(name)}: {fault}; evaluate again for the newest one")
-    cursor = parts.checkpoints.cursor(name)
-    training = parts.source(cursor.stage, "train")
-    held_out = Source(task["shards"], task["split"]) if task["shards"] else parts.source(cursor.stage, task["split"])
+    if fault := run_on_first(lambda: context.checkpoints.verify(name), ranks, stop):
+        raise UserError(f"{context.checkpoints.storage.where(name)}: {fault}; evaluate again for the newest one")
+    cursor = context.checkpoints.cursor(name)
+    training = open_source(context, cursor.stage, "train")
     if task["shards"]:
-        Source(tuple(dict.fromkeys([*(part.url for part in training.parts), *task["shards"]])), "train")  # no leak
+        held_out = Source(task["shards"], task["split"])
+        Source(tuple(dict.fromkeys([*(part.url for part in training.datasets), *task["shards"]])), "train")  # no leak
+    else:
+        held_out = open_source(context, cursor.stage, task["split"])
     _refuse_unasked(run.path, held_out, training)
     judge = scoring.Scoring(settings, every_convention=task["every_convention"], device=str(ranks.device))
     run_on_first(lambda: judge.judges.hashes and None, ranks, stop)
@@ -59,8 +64,8 @@ def work(job: RunFolder, ranks: Ranks, stop: Stop) -> int:
 
         ranks.watchdog.beat("loading", slow=True)
         result = evaluate.evaluate(
-            lambda: parts.restored_engine(name)[0],
-            parts.encoder_of(cursor.stage),
+            lambda: restore_engine(context, name)[0],
+            build_encoder(context, cursor.stage),
             held_out,
             training,
             settings,

@@ -1,6 +1,6 @@
 """Load parameters where they are trained, one tensor at a time: no rank holds a whole model on the host.
 
-Between context.py, which builds a model whose parameters are lazy, and fsdp.py, which shards them:
+Between engine_builder.py, which builds a model whose parameters are lazy, and fsdp.py, which shards them:
 
     model = build(family, recipe.model, seed)             # of a local folder: no value is read yet
     adapters.prepare(model, ...)                          # its changes to the base are noted on the lazy parameters

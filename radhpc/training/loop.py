@@ -14,7 +14,7 @@ import torch
 from radhpc.core.errors import UserError
 from radhpc.core.ledger import Ledger
 from radhpc.core.recipe import Stage
-from radhpc.data.stream import GivenUp, Step, Stream
+from radhpc.data.stream import Step, StopRequested, Stream
 from radhpc.distributed.ranks import Ranks
 from radhpc.distributed.stop import CAUSES, Interrupted, Stop
 from radhpc.engine.fsdp import Engine, StepReport, schedule
@@ -151,7 +151,7 @@ def _or_given_up(stream: Stream, position: Position) -> Iterator[Step]:
     """The steps; after a stream that has given up, an empty one in which the ranks agree to stop."""
     try:
         yield from stream
-    except GivenUp:
+    except StopRequested:
         yield Step(position.stage_step, [], [])
 
 

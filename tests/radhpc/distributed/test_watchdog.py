@@ -95,9 +95,9 @@ def holding_the_lock() -> None:
 
 def long_pieces() -> None:
     """Longer than a step may take, and no hang: one rank loads, writes and scores while the other waits."""
+    from radhpc import worker
     from radhpc.engine.checkpoint import Checkpoints
     from radhpc.evaluation import evaluate
-    from radhpc.training.context import Parts
 
     def slow(owner: Any, name: str, of_rank: str) -> None:
         before, left = getattr(owner, name), [os.environ["RANK"] == of_rank]
@@ -109,7 +109,7 @@ def long_pieces() -> None:
 
         setattr(owner, name, call)
 
-    slow(Parts, "engine", "1")
+    slow(worker, "build_engine", "1")
     slow(Checkpoints, "save", "0")
     slow(evaluate, "trivial", "0")
 
