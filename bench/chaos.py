@@ -43,7 +43,8 @@ from unittest import mock
 from bench import report
 from radhpc.core.errors import UserError
 from radhpc.core.files import write_atomically
-from radhpc.core.run_folder import Event, RunFolder
+from radhpc.core.protocol import Event
+from radhpc.core.run_folder import RunFolder
 from radhpc.engine.checkpoint import Checkpoints
 from radhpc.storage.store import Store
 from slurm import box, scheduler
@@ -53,8 +54,8 @@ from slurm.profile import FOLDER as PROFILES
 ROOT = Path(__file__).resolve().parent.parent
 FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
 GRACE = 20  # seconds
-GONE: tuple[Event, ...] = ("started", "requeued")
-SAID: tuple[Event, ...] = ("finished", "failed", "gave_up", "cancelled", "stopped")
+GONE: tuple[Event, ...] = (Event.STARTED, Event.REQUEUED)
+SAID: tuple[Event, ...] = (Event.FINISHED, Event.FAILED, Event.GAVE_UP, Event.CANCELLED, Event.STOPPED)
 TROUBLES = ("urgent", "warning", "kill", "cancel", "torn", "flipped", "full", "store", "clock", "decision", "node")
 STAGES = """
 stages:
@@ -118,8 +119,8 @@ def disturb(kind: str, run: RunFolder, cluster: Cluster) -> None:
     elif kind == "warning":
         with setting(cluster.conf, "SlurmctldParameters=preempt_send_user_signal"):
             urgent(cluster.conf)
-            wait(lambda: run.events(*GONE)[-1]["event"] == "requeued", 90, "the warned run was not requeued")
-        end = run.events("interrupted")[-1]
+            wait(lambda: run.events(*GONE)[-1]["event"] == Event.REQUEUED, 90, "the warned run was not requeued")
+        end = run.events(Event.INTERRUPTED)[-1]
         assert end["cause"] == "SIGUSR2", end
         assert end["margin_seconds"] < GRACE, end
     elif kind == "kill":
@@ -132,9 +133,9 @@ def disturb(kind: str, run: RunFolder, cluster: Cluster) -> None:
         wait(lambda: not scheduler.state(run.job()), 90, "the cancelled job goes on")
         cluster.launch("resume", run.path)
     elif kind in ("torn", "flipped"):
-        before = len(run.events("requeued"))
+        before = len(run.events(Event.REQUEUED))
         urgent(cluster.conf)
-        wait(lambda: len(run.events("requeued")) > before, 90, "the preempted run was not requeued")
+        wait(lambda: len(run.events(Event.REQUEUED)) > before, 90, "the preempted run was not requeued")
         spoil(run, kind, cluster.chance)
     elif kind == "full":
         filler = cluster.disk / "filler"
@@ -150,7 +151,7 @@ def disturb(kind: str, run: RunFolder, cluster: Cluster) -> None:
         wait(lambda: not scheduler.state(run.job()), 60, "the job of the full disk goes on")
         filler.unlink()
         end = run.events(*SAID)[-1]
-        assert end["event"] == "failed", end
+        assert end["event"] == Event.FAILED, end
         assert "No space left on device; free some space" in end["why"], end
         cluster.launch("resume", run.path)
     elif kind == "store":
@@ -357,8 +358,8 @@ def chaos(
         here.launch("train", recipe, "--on", here.profile, "--run", wild.path)
         for number, kind in enumerate(troubles):
             goal = step(wild) + here.chance.randrange(1, 6)
-            wait(lambda goal=goal: step(wild) >= goal or bool(wild.events("finished")), 300, "the run stands still")  # type: ignore[misc]
-            if wild.events("finished"):
+            wait(lambda goal=goal: step(wild) >= goal or bool(wild.events(Event.FINISHED)), 300, "the run stands still")  # type: ignore[misc]
+            if wild.events(Event.FINISHED):
                 raise UserError(f"bench.chaos: the run finished before trouble {number + 1}; give it more steps")
             print(
                 f"{time.time() - started:6.0f} s  step {step(wild):4d}  {number + 1:2d} {kind}",
@@ -368,7 +369,7 @@ def chaos(
             disturb(kind, wild, here)
             if here.chance.random() < 0.5:
                 here.faults.clear()
-        wait(lambda: bool(wild.events("finished")), 1800, "the run does not finish")
+        wait(lambda: bool(wild.events(Event.FINISHED)), 1800, "the run does not finish")
         seconds = time.time() - started
         audit = json.loads(here.launch("status", wild.path, "--audit", "--json").splitlines()[-1])
         wrong = [epoch for epoch in audit["epochs"] if not epoch["exactly_once"]]
@@ -400,16 +401,16 @@ def _figures(
 
     pace = moments(calm, "finished")[0] - moments(calm, "started")[0]
     waits, last = [], None
-    for event in wild.events("requeued", "resumed"):  # in this order, whatever the clocks say
-        if event["event"] == "resumed" and last is not None:
+    for event in wild.events(Event.REQUEUED, Event.RESUMED):  # in this order, whatever the clocks say
+        if event["event"] == Event.RESUMED and last is not None:
             waits.append(moment(event) - last)
-        last = moment(event) if event["event"] == "requeued" else None
-    causes = [event["cause"] for event in wild.events("requeued")]
+        last = moment(event) if event["event"] == Event.REQUEUED else None
+    causes = [event["cause"] for event in wild.events(Event.REQUEUED)]
     return {"goodput": pace / seconds}, {
         "lives": wild.lives,
         "steps": max(losses(wild.path)),
         "steps repeated": audit["replayed_steps"],
-        "checkpoints skipped": len(wild.events("skipped_checkpoint")),
+        "checkpoints skipped": len(wild.events(Event.SKIPPED_CHECKPOINT)),
         "seconds of the undisturbed run": pace,
         "seconds": seconds,
         "median seconds from requeue to resume": statistics.median(waits),

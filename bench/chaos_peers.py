@@ -35,6 +35,7 @@ from bench import report
 from bench.chaos import hasten, losses, urgent, wait
 from radhpc.core.files import read_lines
 from radhpc.core.ledger import consumed
+from radhpc.core.protocol import Event
 from radhpc.core.run_folder import RunFolder
 from slurm import box, scheduler
 from slurm.job import port
@@ -124,7 +125,7 @@ class Radhpc(System):
         return sum(consumed(run / "ledger").replayed.values())
 
     def losses(self, run: Path) -> dict[int, float]:
-        wait(lambda: bool(RunFolder(run).events("finished")), 120, "radhpc does not finish")
+        wait(lambda: bool(RunFolder(run).events(Event.FINISHED)), 120, "radhpc does not finish")
         return losses(run)
 
 

@@ -28,6 +28,7 @@ from torch import nn
 
 from bench import report
 from radhpc.core.ledger import Ledger
+from radhpc.core.protocol import Event
 from radhpc.core.recipe import Recipe, load
 from radhpc.core.run_folder import RunFolder
 from radhpc.data.collate import IGNORE, TRUTH, Batch
@@ -209,7 +210,7 @@ def plain(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 def ours(model: nn.Module, batch: Batch) -> torch.Tensor:
     inputs = {name: value for name, value in batch.items() if name not in TRUTH}
-    return token_loss.summed(model, inputs, batch["labels"])
+    return token_loss.summed_loss(model, inputs, batch["labels"])
 
 
 def differences(times: Times) -> Times:
@@ -292,7 +293,7 @@ def save(folder: Path) -> tuple[dict[str, float], dict[str, float]]:
     run = run_folder(folder / "saving", recipe(folder, 6, "checkpoint={every: 2, keep: 1}", "evaluation.samples=1"))
     with contextlib.redirect_stdout(sys.stderr):
         worker.run(str(run.path))
-    events = run.events("saved")
+    events = run.events(Event.SAVED)
     waits = min(float(event["blocked_seconds"]) for event in events)
     whole = min(float(event["seconds"]) for event in events)
     megabytes = max(int(event["bytes"]) for event in events) / 1e6

@@ -12,12 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch.distributed.tensor import DTensor
 
+from radhpc.core import compat_torch
 from radhpc.core.board import RESTART, Board
 from radhpc.core.log import Bar
+from radhpc.core.protocol import Cause, Event
 from radhpc.core.run_folder import node_name
 from radhpc.core.sample import Split
 from radhpc.distributed.ranks import Ranks
-from radhpc.distributed.stop import PRUNED, Interrupted, Stop
+from radhpc.distributed.stop import Interrupted, Stop
 from radhpc.engine.flop_counter import peak
 from radhpc.engine.fsdp import Engine
 from radhpc.evaluation import evaluate, report_page
@@ -85,7 +87,9 @@ class Evaluating:
             self.board.text(position.step, "evaluation/table", "\n".join(evaluate.table(result)))
             self.board.flush()
             seconds = round(time.perf_counter() - started, 1)
-            parts.run.record("evaluated", step=position.step, split=split, samples=len(result.rows), seconds=seconds)
+            parts.run.record(
+                Event.EVALUATED, step=position.step, split=split, samples=len(result.rows), seconds=seconds
+            )
         self._prune(position)
 
     def _prune(self, position: Position) -> None:
@@ -96,7 +100,7 @@ class Evaluating:
         last = position.stage_done and position.stage == len(parts.recipe.stages) - 1
         prune = parts.trial.should_prune(position.step) and not last if parts.ranks.first else False
         if parts.ranks.broadcast(prune):
-            raise Interrupted(PRUNED)
+            raise Interrupted(Cause.PRUNED)
 
 
 def board_hook(
@@ -213,7 +217,7 @@ class GroupNorms:
         for group in optimizer.param_groups:
             parts = [p.grad for p in group["params"] if p.grad is not None]
             local = [part.to_local() if isinstance(part, DTensor) else part for part in parts]
-            norms = torch._foreach_norm(local) if local else [torch.zeros(())]
+            norms = compat_torch.norms(local) if local else [torch.zeros(())]
             self._squares.append(torch.stack([norm.float() for norm in norms]).square().sum())
 
     def __call__(self, position: Position, report: Report) -> None:
@@ -246,7 +250,7 @@ class Progress:
         now = time.monotonic()
         stage = self.parts.recipe.stages[position.stage].name
         if not self._recent:
-            self.parts.run.record("first_step", stage=stage, step=position.step, seconds=round(report.seconds, 3))
+            self.parts.run.record(Event.FIRST_STEP, stage=stage, step=position.step, seconds=round(report.seconds, 3))
             self._recent.append((now - report.seconds, 0, 0.0))
         self._recent.append((now, report.samples, report.wait_seconds))
         while len(self._recent) > 2 and self._recent[1][0] < now - self.WINDOW:

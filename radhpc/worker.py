@@ -9,10 +9,8 @@ import logging
 import os
 import socket
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Callable
+from dataclasses import asdict
 
 import torch
 
@@ -20,17 +18,18 @@ from radhpc import hooks
 from radhpc.core import environment, log as logs
 from radhpc.core.board import Board, Curves
 from radhpc.core.errors import UserError, first_line
-from radhpc.core.files import FULL, insist, read_json, write_atomically
+from radhpc.core.files import FULL, read_json, write_atomically
 from radhpc.core.ledger import Ledger
 from radhpc.core.log import Bar
+from radhpc.core.protocol import Cause, CulpritRecord, Event, Outcome, OutcomeState
 from radhpc.core.recipe import Recipe
-from radhpc.core.run_folder import RunFolder, node_name
+from radhpc.core.run_folder import RunFolder, step_of
 from radhpc.data import tasks
 from radhpc.data.stream import Stream, stage_samples, stage_steps
 from radhpc.distributed.background import beside, on_first
 from radhpc.distributed.malloc import keep_freed_memory
 from radhpc.distributed.ranks import Ranks, lost_peer
-from radhpc.distributed.stop import PRUNED, Interrupted, Stop
+from radhpc.distributed.stop import Interrupted, Stop
 from radhpc.distributed.watchdog import Heartbeat, Limits
 from radhpc.engine.checkpoint import Checkpoints, Cursor, name_of
 from radhpc.engine.fsdp import Engine
@@ -46,15 +45,6 @@ from radhpc.training.straggler import Stragglers
 log = logging.getLogger("radhpc")
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a rank's life ended."""
-
-    state: Literal["finished", "interrupted", "mistake", "pruned", "lost_peer", "crashed", "hung"]
-    cause: str = ""  # a signal's name or "stop"; the first line of an error; who hangs, and where
-    step: int = 0
-
-
 def run(path: str, stop: Stop | None = None, trial: Trial | None = None) -> Outcome:
     """Work on a run until it is finished or interrupted. Errors are recorded for this rank, then raised.
 
@@ -68,10 +58,10 @@ def run(path: str, stop: Stop | None = None, trial: Trial | None = None) -> Outc
     if threads := os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(int(threads))
     ranks: Ranks | None = None
-    _end_path(run_dir, rank).unlink(missing_ok=True)  # of the life before
+    run_dir.end_path(rank).unlink(missing_ok=True)  # of the life before
 
-    def end(state: Any, cause: str, step: int, culprits: list[dict[str, Any]]) -> None:
-        _record_end(run_dir, rank, Outcome(state, cause, step), culprits=culprits)
+    def end(state: OutcomeState, cause: str, step: int, culprits: list[CulpritRecord]) -> None:
+        run_dir.record_end(rank, Outcome(state, cause, step), culprits=culprits)
 
     heart = Heartbeat(run_dir, rank, world, Limits.from_environment(), end)
     with contextlib.nullcontext(stop) if stop else Stop() as stop:
@@ -92,7 +82,7 @@ def run(path: str, stop: Stop | None = None, trial: Trial | None = None) -> Outc
             if ranks is not None:
                 ranks.close()
             heart.close()
-    _record_end(run_dir, rank, outcome)
+    run_dir.record_end(rank, outcome)
     return outcome
 
 
@@ -102,7 +92,7 @@ def _run(run: RunFolder, ranks: Ranks, stop: Stop, trial: Trial | None) -> Outco
     if ranks.first:
         job = os.environ.get("SLURM_JOB_ID", "")
         nodes = os.environ.get("SLURM_JOB_NODELIST", socket.gethostname())
-        run.record("started", life=life, job=job, world=ranks.world, engine=recipe.engine, nodes=nodes)
+        run.record(Event.STARTED, life=life, job=job, world=ranks.world, engine=recipe.engine, nodes=nodes)
         run.hold_back()
     _agree_on_environment(run, recipe, ranks)
     if run.evaluates is not None:
@@ -125,11 +115,11 @@ def _run(run: RunFolder, ranks: Ranks, stop: Stop, trial: Trial | None) -> Outco
         curves = Curves(wandb, run.path, life) if wandb is not None else None
         board = Board(run.path / "tensorboard" if ranks.first else None, cursor.step if cursor else 0, curves)
         board.layout([stage.name for stage in recipe.stages])
-        board.event(cursor.step if cursor else 0, "resumed" if cursor else "started", _history(run))
+        board.event(cursor.step if cursor else 0, Event.RESUMED if cursor else Event.STARTED, _history(run))
         if trial is not None and ranks.first:
             board.hyperparameters(trial.parameters(), f"evaluation/{trial.metric}")
         ledger = Ledger(run.folder("ledger"), life, ranks.rank) if recipe.stream.audit else None
-        known = ranks.broadcast([event["key"] for event in run.events("quarantined")] if ranks.first else [])
+        known = ranks.broadcast([event["key"] for event in run.events(Event.QUARANTINED)] if ranks.first else [])
         quarantine = Quarantine(recipe.stream.max_bad_samples, known, _quarantined(run) if ranks.first else None)
         lineage: tuple[str, ...] = cursor.lineage if cursor else ()
         reached = 0
@@ -147,19 +137,21 @@ def _run(run: RunFolder, ranks: Ranks, stop: Stop, trial: Trial | None) -> Outco
             )
             name = _run_stage(parts, position, here, lineage, board, ledger, quarantine, stop, sum(steps))
             lineage, reached = (*lineage, name), position.step
-        board.event(reached, "finished", "all stages are done")
+        board.event(reached, Event.FINISHED, "all stages are done")
         board.end_session()
         board.close()
         if ranks.first:
-            run.record("finished", step=reached)
+            run.record(Event.FINISHED, step=reached)
             run.give_back()
-        return Outcome("finished", step=reached)
+        return Outcome(OutcomeState.FINISHED, step=reached)
     except Interrupted as interrupted:
         ending: Ending = interrupted.ending or _before_training(parts, stop)
         step = position.step if position else ending.committed_step or 0
-        state: Literal["interrupted", "pruned"] = "pruned" if interrupted.cause == PRUNED else "interrupted"
+        pruned = interrupted.cause == Cause.PRUNED
+        state = OutcomeState.PRUNED if pruned else OutcomeState.INTERRUPTED
         if ranks.first:
-            run.record(state, cause=interrupted.cause, step=step, **asdict(ending))
+            event = Event.PRUNED if pruned else Event.INTERRUPTED
+            run.record(event, cause=interrupted.cause, step=step, **asdict(ending))
         log.info("%s by %s at step %d: %s", state, interrupted.cause, step, ending)
         return Outcome(state, interrupted.cause, step)
 
@@ -170,16 +162,16 @@ def _evaluate(job: RunFolder, ranks: Ranks, stop: Stop) -> Outcome:
         step = evaluation_job.work(job, ranks, stop)
     except Interrupted as interrupted:
         if ranks.first:
-            job.record("interrupted", cause=interrupted.cause, waited_seconds=round(stop.waited, 3))
-        return Outcome("interrupted", interrupted.cause)
+            job.record(Event.INTERRUPTED, cause=interrupted.cause, waited_seconds=round(stop.waited, 3))
+        return Outcome(OutcomeState.INTERRUPTED, interrupted.cause)
     if ranks.first:
-        job.record("finished", step=step)
-    return Outcome("finished", step=step)
+        job.record(Event.FINISHED, step=step)
+    return Outcome(OutcomeState.FINISHED, step=step)
 
 
 def _before_training(parts: Parts, stop: Stop) -> Ending:
     """Nothing is lost by an interruption of the start-up: the next life goes on from what is committed."""
-    steps = [int(name.removeprefix("step-")) for name in parts.checkpoints.committed()] if parts.ranks.first else []
+    steps = [step_of(name) for name in parts.checkpoints.committed()] if parts.ranks.first else []
     return Ending(max(steps, default=None), "last checkpoint", stop.margin, round(stop.waited, 3))
 
 
@@ -235,14 +227,14 @@ def _run_stage(
         if ranks.broadcast(_last_finished(parts.run) < number):
             loss = stage_transition.probe(parts, engine, number)
             if ranks.first:
-                parts.run.record("stage_finished", stage=stage.name, number=number, step=position.step, loss=loss)
+                parts.run.record(Event.STAGE_FINISHED, stage=stage.name, number=number, step=position.step, loss=loss)
         last = number == len(recipe.stages) - 1
         # A sweep chooses by its trials' scores, so that the test split is none of its business.
         evaluating(position, split="test" if last and parts.trial is None else None)
     except Interrupted as interrupted:
         interrupted.ending = saving.interrupted(position)
-        board.event(position.step, "interrupted", interrupted.cause)
-        if interrupted.cause == PRUNED:
+        board.event(position.step, Event.INTERRUPTED, interrupted.cause)
+        if interrupted.cause == Cause.PRUNED:
             board.end_session()
         board.close()
         raise
@@ -292,7 +284,7 @@ def _agree_on_environment(run: RunFolder, recipe: Recipe, ranks: Ranks) -> None:
     if what := environment.differences(frozen, prints[0]):
         named = ", ".join(f"{name} {now}, frozen was {was}" for name, (was, now) in what.items())
         log.warning("the environment is not the one that this run was submitted with: %s", named)
-        run.record("environment_changed", what=what)
+        run.record(Event.ENVIRONMENT_CHANGED, what=what)
 
 
 def _agree_on_data(parts: Parts, steps: list[int]) -> None:
@@ -312,7 +304,7 @@ def _agree_on_data(parts: Parts, steps: list[int]) -> None:
 def _quarantined(run: RunFolder) -> Callable[[str, str], None]:
     def record(key: str, fault: str) -> None:
         log.warning("left out: %s: %s", key, fault)
-        run.record("quarantined", key=key, fault=fault)
+        run.record(Event.QUARANTINED, key=key, fault=fault)
 
     return record
 
@@ -334,9 +326,9 @@ def _restore(parts: Parts, run: RunFolder, life: int, ranks: Ranks) -> Cursor | 
     if ranks.first:
         for torn, fault in skipped:
             log.warning("checkpoint %s is skipped: %s", torn, fault)
-            run.record("skipped_checkpoint", name=torn, fault=fault)
+            run.record(Event.SKIPPED_CHECKPOINT, name=torn, fault=fault)
         if name is not None:
-            run.record("resumed", checkpoint=name, step=parts.checkpoints.cursor(name).step)
+            run.record(Event.RESUMED, checkpoint=name, step=parts.checkpoints.cursor(name).step)
     return None if name is None else parts.checkpoints.cursor(name)
 
 
@@ -359,30 +351,17 @@ def _history(run: RunFolder) -> str:
 
 
 def _last_finished(run: RunFolder) -> int:
-    return max((event["number"] for event in run.events("stage_finished")), default=-1)
+    return max((event["number"] for event in run.events(Event.STAGE_FINISHED)), default=-1)
 
 
-def _kind(error: BaseException) -> Literal["mistake", "lost_peer", "crashed"]:
+def _kind(error: BaseException) -> OutcomeState:
     if isinstance(error, UserError):
-        return "mistake"
-    return "lost_peer" if lost_peer(error) else "crashed"
+        return OutcomeState.MISTAKE
+    return OutcomeState.LOST_PEER if lost_peer(error) else OutcomeState.CRASHED
 
 
 def _recorded(run: RunFolder, rank: int, error: BaseException) -> BaseException:
     """Record how this rank ends by an error, as far as the disk allows, and give the error back."""
     with contextlib.suppress(OSError):
-        _record_end(run, rank, Outcome(_kind(error), first_line(error)), traceback.format_exc())
+        run.record_end(rank, Outcome(_kind(error), first_line(error)), traceback.format_exc())
     return error
-
-
-def _record_end(
-    run: RunFolder, rank: int, outcome: Outcome, trace: str = "", culprits: Sequence[dict[str, Any]] = ()
-) -> None:
-    """How this rank's life ended, for slurm.requeue to read once all are gone; a killed rank leaves no such file."""
-    data = {**asdict(outcome), "host": node_name(), "traceback": trace, "culprits": list(culprits)}
-    text = json.dumps(data).encode()
-    insist(run.reserve("ranks"), lambda: write_atomically(_end_path(run, rank), text, 0o600))
-
-
-def _end_path(run: RunFolder, rank: int) -> Path:
-    return run.folder("logs") / f"end.rank-{rank:05d}.json"

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from radhpc.core import formats
 from radhpc.core.errors import UserError
 from radhpc.core.manifest import Manifest
 from radhpc.storage.store import Store
@@ -22,7 +23,6 @@ from shards.images.pixels import PERCENTILES
 from shards.listing import Listing, Skip, write_listing
 from shards.settings import Settings
 
-FORMAT = 2  # of the shards' contents: raise it when the same input gives other bytes
 VERSIONED = ("numpy", "pillow", "pydicom", "imagecodecs")  # their versions may change the bytes
 SHOWN = 3  # names in a message
 
@@ -87,7 +87,7 @@ class Source:
             "source": digest,
             "salt": hashlib.sha256(b"radhpc fingerprint" + self.salt).hexdigest()[:16],
             "versions": {package: importlib.metadata.version(package) for package in VERSIONED},
-            "format": FORMAT,
+            "format": formats.SHARDS,
         }
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import submitit
 
 from radhpc.core.errors import UserError
+from radhpc.core.protocol import Event
 from radhpc.core.run_folder import RunFolder
 from slurm import requeue
 from slurm.monitoring import logs
@@ -88,7 +89,7 @@ def _begin(run: RunFolder, environment: submitit.JobEnvironment) -> None:
     if "SLURM_JOB_ID" in os.environ:
         requeue.account_for_the_dead(run)
     nodes = os.environ.get("SLURM_JOB_NODELIST", socket.gethostname())
-    run.record("starting", job=environment.job_id, world=environment.num_tasks, nodes=nodes)
+    run.record(Event.STARTING, job=environment.job_id, world=environment.num_tasks, nodes=nodes)
 
 
 def address(first_host: str) -> str:

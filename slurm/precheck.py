@@ -19,6 +19,7 @@ from typing import Any
 
 from radhpc.core.errors import UserError, nearest
 from radhpc.core.files import NODE_LOCAL, file_system
+from radhpc.core.protocol import Event
 from radhpc.core.run_folder import RunFolder
 from slurm.cluster import Cluster, call, minutes
 from slurm.profile import Profile
@@ -176,7 +177,7 @@ def time_problems(run: RunFolder, profile: Profile) -> list[str]:
             f"minutes {profile.minutes}: the warning of signal_seconds {profile.signal_seconds} would come at once; "
             f"allowed are {profile.signal_seconds // 60 + 1} minutes or more, or a later warning"
         ]
-    saves = [event["seconds"] for event in run.events("saved") if "seconds" in event][-3:]
+    saves = [event["seconds"] for event in run.events(Event.SAVED) if "seconds" in event][-3:]
     if saves and max(saves) > profile.signal_seconds:
         return [
             f"signal_seconds {profile.signal_seconds}: a save of this run took {max(saves):.0f} s; "

@@ -33,14 +33,18 @@ from pathlib import Path
 from typing import Any
 
 from radhpc.core.files import insist, read_json
-from radhpc.core.run_folder import Event, RunFolder
+from radhpc.core.protocol import JOB_BEGINNINGS, LIFE_BEGINNINGS, REQUEUE_VERDICTS, Cause, Event, OutcomeState
+from radhpc.core.run_folder import RunFolder
 from slurm import scheduler
 from slurm.profile import Profile, load
 
-ENDS: tuple[Event, ...] = (
-    "preempted", "time_limit", "node_lost", "rank_lost", "hung", "crashed", "cancelled", "stopped", "failed",
-)  # fmt: skip
-_LOSSES = ("node_lost", "rank_lost", "hung")
+# By weight: what one rank says outweighs what its peers say of the consequences.
+_FAULTS = {
+    OutcomeState.MISTAKE: Event.FAILED,
+    OutcomeState.CRASHED: Event.CRASHED,
+    OutcomeState.HUNG: Event.HUNG,
+}
+_LOSSES = (Event.NODE_LOST, Event.RANK_LOST, Event.HUNG)
 
 
 @dataclass(frozen=True)
@@ -74,16 +78,16 @@ def past(events: Iterable[Mapping[str, Any]]) -> Past:
     nodes: Counter[str] = Counter()
     for event in events:
         name = event["event"]
-        if name == "saved" and event["step"] > best:
+        if name == Event.SAVED and event["step"] > best:
             best, progress = event["step"], True
             losses, fingerprints = 0, set()
-        elif name == "submitted":  # a person has looked at it
+        elif name == Event.SUBMITTED:  # a person has looked at it
             fruitless = losses = crashes = 0
             fingerprints, progress = set(), False
-        elif name in ENDS:
+        elif name in REQUEUE_VERDICTS:
             fruitless, progress = 0 if progress else fruitless + 1, False
             losses += name in _LOSSES
-            if name == "crashed":
+            if name == Event.CRASHED:
                 crashes += 1
                 fingerprints.add(event.get("fingerprint", ""))
             nodes.update(event.get("nodes", ()))
@@ -122,40 +126,44 @@ def _cause(
 ) -> Verdict:
     """Why the life ended, and whether such a life may come back at all."""
     states = {end["state"] for end in ends.values()}
-    causes = {end["cause"] for end in ends.values() if end["state"] == "interrupted"}
+    causes = {end["cause"] for end in ends.values() if end["state"] == OutcomeState.INTERRUPTED}
     preempted = job.get("PreemptTime", "None") != "None"
-    if states == {"finished"} and len(ends) == world:
-        return Verdict("finished", False)
-    if len(ends) == world and states == {"pruned"}:
-        return Verdict("pruned", False)
+    if states == {OutcomeState.FINISHED} and len(ends) == world:
+        return Verdict(Event.FINISHED, False)
+    if len(ends) == world and states == {OutcomeState.PRUNED}:
+        return Verdict(Event.PRUNED, False)
     if job.get("JobState") in ("COMPLETING", "CANCELLED"):
         if int(job.get("Restarts", "0")) > restarts:
             why = "SLURM has put the job back into the queue by itself"
-            return Verdict("node_lost" if down else "preempted", True, why, down)
+            return Verdict(Event.NODE_LOST if down else Event.PREEMPTED, True, why, down)
         # scancel. A requeue would succeed at this moment, and bring a cancelled job back; PreemptTime may be set.
-        return Verdict("cancelled", False)
-    if "stop" in causes:
-        return Verdict("stopped", False)
-    for state, cause in (("mistake", "failed"), ("crashed", "crashed"), ("hung", "hung")):
+        return Verdict(Event.CANCELLED, False)
+    if Cause.STOP in causes:
+        return Verdict(Event.STOPPED, False)
+    for state, cause in _FAULTS.items():
         said = [end for _, end in sorted(ends.items()) if end["state"] == state]
         if not said:
             continue
         why = said[0]["cause"]
-        if cause == "crashed":
-            return Verdict("crashed", True, why, fingerprint=fingerprint(said[0].get("traceback", "")))
-        if cause == "hung":
+        if cause == Event.CRASHED:
+            return Verdict(Event.CRASHED, True, why, fingerprint=fingerprint(said[0].get("traceback", "")))
+        if cause == Event.HUNG:
             # A rank that never started has no host.
             hosts = {one["host"] for one in said[0].get("culprits", ())} - {""}
-            return Verdict("hung", True, why, tuple(sorted(hosts)))
-        return Verdict("failed", False, why)
-    if states == {"interrupted"} and len(ends) == world:
-        return Verdict("preempted" if preempted or "SIGUSR2" not in causes else "time_limit", True)
+            return Verdict(Event.HUNG, True, why, tuple(sorted(hosts)))
+        return Verdict(Event.FAILED, False, why)
+    if states == {OutcomeState.INTERRUPTED} and len(ends) == world:
+        return Verdict(Event.PREEMPTED if preempted or Cause.SIGUSR2 not in causes else Event.TIME_LIMIT, True)
     if preempted:
-        return Verdict("preempted", True, "before all ranks had saved")
+        return Verdict(Event.PREEMPTED, True, "before all ranks had saved")
     missing = [str(rank) for rank in range(world) if rank not in ends]
     named = f"rank{'s' * (len(missing) > 1)} {', '.join(missing[:8])}{' and others' * (len(missing) > 8)}"
     why = f"{named} of {world} ended without a word, exit status {exit_status}"
-    return Verdict("node_lost", True, f"{', '.join(down)}: {why}", down) if down else Verdict("rank_lost", True, why)
+    return (
+        Verdict(Event.NODE_LOST, True, f"{', '.join(down)}: {why}", down)
+        if down
+        else Verdict(Event.RANK_LOST, True, why)
+    )
 
 
 def _refusal(verdict: Verdict, profile: Profile, before: Past) -> str | None:
@@ -164,11 +172,11 @@ def _refusal(verdict: Verdict, profile: Profile, before: Past) -> str | None:
         return "the profile says requeue: false"
     if before.fruitless >= profile.lives_without_progress:
         return f"{before.fruitless} lives in a row have left no new checkpoint (lives_without_progress)"
-    if verdict.cause == "time_limit" and before.fruitless:
+    if verdict.cause == Event.TIME_LIMIT and before.fruitless:
         return f"the time limit of {profile.minutes} minutes came before a new checkpoint; allow more minutes"
     if verdict.cause in _LOSSES and before.losses >= profile.retries:
         return f"{before.losses + 1} losses without a new checkpoint (retries: {profile.retries})"
-    if verdict.cause == "crashed":
+    if verdict.cause == Event.CRASHED:
         if verdict.fingerprint in before.fingerprints:
             return "it has crashed at the same place since the last new checkpoint"
         if before.crashes >= profile.crash_retries:
@@ -200,24 +208,23 @@ def account_for_the_dead(run: RunFolder) -> None:
 
     Nobody has submitted the run since, so it is this very job that SLURM has started again.
     """
-    events = run.events("submitted", "starting", "started", *ENDS, "finished")
-    if not events or events[-1]["event"] not in ("starting", "started"):
+    events = run.events(Event.SUBMITTED, *LIFE_BEGINNINGS, *REQUEUE_VERDICTS, Event.FINISHED)
+    if not events or events[-1]["event"] not in LIFE_BEGINNINGS:
         return
     last = events[-1]
     nodes = scheduler.hostnames(last.get("nodes", ""))
     since = datetime.fromisoformat(last["time"])
     gone = tuple(node for node in nodes if scheduler.restarted(node, since))
     if gone:
-        run.record("node_lost", job=last["job"], why="and with it whoever could have said so", nodes=gone)
+        run.record(Event.NODE_LOST, job=last["job"], why="and with it whoever could have said so", nodes=gone)
     else:
-        run.record("preempted", job=last["job"], why="the batch script was killed before it could say so")
+        run.record(Event.PREEMPTED, job=last["job"], why="the batch script was killed before it could say so")
 
 
 def tried_before(events: Sequence[dict[str, Any]], job_id: str) -> tuple[list[dict[str, Any]], list[str]]:
     """The events without what a first attempt at this decision recorded before it failed, and the names of that."""
-    begins = ("submitted", "starting", "started", "requeued")
-    begun = max((n for n, event in enumerate(events) if event["event"] in begins), default=0)
-    mine = [event for event in events[begun:] if event["event"] in ENDS and event.get("job") == job_id]
+    begun = max((n for n, event in enumerate(events) if event["event"] in JOB_BEGINNINGS), default=0)
+    mine = [event for event in events[begun:] if event["event"] in REQUEUE_VERDICTS and event.get("job") == job_id]
     return [event for event in events if event not in mine], [event["event"] for event in mine]
 
 
@@ -230,25 +237,22 @@ def main(run_path: str, exit_status: int) -> None:
     def record(event: Event, **details: Any) -> None:
         insist(run.reserve("decision"), lambda: run.record(event, **details))
 
-    found = {
-        int(path.stem.removeprefix("end.rank-")): read_json(path)
-        for path in sorted((run.path / "logs").glob("end.rank-*.json"))
-    }
+    ends = {rank: read_json(path) for rank, path in run.end_paths().items()}
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     earlier, recorded = tried_before(run.events(), job_id)
     job, before = scheduler.own_job(job_id), past(earlier)
     down = scheduler.down(os.environ.get("SLURM_JOB_NODELIST", ""))
     world = int(os.environ["SLURM_JOB_NUM_NODES"]) * profile.tasks_per_node  # of this life: `nodes` may be a range
-    verdict = decide(job, found, world, exit_status, profile, before, restarts, down)
-    step = max((end["step"] for end in found.values()), default=0)
-    if verdict.cause not in ("finished", "pruned", *recorded):
+    verdict = decide(job, ends, world, exit_status, profile, before, restarts, down)
+    step = max((end["step"] for end in ends.values()), default=0)
+    if verdict.cause not in (Event.FINISHED, Event.PRUNED, *recorded):
         more: dict[str, Any] = {"nodes": verdict.nodes} if verdict.nodes else {}
         more |= {"fingerprint": verdict.fingerprint} if verdict.fingerprint else {}
         record(verdict.cause, job=job_id, step=step, why=verdict.why, **more)
     with contextlib.suppress(OSError):  # the log may lie on a full disk
         print(f"slurm.requeue: {verdict.cause} {verdict.why} {verdict.gave_up}".rstrip(), file=sys.stderr, flush=True)
     if verdict.gave_up and profile.requeue:
-        record("gave_up", job=job_id, after=verdict.cause, why=verdict.gave_up)
+        record(Event.GAVE_UP, job=job_id, after=verdict.cause, why=verdict.gave_up)
     put_back = int(job.get("Restarts", "0")) > restarts
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     name = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else job_id
@@ -258,15 +262,15 @@ def main(run_path: str, exit_status: int) -> None:
         return
     for left in (run.path / "logs").glob("*.save_tmp"):
         left.unlink()  # submitit refuses to write a result where a killed rank left half of one
-    record("requeued", job=job_id, cause=verdict.cause)
+    record(Event.REQUEUED, job=job_id, cause=verdict.cause)
     if not put_back and (refused := scheduler.requeue(name)):
-        record("failed", job=job_id, why=f"scontrol requeue: {refused}")
+        record(Event.FAILED, job=job_id, why=f"scontrol requeue: {refused}")
         return
     # Only a job that does not run can be told to stay away from a node. The requeue has sent this script a SIGTERM,
     # which it ignores; SIGKILL follows after KillWait.
     away = excluded(job, verdict, before, profile, scheduler.usable(job.get("Partition", "")))
     if away and scheduler.stay_away(name, away):
-        record("excluded", job=job_id, nodes=away.split(","))
+        record(Event.EXCLUDED, job=job_id, nodes=away.split(","))
 
 
 if __name__ == "__main__":

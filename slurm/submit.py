@@ -19,6 +19,7 @@ import submitit
 
 from radhpc.core.errors import UserError, first_line
 from radhpc.core.files import write_atomically
+from radhpc.core.protocol import END_FILES, Event
 from radhpc.core.run_folder import RunFolder, process_start
 from slurm import container, frozen_code, job as slurm_job, precheck, scheduler
 from slurm.profile import Profile
@@ -37,7 +38,7 @@ def submit(run: RunFolder, profile: Profile, current_code: bool = False) -> subm
     same_python = profile.python is None and profile.container is None
     if current_code and run.code.exists():
         was, is_now, kept = frozen_code.replace(run.code, same_python)
-        run.record("code_replaced", was=was, now=is_now, kept=kept)
+        run.record(Event.CODE_REPLACED, was=was, now=is_now, kept=kept)
     frozen = frozen_code.freeze(run.code, same_python)
     write_atomically(run.path / "profile.yaml", profile.to_yaml(), 0o600)
     if profile.cluster != "inline":
@@ -55,7 +56,7 @@ def submit(run: RunFolder, profile: Profile, current_code: bool = False) -> subm
         owner |= {"pid": pid, "process_start": process_start(pid)}
     run.write_job(**owner, environment=profile.environment)
     run.record(
-        "submitted", job=str(job.job_id), cluster=profile.cluster, nodes=profile.nodes, world=profile.world,
+        Event.SUBMITTED, job=str(job.job_id), cluster=profile.cluster, nodes=profile.nodes, world=profile.world,
         code=frozen["code"] if profile.cluster != "inline" else frozen_code.current(), commit=frozen["commit"],
     )  # fmt: skip
     return job
@@ -149,7 +150,7 @@ def slurm_parameters(run: RunFolder, profile: Profile, python: str, frozen: Path
             *setup_lines(profile, frozen),
             *tasks,
             # What ranks said at the end of the life before is not for the decision on this one: there may be fewer now.
-            f"rm -f {shlex.quote(str(run.path))}/logs/end.rank-*.json",
+            f"rm -f {shlex.quote(str(run.path))}/logs/{END_FILES}",
         ],
         # From here on a signal must not end the decision half way; where it fails nevertheless, the run would be lost.
         "teardown": [

@@ -19,6 +19,7 @@ import submitit
 
 from radhpc.core.errors import UserError, first_line
 from radhpc.core.files import write_atomically
+from radhpc.core.protocol import Cause, Event, OutcomeState, RunState
 from radhpc.core.recipe import Recipe
 from radhpc.core.run_folder import RunFolder
 from slurm import frozen_code, job as slurm_job, precheck, profile as profiles, scheduler
@@ -47,7 +48,8 @@ def due(study: Study) -> list[int]:
     return [
         number
         for number, state in states.items()
-        if state in ("missing", "failed") or (state == "stopped" and not _stopped_by_user(study, number))
+        if state in (RunState.MISSING, RunState.FAILED)
+        or (state == RunState.STOPPED and not _stopped_by_user(study, number))
     ]
 
 
@@ -108,7 +110,7 @@ def run_here(study: Study, profile: Profile, say: Any) -> bool:
                 error = job.exception()
             if error is not None:
                 say(f"trial {run.path.name} failed: {first_line(error)}")
-            elif job.result().state == "interrupted":
+            elif job.result().state == OutcomeState.INTERRUPTED:
                 return False
         elif not _wait(run):
             return False
@@ -157,12 +159,14 @@ def _own(run: RunFolder, owner: dict[str, Any], profile: Profile) -> None:
     run.clear_stop()
     write_atomically(run.path / "profile.yaml", profile.to_yaml(), 0o600)
     run.write_job(**owner)
-    run.record("submitted", job=owner["id"], cluster="slurm", nodes=profile.nodes, world=profile.world)
+    run.record(Event.SUBMITTED, job=owner["id"], cluster="slurm", nodes=profile.nodes, world=profile.world)
 
 
 def _stopped_by_user(study: Study, number: int) -> bool:
-    events = RunFolder(study.run_path(number)).events("stopped", "cancelled", "interrupted", "submitted")
-    return bool(events) and (events[-1]["event"] == "stopped" or events[-1].get("cause") == "stop")
+    events = RunFolder(study.run_path(number)).events(
+        Event.STOPPED, Event.CANCELLED, Event.INTERRUPTED, Event.SUBMITTED
+    )
+    return bool(events) and (events[-1]["event"] == Event.STOPPED or events[-1].get("cause") == Cause.STOP)
 
 
 def main(folder: str, number: int, frozen: str) -> int:
@@ -170,7 +174,7 @@ def main(folder: str, number: int, frozen: str) -> int:
     study = Study.open(folder)
     study.settle()
     run = study.prepare(number)
-    if study.state(number, "")[0] in ("finished", "pruned"):
+    if study.state(number, "")[0] in (RunState.FINISHED, RunState.PRUNED):
         return ENDED
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     job_id = f"{array}_{task}" if array else os.environ["SLURM_JOB_ID"]

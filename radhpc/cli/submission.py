@@ -9,6 +9,7 @@ import typer
 from radhpc.cli.common import say
 from radhpc.core.errors import UserError
 from radhpc.core.log import Bar, console
+from radhpc.core.protocol import OutcomeState, RunState
 from slurm.monitoring import tables
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def submit_job(
         if error is not None:
             raise error
         outcome = job.result()
-        if outcome.state == "interrupted":
+        if outcome.state == OutcomeState.INTERRUPTED:
             again = "say the same again" if run.evaluates else f"radhpc resume {run.path}"
             say(f"interrupted by {outcome.cause} at step {outcome.step}; go on: {again}", as_json)
             raise typer.Exit(1)
@@ -90,7 +91,7 @@ def watch_job(run: "RunFolder", as_json: bool = False) -> None:
             time.sleep(1)
         bar.update(now["step"], now["state"], now["steps"] or 1)
     say(f"{run.path}: {tables.line(now)}", as_json)
-    if now["state"] == "failed":
+    if now["state"] == RunState.FAILED:
         for text in first_error(run):
             console.print(text, soft_wrap=True)
         raise typer.Exit(1)

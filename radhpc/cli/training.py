@@ -14,6 +14,7 @@ from radhpc.cli.common import Json, On, Overrides, RecipePath, RunPath, app, emi
 from radhpc.cli.data import build_shards
 from radhpc.cli.submission import announce, check_data, check_engine, submit_job
 from radhpc.core.errors import UserError
+from radhpc.core.protocol import Cause, Event, RunState
 from slurm.monitoring import tables
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def quickstart(
 ) -> None:
     """Draw phantom radiographs, build shards, train all stages, evaluate and write reports: on a CPU, in minutes."""
     from radhpc.core.files import read_json
+    from radhpc.core.run_folder import by_step
     from shards.build import Settings
 
     started = time.perf_counter()
@@ -39,7 +41,7 @@ def quickstart(
     options = {"studies": str(studies), "two_views": "0.15", "size": "128"}
     build_shards("phantom", None, str(shards), options, Settings(longest_side=112))
     run_dir = start_run(Path("quickstart"), [f"shards=[{shards}]", *(overrides or [])], "inline", path)
-    folder = max((run_dir.path / "evaluation").glob("step-*"))
+    folder = max((run_dir.path / "evaluation").glob("step-*"), key=by_step)
     scores = read_json(folder / "scores.json")
     name = "findings_macro_f1"
     result = {
@@ -103,9 +105,9 @@ def resume(
     from slurm import profile as profiles
 
     run_dir = RunFolder.open(run)
-    if run_dir.events() and run_dir.events()[-1]["event"] == "finished":
+    if run_dir.events() and run_dir.events()[-1]["event"] == Event.FINISHED:
         raise UserError(f"{run}: the run is finished; evaluate or generate with it, or train a new one")
-    if run_dir.events("pruned"):
+    if run_dir.events(Event.PRUNED):
         raise UserError(f"{run}: its sweep has ended the run early; train {run}/recipe.yaml as a run of its own")
     frozen = run_dir.path / "profile.yaml"
     profile = profiles.load(on or (str(frozen) if frozen.exists() else "inline"))
@@ -153,7 +155,7 @@ def sweep(
     standing = study.standing()
     say(tables.sweep(standing), as_json)
     emit(standing, as_json)
-    failed = profile.cluster != "slurm" and any(trial["state"] == "failed" for trial in standing["trials"])
+    failed = profile.cluster != "slurm" and any(trial["state"] == RunState.FAILED for trial in standing["trials"])
     raise typer.Exit(0 if whole and not failed else 1)
 
 
@@ -177,7 +179,7 @@ def stop(run: RunPath, as_json: Json = False) -> None:
     run_dir.request_stop()
     if state == "PENDING":
         scheduler.cancel(job)
-        run_dir.record("stopped", cause="taken out of the queue")
+        run_dir.record(Event.STOPPED, cause=Cause.TAKEN_OUT)
     say(f"{run}: job {job['id']} ({state.lower()}) was asked to stop", as_json)
     emit({"run": str(run_dir.path), "job": job["id"]}, as_json)
 
@@ -209,7 +211,7 @@ def start_run(
             lineage.take_over(run, first, before)
         submit_job(run, profile, watch, announce)
     except UserError:
-        if not run.events("submitted"):  # refused before anything was submitted: the name is free again
+        if not run.events(Event.SUBMITTED):  # refused before anything was submitted: the name is free again
             shutil.rmtree(run.path)
         raise
     return run

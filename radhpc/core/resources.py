@@ -36,14 +36,17 @@ def find_recipe(name: str | Path, sub: str = "") -> Path:
         return path
     if path.is_dir() and path.suffix != ".yaml" and str(name) not in recipe_names():
         raise UserError(f"{name}: a folder; allowed are a YAML file and the name of a recipe ('radhpc recipes')")
-    inside = path.relative_to("recipes") if path.parts[:1] == ("recipes",) else path
+    inside = path.relative_to("recipes") if len(path.parts) > 1 and path.parts[0] == "recipes" else path
     if not path.is_absolute() and ".." not in path.parts:
         for packaged in (recipes() / sub / inside.with_suffix(".yaml"), recipes() / inside.with_suffix(".yaml")):
             if packaged.is_file():
                 return packaged
     names = [*recipe_names(), *(recipe_names(sub) if sub else [])]
-    hint = nearest(str(inside.with_suffix("")), names)
-    raise UserError(f"{name}: no such file, and no recipe of that name{hint}; 'radhpc recipes' lists them")
+    if path.suffix not in (".yaml", ".yml"):
+        raise UserError(f"{name}: no such recipe{nearest(str(name), names)}; 'radhpc recipes' lists them")
+    siblings = sorted(file.name for file in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+    hint = nearest(path.name, siblings) or nearest(str(inside.with_suffix("")), names)
+    raise UserError(f"{name}: no such file{hint}; 'radhpc recipes' lists those that come with radhpc")
 
 
 def install_hint(extra: str) -> str:

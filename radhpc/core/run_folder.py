@@ -16,34 +16,20 @@ logs/reserve.* keep some room for the last words of a life that fills the disk.
 
 import json
 import os
+import re
 import socket
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from radhpc.core.errors import UserError, nearest
-from radhpc.core.files import append, read_json, read_lines, write_atomically
+from radhpc.core.files import append, insist, read_json, read_lines, write_atomically
+from radhpc.core.protocol import END_FILES, CulpritRecord, Event, Outcome, RankEnd, end_file, rank_of
 from radhpc.core.recipe import Recipe, load
 
 EVALUATION = "evaluation.json"  # in the folder of a job that evaluates another run, see job.py
-
-Event = Literal[
-    "submitted", "started", "resumed", "skipped_checkpoint", "saved", "stage_finished", "evaluated",
-    "quarantined",
-    "interrupted", "preempted", "requeued", "rank_lost", "time_limit", "cancelled", "stopped", "crashed", "failed",
-    "node_lost", "hung", "gave_up", "excluded",
-    "finished",
-    "starting", "first_step",
-    "stuck",  # a rank found who hangs: cause, culprits
-    "straggler",  # a rank is slower than the others: rank, host, ratio
-    "compiled",  # the layers of a stage: seconds
-    "code_replaced", "environment_changed",
-    "engine_changed",  # `resume --engine`: was, engine
-    "pruned",
-    "taken_over",  # the run begins where a stage of another ended: origin, checkpoints, step
-    "profiled",  # a trace that was asked for: first step, last step, trace
-]  # fmt: skip
 
 _RESERVE = 1 << 16  # bytes
 Speaker = Literal["ranks", "decision"]
@@ -94,14 +80,14 @@ class RunFolder:
 
     def recipe(self) -> Recipe:
         """The frozen recipe, under the engine that the run was last resumed with."""
-        recipe, changed = load(self.recipe_path), self.events("engine_changed")
+        recipe, changed = load(self.recipe_path), self.events(Event.ENGINE_CHANGED)
         return recipe.under(changed[-1]["engine"], self.recipe_path) if changed else recipe
 
     def change_engine(self, name: str) -> None:
         """Let the next lives run under another engine."""
         was = self.recipe().engine
         if name != was:
-            self.record("engine_changed", was=was, engine=name)
+            self.record(Event.ENGINE_CHANGED, was=was, engine=name)
 
     @property
     def evaluates(self) -> "RunFolder | None":
@@ -118,8 +104,11 @@ class RunFolder:
     # What happened
 
     def record(self, event: Event, **details: Any) -> None:
-        """Append one line to events.jsonl: one write, so that lines of two processes never mix on a local disk."""
-        line = json.dumps({"time": now(), "event": event, **details}) + "\n"
+        """Append one line to events.jsonl: one write, so that lines of two processes never mix on a local disk.
+
+        Raises ValueError for an event that the protocol does not have.
+        """
+        line = json.dumps({"time": now(), "event": Event(event), **details}) + "\n"
         descriptor = os.open(self.path / "events.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:
             append(descriptor, line.encode())
@@ -150,7 +139,26 @@ class RunFolder:
     @property
     def lives(self) -> int:
         """How many times a job has started on this run."""
-        return len(self.events("started"))
+        return len(self.events(Event.STARTED))
+
+    # How ranks ended
+
+    def end_path(self, rank: int) -> Path:
+        """The end file of a rank."""
+        return self.path / "logs" / end_file(rank)
+
+    def end_paths(self) -> dict[int, Path]:
+        """The end files that are there, by rank."""
+        return {rank_of(path): path for path in sorted((self.path / "logs").glob(END_FILES))}
+
+    def record_end(self, rank: int, outcome: Outcome, trace: str = "", culprits: Sequence[CulpritRecord] = ()) -> None:
+        """Write a rank's end file. Raises OSError where the disk is full and the reserve of the ranks is used up."""
+        end: RankEnd = {
+            "state": outcome.state, "cause": outcome.cause, "step": outcome.step,
+            "host": node_name(), "traceback": trace, "culprits": list(culprits),
+        }  # fmt: skip
+        self.folder("logs")
+        insist(self.reserve("ranks"), lambda: write_atomically(self.end_path(rank), json.dumps(end).encode(), 0o600))
 
     # Who owns it
 
@@ -181,6 +189,20 @@ class RunFolder:
 
     def clear_stop(self) -> None:
         (self.path / "stop").unlink(missing_ok=True)
+
+
+def step_of(name: str) -> int:
+    """Return the step in the name of a checkpoint (step-000430) or of an evaluation (step-000430-test), -1 without one.
+
+    Compare steps, never names: from step 1,000,000 on a name has one digit more.
+    """
+    match = re.match(r"step-(\d+)", name)
+    return int(match[1]) if match else -1
+
+
+def by_step(path: Path) -> tuple[int, str]:
+    """Sort folders that are named by a step; of one step, by the rest of their names."""
+    return step_of(path.name), path.name
 
 
 def process_alive(job: dict[str, Any]) -> bool:

@@ -7,6 +7,7 @@ import numpy as np
 
 from radhpc.core.errors import UserError
 from radhpc.core.ledger import consumed
+from radhpc.core.protocol import Event
 from radhpc.core.recipe import Recipe
 from radhpc.core.run_folder import RunFolder
 from radhpc.data.source import Source
@@ -28,7 +29,7 @@ def audit(run: RunFolder) -> dict[str, Any]:
     seen = consumed(run.path / "ledger")
     epochs = []
     # What was taken over from another run was trained on there.
-    first = max((event["step"] for event in run.events("taken_over")), default=0) + 1
+    first = max((event["step"] for event in run.events(Event.TAKEN_OVER)), default=0) + 1
     for number, stage in enumerate(recipe.stages):
         steps = [step for step, at in seen.stages.items() if at == number]
         if not steps and not epochs:
@@ -40,8 +41,8 @@ def audit(run: RunFolder) -> dict[str, Any]:
         epochs += _epochs(recipe, number, source, batches, first)
         first = max(steps) + 1
     topologies: list[dict[str, Any]] = []
-    for event in run.events("started", "resumed"):
-        if event["event"] == "started":
+    for event in run.events(Event.STARTED, Event.RESUMED):
+        if event["event"] == Event.STARTED:
             topologies.append({"world_size": event["world"], "engine": event["engine"], "from_step": 0})
         else:
             topologies[-1]["from_step"] = int(event["step"])

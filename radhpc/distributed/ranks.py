@@ -16,8 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
 
+from radhpc.core.compat_torch import DefaultAllGather, DefaultReduceScatter, collectives_begun
 from radhpc.distributed.watchdog import Heartbeat
 
 
@@ -155,7 +155,7 @@ def _begun() -> int:
     if group is None:  # the group has been left
         return 0
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-    return sum(int(group._get_backend(torch.device(device))._get_sequence_number_for_group()) for device in devices)
+    return sum(collectives_begun(group, torch.device(device)) for device in devices)
 
 
 def lost_peer(error: BaseException) -> bool:

@@ -19,13 +19,13 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
+from radhpc.core.protocol import Cause
 from radhpc.core.run_folder import RunFolder
 
 # By increasing weight: a user's request outweighs the scheduler's, and a save that failed ends the run in any case.
-CAUSES = ("", "SIGUSR2", "SIGTERM", "SIGINT", "stop", "save failed")
-PRUNED = "pruned"  # the cause where no signal came, but a sweep has seen enough
-_SIGNALS = {signal.SIGUSR2: "SIGUSR2", signal.SIGTERM: "SIGTERM", signal.SIGINT: "SIGINT"}
-_GRACE = {"SIGTERM": "RADHPC_GRACE_SECONDS", "SIGUSR2": "RADHPC_SIGNAL_SECONDS"}  # the surer kill first
+CAUSES = (Cause.NONE, Cause.SIGUSR2, Cause.SIGTERM, Cause.SIGINT, Cause.STOP, Cause.SAVE_FAILED)
+_SIGNALS = {signal.SIGUSR2: Cause.SIGUSR2, signal.SIGTERM: Cause.SIGTERM, signal.SIGINT: Cause.SIGINT}
+_GRACE = {Cause.SIGTERM: "RADHPC_GRACE_SECONDS", Cause.SIGUSR2: "RADHPC_SIGNAL_SECONDS"}  # the surer kill first
 _EARLY = 90.0  # seconds by which the warning before the time limit may come too early, SLURM's minute and some more
 
 Agree = Callable[[Sequence[float]], list[float]]  # Ranks.max
@@ -34,7 +34,7 @@ Agree = Callable[[Sequence[float]], list[float]]  # Ranks.max
 class Interrupted(Exception):
     """Raised out of long work that is not a step (start-up, evaluation) once all ranks have agreed to stop."""
 
-    def __init__(self, cause: str) -> None:
+    def __init__(self, cause: Cause) -> None:
         super().__init__(cause)
         self.cause = cause
         self.ending: Any = None  # what was committed since, see async_checkpoint.py
@@ -48,7 +48,7 @@ class Stop:
         self.code = 0
         self.since: float | None = None  # time.monotonic() of the first signal
         self.run, self._poll_seconds, self._polled = run, poll_seconds, 0.0
-        self._deadlines: dict[str, float] = {}  # time.monotonic() of the kill, by signal
+        self._deadlines: dict[Cause, float] = {}  # time.monotonic() of the kill, by signal
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "Stop":
@@ -63,12 +63,12 @@ class Stop:
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        name = _SIGNALS[signal.Signals(number)]
-        if name == "SIGINT" and self.code == CAUSES.index("SIGINT"):
+        cause = _SIGNALS[signal.Signals(number)]
+        if cause == Cause.SIGINT and self.code == CAUSES.index(Cause.SIGINT):
             raise KeyboardInterrupt  # the second Ctrl-C does not wait for a save
-        self.tell(name)
+        self.tell(cause)
 
-    def tell(self, cause: str) -> None:
+    def tell(self, cause: Cause) -> None:
         """Raise the flag, from any thread. SLURM repeats its signals: the clock of the first one runs on."""
         now = time.monotonic()
         self.since = self.since or now
@@ -79,7 +79,7 @@ class Stop:
     @property
     def grace(self) -> float | None:
         """Seconds from SIGTERM to the kill; None where nobody kills."""
-        grace = os.environ.get(_GRACE["SIGTERM"])
+        grace = os.environ.get(_GRACE[Cause.SIGTERM])
         return float(grace) if grace else None
 
     @property
@@ -103,7 +103,7 @@ class Stop:
         if self.run is not None and time.monotonic() - self._polled > self._poll_seconds:
             self._polled = time.monotonic()
             if self.run.stop_requested():
-                self.tell("stop")
+                self.tell(Cause.STOP)
         return self.code
 
     def check(self, agree: Agree) -> None:
@@ -113,11 +113,11 @@ class Stop:
             raise Interrupted(CAUSES[code])
 
 
-def _granted(cause: str) -> float | None:
+def _granted(cause: Cause) -> float | None:
     """Seconds from a signal to the kill; None where nobody kills."""
     told = os.environ.get(_GRACE.get(cause, ""))
-    grace, started = os.environ.get(_GRACE["SIGTERM"]), os.environ.get("RADHPC_JOB_STARTED")
-    if not told or cause != "SIGUSR2" or not grace or not started:
+    grace, started = os.environ.get(_GRACE[Cause.SIGTERM]), os.environ.get("RADHPC_JOB_STARTED")
+    if not told or cause != Cause.SIGUSR2 or not grace or not started:
         return float(told) if told else None
     left = float(started) + float(os.environ["RADHPC_LIMIT_SECONDS"]) - time.time()
     # Not near the limit, or the clock was moved: it may be a preemption, and the grace is what is left in any case.

@@ -33,6 +33,7 @@ from typing import Any
 
 from radhpc.core.errors import UserError, first_line
 from radhpc.core.files import read_json
+from radhpc.core.protocol import CulpritRecord, Event, OutcomeState
 from radhpc.core.run_folder import RunFolder, node_name, process_start
 
 log = logging.getLogger("radhpc")
@@ -142,9 +143,9 @@ class Heartbeat:
         rank: int = 0,
         world: int = 1,
         limits: Limits | None = None,
-        end: Callable[[str, str, int, list[dict[str, Any]]], None] | None = None,
+        end: Callable[[OutcomeState, str, int, list[CulpritRecord]], None] | None = None,
     ) -> None:
-        """`end` writes how this rank ends: state ("hung", "lost_peer"), cause, step, culprits as {rank, host}."""
+        """`end` writes how this rank ends: state (HUNG, LOST_PEER), cause, step, culprits."""
         self.limits = limits or Limits()
         self.rank, self.world = rank, world
         self.collectives: Callable[[], int] = lambda: 0  # Ranks sets it once it has met its peers
@@ -296,7 +297,7 @@ class Heartbeat:
         finally:
             os.close(descriptor)
         assert self._run is not None
-        self._run.record("stuck", cause=verdict["cause"], culprits=verdict["culprits"], step=verdict["step"])
+        self._run.record(Event.STUCK, cause=verdict["cause"], culprits=verdict["culprits"], step=verdict["step"])
         for rank in silent:
             if rank in beats:
                 self._kill(beats[rank])
@@ -320,11 +321,11 @@ class Heartbeat:
                 print(f"rank {self.rank} on {self._mine[0]}, {phase}, at the hang: {verdict['cause']}", file=file)
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
-            self._end("hung", verdict["cause"], verdict["step"], verdict["culprits"])
+            self._end(OutcomeState.HUNG, verdict["cause"], verdict["step"], verdict["culprits"])
             # The first one to leave ends the others where a scheduler or launcher sees to that: let them write first.
             until = time.monotonic() + 3 * self.interval + 1
             living = self.world - len(verdict["silent"])
-            while time.monotonic() < until and len(list(self._run.folder("logs").glob("end.rank-*.json"))) < living:
+            while time.monotonic() < until and len(self._run.end_paths()) < living:
                 time.sleep(min(0.5, self.interval))
         finally:
             sys.stderr.flush()
@@ -342,14 +343,14 @@ class Heartbeat:
                 continue
             assert self._run is not None
             assert self._end is not None
-            end = read_json(self._run.path / "logs" / f"end.rank-{rank:05d}.json")
-            if end is not None and end["state"] in ("finished", "interrupted"):
+            end = read_json(self._run.end_path(rank))
+            if end is not None and end["state"] in (OutcomeState.FINISHED, OutcomeState.INTERRUPTED):
                 continue
             cause = f"rank {rank} on {self._mine[0]}: process {pid} is gone"
             self._leaving.set()
             try:
                 log.error("%s", cause)
-                self._end("lost_peer", cause, self._said[1], [{"rank": rank, "host": self._mine[0]}])
+                self._end(OutcomeState.LOST_PEER, cause, self._said[1], [{"rank": rank, "host": self._mine[0]}])
             finally:
                 sys.stderr.flush()
                 os._exit(EXIT_STATUS)

@@ -20,7 +20,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from radhpc.core import formats
 from radhpc.core.errors import UserError
+from radhpc.core.run_folder import step_of
 from radhpc.storage.checkpoint_storage import Bucket, Buffer, Folder, Storage
 from radhpc.storage.store import PART
 
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
     from radhpc.core.recipe import Recipe
     from radhpc.models.adapters import Tensors
 
-FORMAT = 1
 _STATE, _CURSOR, _MANIFEST, _MARKER = "state.safetensors", "cursor.json", "manifest.json", "COMMITTED"
 _FILES = (_MARKER, _MANIFEST, _CURSOR, _STATE)  # in the order of their deletion
 
@@ -52,7 +53,7 @@ class Cursor:
     data: tuple[str, ...]  # hashes of the manifests of this stage
     world: int  # ranks that wrote it
     engine: str
-    format: int = FORMAT
+    format: int = formats.CHECKPOINT
     origin: str = ""  # the run and the checkpoint that it was taken over from, if it was: lineage.py
 
 
@@ -118,7 +119,7 @@ class Checkpoints:
 
     def names(self) -> list[str]:
         """All of them, torn ones too, newest first."""
-        return sorted(self.storage.names(), key=lambda name: int(name.removeprefix("step-")), reverse=True)
+        return sorted(self.storage.names(), key=step_of, reverse=True)
 
     def committed(self) -> list[str]:
         """Those with a marker, newest first; whether it is true is not looked at."""
@@ -139,7 +140,8 @@ class Checkpoints:
         stage stays. Returns the names.
         """
         committed = self.committed()
-        torn = [name for name in self.names() if name not in committed and committed and name < committed[0]]
+        newest = step_of(committed[0]) if committed else -1
+        torn = [name for name in self.names() if name not in committed and step_of(name) < newest]
         old = [name for name in committed[keep:] if not self._ends_a_stage(name)]
         for name in old + torn:
             self.storage.remove(name, _FILES)
@@ -185,9 +187,9 @@ class Checkpoints:
 
     def cursor(self, name: str) -> Cursor:
         data = json.loads(self._read(name, _CURSOR))
-        if data.get("format") != FORMAT:
+        if data.get("format") != formats.CHECKPOINT:
             where = self.storage.where(name)
-            raise UserError(f"{where}: format {data.get('format')}, this version reads {FORMAT}")
+            raise UserError(f"{where}: format {data.get('format')}, this version reads {formats.CHECKPOINT}")
         return Cursor(**{**data, "lineage": tuple(data["lineage"]), "data": tuple(data["data"])})
 
     def tensors(self, name: str, moments: bool) -> "Tensors":

@@ -16,8 +16,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+
+from radhpc.core.compat_torch import TorchDispatchMode
 
 # Dense products in bf16 (T4, V100: fp16) with sums in float32, per second, as their makers say; the first that fits.
 PEAKS = (

@@ -39,7 +39,7 @@ from radhpc.engine.objective import Objective, random_state, set_random_state
 from radhpc.engine.sam import ascended
 from radhpc.models.adapters import Tensors, canonical
 from radhpc.models.layers import leave_casting_to_autocast, prepare_blocks
-from radhpc.models.lazy_loading import place
+from radhpc.models.lazy_loading import materialize
 
 _LOSS_SCALE = "engine/loss_scale"
 _BUCKET = 1 << 25  # numbers that go into one collective, from all ranks together
@@ -91,8 +91,8 @@ class Engine:
     def _lay_out(self, recipe: Recipe, blocks: tuple[type, ...]) -> None:
         """Bring the model to the devices."""
         sharded = self.ranks.world > 1 and not recipe.replicate
-        place(self.model, self.ranks, self.dtype, partial(_shard, blocks=blocks, ranks=self.ranks, dtype=self.dtype)
-              if sharded else None)  # fmt: skip
+        shard = partial(_shard, blocks=blocks, ranks=self.ranks, dtype=self.dtype) if sharded else None
+        materialize(self.model, self.ranks, self.dtype, shard)
         self._replicated = self.ranks.world > 1 and not sharded
         self._autocast: Any = contextlib.nullcontext()
         if not sharded and self.dtype != torch.float32:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from radhpc.core.errors import UserError
+from radhpc.core.protocol import Event
 from radhpc.core.recipe import Recipe, validate
 from radhpc.core.run_folder import RunFolder
 from radhpc.engine.checkpoint import Checkpoints
@@ -62,9 +63,9 @@ def take_over(run: RunFolder, first: int, origin: RunFolder) -> None:
         ours.save(theirs.tensors(name, moments=False), cursor)
     if (origin.path / "tokenizer").exists():
         shutil.copytree(origin.path / "tokenizer", run.path / "tokenizer")
-    ends = [event for event in origin.events("stage_finished", "taken_over") if event["number"] == first - 1]
+    ends = [event for event in origin.events(Event.STAGE_FINISHED, Event.TAKEN_OVER) if event["number"] == first - 1]
     run.record(
-        "taken_over",
+        Event.TAKEN_OVER,
         origin=str(origin.path),
         checkpoints=names,
         step=theirs.cursor(names[-1]).step,

@@ -42,11 +42,11 @@ class NextToken:
     def __init__(self, label_smoothing: float = 0.0) -> None:
         self.label_smoothing = label_smoothing
 
-    def __call__(self, model: nn.Module, batch: Batch, tally: token_loss.Tally | None = None) -> torch.Tensor:
+    def __call__(self, model: nn.Module, batch: Batch, grouped: token_loss.GroupedLoss | None = None) -> torch.Tensor:
         """The sum of the token losses, in float32: the caller divides by the tokens of the whole global batch."""
         inputs = {name: value for name, value in batch.items() if name not in TRUTH}
         smoothing = self.label_smoothing if torch.is_grad_enabled() else 0.0  # a loss is reported without
-        return token_loss.summed(model, inputs, batch["labels"], smoothing, tally)
+        return token_loss.summed_loss(model, inputs, batch["labels"], smoothing, grouped)
 
 
 class Objective:
@@ -92,17 +92,17 @@ class Objective:
                 stack.enter_context(self._fusion.prompted(prompt))
             terms = self._begun and (looking or torch.is_grad_enabled())
             heard = stack.enter_context(self._heads.listening(batch)) if self._heads is not None and terms else {}
-            tally = token_loss.Tally(batch["kinds"]) if terms and not looking and "kinds" in batch else None
-            loss = self._next_token(model, batch, tally)
+            grouped = token_loss.GroupedLoss(batch["kinds"]) if terms and not looking and "kinds" in batch else None
+            loss = self._next_token(model, batch, grouped)
             if looking:
                 assert self._looking is not None
                 self._looking.append(torch.stack([heard["image"], heard["text"]], dim=1).detach())
                 return loss
             if not terms:
                 return loss
-            if tally is not None:
-                tokens = (batch["labels"][:, 1:] != IGNORE).sum(1).double() @ tally.kinds.double()
-                found = torch.stack([tally.sums, tokens])
+            if grouped is not None:
+                tokens = (batch["labels"][:, 1:] != IGNORE).sum(1).double() @ grouped.groups.double()
+                found = torch.stack([grouped.sums, tokens])
                 self._kinds = found if self._kinds is None else self._kinds + found
             return self._sum(loss, batch, heard)
 

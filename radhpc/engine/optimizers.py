@@ -19,11 +19,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from radhpc.core.recipe import Optimizer
+from radhpc.models import compat_bitsandbytes
+from radhpc.models.compat_bitsandbytes import MOMENT_BLOCK
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SCALES = ("exp_avg_scales", "exp_avg_sq_scales")
-_BLOCK = 256  # numbers that share a scale, in bitsandbytes
-_NAMES = dict(zip(MOMENTS, (("state1", "qmap1", "absmax1"), ("state2", "qmap2", "absmax2")), strict=True))
+_NAMES = dict(zip(MOMENTS, compat_bitsandbytes.MOMENTS, strict=True))
 
 
 class Parts(torch.optim.Optimizer):
@@ -113,15 +114,7 @@ def set_moments(
     part = optimizer.part(parameter)
     if not part.numel():
         return
-    inner: Any = optimizer.inner
-    if not inner.initialized:
-        inner.check_overrides()
-        inner.to_gpu()
-        inner.initialized = True
-    group = next(n for n, g in enumerate(inner.param_groups) if any(p is part for p in g["params"]))
-    index = next(n for n, p in enumerate(inner.param_groups[group]["params"]) if p is part)
-    inner.init_state(inner.param_groups[group], part, group, index)
-    made = optimizer.state[part]
+    made = compat_bitsandbytes.initialize_state(optimizer.inner, part)
     made["step"] = steps
     for name, scales in zip(MOMENTS, SCALES, strict=True):
         state_name, codes, absmax = _NAMES[name]
@@ -143,7 +136,7 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
 
 def _blocks(values: torch.Tensor, count: int) -> torch.Tensor:
     """(count, 256), the last block filled up with zeros."""
-    return nn.functional.pad(values, (0, count * _BLOCK - values.numel())).view(count, _BLOCK)
+    return nn.functional.pad(values, (0, count * MOMENT_BLOCK - values.numel())).view(count, MOMENT_BLOCK)
 
 
 def _dequantised(codes: torch.Tensor, table: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,7 @@ from radhpc.distributed.ranks import Ranks
 from radhpc.engine import optimizers
 from radhpc.engine.fsdp import Engine, groups
 from radhpc.models.adapters import Tensors
-from radhpc.models.lazy_loading import place
+from radhpc.models.lazy_loading import materialize
 
 COLLECTIVES = (
     "all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor", "broadcast", "all_gather",
@@ -54,7 +54,7 @@ class ZeroEngine(Engine):
         self._lockstep = recipe.zero.stage == 3
         self._values: dict[nn.Parameter, torch.Tensor] = {}  # flat, in float32, until ZeRO has copied them
         self._zero: Any = None  # once it has started
-        place(self.model, self.ranks, self.dtype, None, self._placed)
+        materialize(self.model, self.ranks, self.dtype, None, self._placed)
 
     def _placed(self, parameter: nn.Parameter) -> None:
         """As soon as a parameter has its values: in stage 3 keep this rank's part alone."""

@@ -14,6 +14,7 @@ from typing import Any
 from radhpc.core.errors import UserError
 from radhpc.core.files import read_json
 from radhpc.core.log import Bar
+from radhpc.core.protocol import Event
 from radhpc.core.recipe import Evaluation
 from radhpc.core.run_folder import EVALUATION, RunFolder
 from radhpc.data.source import Source
@@ -53,7 +54,7 @@ def work(job: RunFolder, ranks: Ranks, stop: Stop) -> int:
             now = time.monotonic()
             if ranks.first and now - recorded[0] > PROGRESS:
                 recorded[0] = now
-                job.record("saved", step=done)  # reports, which slurm.requeue takes for progress
+                job.record(Event.SAVED, step=done)  # reports, which slurm.requeue takes for progress
                 job.write_progress(stage="evaluate", step=done, steps=count, world=ranks.world)
 
         ranks.heart.beat("loading", slow=True)
@@ -81,7 +82,7 @@ def work(job: RunFolder, ranks: Ranks, stop: Stop) -> int:
         evaluate.write(folder, result, cursor.step, task["split"], comparison)
         report_page.write(folder, held_out)
         job.write_progress(stage="evaluate", step=count, steps=count, world=ranks.world)
-        run.record("evaluated", step=cursor.step, split=task["split"], samples=len(result.rows))
+        run.record(Event.EVALUATED, step=cursor.step, split=task["split"], samples=len(result.rows))
     return cursor.step
 
 

@@ -17,9 +17,10 @@ import peft
 import torch
 from torch import nn
 
+from radhpc.core.compat_torch import has_forward_hooks
 from radhpc.core.errors import UserError, first_line
 from radhpc.core.recipe import Lora, Stage
-from radhpc.models.lazy_loading import change
+from radhpc.models.lazy_loading import modify
 
 Tensors = dict[str, torch.Tensor]
 
@@ -76,7 +77,7 @@ def check(model: nn.Module, stages: Iterable[Stage]) -> None:
                 "allowed are linear layers"
             )
         for layer in plain:
-            if modules[layer]._forward_hooks:
+            if has_forward_hooks(modules[layer]):
                 raise UserError(
                     f"{where}: lora.targets also matches {layer}, whose output model.fusion or the objective reads; "
                     "name it in 'train' instead"
@@ -190,7 +191,7 @@ def merge(model: nn.Module, adapter: Adapter) -> None:
     """
     weights = dict(model.named_parameters())
     for layer in adapter.layers():
-        change(weights[f"{layer}.weight"], partial(_merged, adapter, layer))
+        modify(weights[f"{layer}.weight"], partial(_merged, adapter, layer))
 
 
 def choose_trained(model: nn.Module, stage: Stage) -> None:
@@ -247,7 +248,7 @@ def _same(
 def _load(model: nn.Module, tensors: Tensors) -> None:
     parameters = {canonical(name): parameter for name, parameter in model.named_parameters()}
     for name, tensor in tensors.items():
-        change(parameters[name], partial(_copy, tensor))
+        modify(parameters[name], partial(_copy, tensor))
 
 
 def _copy(value: torch.Tensor, weight: torch.Tensor) -> None:

@@ -1,9 +1,9 @@
-"""The layers of a model one by one: which recompute their activations, and which are compiled.
+"""Prepare the layers of a model one by one: which recompute their activations, and which are compiled.
 
 Transformers recomputes a layer only if its class was written for it, and Mllama's vision layers were not: an image of
 four tiles then keeps 10.6 GB. And its switch makes the embeddings ask for gradients, so that a frozen vision tower
 builds the whole graph for nothing. Here a layer of any class gets a subclass of its own class that does no more than
-this. Enters: a model and the classes of its layers (radhpc.models.ModelFamily.blocks), before it is sharded.
+this. Enters: a model and the classes of its layers (radhpc.models.family.ModelFamily.blocks), before it is sharded.
 
     prepare_blocks(model, family.blocks, recompute=("vision", "text"))
 
@@ -11,7 +11,7 @@ A layer has a kind: "cross" if its class is of cross-attention, "vision" if its 
 """
 
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,10 +19,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from radhpc.core.errors import UserError
+from radhpc.models.class_extension import extend
 
 
 class _Prepared:
-    """Stands before a layer's own class."""
+    """Extend a layer's class: recompute it in the backward pass, or call what torch.compile() made of it."""
 
     training: bool
     recomputes = False
@@ -36,37 +37,30 @@ class _Prepared:
         return call(*arguments, **options)
 
 
-@cache
-def _class(original: type[nn.Module]) -> type[nn.Module]:
-    return type(original.__name__, (_Prepared, original), {"__module__": original.__module__})
-
-
 def prepare_blocks(
-    model: nn.Module, blocks: tuple[type, ...], recompute: bool | Sequence[str], compiled: bool = False
+    model: nn.Module, blocks: tuple[type[nn.Module], ...], recompute: bool | Sequence[str], compiled: bool = False
 ) -> None:
-    """Change the model's layers in place. Raises UserError for a kind that the model has not.
+    """Change the model's layers in place. Raises UserError for a kind of layer that the model does not have.
 
-    Recomputed are only layers in training, whose results and gradients stay the same bit for bit. Compilation happens
+    Only layers in training are recomputed; their results and gradients stay the same bit for bit. Compilation happens
     at the first forward passes; lengths may vary without a new one.
     """
-    found = {name: module for name, module in model.named_modules() if isinstance(module, blocks)}
-    kinds = {kind(name, module) for name, module in found.items()}
-    wanted = kinds if recompute is True else set(recompute or ())
-    for unknown in sorted(wanted - kinds):
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, blocks)}
+    kinds = {block_kind(name, layer) for name, layer in layers.items()}
+    requested = kinds if recompute is True else set(recompute or ())
+    for unknown in sorted(requested - kinds):
         raise UserError(
             f"model.checkpoint_activations: '{unknown}': this model's layers are {', '.join(sorted(kinds))}"
         )
-    for name, module in found.items():
-        recomputes = kind(name, module) in wanted
+    for name, layer in layers.items():
+        recomputes = block_kind(name, layer) in requested
         if not recomputes and not compiled:
             continue
-        inner = type(module).forward
-        if not isinstance(module, _Prepared):
-            module.__class__ = _class(type(module))
-        assert isinstance(module, _Prepared)
-        module.recomputes = recomputes
+        forward: Any = type(layer).forward
+        prepared = extend(layer, _Prepared)
+        prepared.recomputes = recomputes
         if compiled:
-            module.compiled = torch.compile(inner.__get__(module), dynamic=True)
+            prepared.compiled = torch.compile(forward.__get__(layer), dynamic=True)
 
 
 def leave_casting_to_autocast(model: nn.Module) -> None:
@@ -75,12 +69,13 @@ def leave_casting_to_autocast(model: nn.Module) -> None:
     """
     for module in model.modules():
         if hasattr(module, "cast_input_dtype_enabled"):
-            module.cast_input_dtype_enabled = False
+            adapted: Any = module
+            adapted.cast_input_dtype_enabled = False
 
 
-def kind(name: str, block: nn.Module) -> str:
-    """Of a layer by its name in the model and its class: "cross", "vision" or "text"."""
+def block_kind(name: str, block: nn.Module) -> str:
+    """Return the kind of a layer by its name in the model and its class: "cross", "vision" or "text"."""
     if "Cross" in type(block).__name__:
         return "cross"
-    of_vision = "Vision" in type(block).__name__ or any(part.startswith("vis") for part in name.split("."))
-    return "vision" if of_vision else "text"
+    is_vision = "Vision" in type(block).__name__ or any(part.startswith("vis") for part in name.split("."))
+    return "vision" if is_vision else "text"

@@ -8,7 +8,6 @@ FSDP2 shards and gathers it like any other, and never converts it:
     layer.weight                                       # (out * in / 2 / bytes of the type, 1)
 """
 
-import copy
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -17,8 +16,7 @@ import torch
 from torch import nn
 
 from radhpc.core.errors import UserError
-
-BLOCK = 64  # weights that share a scale; 256 scales share one more
+from radhpc.models import compat_bitsandbytes
 
 
 class Linear4bit(nn.Linear):
@@ -38,15 +36,7 @@ class Linear4bit(nn.Linear):
 
     def pack(self, weight: torch.Tensor, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         """Quantise (out, in), keep the scales, and give the packed numbers, of type `dtype`, for `weight`."""
-        from bitsandbytes.functional import quantize_4bit
-
-        packed, self.scales = quantize_4bit(
-            weight.to(device, torch.float32).contiguous(),
-            blocksize=BLOCK,
-            compress_statistics=True,
-            quant_type="nf4",
-            quant_storage=dtype,
-        )
+        packed, self.scales = compat_bitsandbytes.pack(weight.to(device, torch.float32), dtype)
         return packed
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -60,11 +50,7 @@ class Linear4bit(nn.Linear):
         """The weight (out, in), as the forward pass sees it."""
         if self.scales is None:  # a model without values, whose memory is foretold
             return self.weight.new_empty((self.out_features, self.in_features), dtype=dtype)
-        from bitsandbytes.functional import dequantize_4bit
-
-        scales = copy.copy(self.scales)
-        scales.dtype = dtype
-        return dequantize_4bit(self.weight.detach(), scales)
+        return compat_bitsandbytes.unpack(self.weight.detach(), self.scales, dtype)
 
 
 class _Product(torch.autograd.Function):

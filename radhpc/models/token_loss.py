@@ -1,4 +1,4 @@
-"""The cross-entropy of the supervised tokens, without the logits of all the others.
+"""Compute the cross-entropy of the supervised tokens without the logits of all the others.
 
 A prompt of 300 tokens and an answer of 60 need 60 rows of logits, and of 128,256 entries each they fill memory quickly:
 in float32 a text of 4,096 tokens takes 2.1 GB, and its gradient as much. Here the output head itself, in the one call
@@ -12,7 +12,6 @@ call, on all ranks alike. Sizes: B rows of S tokens, hidden states (B, S, D), N 
 """
 
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -22,67 +21,67 @@ from torch.utils.checkpoint import checkpoint
 
 from radhpc.core.batch import IGNORE
 from radhpc.distributed import host_staging
+from radhpc.models.class_extension import extend, own_class
 
-CHUNK = 128 << 20  # bytes of float32 logits that are there at a time
+CHUNK = 128 << 20  # bytes of float32 logits that exist at a time
 
 
-class Tally:
-    """Sums of the token losses by what each row is of, for people to look at: kinds (B, K) of 0 and 1 -> sums (K,)."""
+class GroupedLoss:
+    """Sum the token losses by the groups that each row is in, for people to look at: groups (B, K) of 0 and 1 -> sums
+    (K,).
+    """
 
-    def __init__(self, kinds: torch.Tensor) -> None:
-        self.kinds = kinds
-        self.sums = torch.zeros(kinds.shape[1], dtype=torch.float64, device=kinds.device)
+    def __init__(self, groups: torch.Tensor) -> None:
+        self.groups = groups
+        self.sums = torch.zeros(groups.shape[1], dtype=torch.float64, device=groups.device)
 
-    def add(self, each: torch.Tensor, rows: torch.Tensor) -> None:
-        """Losses of tokens, (N,), and the row of each, (N,)."""
+    def add(self, losses: torch.Tensor, rows: torch.Tensor) -> None:
+        """Add the losses of tokens, (N,), given the row of each, (N,)."""
         with torch.no_grad():
-            self.sums += each.double() @ self.kinds[rows].double()
+            self.sums += losses.double() @ self.groups[rows].double()
 
 
-def summed(
+def summed_loss(
     model: nn.Module,
     inputs: Mapping[str, Any],
     labels: torch.Tensor,
     smoothing: float = 0.0,
-    tally: Tally | None = None,
+    grouped: GroupedLoss | None = None,
 ) -> torch.Tensor:
-    """The sum over all supervised tokens of their negative log-likelihood, in float32. With `smoothing`, this part of
-    each target is spread evenly over all V entries (Szegedy et al., 2016).
+    """Return the sum over all supervised tokens of their negative log-likelihood, in float32. With `smoothing`, this
+    share of each target is spread evenly over all V entries (Szegedy et al., 2016).
 
     `labels`: (B, S), where a label's token is predicted from the position before it and IGNORE says that it is not.
-    The model's output head must see the hidden states of all positions, as transformers' models have it.
+    The model's output head must see the hidden states of all positions, as in transformers' models.
     """
-    head = output_head(model)
-    if not isinstance(head, _Told):
-        head.__class__ = _class(type(head))
-    assert isinstance(head, _Told)
-    head.labels, head.smoothing, head.tally = labels, smoothing, tally
+    head = extend(output_head(model), _LossHead)
+    head.labels, head.smoothing, head.grouped = labels, smoothing, grouped
     try:
         loss: torch.Tensor = model(**inputs, use_cache=False).logits
     finally:
-        head.labels = head.tally = None
+        head.labels = head.grouped = None
     assert loss.ndim == 0, "the model has not called its output head"
     return loss
 
 
 def output_head(model: nn.Module) -> nn.Module:
-    """The layer that makes logits of hidden states."""
-    named = getattr(model, "get_output_embeddings", None)
-    head = named() if named is not None else None
+    """Return the layer that makes logits of hidden states."""
+    getter: Any = getattr(model, "get_output_embeddings", None)
+    head = getter() if getter is not None else None
     if head is None:
-        found = [module for name, module in model.named_modules() if name.split(".")[-1] == "lm_head"]
-        assert len(found) == 1, "a family's model needs get_output_embeddings() or one layer called lm_head"
-        head = found[0]
+        heads = [module for name, module in model.named_modules() if name.split(".")[-1] == "lm_head"]
+        assert len(heads) == 1, "a family's model needs get_output_embeddings() or one layer called lm_head"
+        head = heads[0]
     assert isinstance(head, nn.Module)
     return head
 
 
-class _Told:
-    """Stands before the head's own class: with labels it gives the loss, without them logits as ever."""
+class _LossHead:
+    """Extend the output head's class: with labels it returns the loss, without them logits as before."""
 
     labels: torch.Tensor | None = None
     smoothing = 0.0
-    tally: Tally | None = None
+    grouped: GroupedLoss | None = None
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         own = super().forward  # type: ignore[misc]
@@ -96,43 +95,38 @@ class _Told:
         chosen = hidden.flatten(0, 1).index_select(0, index)
         targets = self.labels.flatten().index_select(0, index + 1)
         assert isinstance(self, nn.Module)
-        frozen = type(self).__bases__[1] is nn.Linear and not any(p.requires_grad for p in self.parameters())
+        linear = isinstance(self, nn.Linear) and own_class(self, _LossHead) is nn.Linear
+        frozen = linear and not any(p.requires_grad for p in self.parameters())
         if frozen and torch.is_grad_enabled() and chosen.requires_grad:
-            weight, kind = self.weight, hidden.device.type
-            if torch.is_autocast_enabled(kind):  # once, not for every chunk
-                weight = weight.to(torch.get_autocast_dtype(kind))
-            rows = _rows(weight.shape[0])
-            each = _Frozen.apply(  # type: ignore[no-untyped-call]
-                chosen, weight, self.bias, targets, rows, self.smoothing
-            )
-            return self._told(each, index, shown.shape[1])
-        rows = _rows(_entries(self))
-        if len(positions) <= rows:  # also none at all: a sharded weight wants its gradient
-            return self._told(_losses(own, chosen, targets, self.smoothing), index, shown.shape[1])
-        parts = []
+            assert isinstance(self, nn.Linear)
+            weight, device = self.weight, hidden.device.type
+            if torch.is_autocast_enabled(device):  # once, not for every chunk
+                weight = weight.to(torch.get_autocast_dtype(device))
+            rows = _rows_at_a_time(weight.shape[0])
+            losses: torch.Tensor = _FrozenHeadLoss.apply(chosen, weight, self.bias, targets, rows, self.smoothing)
+            return self._sum(losses, index, shown.shape[1])
+        rows = _rows_at_a_time(_vocabulary(self))
+        if len(positions) <= rows:  # also for no position at all: a sharded weight needs its gradient
+            return self._sum(_losses(own, chosen, targets, self.smoothing), index, shown.shape[1])
+        chunks = []
         for start in range(0, len(positions), rows):
-            part = (chosen[start : start + rows], targets[start : start + rows], self.smoothing)
-            parts.append(checkpoint(_losses, own, *part, use_reentrant=False))
-        return self._told(torch.cat(parts), index, shown.shape[1])
+            chunk = (chosen[start : start + rows], targets[start : start + rows], self.smoothing)
+            chunks.append(checkpoint(_losses, own, *chunk, use_reentrant=False))
+        return self._sum(torch.cat(chunks), index, shown.shape[1])
 
-    def _told(self, each: torch.Tensor, index: torch.Tensor, length: int) -> torch.Tensor:
-        """The sum of the losses of the tokens at these places of rows of this length."""
-        if self.tally is not None:
-            self.tally.add(each.detach(), index // length)
-        return each.sum()
-
-
-@cache
-def _class(original: type[nn.Module]) -> type[nn.Module]:
-    return type(original.__name__, (_Told, original), {"__module__": original.__module__})
+    def _sum(self, losses: torch.Tensor, index: torch.Tensor, length: int) -> torch.Tensor:
+        """Return the sum of the losses of the tokens at positions `index` of rows of a length."""
+        if self.grouped is not None:
+            self.grouped.add(losses.detach(), index // length)
+        return losses.sum()
 
 
-def _rows(entries: int) -> int:
+def _rows_at_a_time(entries: int) -> int:
     return max(1, CHUNK // (4 * entries))
 
 
-def _entries(head: nn.Module) -> int:
-    """V, or as good a guess as its parameters allow."""
+def _vocabulary(head: nn.Module) -> int:
+    """Return V, or as good a guess as the head's parameters allow."""
     return int(getattr(head, "out_features", 0)) or max(
         (parameter.shape[0] for parameter in head.parameters() if parameter.ndim == 2), default=1 << 17
     )
@@ -143,17 +137,17 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _losses(own: Any, hidden: torch.Tensor, targets: torch.Tensor, smoothing: float) -> torch.Tensor:
-    """Of each position, (N,)."""
+    """Return the loss of each position, (N,)."""
     logits = own(hidden)
     logits = logits.to(_wide(logits.dtype))
     return nn.functional.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
 
 
-class _Frozen(torch.autograd.Function):
-    """Softmax cross-entropy behind a linear layer that gets no gradient: dL/dh = (softmax(h W^T) - onehot) W."""
+class _FrozenHeadLoss(torch.autograd.Function):
+    """Softmax cross-entropy after a linear layer that gets no gradient: dL/dh = (softmax(h W^T) - onehot) W."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden: torch.Tensor,
         weight: torch.Tensor,
@@ -162,26 +156,26 @@ class _Frozen(torch.autograd.Function):
         rows: int,
         smoothing: float,
     ) -> torch.Tensor:
-        """hidden (N, D), weight (V, D), bias (V,), targets (N,) -> the loss of each, (N,)."""
+        """Return the loss of each position, (N,), of hidden (N, D), weight (V, D), bias (V,) and targets (N,)."""
         gradient = torch.empty_like(hidden, dtype=_wide(hidden.dtype))
-        lift = 1024.0 if weight.dtype == torch.float16 else 1.0  # most of softmax(...) is below what float16 can say
-        each = torch.empty(len(hidden), dtype=_wide(hidden.dtype), device=hidden.device)
+        lift = 1024.0 if weight.dtype == torch.float16 else 1.0  # most of softmax(...) is too small for float16
+        losses = torch.empty(len(hidden), dtype=_wide(hidden.dtype), device=hidden.device)
         for start in range(0, len(hidden), rows):
-            part, wanted = hidden[start : start + rows], targets[start : start + rows, None]
-            logits = nn.functional.linear(part, weight, bias)
+            chunk, target = hidden[start : start + rows], targets[start : start + rows, None]
+            logits = nn.functional.linear(chunk, weight, bias)
             logits = logits.to(_wide(logits.dtype))
             scale = logits.logsumexp(1, keepdim=True)
-            right = logits.gather(1, wanted)
+            correct = logits.gather(1, target)
             if smoothing:
-                right = right + smoothing * (logits.mean(1, keepdim=True) - right)
-            each[start : start + rows] = (scale - right).squeeze(1)
-            logits.sub_(scale).exp_().scatter_add_(1, wanted, torch.full_like(scale, smoothing - 1))
+                correct = correct + smoothing * (logits.mean(1, keepdim=True) - correct)
+            losses[start : start + rows] = (scale - correct).squeeze(1)
+            logits.sub_(scale).exp_().scatter_add_(1, target, torch.full_like(scale, smoothing - 1))
             if smoothing:
                 logits.sub_(smoothing / logits.shape[1])
             gradient[start : start + rows] = logits.mul_(lift).to(weight.dtype) @ weight
         ctx.save_for_backward(gradient.div_(lift))
         ctx.dtype = hidden.dtype
-        return each
+        return losses
 
     @staticmethod
     def backward(ctx: Any, *outward: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -22,9 +22,9 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from radhpc.core.batch import IGNORE, Batch
+from radhpc.core.compat_torch import FakeTensorMode, buffer_table, fake_store, parameter_table
 from radhpc.core.errors import UserError
 from radhpc.core.recipe import Recipe, Stage
 from radhpc.data.collate import NEIGHBOUR_WORDS, Encoded, Encoder, conversation
@@ -222,7 +222,7 @@ def _replace_tensors(model: nn.Module, mode: FakeTensorMode) -> None:
 
     keep = [*model.parameters(), *model.buffers()]  # so that no address comes twice
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
+        for tensors in (parameter_table(module), buffer_table(module)):
             for name, tensor in tensors.items():
                 if tensor is not None:
                     tensors[name] = fake(tensor)  # type: ignore[assignment]
@@ -262,9 +262,7 @@ def _pretended_group(world: int, deepspeed: bool) -> Iterator[None]:
     if world == 1 and not deepspeed:  # which wants one also for a single rank
         yield
         return
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    dist.init_process_group("fake", store=fake_store(), rank=0, world_size=world)
     try:
         yield
     finally:

@@ -13,10 +13,17 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map
+
+from radhpc.core.compat_torch import (
+    FakeTensor,
+    TorchDispatchMode,
+    is_value_request,
+    storage_key,
+    tree_iter,
+    tree_map,
+    unset_fake_temporarily,
+)
 
 SMALL = 1 << 12  # entries of a tensor whose values may still tell a shape
 
@@ -52,7 +59,7 @@ class Allocations(TorchDispatchMode):
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._made_up and func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+        if self._made_up and is_value_request(func) and isinstance(args[0], FakeTensor):
             kind = args[0].dtype
             return False if kind == torch.bool else 1.0 if kind.is_floating_point else 1
         if any(issubclass(kind, DTensor) for kind in types):
@@ -86,16 +93,18 @@ class Allocations(TorchDispatchMode):
 
     def _hold(self, tensor: torch.Tensor) -> None:
         storage = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
-        if storage._cdata not in self._held:
-            self._held[storage._cdata] = 0
-            weakref.finalize(storage, self._release, storage._cdata)
+        key = storage_key(storage)
+        if key not in self._held:
+            self._held[key] = 0
+            weakref.finalize(storage, self._release, key)
         self._measure(storage)
 
     def _measure(self, storage: torch.UntypedStorage) -> None:
-        if storage._cdata in self._held:
+        key = storage_key(storage)
+        if key in self._held:
             size = storage.nbytes()
-            self.now += size - self._held[storage._cdata]
-            self._held[storage._cdata] = size
+            self.now += size - self._held[key]
+            self._held[key] = size
             self.peak = max(self.peak, self.now)
 
     def _release(self, address: int) -> None:

@@ -34,6 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.utils import logging
 
+from radhpc.core.compat_torch import module_table
 from radhpc.core.errors import UserError
 from radhpc.core.resources import folder as folder_of
 from radhpc.data.collate import TRUTH
@@ -99,7 +100,7 @@ def export(parts: "Parts", out: Path, merge: bool = False, dtype: str | None = N
     _check_class(model, modules)
     kept = dtype or _dtype_of(parts)
     probe = Probe.of(parts, engine)
-    heads = model._modules.pop("heads", None)
+    heads = module_table(model).pop("heads", None)
     temporary = out.with_name(f".{out.name}.writing")
     shutil.rmtree(temporary, ignore_errors=True)
     try:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from radhpc.core.files import read_json
+from radhpc.core.run_folder import by_step
 
 if TYPE_CHECKING:
     from radhpc.engine.checkpoint import Cursor
@@ -148,7 +149,7 @@ def _data(parts: "Parts", cursor: "Cursor") -> str:
 
 
 def _scores(parts: "Parts") -> str:
-    folders = sorted((parts.run.path / "evaluation").glob("step-*"))
+    folders = sorted((parts.run.path / "evaluation").glob("step-*"), key=by_step)
     tables = [folder / "table.md" for folder in folders if (folder / "scores.json").exists()]
     if not tables:
         return "None: the run was not evaluated."

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from radhpc.core.board import Board
 from radhpc.core.errors import UserError
+from radhpc.core.protocol import Cause, Event
 from radhpc.distributed.grace_period import RESERVE, SAFETY, Longest, Plan, choose
 from radhpc.distributed.stop import CAUSES, Interrupted, Stop
 from radhpc.engine.checkpoint import Cursor, Dropped
@@ -60,7 +61,7 @@ class _Save(threading.Thread):
             pass
         except BaseException as error:  # for the main thread to raise
             self.problem = error
-            self._saving.stop.tell("save failed")
+            self._saving.stop.tell(Cause.SAVE_FAILED)
         finally:
             self._tensors = {}
 
@@ -72,7 +73,7 @@ class _Save(threading.Thread):
         saving.writing.add(seconds)
         times = {**self._times, "seconds": self._times["blocked_seconds"] + seconds}
         rounded = {name: round(value, 3) for name, value in times.items()}
-        parts.run.record("saved", step=cursor.step, stage=cursor.stage, bytes=size, **rounded)
+        parts.run.record(Event.SAVED, step=cursor.step, stage=cursor.stage, bytes=size, **rounded)
         if self.given_up.is_set():
             return  # it landed after all, and nobody listens any more
         saving.board.scalars(
@@ -102,7 +103,7 @@ class Saving:
     def expect(self, stage: int) -> None:
         """Take the estimates from what saves of this stage took in earlier lives."""
         if self.parts.ranks.first:
-            for event in self.parts.run.events("saved"):
+            for event in self.parts.run.events(Event.SAVED):
                 if event["stage"] == stage:
                     self.copying.add(event["copy_seconds"])
                     self.writing.add(event["seconds"] - event["blocked_seconds"])

@@ -13,6 +13,8 @@ import time
 
 import torch
 
+from radhpc.core.compat_torch import disable_duck_shapes
+from radhpc.core.protocol import Event
 from radhpc.core.recipe import Stage
 from radhpc.data.source import BadSample
 from radhpc.distributed.background import beside
@@ -27,10 +29,8 @@ def prepare(parts: Parts) -> None:
     if parts.recipe.model.compile:
         # torch would choose a place of its own.
         os.environ.setdefault(CACHE, str(parts.run.folder("compiled")))
-        from torch.fx.experimental import _config as symbolic
-
         # Else sizes that happen to be equal in the first batch are taken for one, and the next batch compiles anew.
-        symbolic.use_duck_shape = False
+        disable_duck_shapes()
 
 
 def warm_up(parts: Parts, engine: Engine, stage: Stage) -> None:
@@ -55,7 +55,7 @@ def warm_up(parts: Parts, engine: Engine, stage: Stage) -> None:
     if engine.meter.able:
         _count(parts, engine, size)
     if ranks.first:
-        parts.run.record("compiled", stage=stage.name, seconds=round(time.perf_counter() - started, 1))
+        parts.run.record(Event.COMPILED, stage=stage.name, seconds=round(time.perf_counter() - started, 1))
 
 
 def _count(parts: Parts, engine: Engine, size: int) -> None:

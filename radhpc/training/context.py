@@ -15,6 +15,7 @@ from PIL import Image
 
 from radhpc.core.errors import UserError
 from radhpc.core.files import read_json, write_atomically
+from radhpc.core.protocol import Event
 from radhpc.core.recipe import Recipe
 from radhpc.core.run_folder import RunFolder
 from radhpc.core.sample import Sample, Split
@@ -114,9 +115,9 @@ class Parts:
     def _check_library(self, number: int) -> None:
         path, name = self._library(number), self.recipe.stages[number].name
         found = sha256(path)
-        known = next((event for event in self.run.events("neighbours") if event["stage"] == name), None)
+        known = next((event for event in self.run.events(Event.NEIGHBOURS) if event["stage"] == name), None)
         if known is None:
-            self.run.record("neighbours", stage=name, sha256=found)
+            self.run.record(Event.NEIGHBOURS, stage=name, sha256=found)
         elif known["sha256"] != found:
             raise UserError(f"{path}: changed since stage '{name}' began; its prompts would be others: start a new run")
 

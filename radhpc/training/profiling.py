@@ -18,13 +18,13 @@ from typing import Any
 
 from radhpc.core.board import Board
 from radhpc.core.files import read_json, write_atomically
+from radhpc.core.protocol import TRACE_FOLDER, TRACE_REQUEST, Event
 from radhpc.core.run_folder import RunFolder
 from radhpc.distributed.ranks import Ranks
 from radhpc.training.loop import Position, Report
 
 log = logging.getLogger("radhpc")
 
-FOLDER, REQUEST = "profile", "request.json"
 STEPS = 10
 LISTED = 20  # operators
 _LAST_WORDS = 20.0  # seconds that the end of a stage waits for a trace that is being written
@@ -62,7 +62,7 @@ class Profiling:
             self._writer.join(_LAST_WORDS)
 
     def _asked(self) -> int | None:
-        path = self.run.path / FOLDER / REQUEST
+        path = self.run.path / TRACE_FOLDER / TRACE_REQUEST
         try:
             asked = read_json(path)
         except ValueError:
@@ -93,7 +93,7 @@ class Profiling:
         self._writer.start()
 
     def _write(self, profiler: Any, first: int, last: int | None) -> None:
-        folder = self.run.folder(FOLDER)
+        folder = self.run.folder(TRACE_FOLDER)
         trace = folder / f"step-{first:06d}.json.gz"
         temporary = folder / f".writing.{trace.name}"
         try:
@@ -103,7 +103,7 @@ class Profiling:
             operators = _longest(profiler, self.ranks.device.type == "cuda")
             told = {"first": first, "last": last, "trace": str(trace), "operators": operators}
             write_atomically(told_path(trace), json.dumps(told, indent=1).encode(), 0o600)
-            self.run.record("profiled", first=first, last=last, trace=trace.name)
+            self.run.record(Event.PROFILED, first=first, last=last, trace=trace.name)
             self.board.text(first, "profile/longest operators", table(operators))
         except Exception as error:  # a profile is never worth a run
             log.warning("the trace of step %d could not be written: %s", first, error)

@@ -8,6 +8,7 @@ compared each layer's weights by then; this also finds what was never saved, or 
 import math
 
 from radhpc.core.errors import UserError
+from radhpc.core.protocol import Event
 from radhpc.data.source import BadSample
 from radhpc.engine.fsdp import Engine
 from radhpc.training.context import Parts
@@ -40,7 +41,9 @@ def check(parts: Parts, engine: Engine, number: int) -> None:
     before, stage = recipe.stages[number - 1], recipe.stages[number]
     if stage.adapters == "new":
         return
-    ends = [event for event in parts.run.events("stage_finished", "taken_over") if event["number"] == number - 1]
+    ends = [
+        event for event in parts.run.events(Event.STAGE_FINISHED, Event.TAKEN_OVER) if event["number"] == number - 1
+    ]
     then = parts.ranks.broadcast(ends[-1].get("loss") if ends else None)
     now = None if then is None else probe(parts, engine, number - 1)
     if then is None or now is None:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from radhpc.core.board import Board
+from radhpc.core.protocol import Event
 from radhpc.core.run_folder import RunFolder, node_name
 from radhpc.distributed.ranks import Ranks
 from radhpc.training.loop import Pace, Position, Report
@@ -77,9 +78,9 @@ class Stragglers:
     def _tell(self, position: Position, found: Slowest) -> None:
         """Once for a rank and life."""
         this_life = 0
-        events = self.run.events("started", "straggler")
+        events = self.run.events(Event.STARTED, Event.STRAGGLER)
         for n, event in enumerate(events):
-            this_life = n if event["event"] == "started" else this_life
+            this_life = n if event["event"] == Event.STARTED else this_life
         if any(event.get("rank") == found.rank for event in events[this_life:]):
             return
         line = (
@@ -87,8 +88,8 @@ class Stragglers:
             f"{found.ratio:.1f} times the median rank; of it {found.data_seconds:.3f} s standing still for data"
         )
         log.warning("%s", line)
-        self.board.event(position.step, "straggler", line)
+        self.board.event(position.step, Event.STRAGGLER, line)
         self.run.record(
-            "straggler", step=position.step, rank=found.rank, host=found.host, ratio=found.ratio,
+            Event.STRAGGLER, step=position.step, rank=found.rank, host=found.host, ratio=found.ratio,
             seconds=found.seconds, data_seconds=found.data_seconds,
         )  # fmt: skip

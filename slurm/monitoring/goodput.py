@@ -20,12 +20,8 @@ from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
-# How a life ends, as slurm.requeue, the ranks or `stop` record it, and what `status` calls a run that ended so.
-ENDS = {
-    "finished": "finished", "stopped": "stopped", "cancelled": "stopped", "failed": "failed", "crashed": "failed",
-    "interrupted": "stopped", "rank_lost": "failed", "preempted": "stopped", "time_limit": "stopped",
-    "hung": "failed", "node_lost": "failed", "gave_up": "failed", "pruned": "stopped",
-}  # fmt: skip
+from radhpc.core.protocol import LIFE_BEGINNINGS, LIFE_ENDS, Event
+
 _GROWS = {"start-up": "lost", "steps": "useful", "way out": "beside"}  # by what a life is doing
 Events = Sequence[dict[str, Any]]
 
@@ -97,17 +93,17 @@ def _lives(events: Events) -> list[Life]:
     inside = False
     for event in events:
         name, at = event["event"], seconds(event)
-        if name == "started":
+        if name == Event.STARTED:
             if found and not found[-1].came_back:
                 found[-1].came_back = inside
             found.append(Life(len(found) + 1, event.get("job", ""), event.get("world", 1), at, at))
             inside = True
-        elif name == "submitted":
+        elif name == Event.SUBMITTED:
             inside = False
         elif inside:
             found[-1].ended = max(found[-1].ended, at)
-            found[-1].came_back = name == "requeued" or (found[-1].came_back and name not in ENDS)
-            if name in ENDS:
+            found[-1].came_back = name == Event.REQUEUED or (found[-1].came_back and name not in LIFE_ENDS)
+            if name in LIFE_ENDS:
                 found[-1].cause = name
     return found
 
@@ -122,16 +118,16 @@ def account(events: Events, now: float | None = None) -> Account:
 
     A step that no checkpoint holds is lost once its life is over.
     """
-    marked = any(event["event"] == "first_step" for event in events)  # runs of an earlier release have none
+    marked = any(event["event"] == Event.FIRST_STEP for event in events)  # runs of an earlier release have none
     books = _Books()
     events = _one_start(events)
     books.account.lives = _lives(events)
     begun = iter(books.account.lives)
     for event in events:
-        if event["event"] == "started":
+        if event["event"] == Event.STARTED:
             books.close()
             books.open(next(begun), "start-up" if marked else "steps")
-        elif event["event"] == "submitted":
+        elif event["event"] == Event.SUBMITTED:
             books.close()
         elif books.life is not None:
             books.enter(event)
@@ -148,15 +144,15 @@ def _one_start(events: Events) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     opening: dict[str, Any] | None = None
     for event in events:
-        if event["event"] == "started" and opening is not None:
+        if event["event"] == Event.STARTED and opening is not None:
             opening["world"] = event.get("world", 1)
             opening = None
-        elif event["event"] in ("starting", "started"):
-            rows.append({**event, "event": "started"})
-            opening = rows[-1] if event["event"] == "starting" else None
+        elif event["event"] in LIFE_BEGINNINGS:
+            rows.append({**event, "event": Event.STARTED})
+            opening = rows[-1] if event["event"] == Event.STARTING else None
         else:
             rows.append(event)
-            opening = None if event["event"] in ("submitted", "requeued") else opening
+            opening = None if event["event"] in (Event.SUBMITTED, Event.REQUEUED) else opening
     return rows
 
 
@@ -189,26 +185,26 @@ class _Books:
 
     def enter(self, event: dict[str, Any]) -> None:
         name, at = event["event"], seconds(event)
-        if name == "resumed":
+        if name == Event.RESUMED:
             self.go_on_from(event["step"])
-        elif name == "first_step":
+        elif name == Event.FIRST_STEP:
             self.go_on_from(0)
             self.pass_until(at)
             self.mode = "steps"
-        elif name == "saved":
+        elif name == Event.SAVED:
             self.go_on_from(0)
             took = event.get("seconds", 0.0)
             self.pass_until(at - took)
             self.keep(event["step"])
             self.pass_beside(at - took + event.get("blocked_seconds", took))
-        elif name == "evaluated":
+        elif name == Event.EVALUATED:
             self.pass_until(at - event.get("seconds", 0.0))
             self.pass_beside(at)
-        elif name == "stage_finished":
+        elif name == Event.STAGE_FINISHED:
             self.pass_until(at)
             self.mode = "start-up"  # of the next stage
-        elif name in ENDS:
-            if name == "finished" or (self.mode == "steps" and event.get("step") == self.step):
+        elif name in LIFE_ENDS:
+            if name == Event.FINISHED or (self.mode == "steps" and event.get("step") == self.step):
                 self.mode = "way out"  # since the last checkpoint: it holds all steps
             self.pass_until(at)
             self.mode = "way out"

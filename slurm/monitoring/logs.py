@@ -17,6 +17,7 @@ from rich.text import Text
 
 from radhpc.core.errors import UserError
 from radhpc.core.files import read_json
+from radhpc.core.protocol import JOB_BEGINNINGS, LIFE_BEGINNINGS, Event, OutcomeState
 from radhpc.core.run_folder import RunFolder, now
 from slurm import scheduler
 
@@ -29,7 +30,8 @@ _ECHO = re.compile(
 )
 _TELLING = re.compile(r"error|cannot|not found|no such|denied|killed|oom|fatal|exception", re.IGNORECASE)
 _SCRIPT = re.compile(r"^\S*slurm_script: line \d+: ")
-_CULPRITS = ("mistake", "crashed", "hung", "lost_peer")  # the first of these is the cause, the others follow from it
+# The first of these is the cause, the others follow from it.
+_CULPRITS = (OutcomeState.MISTAKE, OutcomeState.CRASHED, OutcomeState.HUNG, OutcomeState.LOST_PEER)
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def files(run: RunFolder, job: str | None = None) -> list[Log]:
         match = re.fullmatch(r"(\d+(?:_\d+)?)_(\d+)_log\.(out|err)", path.name)
         if match and job in (None, match[1]):
             found.append(Log(path, match[1], int(match[2]), match[3]))
-    order = {event["job"]: number for number, event in enumerate(run.events("submitted"))} if job is None else {}
+    order = {event["job"]: number for number, event in enumerate(run.events(Event.SUBMITTED))} if job is None else {}
     return sorted(found, key=lambda log: (order.get(log.job, -1), log.job, log.rank, log.kind))
 
 
@@ -99,7 +101,7 @@ def _no_logs(run: RunFolder, rank: int | None) -> str:
 
 def _window(run: RunFolder, life: int) -> tuple[str, str]:
     """From when to when a life lasted, as the times of events: from its start until that of the next."""
-    starts = run.events("started")
+    starts = run.events(Event.STARTED)
     if life > len(starts):
         raise UserError(
             f"--life {life}: allowed are 1 to {len(starts)}" if starts else f"--life {life}: none has begun"
@@ -143,9 +145,9 @@ def _print_more(log: Log, console: Console, done: int) -> int:
 def first_error(run: RunFolder) -> list[Text]:
     """Of a run that failed: who failed first and how, and the traceback. Empty for one that did not."""
     last = run.events(
-        "submitted", "starting", "started", "requeued", "finished", "stopped", "cancelled", "preempted", "time_limit"
+        *JOB_BEGINNINGS, Event.FINISHED, Event.STOPPED, Event.CANCELLED, Event.PREEMPTED, Event.TIME_LIMIT
     )
-    if last and last[-1]["event"] not in ("submitted", "starting", "started"):
+    if last and last[-1]["event"] not in (Event.SUBMITTED, *LIFE_BEGINNINGS):
         return []
     end = culprit(run)
     job = run.job()
@@ -153,7 +155,7 @@ def first_error(run: RunFolder) -> list[Text]:
         words = (
             ""
             if job is None or scheduler.state(job)
-            else last_words(run, job["id"], first=last[-1]["event"] == "submitted" if last else True)
+            else last_words(run, job["id"], first=last[-1]["event"] == Event.SUBMITTED if last else True)
         )
         return [Text(words, style="bold red")] if words else []
     title = Text(f"rank {end['rank']} on {end['host']}: {end['cause']}", style="bold red")
@@ -162,10 +164,10 @@ def first_error(run: RunFolder) -> list[Text]:
 
 def culprit(run: RunFolder) -> dict[str, Any] | None:
     """What the rank left behind that ended the newest life by an error; its peers' errors follow from its own."""
-    starts = run.events("started")
+    starts = run.events(Event.STARTED)
     found = []
-    for path in (run.path / "logs").glob("end.rank-*.json"):
-        end, rank = read_json(path), int(path.stem.rpartition("-")[2])
+    for rank, path in run.end_paths().items():
+        end = read_json(path)
         if end and end["state"] in _CULPRITS and (not starts or rank < starts[-1]["world"]):
             found.append((_CULPRITS.index(end["state"]), path.stat().st_mtime, {**end, "rank": rank}))
     return min(found, key=lambda one: one[:2])[2] if found else None

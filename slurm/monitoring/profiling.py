@@ -9,17 +9,16 @@ from typing import Any
 
 from radhpc.core.errors import UserError
 from radhpc.core.files import read_json, write_atomically
+from radhpc.core.protocol import TRACE_FOLDER, TRACE_REQUEST
 from radhpc.core.run_folder import RunFolder
 from slurm import scheduler
-
-FOLDER, REQUEST = "profile", "request.json"
 
 
 def trace(run: RunFolder, steps: int, seconds: float) -> dict[str, Any]:
     """What the job says of the trace. Raises UserError where no job runs, or none came in time."""
     if scheduler.state(run.job()) != "RUNNING":
         raise UserError(f"{run.path}: no running job to trace")
-    request = run.folder(FOLDER) / REQUEST
+    request = run.folder(TRACE_FOLDER) / TRACE_REQUEST
     known = _told(run)
     write_atomically(request, json.dumps({"steps": steps}).encode(), 0o600)
     end = time.monotonic() + seconds
@@ -31,10 +30,10 @@ def trace(run: RunFolder, steps: int, seconds: float) -> dict[str, Any]:
             request.unlink(missing_ok=True)
             raise UserError(f"{run.path}: the job ended before it had made {steps} more steps")
         time.sleep(0.2)
-    found: dict[str, Any] = read_json(run.path / FOLDER / max(new)[1])
+    found: dict[str, Any] = read_json(run.path / TRACE_FOLDER / max(new)[1])
     return found
 
 
 def _told(run: RunFolder) -> set[tuple[int, str]]:
     """A step may be traced once more after a restart, so a file is known by its time, too."""
-    return {(path.stat().st_mtime_ns, path.name) for path in (run.path / FOLDER).glob("step-*.json")}
+    return {(path.stat().st_mtime_ns, path.name) for path in (run.path / TRACE_FOLDER).glob("step-*.json")}

@@ -15,20 +15,23 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from radhpc.core import formats
 from radhpc.core.files import read_json, write_atomically
-from radhpc.core.run_folder import RunFolder
+from radhpc.core.protocol import JOB_BEGINNINGS, LIFE_BEGINNINGS, LIFE_ENDS, Event, RunState
+from radhpc.core.run_folder import RunFolder, by_step
 from slurm import scheduler
 from slurm.monitoring import goodput, logs, pending_reasons
-from slurm.monitoring.goodput import ENDS, Account as Books, Life
+from slurm.monitoring.goodput import Account as Books, Life
 from slurm.scheduler import Found
 
 _WAITING = {"PENDING", "REQUEUED", "CONFIGURING", "REQUEUE_HOLD", "SPECIAL_EXIT"}
 # Causes that are named even where there were none.
-_RESTARTS = ("preempted", "time_limit", "node_lost", "rank_lost", "hung", "crashed")
+_RESTARTS = (
+    Event.PREEMPTED, Event.TIME_LIMIT, Event.NODE_LOST, Event.RANK_LOST, Event.HUNG, Event.CRASHED,
+)  # fmt: skip
 _THREADS = 16  # a shared file system answers slowly, and many questions at once
 _QUIET = 120.0  # seconds without a step after which a running job is said to make none, or twenty of its steps
-_BEGINNINGS = ("submitted", "starting", "started", "requeued")
-LIVING = ("pending", "running")
+LIVING = (RunState.PENDING, RunState.RUNNING)
 
 
 def status(run: RunFolder) -> dict[str, Any]:
@@ -42,7 +45,7 @@ class _Digest:
 
     key: str = ""  # of events.jsonl: inode, size, time of change
     newest: str = ""  # the last event's name
-    end: dict[str, Any] | None = None  # the last of ENDS
+    end: dict[str, Any] | None = None  # the last of LIFE_ENDS
     end_since: dict[str, Any] | None = None  # the same, since the job was last submitted, put back or started
     begun: str = ""  # the name of that beginning
     stepped: bool = False  # a step was made since then
@@ -54,19 +57,19 @@ class _Digest:
     def of(cls, key: str, run: RunFolder) -> "_Digest":
         events = _events(run)
         names = [event["event"] for event in events]
-        begun = max((n for n, name in enumerate(names) if name in _BEGINNINGS), default=-1)
+        begun = max((n for n, name in enumerate(names) if name in JOB_BEGINNINGS), default=-1)
 
-        def last(*names: str, since: int = 0) -> dict[str, Any] | None:
+        def last(*names: Event, since: int = 0) -> dict[str, Any] | None:
             return next((event for event in reversed(events[since:]) if event["event"] in names), None)
 
         return cls(
             key=key,
             newest=names[-1] if names else "",
-            end=last(*ENDS),
-            end_since=last(*ENDS, since=begun + 1),
+            end=last(*LIFE_ENDS),
+            end_since=last(*LIFE_ENDS, since=begun + 1),
             begun=names[begun] if begun >= 0 else "",
-            stepped="first_step" in names[begun + 1 :],
-            saved=last("saved"),
+            stepped=Event.FIRST_STEP in names[begun + 1 :],
+            saved=last(Event.SAVED),
             evaluation=_newest_evaluation(run),
             books=goodput.account(events),
         )
@@ -85,15 +88,13 @@ class _Digests:
     an older release's, is no error: then all events are read.
     """
 
-    VERSION = 1
-
     def __init__(self) -> None:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         self.path = home / "radhpc" / "status.json"
         self._stored: dict[str, Any] = {}
         with contextlib.suppress(OSError, ValueError, AttributeError):
             found = read_json(self.path) or {}
-            self._stored = found["runs"] if found.get("version") == self.VERSION else {}
+            self._stored = found["runs"] if found.get("version") == formats.STATUS_CACHE else {}
 
     def get(self, run: RunFolder, key: str) -> _Digest | None:
         data = self._stored.get(str(run.path))
@@ -107,7 +108,7 @@ class _Digests:
         if all(self._stored.get(path, {}).get("key") == digest.key for path, digest in new.items()):
             return
         kept = {path: data for path, data in self._stored.items() if path not in new and os.path.exists(path)}
-        data = {"version": self.VERSION, "runs": kept | {path: asdict(digest) for path, digest in new.items()}}
+        data = {"version": formats.STATUS_CACHE, "runs": kept | {path: asdict(digest) for path, digest in new.items()}}
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_atomically(self.path, json.dumps(data).encode(), 0o600)
@@ -164,13 +165,13 @@ class Statuses:
 
 def _has_finished(read: _Read) -> bool:
     """The scheduler need not be asked: after this event no life follows."""
-    return read.digest.newest == "finished" and "process_start" not in (read.job or {})
+    return read.digest.newest == Event.FINISHED and "process_start" not in (read.job or {})
 
 
 def _describe(read: _Read, found: Found, now: float) -> dict[str, Any]:
     progress = read.progress
     state, why = _state(read, found)
-    living = state == "running"
+    living = state == RunState.RUNNING
     books = read.digest.books.living(now) if living else read.digest.books
     lives = books.lives
     stepping = living and bool(lives) and progress.get("time", 0.0) >= lives[-1].started
@@ -185,7 +186,7 @@ def _describe(read: _Read, found: Found, now: float) -> dict[str, Any]:
         "state": state,
         "cause": "" if last is None else last.get("cause") or last.get("why") or last["event"],
         "why": why,
-        "starts_in_seconds": round(max(0.0, found.start - now)) if state == "pending" and found.start else None,
+        "starts_in_seconds": round(max(0.0, found.start - now)) if state == RunState.PENDING and found.start else None,
         "stage": progress.get("stage"),
         "step": progress.get("step", 0),
         "steps": progress.get("steps"),
@@ -206,35 +207,38 @@ def _describe(read: _Read, found: Found, now: float) -> dict[str, Any]:
     }
 
 
-def _state(read: _Read, found: Found) -> tuple[str, str]:
-    """pending, running, finished, stopped or failed, and why."""
+def _state(read: _Read, found: Found) -> tuple[RunState, str]:
+    """The state of a run and the reason."""
     if found.living:
         if found.state in _WAITING:
-            return "pending", pending_reasons.words(found.reason)
-        return "running", "" if found.state in ("RUNNING", "COMPLETING") else f"SLURM says {found.state.lower()}"
+            return RunState.PENDING, pending_reasons.words(found.reason)
+        return RunState.RUNNING, "" if found.state in ("RUNNING", "COMPLETING") else f"SLURM says {found.state.lower()}"
     if end := read.digest.end_since:
-        state = ENDS[end["event"]]
+        state = LIFE_ENDS[end["event"]]
         why = end.get("why") or end.get("cause") or end["event"]
-        return state, "" if state == "finished" else str(why).replace("_", " ")
-    started = read.digest.begun in ("starting", "started")
+        return state, "" if state == RunState.FINISHED else str(why).replace("_", " ")
+    started = read.digest.begun in LIFE_BEGINNINGS
     if found.problem:
-        return "running" if started else "pending", f"{found.problem}; this is what the run's own files say"
+        return (
+            RunState.RUNNING if started else RunState.PENDING,
+            f"{found.problem}; this is what the run's own files say",
+        )
     if read.job is None:
-        return "failed", "never submitted"
+        return RunState.FAILED, "never submitted"
     return _gone(read, found, started, read.digest.stepped)
 
 
-def _gone(read: _Read, found: Found, started: bool, stepped: bool) -> tuple[str, str]:
+def _gone(read: _Read, found: Found, started: bool, stepped: bool) -> tuple[RunState, str]:
     """The job is gone, and the run's events do not say why: the scheduler and the log may."""
     assert read.job is not None
     if found.state == "CANCELLED":
-        return "stopped", "cancelled while it ran" if started else "cancelled while it waited in the queue"
+        return RunState.STOPPED, "cancelled while it ran" if started else "cancelled while it waited in the queue"
     when = "" if stepped else "before its first step: " if started else "before it started: "
     said = [pending_reasons.words(found.reason)] if found.reason not in ("", "None") else []
     said += [found.status] if found.status else []
     if words := logs.last_words(read.run, read.job["id"], first=not started):
         said.append(words)
-    return "failed", when + (", ".join(said) or "its job is gone without a word; see 'radhpc logs'")
+    return RunState.FAILED, when + (", ".join(said) or "its job is gone without a word; see 'radhpc logs'")
 
 
 def _running(lives: list[Life], progress: dict[str, Any], now: float) -> str:
@@ -269,7 +273,7 @@ def _events(run: RunFolder) -> list[dict[str, Any]]:
 
 
 def _newest_evaluation(run: RunFolder) -> dict[str, Any] | None:
-    found = sorted((run.path / "evaluation").glob("step-*/scores.json"))
+    found = sorted((run.path / "evaluation").glob("step-*/scores.json"), key=lambda path: by_step(path.parent))
     if not found:
         return None
     scores = read_json(found[-1])

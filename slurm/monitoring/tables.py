@@ -13,6 +13,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from radhpc.core.protocol import RunState
+
 SHOWN = 20  # samples that were seen too often or never
 
 
@@ -164,14 +166,14 @@ class Runs:
 
 _FRAME = 8  # lines that are no row: around the head, below the table, the summary, the columns left out
 _STYLES = {
-    "running": "green",
-    "pending": "yellow",
-    "failed": "bold red",
-    "stopped": "magenta",
-    "finished": "blue",
+    RunState.RUNNING: "green",
+    RunState.PENDING: "yellow",
+    RunState.FAILED: "bold red",
+    RunState.STOPPED: "magenta",
+    RunState.FINISHED: "blue",
     "": "",
 }
-_ORDER = ("failed", "running", "pending", "stopped", "finished")
+_ORDER = (RunState.FAILED, RunState.RUNNING, RunState.PENDING, RunState.STOPPED, RunState.FINISHED)
 
 
 def _columns(results: Sequence[dict[str, Any]], longest: int, brief: bool) -> list[_Column]:
@@ -203,7 +205,7 @@ def line(result: dict[str, Any]) -> str:
     loss = "" if result["loss"] is None else f"loss {result['loss']:.3f}"
     saved = "" if result["checkpoint_step"] is None else f"saved at {result['checkpoint_step']:,}"
     left = f"{span(result['eta_seconds'])} left" if result["eta_seconds"] else ""
-    stage = f"stage {result['stage']}" if result["stage"] and result["state"] == "running" else ""
+    stage = f"stage {result['stage']}" if result["stage"] and result["state"] == RunState.RUNNING else ""
     parts = [stage, step, loss, saved, left, _restarts(result["restarts"], brief=False)]
     why = f": {result['why']}" if result["why"] else ""
     return ", ".join([f"{result['state']}{why}", *filter(None, parts)])
@@ -287,7 +289,7 @@ def _restarts(counts: dict[str, int], brief: bool) -> str:
 
 
 def _bar(result: dict[str, Any]) -> Text:
-    if result["state"] != "running" or not result["steps"]:
+    if result["state"] != RunState.RUNNING or not result["steps"]:
         return Text("")
     done = min(12, 12 * result["step"] // result["steps"])
     return Text.assemble(("━" * done, "green"), ("─" * (12 - done), "bright_black"))
@@ -372,7 +374,7 @@ def sweep(standing: dict[str, Any]) -> Iterator[RenderableType]:
     columns = ("trial", "state", standing["metric"], "step", *(_tail(key, keys) for key in keys))
     table = Table(*columns, title=title, title_justify="left", box=SIMPLE_HEAD)
     for trial in standing["trials"]:
-        why = f": {trial['why']}" if trial["state"] in ("failed", "missing") and trial["why"] else ""
+        why = f": {trial['why']}" if trial["state"] in (RunState.FAILED, RunState.MISSING) and trial["why"] else ""
         value = "" if trial["value"] is None else f"{trial['value']:.4f}"
         steps = f"{trial['step']}/{trial['steps'] or '?'}"
         labels = (_label(trial["labels"].get(key)) for key in keys)

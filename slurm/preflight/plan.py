@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from radhpc.core.errors import UserError
+from radhpc.core.protocol import Event
 from radhpc.core.run_folder import RunFolder
 from slurm.cluster import GPUS, Cluster, known_gpu
 from slurm.profile import Profile
@@ -140,7 +141,7 @@ def _rate(profile: Profile, like: RunFolder | None, stated: float | None) -> tup
     if like is None:
         return None, None
     rate = like.progress().get("samples_per_second")
-    started = like.events("started")
+    started = like.events(Event.STARTED)
     if not rate or not started:
         raise UserError(f"--like {like.path}: no samples/s there; name a run that has trained for a minute")
     world = int(started[-1]["world"])

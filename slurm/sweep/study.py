@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Any
 from radhpc.core import recipe as recipes
 from radhpc.core.errors import UserError, nearest
 from radhpc.core.files import read_json, write_atomically
+from radhpc.core.protocol import LIFE_ENDS, Event, RunState
 from radhpc.core.recipe import Recipe, read_yaml, validate
 from radhpc.core.run_folder import RunFolder
 from slurm import scheduler
-from slurm.monitoring.goodput import ENDS
 from slurm.sweep.definition import Scalar, Sweep
 
 if TYPE_CHECKING:
@@ -191,14 +191,14 @@ class Study:
         for step, value in values.items():
             if step not in frozen.intermediate_values:  # after a resume a step may be evaluated again
                 self._storage.set_trial_intermediate_value(frozen._trial_id, step, value)
-        ends = {event["event"] for event in RunFolder(self.run_path(number)).events("finished", "pruned")}
-        if "finished" in ends:
+        ends = {event["event"] for event in RunFolder(self.run_path(number)).events(Event.FINISHED, Event.PRUNED)}
+        if Event.FINISHED in ends:
             last = list(values.values())[-1] if values else math.nan
             if math.isnan(last):
                 study.tell(number, state=TrialState.FAIL, skip_if_finished=True)  # at its end, but without a score
             else:
                 study.tell(number, last, skip_if_finished=True)
-        elif "pruned" in ends:
+        elif Event.PRUNED in ends:
             study.tell(number, state=TrialState.PRUNED, skip_if_finished=True)
 
     def should_prune(self, number: int, step: int) -> bool:
@@ -229,7 +229,7 @@ class Study:
         frozen, living = self._optuna().get_trials(deepcopy=False), self.living()
         trials = [self._trial(number, frozen[number].params, living.get(number, "")) for number in range(len(frozen))]
         sign = -1 if self.sweep.maximizes else 1
-        order = {"finished": 0, "pruned": 2}
+        order = {RunState.FINISHED: 0, RunState.PRUNED: 2}
 
         def rank(trial: dict[str, Any]) -> tuple[float, ...]:
             if trial["value"] is None:
@@ -237,7 +237,9 @@ class Study:
             return order.get(trial["state"], 1), sign * trial["value"], trial["number"]
 
         trials.sort(key=rank)
-        best = next((trial for trial in trials if trial["state"] == "finished" and trial["value"] is not None), None)
+        best = next(
+            (trial for trial in trials if trial["state"] == RunState.FINISHED and trial["value"] is not None), None
+        )
         if best is not None:
             write_atomically(self.path / "best.yaml", Path(best["recipe"]).read_bytes())
         return {
@@ -269,26 +271,30 @@ class Study:
             "recipe": str(run.recipe_path) if run.recipe_path.exists() else None,
         }
 
-    def state(self, number: int, living: str) -> tuple[str, str]:
+    def state(self, number: int, living: str) -> tuple[RunState, str]:
         """(missing, pending, running, finished, pruned, stopped or failed, why); `living` as `living` says."""
         run = RunFolder(self.run_path(number))
         events = run.events() if run.path.exists() else []
         names = [event["event"] for event in events]
-        for end in ("finished", "pruned"):
+        for end in (Event.FINISHED, Event.PRUNED):
             if end in names:
-                return end, ""
+                return RunState(end), ""
         if living:
-            return ("pending" if living in ("PENDING", "REQUEUED", "CONFIGURING") else "running"), ""
+            waits = living in ("PENDING", "REQUEUED", "CONFIGURING")
+            return RunState.PENDING if waits else RunState.RUNNING, ""
         if not run.recipe_path.exists():
             job = self.given.get(run.path.name, {}).get("id")
-            return "missing", f"job {job} ended before it began; logs/{job}_0_log.err says why" if job else ""
-        last = next((event for event in reversed(events) if event["event"] in (*_ENDS, "submitted", "started")), None)
+            return RunState.MISSING, f"job {job} ended before it began; logs/{job}_0_log.err says why" if job else ""
+        last = next(
+            (event for event in reversed(events) if event["event"] in (*LIFE_ENDS, Event.SUBMITTED, Event.STARTED)),
+            None,
+        )
         if last is None:
-            return "missing", "its parameters are drawn, but no job was given to it"
-        if last["event"] not in _ENDS:
-            return "failed", "its job is gone without a word"
+            return RunState.MISSING, "its parameters are drawn, but no job was given to it"
+        if last["event"] not in LIFE_ENDS:
+            return RunState.FAILED, "its job is gone without a word"
         why = str(last.get("why") or last.get("cause") or last["event"])
-        return ("stopped" if last["event"] in _STOPPED else "failed"), why
+        return (RunState.STOPPED if last["event"] in _STOPPED else RunState.FAILED), why
 
     @property
     def given(self) -> dict[str, dict[str, Any]]:
@@ -316,8 +322,7 @@ class Study:
         return living
 
 
-_ENDS = tuple(ENDS)
-_STOPPED = tuple(name for name, state in ENDS.items() if state == "stopped")
+_STOPPED = tuple(name for name, state in LIFE_ENDS.items() if state == RunState.STOPPED)
 
 
 def is_sweep(path: Path) -> bool:
@@ -330,7 +335,7 @@ def scores(run: Path, metric: str, split: str) -> dict[int, float]:
     evaluations do not have.
     """
     found = {}
-    for path in sorted((run / "evaluation").glob("step-*/scores.json")):
+    for path in (run / "evaluation").glob("step-*/scores.json"):
         evaluation = read_json(path) if re.fullmatch(r"step-\d+", path.parent.name) else None
         if evaluation is None or evaluation["split"] != split:
             continue

@@ -5,10 +5,25 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+
+@pytest.fixture(scope="session")
+def old_checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The code of commit a0139ea, the last one with flat packages and `verbs/`.
+
+    git archive a0139ea radhpc slurm shards verbs launch.py recipes | gzip -9 -n > tests/data/a0139ea-code.tar.gz
+    """
+    from tests.conftest import ROOT
+
+    folder = tmp_path_factory.mktemp("a0139ea") / "checkout"
+    with tarfile.open(ROOT / "tests" / "data" / "a0139ea-code.tar.gz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from radhpc.core.errors import UserError, first_line, nearest
 from radhpc.core.recipe import Model
+from radhpc.models import compat_transformers
 from radhpc.models.family import Arrays, Load, Taps
 
 Inputs = Mapping[str, torch.Tensor]
@@ -162,7 +163,7 @@ class InText:
 
     def empty(self, make: Callable[[], Any]) -> Any:
         """The whole model that `make` makes, without values."""
-        self.config._attn_implementation = self.kernels
+        compat_transformers.set_attention(self.config, self.kernels)
         with torch.device("meta"):
             return self.finish(make())
 
@@ -268,7 +269,7 @@ def vision_model(folder: str | None, config: Any, kind: Any, attention: str, loa
     """Of class `kind`, from a folder that may hold more than that, or random."""
 
     def make() -> Any:
-        return kind._from_config(config, dtype=torch.float32, attn_implementation=attention)
+        return compat_transformers.from_config(kind, config, torch.float32, attention)
 
     if folder is None:
         return make()
@@ -278,10 +279,10 @@ def vision_model(folder: str | None, config: Any, kind: Any, attention: str, loa
 
 
 def values(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """Of a parameter that may be a promise (lazy_loading.py) the whole tensor, in float32."""
-    promise: Any = getattr(parameter, "promise", None)
-    whole: torch.Tensor = parameter.detach() if promise is None else promise.rows(0, len(parameter)).float()
-    return whole
+    """Return all values of a parameter that may be lazy (lazy_loading.py), in float32."""
+    source: Any = getattr(parameter, "lazy_weight", None)
+    tensor: torch.Tensor = parameter.detach() if source is None else source.rows(0, len(parameter)).float()
+    return tensor
 
 
 def encode_inside_forward(model: Any, parts: Callable[[torch.Tensor, Inputs], dict[str, list[int]]]) -> None:
@@ -291,15 +292,16 @@ def encode_inside_forward(model: Any, parts: Callable[[torch.Tensor, Inputs], di
     of inputs whose first axis are views it would repeat each view for itself, so that the beams of a study with two
     views would see (1, 1), (2, 2). `parts` tells how many entries of such inputs belong to each row.
     """
-    usual = model._expand_inputs_for_generation
 
-    def expand(expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **inputs: Any) -> Any:
-        counts = parts(input_ids, inputs) if expand_size > 1 else {}
-        kept = {name: inputs.pop(name) for name in counts}
-        ids, inputs = usual(expand_size, is_encoder_decoder, input_ids, **inputs)
-        for name, tensor in kept.items():
-            inputs[name] = torch.cat([row for row in tensor.split(counts[name]) for _ in range(expand_size)])
-        return ids, inputs
+    def wrap(usual: compat_transformers.Expand) -> compat_transformers.Expand:
+        def expand(expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **inputs: Any) -> Any:
+            counts = parts(input_ids, inputs) if expand_size > 1 else {}
+            kept = {name: inputs.pop(name) for name in counts}
+            ids, inputs = usual(expand_size, is_encoder_decoder, input_ids, **inputs)
+            for name, tensor in kept.items():
+                inputs[name] = torch.cat([row for row in tensor.split(counts[name]) for _ in range(expand_size)])
+            return ids, inputs
 
-    model._expand_inputs_for_generation = expand
-    model._supports_mm_encoder_outputs = lambda: False
+        return expand
+
+    compat_transformers.wrap_generation(model, wrap)

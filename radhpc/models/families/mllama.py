@@ -24,7 +24,7 @@ from transformers.models.mllama.processing_mllama import (
 
 from radhpc.core.errors import UserError, first_line
 from radhpc.core.recipe import Model
-from radhpc.models import image_processors
+from radhpc.models import compat_transformers, image_processors
 from radhpc.models.families import mllama_attention, mllama_tiles
 from radhpc.models.families.base import check_keys, keys_of, loaded, read_tokenizer
 from radhpc.models.family import Arrays, Load, Taps
@@ -106,7 +106,7 @@ class Family:
         if self._recipe.weights is not None:
             model = loaded(MllamaForConditionalGeneration, self._recipe.weights, "", self._recipe.attention)
         else:
-            self.config._attn_implementation = self._recipe.attention
+            compat_transformers.set_attention(self.config, self._recipe.attention)
             torch.manual_seed(seed)
             model = MllamaForConditionalGeneration(self.config)
             self._initialise(model)
@@ -120,7 +120,7 @@ class Family:
 
     def build_empty(self) -> torch.nn.Module:
         """The architecture alone, in float32 as build() gives it."""
-        self.config._attn_implementation = self._recipe.attention
+        compat_transformers.set_attention(self.config, self._recipe.attention)
         with torch.device("meta"):
             model = MllamaForConditionalGeneration(self.config)
         return self._attached(model)

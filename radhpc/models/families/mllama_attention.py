@@ -13,18 +13,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.models.mllama import modeling_mllama as upstream
 
-from radhpc.models import attention
+from radhpc.models import attention, compat_transformers
 from radhpc.models.attention import NAME, Segment, Segments
 
-_vision_before = upstream._prepare_aspect_ratio_attention_mask
-_cross_before = upstream._prepare_cross_attention_mask
+_upstream = compat_transformers.mllama_masks()
 
 
 def attach(model: Any) -> None:
     """Let a MllamaForConditionalGeneration whose implementation is "segments" find the values of its masks."""
-    if model.config._attn_implementation == NAME:
+    if compat_transformers.attention_of(model.config) == NAME:
         attention.watch(model.model, "attention_mask", "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask")
 
 
@@ -33,7 +31,8 @@ def _vision(
 ) -> torch.Tensor | Segments:
     """`aspect_ratio_mask`: (images, T), 1 for a real tile."""
     if not attention.watched():
-        return _vision_before(aspect_ratio_mask, num_patches, target_length, dtype)
+        mask: torch.Tensor | None = _upstream.vision(aspect_ratio_mask, num_patches, target_length, dtype)
+        return mask
     shown = attention.current("aspect_ratio_mask", aspect_ratio_mask)
     assert shown is not None
     tiles = shown.reshape(aspect_ratio_mask.shape).astype(bool)
@@ -59,8 +58,7 @@ def _cross(
     """`cross_attention_mask`: (rows, text, images, T), 1 where a text position sees a tile."""
     rows, length, images, tiles = cross_attention_mask.shape
     if not attention.watched() or length == 1:  # one more token over a cache
-        found: tuple[torch.Tensor, torch.Tensor] = _cross_before(cross_attention_mask, num_vision_tokens, dtype)
-        return found
+        return _upstream.cross(cross_attention_mask, num_vision_tokens, dtype)
     shown = attention.current("cross_attention_mask", cross_attention_mask)
     assert shown is not None
     sees = shown.reshape(rows, length, images * tiles).astype(bool)
@@ -82,5 +80,4 @@ def _cross(
     return mask, whole[:, None, :, None].to(dtype)
 
 
-upstream._prepare_aspect_ratio_attention_mask = _vision  # type: ignore[assignment]
-upstream._prepare_cross_attention_mask = _cross  # type: ignore[assignment]
+compat_transformers.replace_mllama_masks(compat_transformers.MllamaMasks(_vision, _cross))

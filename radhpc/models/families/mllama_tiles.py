@@ -21,11 +21,12 @@ from transformers.models.mllama.modeling_mllama import MllamaVisionModel
 
 from radhpc.models import attention
 from radhpc.models.attention import Segment
+from radhpc.models.class_extension import extend
 
 
 def attach(model: Any) -> None:
     """Let a MllamaForConditionalGeneration with the implementation "segments" pass over empty tiles."""
-    model.model.vision_model.__class__ = RealTiles
+    extend(model.model.vision_model, RealTiles)
 
 
 class RealTiles(MllamaVisionModel):

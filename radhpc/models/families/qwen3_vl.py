@@ -21,7 +21,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from radhpc.core.errors import UserError
 from radhpc.core.recipe import Model
-from radhpc.models import image_processors
+from radhpc.models import compat_transformers, image_processors
 from radhpc.models.families.base import Inputs, InText, loaded
 from radhpc.models.family import Arrays, Load
 from radhpc.models.image_processors import QwenImages
@@ -73,7 +73,7 @@ class Family(InText):
         if folder := self.recipe.folders.get("model"):
             return self.finish(loaded(Qwen3VLForConditionalGeneration, folder, "", self.kernels))
         torch.manual_seed(seed)
-        self.config._attn_implementation = self.kernels
+        compat_transformers.set_attention(self.config, self.kernels)
         return self.finish(Qwen3VLForConditionalGeneration(self.config))
 
     def build_empty(self) -> Any:

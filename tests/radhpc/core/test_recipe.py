@@ -23,7 +23,7 @@ def test_every_recipe_loads_and_survives_freezing(path: Path, tmp_path: Path) ->
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_opens_with_the_commands_that_run_it(path: Path) -> None:
     commands = [
-        line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#") and "launch.py" in line
+        line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#") and "radhpc " in line
     ]
     assert any(f"recipes/{path.name}" in command or "quickstart" in command for command in commands)
 

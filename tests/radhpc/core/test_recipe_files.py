@@ -28,7 +28,7 @@ def test_a_recipe_loads_and_opens_with_its_commands(name: str, tmp_path: Path) -
     frozen = tmp_path / "recipe.yaml"
     frozen.write_text(recipe.to_yaml())
     assert load(frozen) == recipe
-    said = re.findall(r"^#\s+python launch\.py (?:plan|train) (\S+)", path.read_text(), re.M)
+    said = re.findall(r"^#\s+radhpc (?:plan|train) (\S+)", path.read_text(), re.M)
     assert said
     assert set(said) == {f"recipes/{name}.yaml"}
 

@@ -11,7 +11,7 @@ from radhpc.core.errors import UserError
 from radhpc.core.recipe import Lora
 from radhpc.models import adapters, token_loss
 from radhpc.models.families.mllama import Family
-from radhpc.models.layers import kind, leave_casting_to_autocast, prepare_blocks
+from radhpc.models.layers import block_kind, leave_casting_to_autocast, prepare_blocks
 from tests.radhpc.models.test_attention import mixed_batch, mllama
 
 VISION, TEXT, CROSS = Family.blocks
@@ -98,7 +98,7 @@ def test_adapters_take_inputs_as_they_come() -> None:
 def test_kinds_and_what_a_layer_is_afterwards() -> None:
     model = mllama("segments")
     prepare_blocks(model, Family.blocks, ("vision",))
-    names = {kind(name, module) for name, module in model.named_modules() if isinstance(module, Family.blocks)}
+    names = {block_kind(name, module) for name, module in model.named_modules() if isinstance(module, Family.blocks)}
     assert names == {"text", "cross", "vision"}
     layer = model.model.vision_model.transformer.layers[0]
     assert isinstance(layer, VISION)
@@ -142,7 +142,7 @@ def test_compiled_layers_give_the_same_numbers_at_any_length(monkeypatch: pytest
     after = []
     for length in (12, 9, 11):
         for model in (compiled, plain):
-            token_loss.summed(model, {"input_ids": ids[:, :length]}, ids[:, :length]).backward()
+            token_loss.summed_loss(model, {"input_ids": ids[:, :length]}, ids[:, :length]).backward()
         after.append(len(traced))
     assert after[0] == after[2] > 0, "another length is not compiled anew"
     for ours, theirs in zip(compiled.parameters(), plain.parameters(), strict=True):

@@ -60,7 +60,7 @@ def test_loss_and_gradients_are_those_of_all_logits(monkeypatch: pytest.MonkeyPa
     model = prepared(head)
     wanted = plain(model, inputs, labels)
     theirs = gradients(model, wanted)
-    found = token_loss.summed(model, inputs, labels)
+    found = token_loss.summed_loss(model, inputs, labels)
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
     ours = gradients(model, found)
     assert ours.keys() == theirs.keys()
@@ -69,7 +69,7 @@ def test_loss_and_gradients_are_those_of_all_logits(monkeypatch: pytest.MonkeyPa
         torch.testing.assert_close(ours[name], gradient, rtol=1e-9, atol=1e-12)
     assert model(**inputs).logits.shape == (3, 40, 211), "without labels the head gives logits"
     with torch.no_grad():
-        torch.testing.assert_close(token_loss.summed(model, inputs, labels), wanted.detach(), rtol=1e-12, atol=0)
+        torch.testing.assert_close(token_loss.summed_loss(model, inputs, labels), wanted.detach(), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("head", ["frozen", "adapted"])
@@ -78,13 +78,13 @@ def test_losses_are_told_apart_by_what_their_rows_are_of(monkeypatch: pytest.Mon
     monkeypatch.setattr(token_loss, "CHUNK", 7 * 4 * 211)
     inputs, labels = batch()
     model = prepared(head)
-    tally = token_loss.Tally(torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 1.0], [0.0, 1.0, 0.0]]))
-    gradients(model, token_loss.summed(model, inputs, labels, tally=tally))
+    grouped = token_loss.GroupedLoss(torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 1.0], [0.0, 1.0, 0.0]]))
+    gradients(model, token_loss.summed_loss(model, inputs, labels, grouped=grouped))
     rows = [float(plain(model, {name: one[n : n + 1] for name, one in inputs.items()}, labels[n : n + 1]).detach())
             for n in range(2)]  # fmt: skip
-    assert tally.sums.tolist() == pytest.approx([rows[0], rows[1], sum(rows)])
-    token_loss.summed(model, inputs, labels)
-    assert tally.sums[2] == pytest.approx(sum(rows)), "the head has forgotten it"
+    assert grouped.sums.tolist() == pytest.approx([rows[0], rows[1], sum(rows)])
+    token_loss.summed_loss(model, inputs, labels)
+    assert grouped.sums[2] == pytest.approx(sum(rows)), "the head has forgotten it"
 
 
 @pytest.mark.parametrize("head", ["frozen", "trained"])
@@ -92,7 +92,7 @@ def test_nothing_supervised_is_a_zero_with_gradients(head: str) -> None:
     """All ranks must have the same gradients to exchange, also one that was given empty slots alone."""
     inputs, labels = batch()
     model = prepared(head)
-    loss = token_loss.summed(model, inputs, torch.full_like(labels, IGNORE))
+    loss = token_loss.summed_loss(model, inputs, torch.full_like(labels, IGNORE))
     assert float(loss.detach()) == 0
     found = gradients(model, loss)
     assert found.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -104,7 +104,7 @@ def test_bfloat16_is_as_near_as_the_plain_loss() -> None:
     model = prepared("frozen").float()
     exact = gradients(model, plain(model, inputs, labels))
     with torch.autocast("cpu", torch.bfloat16):
-        wanted, found = plain(model, inputs, labels), token_loss.summed(model, inputs, labels)
+        wanted, found = plain(model, inputs, labels), token_loss.summed_loss(model, inputs, labels)
     assert found.dtype == torch.float32
     assert float(found.detach()) == pytest.approx(float(wanted.detach()), rel=2e-3)
     name = "model.layers.0.mlp.up_proj.weight"
@@ -116,7 +116,7 @@ def test_labels_leave_the_head_when_the_model_fails() -> None:
     inputs, labels = batch()
     model = prepared("frozen")
     with pytest.raises(ValueError, match="input_ids"):
-        token_loss.summed(model, {"attention_mask": inputs["attention_mask"]}, labels)
+        token_loss.summed_loss(model, {"attention_mask": inputs["attention_mask"]}, labels)
     assert model(**inputs).logits.ndim == 3
 
 
@@ -138,7 +138,7 @@ def test_memory_stays_below_that_of_the_logits(head: str) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(token_loss, "CHUNK", 8 << 20)
-        chunked, everything = peak(token_loss.summed), peak(plain)
+        chunked, everything = peak(token_loss.summed_loss), peak(plain)
     print(f"{head}: {chunked:.0f} MB, plain {everything:.0f} MB")
     assert everything > 130
     assert chunked < 0.4 * everything

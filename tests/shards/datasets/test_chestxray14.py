@@ -16,7 +16,7 @@ from shards.datasets.reader import DatasetWarning, RawStudy
 from tests.shards.datasets.drawn import built, draw, listed
 from tests.shards.datasets.wheel import wheel
 
-pytestmark = [pytest.mark.timeout(60), pytest.mark.filterwarnings("ignore::shards.datasets.DatasetWarning")]
+pytestmark = [pytest.mark.timeout(60), pytest.mark.filterwarnings("ignore::shards.datasets.reader.DatasetWarning")]
 HEADER = (
     "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
     "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]"

@@ -20,7 +20,7 @@ from shards.datasets.reader import DatasetWarning, RawStudy
 from tests.shards.datasets.drawn import built, draw, listed
 from tests.shards.datasets.wheel import wheel
 
-pytestmark = [pytest.mark.timeout(60), pytest.mark.filterwarnings("ignore::shards.datasets.DatasetWarning")]
+pytestmark = [pytest.mark.timeout(60), pytest.mark.filterwarnings("ignore::shards.datasets.reader.DatasetWarning")]
 HEADER = ("Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", *CHEXPERT)
 SMALL = "CheXpert-v1.0-small"
 

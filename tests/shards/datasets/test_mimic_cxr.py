@@ -217,7 +217,7 @@ def test_dicom_end_to_end(tmp_path: Path) -> None:
 # --- tables
 
 
-@pytest.mark.filterwarnings("ignore:. studies have no labels:shards.datasets.DatasetWarning")
+@pytest.mark.filterwarnings("ignore:. studies have no labels:shards.datasets.reader.DatasetWarning")
 def test_views_stand_in_order_and_frontal_ones_can_be_chosen(jpg: Path) -> None:
     with pytest.warns(reader.DatasetWarning):
         studies = listed(jpg)
@@ -249,7 +249,7 @@ def rewritten(raw: Path, what: str, change: Any) -> None:
     write_csv(raw / f"{what}.csv", change(rows), packed=True)
 
 
-@pytest.mark.filterwarnings("ignore::shards.datasets.DatasetWarning")
+@pytest.mark.filterwarnings("ignore::shards.datasets.reader.DatasetWarning")
 @pytest.mark.parametrize(
     ("what", "change", "faults"),
     [
@@ -310,7 +310,7 @@ def test_missing_tables_are_named(jpg: Path) -> None:
 # --- reports
 
 
-@pytest.mark.filterwarnings("ignore::shards.datasets.DatasetWarning")
+@pytest.mark.filterwarnings("ignore::shards.datasets.reader.DatasetWarning")
 @pytest.mark.parametrize(
     "place",
     [
@@ -342,7 +342,7 @@ def test_reports_are_found_in_the_usual_places(tmp_path: Path, place: str) -> No
     assert not any(study.fault for study in studies.values())
 
 
-@pytest.mark.filterwarnings("ignore::shards.datasets.DatasetWarning")
+@pytest.mark.filterwarnings("ignore::shards.datasets.reader.DatasetWarning")
 def test_reports_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     windows = " FINAL REPORT\r\n INDICATION: Fall.\r\n \r\n Clear.\r\n"
     texts = {"50000001": " \n \n", "50000002": "CHEST FILM", "50000003": windows}
@@ -409,7 +409,7 @@ def test_a_partial_download_is_named_before_any_image_is_opened(jpg: Path, tmp_p
     assert "1 studies have no labels of chexpert" in result.warnings
 
 
-@pytest.mark.filterwarnings("ignore::shards.datasets.DatasetWarning")
+@pytest.mark.filterwarnings("ignore::shards.datasets.reader.DatasetWarning")
 def test_a_subset_is_one_of_groups_or_patients(jpg: Path) -> None:
     assert set(listed(jpg, subset="p10,p1100")) == {"50000001", "50000002", "50000003"}
     assert set(listed(jpg, subset="p1,p10")) == {"50000001", "50000002", "50000003", "50000004"}
@@ -420,7 +420,7 @@ def test_a_subset_is_one_of_groups_or_patients(jpg: Path) -> None:
         listed(jpg, subset="10")
 
 
-@pytest.mark.filterwarnings("ignore::shards.datasets.DatasetWarning")
+@pytest.mark.filterwarnings("ignore::shards.datasets.reader.DatasetWarning")
 def test_a_missing_study_or_image_is_a_skip_of_its_own(jpg: Path) -> None:
     folder = jpg / "files/p10/p10000032/s50000002"
     for path in folder.iterdir():

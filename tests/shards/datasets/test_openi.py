@@ -16,7 +16,7 @@ from shards.datasets.reader import DatasetWarning
 from tests.shards.datasets.drawn import built, draw, listed
 from tests.shards.datasets.wheel import wheel
 
-pytestmark = [pytest.mark.timeout(60), pytest.mark.filterwarnings("ignore::shards.datasets.DatasetWarning")]
+pytestmark = [pytest.mark.timeout(60), pytest.mark.filterwarnings("ignore::shards.datasets.reader.DatasetWarning")]
 NORMAL = {
     "COMPARISON": "None.", "INDICATION": "Positive TB test", "FINDINGS": "Heart < 50%.\n  No XXXX of an effusion.",
     "IMPRESSION": "Normal chest x-XXXX.",

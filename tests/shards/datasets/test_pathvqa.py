@@ -245,7 +245,7 @@ def test_unusable_records_are_named(values: dict[str, Any], fault: str, tmp_path
     ]
 
 
-@pytest.mark.filterwarnings("ignore::shards.datasets.DatasetWarning")
+@pytest.mark.filterwarnings("ignore::shards.datasets.reader.DatasetWarning")
 def test_what_is_missing_is_said_in_one_line(tmp_path: Path) -> None:
     assert "--raw is missing: the folder of PathVQA" in refusal("pathvqa", None)
     assert "no PathVQA there; looked for qas/train/train_qa.pkl, " in refusal("pathvqa", tmp_path)

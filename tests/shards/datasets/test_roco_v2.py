@@ -135,7 +135,7 @@ def test_whether_images_are_shared_is_known_before_the_build() -> None:
     assert kind.model_validate({"split": "official"}).shares_images
 
 
-@pytest.mark.filterwarnings("ignore::shards.datasets.DatasetWarning")
+@pytest.mark.filterwarnings("ignore::shards.datasets.reader.DatasetWarning")
 @pytest.mark.parametrize(("nested", "encoding", "key"), [(True, "utf-8", "ID"), (False, "utf-8-sig", "id")])
 def test_copies_say_the_same(nested: bool, encoding: str, key: str, tmp_path: Path) -> None:
     def said(raw: Path) -> list[Any]:
@@ -174,7 +174,7 @@ def test_commercial_licences_alone(tmp_path: Path) -> None:
         ("", False),
     ],
 )
-@pytest.mark.filterwarnings("ignore::shards.datasets.DatasetWarning")
+@pytest.mark.filterwarnings("ignore::shards.datasets.reader.DatasetWarning")
 def test_what_allows_commercial_use(attribution: str, commercial: bool, tmp_path: Path) -> None:
     raw = write(tmp_path)
     rows = [(full("test_000001"), "PMC1", attribution, "")]
@@ -182,7 +182,7 @@ def test_what_allows_commercial_use(attribution: str, commercial: bool, tmp_path
     assert bool(listed("roco_v2", raw, licenses="commercial")) == commercial
 
 
-@pytest.mark.filterwarnings("ignore::shards.datasets.DatasetWarning")
+@pytest.mark.filterwarnings("ignore::shards.datasets.reader.DatasetWarning")
 def test_without_licences_each_image_is_a_patient(tmp_path: Path) -> None:
     raw = write(tmp_path)
     (raw / "license_information.csv").unlink()
@@ -217,7 +217,7 @@ def test_without_concepts_or_names_of_them(tmp_path: Path) -> None:
     assert "ROCO v2: no test_concepts_manual.csv, so images of 'test' go without these labels" in told(caught)
 
 
-@pytest.mark.filterwarnings("ignore::shards.datasets.DatasetWarning")
+@pytest.mark.filterwarnings("ignore::shards.datasets.reader.DatasetWarning")
 def test_unusable_rows_are_named(tmp_path: Path) -> None:
     raw = write(tmp_path)
     lines = ["ID,Caption", "a.b c,Fine.", "b,", 'c," \n "', ",Text.", "d,one,two", "e\0,x", "../f,x", "a.b c,Again."]
@@ -238,7 +238,7 @@ def test_unusable_rows_are_named(tmp_path: Path) -> None:
     assert [skip["reason"] for skip in result.skipped if "line 10" in skip["name"]] == ["duplicate key"]
 
 
-@pytest.mark.filterwarnings("ignore::shards.datasets.DatasetWarning")
+@pytest.mark.filterwarnings("ignore::shards.datasets.reader.DatasetWarning")
 def test_what_is_missing_is_said_in_one_line(tmp_path: Path) -> None:
     assert "--raw is missing: the folder of ROCO v2" in refusal("roco_v2", None)
     assert "no ROCO v2 there; looked for train_captions.csv, valid_captions.csv" in refusal("roco_v2", tmp_path)
@@ -262,7 +262,7 @@ def test_what_is_missing_is_said_in_one_line(tmp_path: Path) -> None:
         assert [study.split for study in listed("roco_v2", tmp_path)] == ["test"]
 
 
-@pytest.mark.filterwarnings("ignore::shards.datasets.DatasetWarning")
+@pytest.mark.filterwarnings("ignore::shards.datasets.reader.DatasetWarning")
 def test_captions_are_not_held_in_memory(tmp_path: Path) -> None:
     (tmp_path / "train_images").mkdir()
     write_csv(tmp_path / "train_captions.csv", ("ID", "Caption"), [(f"{n}", "caption" * 1200) for n in range(400)])

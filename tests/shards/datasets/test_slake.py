@@ -137,7 +137,7 @@ def test_unusable_records_are_named(values: dict[str, Any], fault: str, tmp_path
     assert [(study.fault, study.name) for study in studies] == [(fault, "validate.json record 2")]
 
 
-@pytest.mark.filterwarnings("ignore::shards.datasets.DatasetWarning")
+@pytest.mark.filterwarnings("ignore::shards.datasets.reader.DatasetWarning")
 def test_what_is_missing_is_said_in_one_line(tmp_path: Path) -> None:
     assert "--raw is missing: the folder of SLAKE" in refusal("slake", None)
     assert "no SLAKE there; looked for train.json, validate.json" in refusal("slake", tmp_path)

@@ -106,7 +106,7 @@ def test_whether_images_are_shared_is_known_before_the_build() -> None:
     assert kind.model_validate({}).shares_images
 
 
-@pytest.mark.filterwarnings("ignore::shards.datasets.DatasetWarning")
+@pytest.mark.filterwarnings("ignore::shards.datasets.reader.DatasetWarning")
 def test_validation_takes_whole_images_out_of_train(tmp_path: Path) -> None:
     rows = [record(n, f"synpic{n % 40}.jpg", "test_para" if n % 3 == 0 else "para") for n in range(160)]
     raw = write(tmp_path, rows)
@@ -145,7 +145,7 @@ def test_validation_takes_whole_images_out_of_train(tmp_path: Path) -> None:
         ({"phrase_type": None}, "unknown phrase type"),
     ],
 )
-@pytest.mark.filterwarnings("ignore::shards.datasets.DatasetWarning")
+@pytest.mark.filterwarnings("ignore::shards.datasets.reader.DatasetWarning")
 def test_unusable_records_are_named(values: dict[str, Any], fault: str, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / TABLE).write_text(json.dumps([record(1, "a.jpg"), {**record(2, "b.jpg"), **values}]))
@@ -169,7 +169,7 @@ def test_a_question_that_comes_twice_is_left_out_once(tmp_path: Path) -> None:
     assert [skip["reason"] for skip in result.skipped] == ["duplicate key"]
 
 
-@pytest.mark.filterwarnings("ignore::shards.datasets.DatasetWarning")
+@pytest.mark.filterwarnings("ignore::shards.datasets.reader.DatasetWarning")
 def test_what_is_missing_is_said_in_one_line(tmp_path: Path) -> None:
     assert "--raw is missing" in refusal("vqa_rad", None)
     assert "no such file or folder" in refusal("vqa_rad", tmp_path / "nowhere")
