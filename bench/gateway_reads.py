@@ -20,7 +20,7 @@ from bench import corpus, report
 from bench.gateway import Gateway
 from bench.stream import SEED, STAGE, Pixels, Row
 from radhpc.core.recipe import Stream as StreamRecipe
-from radhpc.data.source import Raw, Source
+from radhpc.data.source import RawSample, Source
 from radhpc.data.stream import Stream
 from radhpc.storage.object_store import client
 from radhpc.storage.store import Store
@@ -35,7 +35,7 @@ EPOCHS = 4  # so that our first groups, which are small, weigh as little as in t
 class Unread(Pixels):
     """Samples as they are."""
 
-    def read(self, raw: Raw) -> Row:
+    def read(self, raw: RawSample) -> Row:
         return Row(raw.key, None, b"")
 
 

@@ -79,7 +79,7 @@ def measure(quick: bool) -> tuple[dict[str, float], dict[str, float]]:
         places = [0, *(int(total * part) // BATCH * BATCH for part in (0.1, 1 / 3, 0.5, 0.77, 0.999))]
 
         def first(cursor: int) -> None:
-            source.parts[0].store.close()
+            source.datasets[0].store.close()
             stream = Stream(source, Pixels(), stage, 0, RECIPE, SEED, cursor=cursor)
             next(iter(stream))
             stream.close()
@@ -106,7 +106,7 @@ def measure(quick: bool) -> tuple[dict[str, float], dict[str, float]]:
 
 def _memory(source: Source, stage: Stage) -> tuple[float, float]:
     stream = Stream(source, Unread(), stage.model_copy(update={"epochs": 1}), 0, RECIPE, SEED)
-    steps = stream.deal.steps
+    steps = stream.plan.steps
     seen = [_megabytes() for step in stream if step.number in (steps // 100, steps * 99 // 100)]
     stream.close()
     return seen[0], seen[1]

@@ -192,7 +192,7 @@ def panel(images: Sequence[Image.Image], texts: dict[str, str], height: int = 32
     return np.asarray(canvas)
 
 
-def beside(groups: dict[str, Sequence[Image.Image]], height: int = 512) -> Image.Image:
+def side_by_side(groups: dict[str, Sequence[Image.Image]], height: int = 512) -> Image.Image:
     """Draw groups of pictures beside each other under their titles, all of one height in pixels.
 
     Pixels of what is enlarged stay visible as squares: coarse is what the model sees.

@@ -1,6 +1,6 @@
 """Load parameters where they are trained, one tensor at a time: no rank holds a whole model on the host.
 
-Between context.py, which builds a model whose parameters are lazy, and fsdp.py, which shards them:
+Between engine_builder.py, which builds a model whose parameters are lazy, and fsdp.py, which shards them:
 
     model = build(family, recipe.model, seed)             # of a local folder: no value is read yet
     adapters.prepare(model, ...)                          # its changes to the base are noted on the lazy parameters
@@ -302,7 +302,7 @@ def _slice(tensor: torch.Tensor, first: int, last: int) -> torch.Tensor:
 
 def _fill(parameter: nn.Parameter, read: Callable[[int, int], torch.Tensor]) -> None:
     """Copy into a parameter the rows that this rank owns of it."""
-    rows, shard = shard_layout.mine(parameter), shard_layout.local(parameter)
+    rows, shard = shard_layout.local_rows(parameter), shard_layout.local_shard(parameter)
     if shard.numel():
         with torch.no_grad():
             shard.copy_(read(rows.start, rows.stop))

@@ -21,7 +21,7 @@ from transformers.generation.streamers import TextStreamer
 
 from radhpc.core.errors import UserError
 from radhpc.core.recipe import Evaluation
-from radhpc.data.collate import Encoder
+from radhpc.data.collate import StudyEncoder
 from radhpc.engine.fsdp import Engine
 
 
@@ -48,7 +48,7 @@ class Decoding:
 
 def answers(
     engine: Engine,
-    encoder: Encoder,
+    encoder: StudyEncoder,
     studies: Sequence[Sequence[Image.Image]],
     question: str | None,
     settings: Decoding,
@@ -62,7 +62,7 @@ def answers(
 
 
 def stream(
-    engine: Engine, encoder: Encoder, views: Sequence[Image.Image], question: str | None, settings: Decoding
+    engine: Engine, encoder: StudyEncoder, views: Sequence[Image.Image], question: str | None, settings: Decoding
 ) -> Iterator[str]:
     """The text of one study, piece by piece as it is written; several beams come as one piece, at the end.
 
@@ -108,7 +108,9 @@ class _GivenUp(Exception):
     """Nobody reads on."""
 
 
-def _generate(engine: Engine, encoder: Encoder, rows: Sequence[Any], settings: Decoding, **more: Any) -> torch.Tensor:
+def _generate(
+    engine: Engine, encoder: StudyEncoder, rows: Sequence[Any], settings: Decoding, **more: Any
+) -> torch.Tensor:
     """(rows, new tokens)."""
     torch.manual_seed(settings.seed)
     batch, evaluation = encoder.batch(rows, left=True), settings.evaluation

@@ -71,7 +71,7 @@ def test_curves_for_weights_and_biases_are_written_offline_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Read from the offline folder as `wandb sync` reads it; a second life is a second run of the same group."""
-    pytest.importorskip("wandb", reason="wandb is not installed: pip install 'radhpc[wandb]'")
+    pytest.importorskip("wandb", reason="wandb is not installed: see docs/offline.md, Extras")
     from radhpc.core.board import Curves
     from radhpc.core.recipe import Wandb
 

@@ -9,7 +9,7 @@ import torch
 
 from radhpc.core.errors import UserError
 from radhpc.core.recipe import Lora, Recipe, Stage, load
-from radhpc.data.collate import Batch, Encoder
+from radhpc.data.collate import Batch, StudyEncoder
 from radhpc.data.source import Source
 from radhpc.distributed.ranks import Ranks
 from radhpc.engine.fsdp import Engine
@@ -35,7 +35,7 @@ def kind(tmp_path_factory: pytest.TempPathFactory, recipe: Recipe) -> ModelFamil
 
 @pytest.fixture(scope="module")
 def batch(recipe: Recipe, kind: ModelFamily) -> Batch:
-    encoder, source = Encoder(kind, recipe.text), Source(recipe.shards, "train")
+    encoder, source = StudyEncoder(kind, recipe.text), Source(recipe.shards, "train")
     return encoder.batch([encoder.encode(*source.read(n)) for n in range(4)])
 
 
