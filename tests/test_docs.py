@@ -306,6 +306,8 @@ def test_every_page_stands_in_the_navigation() -> None:
 
 def test_pages_are_short() -> None:
     assert len(README.read_text().splitlines()) <= 130
+    for block in fences(README, "sh", "text"):  # what a terminal of 80 columns shows without breaking it
+        assert max(map(len, block.splitlines())) <= 80, block
     for page in PAGES:
         assert len(page.read_text().splitlines()) <= 250, page
 
