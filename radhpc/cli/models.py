@@ -15,7 +15,7 @@ from radhpc.core.log import Bar, console, start as start_log
 from slurm.monitoring import tables
 
 if TYPE_CHECKING:
-    from radhpc.core.recipe import Evaluation
+    from radhpc.core.recipe import EvaluationSettings
     from radhpc.core.run_folder import RunFolder
     from radhpc.training.context import RunContext
     from shards.images.encoding import ImageSettings
@@ -245,7 +245,7 @@ def export(
 
 
 def _check_evaluation(
-    run: "RunFolder", split: str, shards: list[str], settings: "Evaluation", against: Path | None
+    run: "RunFolder", split: str, shards: list[str], settings: "EvaluationSettings", against: Path | None
 ) -> tuple[str, str]:
     """Say here what would otherwise fail in the job. The name and the identity of the newest checkpoint."""
     from radhpc.core.manifest import Manifest
