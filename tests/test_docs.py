@@ -356,7 +356,7 @@ def test_the_installed_command_is_what_is_shown(path: Path) -> None:
 
 def test_paths_and_modules_in_the_pages_exist() -> None:
     groups = {"radhpc.families", "radhpc.datasets"}
-    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+    for page in PAGES:
         text = page.read_text(encoding="utf-8")
         for path in re.findall(r"(?<![\w/.])(?:radhpc|slurm|shards|bench|tests|recipes|containers)/[\w/]+\.\w+", text):
             assert (ROOT / path).exists(), f"{name_of(page)}: {path}"
