@@ -11,8 +11,8 @@ from radhpc.core.log import Bar, console
 from shards.datasets import registry
 
 if TYPE_CHECKING:
-    from shards.execution.pool import Run
-    from shards.settings import Result, Settings
+    from shards.execution.pool import TaskRunner
+    from shards.settings import BuildResult, BuildSettings
 
 
 @verb(
@@ -83,16 +83,16 @@ def build(
     texts.
     --balance clusters the reports and keeps a few of each cluster, all outliers, and all studies with rare labels.
     """
-    from shards.build import Settings
-    from shards.reports.tables import built
+    from shards.build import BuildSettings
+    from shards.reports.tables import build_lines
 
     if out is None:
-        from shards.reports.tables import options as options_of
+        from shards.reports.tables import options_table as options_of
 
         console.print(options_of(dataset), soft_wrap=True)
         raise typer.Exit(2)
     given: dict[str, Any] = {"workers": workers} if workers else {}
-    settings = Settings(
+    settings = BuildSettings(
         longest_side=longest_side,
         quality=quality,
         image_format=one_of("--format", image_format, ("jpeg", "png16", "jxl16")),
@@ -106,7 +106,7 @@ def build(
         **given,
     )
     result = build_shards(dataset, raw, out, pairs(options), settings, _array(on, jobs, out, settings))
-    say(built(result), as_json)
+    say(build_lines(result), as_json)
     made = {key: getattr(result, key) for key in ("url", "samples", "shards", "skipped", "seconds")}
     if balance:
         made["balanced"] = _balance(
@@ -134,7 +134,7 @@ def verify(
     """Check every shard against the manifest: sizes, checksums, members, keys, identifiers, and that no patient and no
     image is in two splits.
     """
-    from shards.reports.tables import verified
+    from shards.reports.tables import verification_lines
     from shards.verify import verify_all
 
     if repair and len(urls) > 1:
@@ -148,15 +148,20 @@ def verify(
             mended = repair_shards(urls[0], raw, report, workers, lambda done, total: bar.update(done, total=total))
         say(f"built again: {', '.join(mended)}", as_json)
         report = verify_all(urls)
-    say(verified(report), as_json)
+    say(verification_lines(report), as_json)
     faults = [vars(fault) for fault in report.faults]
     emit({"ok": report.ok, "shards": report.shards, "samples": report.samples, "faults": faults}, as_json)
     raise typer.Exit(0 if report.ok else 1)
 
 
 def build_shards(
-    dataset: str, raw: Path | None, out: str, options: dict[str, str], settings: "Settings", run: "Run | None" = None
-) -> "Result":
+    dataset: str,
+    raw: Path | None,
+    out: str,
+    options: dict[str, str],
+    settings: "BuildSettings",
+    run: "TaskRunner | None" = None,
+) -> "BuildResult":
     from shards.build import build as run_build
 
     with Bar("build", 1, unit="studies") as bar:
@@ -164,7 +169,7 @@ def build_shards(
         return run_build(dataset, raw, out, options, settings, progress, run)
 
 
-def _array(on: str, jobs: int, out: str, settings: "Settings") -> "Run | None":
+def _array(on: str, jobs: int, out: str, settings: "BuildSettings") -> "TaskRunner | None":
     """Return how a SLURM array builds the shards; None where this machine does."""
     from slurm import profile as profiles
 
@@ -173,21 +178,21 @@ def _array(on: str, jobs: int, out: str, settings: "Settings") -> "Run | None":
         return None
     from functools import partial
 
-    from shards.execution.output import Output
-    from shards.execution.pool import run_jobs
+    from shards.execution.output import BuildOutput
+    from shards.execution.pool import run_on_array
     from slurm import job_array
 
-    start = partial(job_array.submit, profile, Output(out, settings.work).work, "build")
-    return partial(run_jobs, start, jobs)
+    start = partial(job_array.submit, profile, BuildOutput(out, settings.work).work, "build")
+    return partial(run_on_array, start, jobs)
 
 
 def _balance(url: str, as_json: bool, **settings: Any) -> dict[str, Any]:
-    from shards.balance import Settings, balance
-    from shards.reports.tables import balanced
+    from shards.balance import BalanceSettings, balance
+    from shards.reports.tables import balance_line
 
     with Bar("balance", 1, unit="samples") as bar:
-        result = balance(url, Settings(**settings), lambda done, total, what: bar.update(done, what, total))
-    say(balanced(result), as_json)
+        result = balance(url, BalanceSettings(**settings), lambda done, total, what: bar.update(done, what, total))
+    say(balance_line(result), as_json)
     return {"url": result.url, "kept": result.kept, "dropped": result.dropped, "clusters": result.clusters}
 
 

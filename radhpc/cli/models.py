@@ -15,9 +15,10 @@ from radhpc.core.log import Bar, console, start as start_log
 from slurm.monitoring import tables
 
 if TYPE_CHECKING:
-    from radhpc.core.recipe import Evaluation
+    from radhpc.core.recipe import EvaluationSettings
     from radhpc.core.run_folder import RunFolder
-    from shards.images.pixels import Target
+    from radhpc.training.context import RunContext
+    from shards.images.encoding import ImageSettings
 
 
 @verb(
@@ -120,19 +121,19 @@ def generate(
     from shards import views
 
     run_folder, target = image_settings(run)
-    studies = views.studies(folder) if folder else {" ".join(map(str, image or [])): image or []}
-    told = views.answered(out, studies) if out else {}
+    studies = views.find_studies(folder) if folder else {" ".join(map(str, image or [])): image or []}
+    told = views.read_answers(out, studies) if out else {}
     if not folder:  # one broken image of one study: before the model is loaded
-        views.read_study("", next(iter(studies.values())), target)
-    parts = parts_of(run_folder.path)
+        views.load_study("", next(iter(studies.values())), target)
+    context = context_of(run_folder.path)
     from radhpc.serving.inference import Decoding
     from radhpc.serving.pipeline import Reader, Study
 
     changes = {"max_new_tokens": max_new_tokens, "beams": beams, "temperature": temperature, "top_p": top_p}
-    reader = Reader(parts, Decoding.of(parts.recipe.evaluation, **changes, seed=seed), retrieve)
+    reader = Reader(context, Decoding.of(context.recipe.evaluation, **changes, seed=seed), retrieve)
     if stream:
         ((name, paths),) = studies.items()
-        study = Study(name, *views.read_study(name, paths, target))
+        study = Study(name, *views.load_study(name, paths, target))
         ((neighbours, far),) = reader.near([study])
         for warning in [*reader.warnings(study), *far]:
             console.print(f"[yellow]warning[/] {warning}", soft_wrap=True)
@@ -149,7 +150,7 @@ def generate(
             some = []
             for name in waiting[start : start + batch]:
                 try:
-                    some.append(Study(name, *views.read_study(name, studies[name], target)))
+                    some.append(Study(name, *views.load_study(name, studies[name], target)))
                 except UserError as error:  # one of many: named, and left out
                     broken += 1
                     results.append({"name": name, "error": str(error)})
@@ -186,13 +187,15 @@ def demo(
     from shards import views
 
     run_folder, target = image_settings(run)
-    parts = parts_of(run_folder.path)
+    context = context_of(run_folder.path)
     from radhpc.serving.demo import Demo
     from radhpc.serving.inference import Decoding
     from radhpc.serving.pipeline import Reader
 
-    decoding = Decoding.of(parts.recipe.evaluation, max_new_tokens=max_new_tokens, beams=beams)
-    with Demo(Reader(parts, decoding, retrieve), lambda data, name: views.read_bytes(data, name, target), port) as page:
+    decoding = Decoding.of(context.recipe.evaluation, max_new_tokens=max_new_tokens, beams=beams)
+    with Demo(
+        Reader(context, decoding, retrieve), lambda data, name: views.load_view_bytes(data, name, target), port
+    ) as page:
         say(f"{page.url}\n{from_elsewhere(page.port)}\nCtrl-C ends it. Research use only, not for clinical use.", False)
         try:
             page.serve()
@@ -207,13 +210,16 @@ def index(
     as_json: Json = False,
 ) -> None:
     """Index the training studies by the model's vision features, for `generate --retrieve` and `demo`."""
-    parts, engine, cursor = _load(run)
+    context = context_of(run)
     from radhpc.serving.feature_index import build as build_index
+    from radhpc.training.engine_builder import restore_engine
+
+    engine, cursor = restore_engine(context)
 
     with Bar("index", 1, unit="studies") as bar:
-        made = build_index(parts, engine, cursor, samples, lambda done, total: bar.update(done, total=total))
-    say(f"{parts.run.path / 'index'}: {made.about['studies']} training studies at step {cursor.step}", as_json)
-    emit({"run": str(parts.run.path), **{key: made.about[key] for key in ("step", "studies", "left_out")}}, as_json)
+        made = build_index(context, engine, cursor, samples, lambda done, total: bar.update(done, total=total))
+    say(f"{context.run.path / 'index'}: {made.about['studies']} training studies at step {cursor.step}", as_json)
+    emit({"run": str(context.run.path), **{key: made.about[key] for key in ("step", "studies", "left_out")}}, as_json)
 
 
 @verb(MODELS, "radhpc export RUN --out my-model --merge --check")
@@ -237,22 +243,22 @@ def export(
     """
     if dtype is not None:
         one_of("--dtype", dtype, ("float32", "bfloat16", "float16"))
-    parts = parts_of(run)
+    context = context_of(run)
     from radhpc.serving import export as exports
 
     with contextlib.redirect_stdout(sys.stderr):  # libraries that saving imports, such as deepspeed, say something
-        written, probe = exports.export(parts, out.absolute(), merge, dtype)
+        written, probe = exports.export(context, out.absolute(), merge, dtype)
     what = {"model": "full weights", "adapter": f"an adapter for PEFT on {written.base}"}[written.kind]
     say(f"{written.out}: {what}, {written.parameters:,} parameters of step {written.step}; see README.md", as_json)
     difference = exports.check(written, probe) if check else None
     if difference is not None:
         say(f"plain transformers gives the same logits (they differ by {difference:.1g} of the largest)", as_json)
-    result = {"run": str(parts.run.path), **vars(written), "out": str(written.out), "difference": difference}
+    result = {"run": str(context.run.path), **vars(written), "out": str(written.out), "difference": difference}
     emit(result, as_json)
 
 
 def _check_evaluation(
-    run: "RunFolder", split: str, shards: list[str], settings: "Evaluation", against: Path | None
+    run: "RunFolder", split: str, shards: list[str], settings: "EvaluationSettings", against: Path | None
 ) -> tuple[str, str]:
     """Check here what would otherwise fail in the job. Return the name and the identity of the newest checkpoint."""
     from radhpc.core.manifest import Manifest
@@ -281,31 +287,25 @@ def _check_evaluation(
     return name, checkpoints.identity(name)
 
 
-def _load(path: Path) -> tuple[Any, Any, Any]:
-    """Load the context of a run and the model of its newest checkpoint into this process."""
-    parts = parts_of(path)
-    engine, cursor = parts.restored_engine()
-    return parts, engine, cursor
-
-
-def parts_of(path: Path) -> Any:
+def context_of(path: Path) -> "RunContext":
+    """Return the context of a run, for one rank in this process."""
     from radhpc.core.run_folder import RunFolder
 
     run = RunFolder.open(path)
     from radhpc.distributed.ranks import Ranks
-    from radhpc.training.context import Parts
+    from radhpc.training.context import open_context
 
     start_log()
-    return Parts(run, run.recipe(), Ranks())
+    return open_context(run, run.recipe(), Ranks())
 
 
-def image_settings(path: Path) -> tuple["RunFolder", "Target"]:
+def image_settings(path: Path) -> tuple["RunFolder", "ImageSettings"]:
     """Return the run and the size and format of the images that it was trained on."""
     from radhpc.core.manifest import Manifest
     from radhpc.core.run_folder import RunFolder
     from radhpc.storage.store import Store
-    from shards.images.pixels import Target
+    from shards.images.encoding import ImageSettings
 
     run = RunFolder.open(path)
     settings = Manifest.load(Store(next(iter(run.recipe().shards)))).build
-    return run, Target(settings["longest_side"], settings["quality"], settings.get("image_format", "jpeg"))
+    return run, ImageSettings(settings["longest_side"], settings["quality"], settings.get("image_format", "jpeg"))

@@ -32,14 +32,14 @@ def quickstart(
     """Draw phantom radiographs, build shards, train all stages, evaluate and write reports: on a CPU, in minutes."""
     from radhpc.core.files import read_json
     from radhpc.core.run_folder import by_step
-    from shards.build import Settings
+    from shards.build import BuildSettings
 
     started = time.perf_counter()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # on two threads so small a model takes a fifth longer
     path = run or new_run("quickstart")
     shards = path.with_name(path.name + "-shards")
     options = {"studies": str(studies), "two_views": "0.15", "size": "128"}
-    build_shards("phantom", None, str(shards), options, Settings(longest_side=112))
+    build_shards("phantom", None, str(shards), options, BuildSettings(longest_side=112))
     run_folder = start_run(Path("quickstart"), [f"shards=[{shards}]", *(overrides or [])], "inline", path)
     folder = max((run_folder.path / "evaluation").glob("step-*"), key=by_step)
     scores = read_json(folder / "scores.json")

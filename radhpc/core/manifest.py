@@ -9,7 +9,7 @@ last, so a folder with a manifest is a whole dataset. Example:
     for member in index.members(7): ...               # the eighth sample: shard, offset, length, crc32c
 
 A subset, such as <url>#balanced, is a second pair beside them: `balanced.json` and `balanced.npz` hold some of the
-samples of the same shards, and `subset_of` names the manifest that they were taken from. See shards/balance.py.
+samples of the same shards, and `subset_of` names the manifest that they were taken from. See shards/balance/.
 """
 
 import hashlib

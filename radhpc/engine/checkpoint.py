@@ -34,7 +34,7 @@ _STATE, _CURSOR, _MANIFEST, _MARKER = "state.safetensors", "cursor.json", "manif
 _FILES = (_MARKER, _MANIFEST, _CURSOR, _STATE)  # in the order of their deletion
 
 
-class Dropped(Exception):
+class SaveCancelled(Exception):
     """A save was given up before its commit; nothing of it is left."""
 
 
@@ -77,8 +77,8 @@ class Checkpoints:
         return cls(Folder(run / "checkpoints"))
 
     def save(self, tensors: "Tensors", cursor: Cursor, given_up: threading.Event | None = None) -> tuple[str, int]:
-        """Write and commit; the name and the bytes. Raises UserError, or Dropped soon after `given_up` is set. In both
-        cases, as after a kill, the checkpoint does not count.
+        """Write and commit; the name and the bytes. Raises UserError, or SaveCancelled soon after `given_up` is set. In
+        both cases, as after a kill, the checkpoint does not count.
         """
         name, storage = name_of(cursor.step), self.storage
         files: dict[str, dict[str, str | int]] = {}
@@ -90,7 +90,7 @@ class Checkpoints:
                 nonlocal size
                 for piece in pieces:
                     if given_up is not None and given_up.is_set():
-                        raise Dropped(name)
+                        raise SaveCancelled(name)
                     digest.update(piece)
                     size += len(piece)
                     yield piece

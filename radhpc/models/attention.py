@@ -31,7 +31,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from radhpc.distributed.host_staging import values
+from radhpc.distributed.host_staging import host_values
 
 log = logging.getLogger("radhpc")
 
@@ -230,13 +230,13 @@ def current(name: str, converted: torch.Tensor | None) -> npt.NDArray[Any] | Non
     """The values of a mask of the forward pass under way; `converted`: what has become of it since."""
     if converted is None:
         return None
-    return values(_masks[-1].get(name, converted) if _masks else converted)
+    return host_values(_masks[-1].get(name, converted) if _masks else converted)
 
 
 def current_of_shape(name: str, shape: tuple[int, ...]) -> npt.NDArray[Any] | None:
     """The values of a mask of the forward pass under way, if there is one of this shape."""
     found = _masks[-1].get(name) if _masks else None
-    return values(found) if found is not None and tuple(found.shape) == shape else None
+    return host_values(found) if found is not None and tuple(found.shape) == shape else None
 
 
 # Kernels

@@ -21,8 +21,8 @@ from slurm import frozen_code, profile as profiles, scheduler
 from slurm.compat_submitit import batch_script
 from slurm.submit import setup_lines, slurm_parameters
 from tests.conftest import ROOT
-from tests.radhpc.training.test_training import wait_for
 from tests.slurm.test_preemption import events, finish, step
+from tests.waiting import wait_for
 
 Launch = Callable[..., Any]
 QUICK = ["evaluation.every=null", "evaluation.samples=2", "checkpoint.every=100"]
