@@ -77,7 +77,7 @@ def attach(model: nn.Module, family: ModelFamily, recipe: Recipe, seed: int) -> 
     if recipe.model.fusion is not None:
         config: Any = model.config
         config.fusion = recipe.model.fusion.model_dump()  # it travels with the weights
-        hierarchical_fusion.attach(model, hierarchical_fusion.of(config).eval())
+        hierarchical_fusion.attach(model, hierarchical_fusion.from_config(config).eval())
     if recipe.heads:
         if not hasattr(family, "taps"):
             raise UserError(

@@ -30,7 +30,7 @@ from radhpc.models import image_processors
 from radhpc.models.families.base import InText, language_model, values, vision_model
 from radhpc.models.family import Arrays, Load
 from radhpc.models.image_processors import SwinImages
-from radhpc.models.portable.connector import Sasa
+from radhpc.models.portable.connector import SpatialSemanticAbstractor
 from radhpc.models.portable.study_processor import StudyProcessor
 from radhpc.models.portable.swin_llava import SwinQwen, build_connector, features_of
 
@@ -83,7 +83,7 @@ class Family(InText):
         if folders:
             torch.manual_seed(seed)  # however the parts were read
         connector = build_connector(config)
-        if isinstance(connector, Sasa):
+        if isinstance(connector, SpatialSemanticAbstractor):
             connector.set_concepts(self._concepts(values(language.get_input_embeddings().weight)))
         whole.model.vision_tower, whole.model.language_model = vision, language.model
         whole.model.multi_modal_projector, whole.lm_head = connector, language.lm_head

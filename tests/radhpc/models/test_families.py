@@ -21,7 +21,7 @@ from radhpc.core.run_folder import RunFolder, node_name
 from radhpc.core.sample import Report, Sample, View
 from radhpc.data.collate import Encoder
 from radhpc.models import family as models
-from radhpc.models.portable.connector import Abstractor, Sasa
+from radhpc.models.portable.connector import Abstractor, SpatialSemanticAbstractor
 from radhpc.models.tokenizer import train as train_tokenizer
 from tests.conftest import ROOT
 
@@ -330,9 +330,9 @@ def test_views_are_shown_as_they_went_in(built: Any, name: str) -> None:
 
 def test_sasa_has_the_published_size_and_hears_its_concepts() -> None:
     with torch.device("meta"):
-        assert round(sum(p.numel() for p in Sasa(1024, 1024, 64).parameters()) / 1e6, 1) == 32.6
+        assert round(sum(p.numel() for p in SpatialSemanticAbstractor(1024, 1024, 64).parameters()) / 1e6, 1) == 32.6
     torch.manual_seed(0)
-    sasa = Sasa(24, 16, latents=6, heads=2)
+    sasa = SpatialSemanticAbstractor(24, 16, latents=6, heads=2)
     others, embeddings = sasa.latents[4:].clone(), torch.randn(4, 16) / 80
     length = sasa.latents.norm(dim=1).mean()
     sasa.set_concepts(embeddings)
@@ -344,7 +344,7 @@ def test_sasa_has_the_published_size_and_hears_its_concepts() -> None:
 
 def test_a_connector_turns_features_into_as_many_tokens_as_it_says(tokenizer: str) -> None:
     features = torch.randn(2, 49, 24)
-    assert Sasa(24, 16, 6, heads=2)(features).shape == (2, 6, 16)
+    assert SpatialSemanticAbstractor(24, 16, 6, heads=2)(features).shape == (2, 6, 16)
     assert Abstractor(24, 16, 9, 49, inner=32)(features).shape == (2, 9, 16)
     recipe = short("swin_qwen", "none")
     for kind, tokens in (("sasa", 16), ("abstractor", 16), ("linear", 49)):
