@@ -84,7 +84,7 @@ class HierarchicalFusion(nn.Module):
     def forward(
         self, features: torch.Tensor, valid: torch.Tensor, prompt: torch.Tensor, prompt_mask: torch.Tensor
     ) -> torch.Tensor:
-        """Return what is added to the image tokens, (B, N, hidden), given features (B, N, states * vision), valid (B, N)
+        """Return what is added to the image tokens, (B, N, hidden), from features (B, N, states * vision), valid (B, N)
         of 0 and 1, prompt (B, S, hidden) and prompt_mask (B, S).
 
         Sets `measures`, each (B,): similarity, the mean cosine of each two levels' means; entropy of the attention to

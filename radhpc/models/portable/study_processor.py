@@ -55,7 +55,7 @@ class StudyProcessor(ProcessorMixin):
 
     def _means(self, studies: Sequence[Sequence[Any]]) -> tuple[dict[str, Any], list[list[int]]]:
         """Return pixel_values (B, V, 3, S, S) and image_sizes (B,), the number of views of each study, whose mean the
-        model takes; and the vectors of each study.
+        model takes; and how many vectors each study has.
         """
         each = [self.image_processor(images=views, return_tensors="pt")["pixel_values"] for views in studies]
         counts = torch.tensor([len(values) for values in each])
@@ -66,8 +66,8 @@ class StudyProcessor(ProcessorMixin):
         return {"pixel_values": values, "image_sizes": counts}, [[self.study_tokens]] * len(each)
 
     def _patches(self, studies: Sequence[Sequence[Any]]) -> tuple[dict[str, Any], list[list[int]]]:
-        """Return pixel_values (patches, ...) and image_grid_thw (views, 3) of all studies, concatenated; and the vectors
-        of each view.
+        """Return pixel_values (patches, ...) and image_grid_thw (views, 3) of all studies, concatenated; and how many
+        vectors each view has.
         """
         pixels = self.image_processor(images=[view for views in studies for view in views], return_tensors="pt")
         counts = iter((pixels["image_grid_thw"].prod(-1) // self.image_processor.merge_size**2).tolist())

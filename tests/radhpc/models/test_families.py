@@ -284,7 +284,7 @@ def test_swin_qwen_generates_what_its_forward_pass_says(built: Any) -> None:
 def test_a_studys_features_are_its_own(built: Any, name: str) -> None:
     """What the objective pools of a row does not depend on the other rows, their views and their padding."""
     family, model = built(name)
-    taps = family.taps(model)
+    points = family.feature_points(model)
     asked = Encoder(family, short(name, "none").text)
     rows = [
         asked.encode_prompt("a", None, [view(90, 70), view(60, 100, 1)]),
@@ -294,12 +294,12 @@ def test_a_studys_features_are_its_own(built: Any, name: str) -> None:
     def pooled(*some: Any) -> torch.Tensor:
         heard = []
         batch = asked.batch(list(some))
-        hook = taps.image.register_forward_hook(lambda module, given, output: heard.append(taps.pool(output, batch)))
+        hook = points.image.register_forward_hook(lambda _, __, output: heard.append(points.pool(output, batch)))
         with torch.no_grad():
             model(**{key: value for key, value in batch.items() if key != "labels"})
         hook.remove()
         (found,) = heard
-        assert found.shape == (len(some), taps.width)
+        assert found.shape == (len(some), points.width)
         return found  # type: ignore[no-any-return]
 
     together = pooled(*rows)
