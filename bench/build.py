@@ -30,10 +30,11 @@ from radhpc.core.sample import SPLITS
 from radhpc.storage.store import Store
 from shards.build import build
 from shards.datasets import padchest, phantom
-from shards.execution.writer import write
+from shards.execution.writer import write_shard
 from shards.images import png
-from shards.images.pixels import Target, encode, load
-from shards.settings import Settings
+from shards.images.decoding import load
+from shards.images.encoding import ImageSettings, encode
+from shards.settings import BuildSettings
 
 NOTES = """\
 whole path: read, decode, shrink, window, JPEG, fingerprint, crc32c, sha256, tar.
@@ -83,9 +84,9 @@ def main() -> None:
 BUILD = """if True:
     import sys
     from pathlib import Path
-    from shards.build import Settings, build
+    from shards.build import BuildSettings, build
 
-    build("padchest", Path(sys.argv[1]), sys.argv[2], {}, Settings(workers=2, shard_samples=100))
+    build("padchest", Path(sys.argv[1]), sys.argv[2], {}, BuildSettings(workers=2, shard_samples=100))
 """
 Measured = tuple[dict[str, float], dict[str, float]]  # ratios, figures
 
@@ -137,10 +138,10 @@ def _radiograph(path: Path, number: int, shape: tuple[int, int]) -> Path:
 def _ours(path: Path, paths: list[Path]) -> None:
     def samples() -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
         for n, source in enumerate(paths):
-            encoded = encode(load(source), Target())
+            encoded = encode(load(source), ImageSettings())
             yield f"bench-{n}", [("json", encoded.view.model_dump_json().encode()), ("0.jpg", encoded.data)]
 
-    write(path, samples())
+    write_shard(path, samples())
 
 
 def _peer(path: Path, paths: list[Path], at_full_size: bool) -> None:
@@ -170,7 +171,7 @@ def workers(folder: Path, size: Size) -> Measured:
     options = {"studies": str(size.studies), "size": str(size.drawn)}
 
     def run(count: int) -> None:
-        settings = Settings(workers=count, shard_samples=max(1, size.studies // 48), force=True)
+        settings = BuildSettings(workers=count, shard_samples=max(1, size.studies // 48), force=True)
         build("phantom", None, str(folder / f"by-{count}"), options | {"seed": str(next(seeds))}, settings)
 
     seeds = iter(range(1000))

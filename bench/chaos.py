@@ -299,7 +299,7 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[Path]:
 @contextlib.contextmanager
 def cluster(folder: Path, seed: int) -> Iterator[tuple[Cluster, str]]:
     """A SLURM, a store behind a proxy that does harm, a clock, a disk; and the URL of shards in that store."""
-    from shards.build import Settings, build
+    from shards.build import BuildSettings, build
     from tests.conftest import moto_server
     from tests.faults import Faults
 
@@ -311,7 +311,7 @@ def cluster(folder: Path, seed: int) -> Iterator[tuple[Cluster, str]]:
         faults = stack.enter_context(Faults("127.0.0.1", moto.port))
         stack.enter_context(mock.patch.dict(os.environ, {**moto.environment, "AWS_ENDPOINT_URL": faults.url}))
         url = f"{moto.bucket('chaos')}/shards"
-        settings = Settings(workers=1, longest_side=56, shard_samples=16, work=folder / "work")
+        settings = BuildSettings(workers=1, longest_side=56, shard_samples=16, work=folder / "work")
         build("phantom", None, url, {"studies": "60", "size": "96"}, settings, lambda done, total: None)
         disk = stack.enter_context(small_disk(folder / "disk", 400))
         stack.callback(box.down, folder / "box")

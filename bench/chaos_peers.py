@@ -200,13 +200,13 @@ class Data:
         from peft import LoraConfig, get_peft_model
 
         from radhpc.core.recipe import load
-        from radhpc.data.collate import Encoder
+        from radhpc.data.collate import StudyEncoder
         from radhpc.data.source import Source
         from radhpc.models import family as models
 
         recipe = load(folder / "recipe.yaml")
         family = models.family(recipe.model, str(folder / "tokenizer"))
-        self._encoder = Encoder(family, recipe.text, recipe.images)
+        self._encoder = StudyEncoder(family, recipe.text, recipe.images)
         torch.manual_seed(SEED)
         lora = LoraConfig(r=LORA["rank"], lora_alpha=LORA["alpha"], target_modules=LORA["targets"])
         self.model = get_peft_model(family.build(recipe.seed), lora)
@@ -349,11 +349,11 @@ def course(system: System, run: Path, preemptions: int) -> Course:
 
 def measure(folder: Path, steps: int, preemptions: int) -> tuple[dict[str, float], dict[str, float]]:
     """Ratios and figures."""
-    from shards.build import Settings, build
+    from shards.build import BuildSettings, build
     from tests.conftest import TINY_MODEL
 
     shards = folder / "shards"
-    settings = Settings(workers=1, longest_side=56, shard_samples=16, work=folder / "work")
+    settings = BuildSettings(workers=1, longest_side=56, shard_samples=16, work=folder / "work")
     build("phantom", None, str(shards), {"studies": "200", "size": "96"}, settings, lambda done, total: None)
     text = RECIPE.format(
         seed=SEED, shards=shards, model=TINY_MODEL, steps=steps, batch=BATCH, micro=BATCH // 2, lora=json.dumps(LORA),

@@ -18,8 +18,8 @@ import numpy.typing as npt
 from radhpc.core.files import write_atomically
 from radhpc.core.manifest import INDEX, MANIFEST, File, Manifest, Shard, sha256
 from radhpc.core.sample import SPLITS, Sample
-from shards.execution.assembly import join, part
-from shards.execution.writer import write
+from shards.execution.assembly import concatenate, index_of_shard
+from shards.execution.writer import write_shard
 
 SIDES = 224, 512  # pixels, the shortest and the longest
 QUALITY = 95  # of the JPEGs
@@ -41,11 +41,11 @@ def make(
     for first in range(0, samples, per_shard):
         numbers = range(first, min(first + per_shard, samples))
         described = [_sample(name, seed, number, rng, sides) for number in numbers]
-        shard, rows = write(folder / f"train-{len(shards):06d}.tar", _members(described, large, rng))
+        shard, rows = write_shard(folder / f"train-{len(shards):06d}.tar", _members(described, large, rng))
         assert shard is not None
-        parts.append(part(rows, [sample.patient for sample in described], "train", len(shards)))
+        parts.append(index_of_shard(rows, [sample.patient for sample in described], "train", len(shards)))
         shards.append(shard)
-    index = join(parts)
+    index = concatenate(parts)
     columns = index.to_bytes()
     write_atomically(folder / INDEX, columns)
     build = {"samples": samples, "per_shard": per_shard, "sides": list(sides), "seed": seed}

@@ -19,20 +19,21 @@ from radhpc.core.manifest import INDEX, MANIFEST, Index, Manifest
 from radhpc.core.sample import Split
 from shards import duplicates
 from shards.execution.assembly import assemble
-from shards.execution.output import ATTRIBUTION, Output
-from shards.execution.pool import Run
-from shards.execution.scheduler import Progress, build_shards
-from shards.execution.worker import LISTING, Done, Job, Task, read_record
-from shards.images.pixels import Target
-from shards.listing import Listing, Skip
-from shards.reports.card import CARD, SHEET, card, contact_sheet, pictures
-from shards.settings import Result, Settings
-from shards.source import hash_of, open_source
+from shards.execution.output import ATTRIBUTION, BuildOutput
+from shards.execution.pool import TaskRunner
+from shards.execution.scheduler import BuildProgress, build_shards
+from shards.execution.worker import LISTING, BuildContext, ShardRecord, ShardTask, read_record
+from shards.images.encoding import ImageSettings
+from shards.listing import Listing, SkippedStudy
+from shards.reports.card import CARD, render_card
+from shards.reports.contact_sheet import SHEET, contact_sheet, load_pictures
+from shards.settings import BuildResult, BuildSettings
+from shards.source import open_source, recipe_hash
 from shards.summary import Summary
 
-__all__ = ["Result", "Settings", "build"]
+__all__ = ["BuildResult", "BuildSettings", "build"]
 
-DEFAULTS = Settings()
+DEFAULTS = BuildSettings()
 
 
 def build(
@@ -40,10 +41,10 @@ def build(
     raw: Path | None,
     out: str,
     options: Mapping[str, str] | None = None,
-    settings: Settings = DEFAULTS,
-    progress: Progress = lambda done, total: None,
-    run: Run | None = None,
-) -> Result:
+    settings: BuildSettings = DEFAULTS,
+    progress: BuildProgress = lambda done, total: None,
+    run: TaskRunner | None = None,
+) -> BuildResult:
     """Build the shards of a raw archive. Raises UserError, and nothing half-written has a final name.
 
     `dataset` names the reader, `raw` the archive, `options` the reader's key=value options, `out` a folder or a URL;
@@ -53,20 +54,20 @@ def build(
     scrubbed: dict[str, int] = {}
     source = open_source(dataset, options or {})
     drop = source.duplicates(settings) == "drop"
-    output = Output(out, settings.work)
+    output = BuildOutput(out, settings.work)
     with output.hold():
         fresh = output.work / f"{LISTING}.new"
         told = source.list(raw, fresh, settings)
         with Listing(fresh) as listing:
             recipe = source.recipe(settings, listing.digest)
-            build_hash = hash_of(recipe)
+            build_hash = recipe_hash(recipe)
             manifest = output.earlier(recipe, build_hash, settings.force)
-            reused, skipped = manifest is not None, list[Skip]()
+            reused, skipped = manifest is not None, list[SkippedStudy]()
             if manifest is None:
                 _place_listing(output.work, listing.digest)
-                target = Target(settings.longest_side, settings.quality, settings.image_format)
-                job = Job(output.url, output.work, build_hash, target)
-                tasks = [Task(plan, job) for plan in listing.plans]
+                target = ImageSettings(settings.longest_side, settings.quality, settings.image_format)
+                job = BuildContext(output.url, output.work, build_hash, target)
+                tasks = [ShardTask(plan, job) for plan in listing.plans]
                 apart = [duplicates.load(url) for url in settings.apart_from] if drop else None
                 skipped = build_shards(tasks, listing, settings, progress, run, apart)
                 manifest, scrubbed = _finish(output, tasks, listing.dataset, recipe, skipped, told)
@@ -74,7 +75,7 @@ def build(
                 told += [f"{n} studies were left out when it was built: {why}" for why, n in manifest.skipped.items()]
     if not drop:
         told += _overlaps(out, settings)
-    return Result(
+    return BuildResult(
         url=out,
         samples=manifest.samples,
         shards=len(manifest.shards),
@@ -90,7 +91,7 @@ def build(
     )
 
 
-def _write_skipped(manifest: Manifest, skipped: list[Skip]) -> Path:
+def _write_skipped(manifest: Manifest, skipped: list[SkippedStudy]) -> Path:
     """Keep what was left out under its raw names where only the user reads it: the shards shall not hold them."""
     state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "radhpc" / "skipped"
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -101,17 +102,17 @@ def _write_skipped(manifest: Manifest, skipped: list[Skip]) -> Path:
 
 
 def _finish(
-    output: Output,
-    tasks: list[Task],
+    output: BuildOutput,
+    tasks: list[ShardTask],
     name: str,
     recipe: dict[str, Any],
-    skipped: list[Skip],
+    skipped: list[SkippedStudy],
     told: list[str],
 ) -> tuple[Manifest, dict[str, int]]:
     """Write what lies beside the shards, the manifest last. Returns it, and what was scrubbed from texts, by rule."""
     summary, named = Summary(), list[tuple[str, str]]()
 
-    def records() -> Iterator[tuple[Split, Done]]:
+    def records() -> Iterator[tuple[Split, ShardRecord]]:
         for task in tasks:
             done = read_record(task)
             assert done is not None, "a shard without a record"
@@ -120,9 +121,9 @@ def _finish(
             yield task.plan.split, done
 
     reasons = Counter(skip.reason for skip in skipped)
-    manifest, files = assemble(name, records(), recipe, hash_of(recipe), reasons)
-    files[CARD] = card(manifest, summary, [skip.told() for skip in skipped], told).encode()
-    files[SHEET] = contact_sheet(pictures(output.store, manifest, Index.from_bytes(files[INDEX])))
+    manifest, files = assemble(name, records(), recipe, recipe_hash(recipe), reasons)
+    files[CARD] = render_card(manifest, summary, [skip.told() for skip in skipped], told).encode()
+    files[SHEET] = contact_sheet(load_pictures(output.store, manifest, Index.from_bytes(files[INDEX])))
     if named:
         lines = [json.dumps({"key": key, "attribution": text}) + "\n" for key, text in named]
         files[ATTRIBUTION] = "".join(lines).encode()
@@ -143,7 +144,7 @@ def _place_listing(work: Path, digest: str) -> None:
     fresh.replace(path)
 
 
-def _overlaps(url: str, settings: Settings) -> list[str]:
+def _overlaps(url: str, settings: BuildSettings) -> list[str]:
     """What to tell of images that stand in several splits, here and in the datasets to be apart from."""
     ours = duplicates.load(url)
     told = list(duplicates.leaks(ours))

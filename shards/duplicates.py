@@ -19,13 +19,13 @@ from radhpc.core.sample import SPLITS, Split
 from radhpc.storage.store import Store
 from shards.images.perceptual_hash import LIMIT, near
 
-ORDER: tuple[Split, ...] = ("test", "validate", "train")  # in which a build makes the splits
-ALL = tuple((split, other) for split in SPLITS for other in SPLITS)
-APART = tuple((split, other) for split, other in ALL if split != other)
+BUILD_ORDER: tuple[Split, ...] = ("test", "validate", "train")  # in which a build makes the splits
+ALL_PAIRS = tuple((split, other) for split in SPLITS for other in SPLITS)
+DIFFERENT_SPLITS = tuple((split, other) for split, other in ALL_PAIRS if split != other)
 REASON = "near-duplicate of an image in another split"
 
 
-class Overlap(NamedTuple):
+class SplitOverlap(NamedTuple):
     """How many images of one split nearly repeat an image of another."""
 
     split: Split
@@ -35,27 +35,27 @@ class Overlap(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Images:
+class ImageHashes:
     """The images of a dataset, or some of them."""
 
     fingerprint: npt.NDArray[np.uint8]  # (n, 32)
     split: npt.NDArray[np.uint8]  # (n,) position in radhpc.core.sample.SPLITS
     key: npt.NDArray[np.bytes_]  # (n,) of their samples
 
-    def of(self, splits: Iterable[Split]) -> "Images":
+    def of(self, splits: Iterable[Split]) -> "ImageHashes":
         """Those of the given splits."""
         kept = np.isin(self.split, [SPLITS.index(split) for split in splits])
-        return Images(self.fingerprint[kept], self.split[kept], self.key[kept])
+        return ImageHashes(self.fingerprint[kept], self.split[kept], self.key[kept])
 
 
-def load(url: str) -> Images:
+def load(url: str) -> ImageHashes:
     """The images of finished shards. Raises UserError."""
     store = Store(url)
     manifest = Manifest.load(store)
-    return images_of(store, manifest, manifest.load_index(store))
+    return hashes_of(store, manifest, manifest.load_index(store))
 
 
-def images_of(store: Store, manifest: Manifest, index: Index) -> Images:
+def hashes_of(store: Store, manifest: Manifest, index: Index) -> ImageHashes:
     """The images of shards whose index is at hand. Raises UserError."""
     if manifest.fingerprints is None:
         raise UserError(f"{store.url}: has no {FINGERPRINTS}; build it again")
@@ -63,30 +63,30 @@ def images_of(store: Store, manifest: Manifest, index: Index) -> Images:
     images = np.repeat(np.arange(len(index)), np.diff(index.first) - 1)  # one member of each sample is its description
     if len(images) != len(fingerprints):
         raise UserError(f"{store.url}/{FINGERPRINTS}: {len(fingerprints)} images, but the index has {len(images)}")
-    return Images(fingerprints, index.split[images], index.key[images])
+    return ImageHashes(fingerprints, index.split[images], index.key[images])
 
 
-def join(parts: Iterable[Images]) -> Images:
+def join(parts: Iterable[ImageHashes]) -> ImageHashes:
     """All images together."""
     parts = list(parts)
-    empty = Images(np.zeros((0, 32), np.uint8), np.zeros(0, np.uint8), np.zeros(0, "S1"))
-    return Images(*(np.concatenate([getattr(part, name) for part in (empty, *parts)]) for name in vars(empty)))
+    empty = ImageHashes(np.zeros((0, 32), np.uint8), np.zeros(0, np.uint8), np.zeros(0, "S1"))
+    return ImageHashes(*(np.concatenate([getattr(part, name) for part in (empty, *parts)]) for name in vars(empty)))
 
 
-def save(path: Path, images: Images) -> None:
+def save(path: Path, images: ImageHashes) -> None:
     """Write what one split must not repeat, for the build's workers."""
     with path.open("wb") as file:
         np.savez(file, allow_pickle=False, **vars(images))
 
 
-class Others:
+class ExcludedImages:
     """What the split at hand must not repeat."""
 
     def __init__(self, path: Path) -> None:
         self._images = join([])
         if path.exists():
             with np.load(path, allow_pickle=False) as columns:
-                self._images = Images(**{name: columns[name] for name in columns.files})
+                self._images = ImageHashes(**{name: columns[name] for name in columns.files})
 
     def find(self, fingerprints: Sequence[bytes]) -> str | None:
         """The sample of another split, and that split, which one of these images nearly repeats."""
@@ -98,14 +98,16 @@ class Others:
         return f"{self._images.key[place].decode()} in {SPLITS[self._images.split[place]]}"
 
 
-def leaks(images: Images) -> Iterator[str]:
+def leaks(images: ImageHashes) -> Iterator[str]:
     """Say of each split which images nearly repeat one of a split that goes before it."""
-    before = [(split, other) for place, split in enumerate(ORDER) for other in ORDER[:place]]
+    before = [(split, other) for place, split in enumerate(BUILD_ORDER) for other in BUILD_ORDER[:place]]
     for split, other, count, of in overlaps(images, images, before):
         yield f"{count} of {of} images in {split} are near-duplicates of images in {other}"
 
 
-def overlaps(ours: Images, theirs: Images, pairs: Iterable[tuple[Split, Split]] = ALL) -> Iterator[Overlap]:
+def overlaps(
+    ours: ImageHashes, theirs: ImageHashes, pairs: Iterable[tuple[Split, Split]] = ALL_PAIRS
+) -> Iterator[SplitOverlap]:
     """Compare splits of ours with splits of theirs, each image with each: leave out the pairs that nobody asks for."""
     for split, other in pairs:
         mine, counts = np.unique(ours.of([split]).fingerprint, axis=0, return_counts=True)
@@ -113,4 +115,4 @@ def overlaps(ours: Images, theirs: Images, pairs: Iterable[tuple[Split, Split]] 
         if len(mine) and len(their):
             repeated = np.unique(near(mine, their, LIMIT)[:, 0])
             if len(repeated):
-                yield Overlap(split, other, int(counts[repeated].sum()), int(counts.sum()))
+                yield SplitOverlap(split, other, int(counts[repeated].sum()), int(counts.sum()))

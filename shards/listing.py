@@ -43,7 +43,7 @@ _COUNTS = "SELECT split, COUNT(*) FROM patients GROUP BY split"
 
 
 @dataclass(frozen=True)
-class Row:
+class StudyRow:
     """One study on its way into a shard."""
 
     raw: RawStudy
@@ -54,7 +54,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ShardPlan:
     """One shard to be: its file name, its split, and which stretch of the split's rows."""
 
     name: str
@@ -65,7 +65,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Skip:
+class SkippedStudy:
     """A study that is left out: what the user calls it, a general reason, and particulars for the user alone."""
 
     name: str
@@ -95,9 +95,9 @@ class Listing:
         self.digest: str = facts["digest"]  # of everything the reader yielded, keyed by the salt
         self.studies = int(facts["studies"])  # read, those left out included
         self.filled: tuple[Split, ...] = tuple(json.loads(facts["filled"]))  # splits that would have been empty
-        self.plans = tuple(Plan(*row) for row in json.loads(facts["plans"]))
+        self.plans = tuple(ShardPlan(*row) for row in json.loads(facts["plans"]))
 
-    def rows(self, plan: Plan) -> Iterator[Row]:
+    def rows(self, plan: ShardPlan) -> Iterator[StudyRow]:
         """The rows of a shard, in its order."""
         found = self._connection.execute(
             "SELECT rows.study, patient, raw FROM rows JOIN studies USING (place) "
@@ -105,7 +105,7 @@ class Listing:
             (SPLITS.index(plan.split), plan.first, plan.last),
         )
         for study, patient, raw in found:
-            yield Row(pickle.loads(raw), study, patient, plan.split, self.key(study))
+            yield StudyRow(pickle.loads(raw), study, patient, plan.split, self.key(study))
 
     def key(self, study: str) -> str:
         return f"{self.dataset}-{study}"
@@ -114,10 +114,10 @@ class Listing:
         """What the user calls a study."""
         return str(self._connection.execute("SELECT name FROM studies WHERE study = ?", (study,)).fetchone()[0])
 
-    def skipped(self) -> Iterator[Skip]:
+    def skipped(self) -> Iterator[SkippedStudy]:
         """The studies that the metadata alone rule out."""
         for row in self._connection.execute("SELECT name, id, reason, detail, fault FROM skips ORDER BY place"):
-            yield Skip(row[0], row[1], row[2], row[3], bool(row[4]))
+            yield SkippedStudy(row[0], row[1], row[2], row[3], bool(row[4]))
 
     def close(self) -> None:
         self._connection.close()
@@ -148,12 +148,12 @@ def write_listing(
     try:
         connection.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;" + _TABLES)
         connection.execute("BEGIN")
-        digest, count = _add(connection, studies, name, salt, folder)
+        digest, count = _add_studies(connection, studies, name, salt, folder)
         _refuse_two_splits(connection)
-        connection.create_function("split_of", 2, lambda patient, split: _place(patient, split, ratios))
+        connection.create_function("split_of", 2, lambda patient, split: _split_number(patient, split, ratios))
         for statement in filter(None, map(str.strip, _ORDER.split(";"))):
             connection.execute(statement)
-        filled = _fill(connection, ratios)
+        filled = _fill_empty_splits(connection, ratios)
         connection.execute(_ROWS)
         facts = {
             "dataset": name,
@@ -172,7 +172,7 @@ def write_listing(
         connection.close()
 
 
-def _add(
+def _add_studies(
     connection: sqlite3.Connection, studies: Iterable[RawStudy], name: str, salt: bytes, folder: Path | None
 ) -> tuple[str, int]:
     """Write the studies as they come. Returns the digest of all, and how many there were."""
@@ -213,11 +213,11 @@ def _refuse_two_splits(connection: sqlite3.Connection) -> None:
     )
 
 
-def _place(patient: str, official: Split | None, ratios: splits.Ratios) -> int:
+def _split_number(patient: str, official: Split | None, ratios: splits.Ratios) -> int:
     return SPLITS.index(official or splits.by_hash(patient, ratios))
 
 
-def _fill(connection: sqlite3.Connection, ratios: splits.Ratios) -> list[Split]:
+def _fill_empty_splits(connection: sqlite3.Connection, ratios: splits.Ratios) -> list[Split]:
     """Move the nearest patient into each wanted split that is empty, where another can spare one. Official splits stay.
 
     Returns the splits that were filled.

@@ -21,16 +21,16 @@ from radhpc.core.errors import UserError
 from radhpc.core.manifest import FINGERPRINTS, INDEX, MANIFEST, Index, Manifest, Shard, sha256
 from radhpc.core.sample import Sample, Split
 from radhpc.storage.store import Store
-from shards.execution.assembly import fingerprints_of, join, npy, part
-from shards.execution.output import Output
-from shards.execution.pool import here
-from shards.execution.worker import LISTING, Job, Task, read_record
+from shards.execution.assembly import concatenate, fingerprints_of, index_of_shard, npy_bytes
+from shards.execution.output import BuildOutput
+from shards.execution.pool import local_pool
+from shards.execution.worker import LISTING, BuildContext, ShardTask, read_record
 from shards.execution.writer import MemberRow, SampleRow
-from shards.images.pixels import Target
+from shards.images.encoding import ImageSettings
 from shards.listing import Listing
-from shards.settings import Settings
-from shards.source import Source, open_source
-from shards.verify import Report
+from shards.settings import BuildSettings
+from shards.source import DatasetSource, open_source
+from shards.verify import VerificationReport
 
 FREE = ("duplicates", "apart_from")  # the index says which studies they have left out
 
@@ -38,7 +38,7 @@ FREE = ("duplicates", "apart_from")  # the index says which studies they have le
 def repair(
     url: str,
     raw: Path | None,
-    report: Report,
+    report: VerificationReport,
     workers: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[str]:
@@ -75,7 +75,7 @@ def _rebuild(
     settings = _settings(made, workers)
     index = manifest.load_index(store)
     anew = list(manifest.shards) if fingerprints else broken
-    output = Output(store.url)
+    output = BuildOutput(store.url)
     names = {shard.name: number for number, shard in enumerate(manifest.shards)}
     with output.hold():
         source.list(raw, output.work / LISTING, settings)
@@ -83,16 +83,16 @@ def _rebuild(
             _refuse_another(store.url, source, settings, listing, made)
             rebuilt = output.work / "rebuilt"
             rebuilt.mkdir(exist_ok=True)
-            target = Target(settings.longest_side, settings.quality, settings.image_format)
-            job = Job(str(rebuilt), output.work, manifest.build_hash, target)
+            target = ImageSettings(settings.longest_side, settings.quality, settings.image_format)
+            job = BuildContext(str(rebuilt), output.work, manifest.build_hash, target)
             tasks = []
             for plan in listing.plans:
                 if any(shard.name == plan.name for shard in anew):
                     keys = index.key[index.shard == names[plan.name]].tolist()
-                    tasks.append(Task(plan, job, frozenset(key.decode().rsplit("-", 1)[1] for key in keys)))
+                    tasks.append(ShardTask(plan, job, frozenset(key.decode().rsplit("-", 1)[1] for key in keys)))
             assert len(tasks) == len(anew), "shards that the listing does not plan"
             total = sum(task.plan.samples for task in tasks)
-            with here(min(settings.processes, len(tasks))) as run:
+            with local_pool(min(settings.processes, len(tasks))) as run:
                 for _ in run(tasks, lambda done: progress(done, total)):
                     pass
         hashes = []
@@ -106,15 +106,15 @@ def _rebuild(
                 )
             hashes.append(fingerprints_of(record))
         if fingerprints:
-            store.write(FINGERPRINTS, npy(np.concatenate(hashes)))
+            store.write(FINGERPRINTS, npy_bytes(np.concatenate(hashes)))
         for shard in broken:
             store.upload(rebuilt / shard.name, shard.name)
     return [*([FINGERPRINTS] if fingerprints else []), *(shard.name for shard in broken)]
 
 
-def _settings(made: dict[str, Any], workers: int | None) -> Settings:
+def _settings(made: dict[str, Any], workers: int | None) -> BuildSettings:
     """The settings of a build, from its manifest."""
-    return Settings(
+    return BuildSettings(
         workers=workers,
         longest_side=made["longest_side"],
         quality=made["quality"],
@@ -125,7 +125,9 @@ def _settings(made: dict[str, Any], workers: int | None) -> Settings:
     )
 
 
-def _refuse_another(url: str, source: Source, settings: Settings, listing: Listing, made: dict[str, Any]) -> None:
+def _refuse_another(
+    url: str, source: DatasetSource, settings: BuildSettings, listing: Listing, made: dict[str, Any]
+) -> None:
     """Raise UserError where the raw archive, or what decides the bytes, is not what the shards were made of."""
     recipe = json.loads(json.dumps(source.recipe(settings, listing.digest)))
     differing = [key for key in made if key not in FREE and recipe.get(key) != made[key]]
@@ -156,7 +158,7 @@ def _index(store: Store, manifest: Manifest) -> bytes:
                 checksum = crc32c(content)
                 rows.setdefault(key, []).append(MemberRow(suffix, member.offset_data, member.size, checksum))
         found = [SampleRow(key, tuple(members)) for key, members in rows.items()]
-        parts.append(part(found, patients, split, number))
-    data = join(parts).to_bytes()
+        parts.append(index_of_shard(found, patients, split, number))
+    data = concatenate(parts).to_bytes()
     assert sha256(data) == manifest.index.sha256, "an index of whole shards is the one that was written"
     return data

@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Literal
 
 from radhpc.core.errors import UserError
-from shards.images.pixels import Format
+from shards.images.encoding import ImageFormat
 from shards.splits import RATIOS, Ratios
 
 
 @dataclass(frozen=True)
-class Settings:
+class BuildSettings:
     """How to build, whatever the dataset. Raises UserError for a value that cannot be."""
 
     workers: int | None = None  # processes; None: one for each CPU that this process may use
     longest_side: int = 1120  # pixels: larger images are shrunk to it
     quality: int = 95  # of the JPEGs, 1 to 100
-    image_format: Format = "jpeg"  # or without loss and with 16 bits: png16, jxl16
+    image_format: ImageFormat = "jpeg"  # or without loss and with 16 bits: png16, jxl16
     ratios: Ratios = RATIOS  # train, validate, test: for patients without an official split
     shard_samples: int = 1000  # samples in a shard at most
     max_skipped: int | str = "1%"  # a count, or a share of all studies, rounded up
@@ -57,7 +57,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Result:
+class BuildResult:
     """What a build has made."""
 
     url: str

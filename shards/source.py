@@ -13,27 +13,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from radhpc.core import formats
 from radhpc.core.errors import UserError
 from radhpc.core.manifest import Manifest
 from radhpc.storage.store import Store
 from shards import salt
 from shards.datasets import reader as readers, registry
-from shards.images.pixels import PERCENTILES
-from shards.listing import Listing, Skip, write_listing
-from shards.settings import Settings
+from shards.images.windowing import PERCENTILES
+from shards.listing import Listing, SkippedStudy, write_listing
+from shards.settings import BuildSettings
 
-FORMAT = 2  # of the shards' contents: raise it when the same input gives other bytes
 VERSIONED = ("numpy", "pillow", "pydicom", "imagecodecs")  # their versions may change the bytes
 SHOWN = 3  # names in a message
 
 
 @dataclass(frozen=True)
-class Source:
+class DatasetSource:
     """A reader with its options, and the salt of its identifiers."""
 
     dataset: str  # the reader's name
-    reader: readers.Reader
-    options: readers.Options
+    reader: readers.DatasetReader
+    options: readers.ReaderOptions
     salt: bytes
 
     @property
@@ -41,11 +41,11 @@ class Source:
         """What the dataset is called in keys and tables."""
         return self.options.name or self.dataset
 
-    def duplicates(self, settings: Settings) -> str:
+    def duplicates(self, settings: BuildSettings) -> str:
         """What happens to studies with a near-duplicate in another split: "drop" or "report"."""
         return "report" if self.options.shares_images else settings.duplicates
 
-    def list(self, raw: Path | None, path: Path, settings: Settings) -> list[str]:
+    def list(self, raw: Path | None, path: Path, settings: BuildSettings) -> list[str]:
         """Read the metadata of the archive into a listing. Returns what its user should know. Raises UserError."""
         base = raw.resolve() if raw else None
         folder = base.parent if base and base.is_file() else base
@@ -65,7 +65,7 @@ class Source:
             ]
         return told
 
-    def recipe(self, settings: Settings, digest: str) -> dict[str, Any]:
+    def recipe(self, settings: BuildSettings, digest: str) -> dict[str, Any]:
         """Everything that decides the bytes: equal recipes give equal shards. `digest` is that of the listing.
 
         Where things lie decides nothing; what was found there is in the digest.
@@ -87,22 +87,24 @@ class Source:
             "source": digest,
             "salt": hashlib.sha256(b"radhpc fingerprint" + self.salt).hexdigest()[:16],
             "versions": {package: importlib.metadata.version(package) for package in VERSIONED},
-            "format": FORMAT,
+            "format": formats.SHARDS,
         }
 
 
-def open_source(dataset: str, options: Mapping[str, str]) -> Source:
+def open_source(dataset: str, options: Mapping[str, str]) -> DatasetSource:
     """Find the reader and understand its options. Raises UserError."""
     reader = registry.reader(dataset)
-    return Source(dataset, reader, readers.parse_options(dataset, reader.OPTIONS, options), salt.load(reader.SYNTHETIC))
+    return DatasetSource(
+        dataset, reader, readers.parse_options(dataset, reader.OPTIONS, options), salt.load(reader.SYNTHETIC)
+    )
 
 
-def hash_of(recipe: Mapping[str, Any]) -> str:
+def recipe_hash(recipe: Mapping[str, Any]) -> str:
     """The identity of a build."""
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
 
 
-def check_budget(skipped: Sequence[Skip], studies: int, settings: Settings) -> None:
+def check_budget(skipped: Sequence[SkippedStudy], studies: int, settings: BuildSettings) -> None:
     """Raise UserError where too many studies were left out, or all of them."""
     budget = settings.skip_budget(studies)
     if len(skipped) == studies:

@@ -24,7 +24,7 @@ Counts = dict[str, int]
 Key = TypeVar("Key", str, int)
 
 
-class Part(BaseModel):
+class SplitSummary(BaseModel):
     """The counts of one split."""
 
     model_config = ConfigDict(extra="forbid")
@@ -45,8 +45,8 @@ class Part(BaseModel):
     sides: dict[int, int] = Field(default_factory=dict, description="images by longest side, rounded up to 256 pixels")
 
 
-def _empty() -> dict[str, Part]:
-    return {split: Part() for split in SPLITS}
+def _empty_splits() -> dict[str, SplitSummary]:
+    return {split: SplitSummary() for split in SPLITS}
 
 
 class Summary(BaseModel):
@@ -54,7 +54,7 @@ class Summary(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    splits: dict[str, Part] = Field(default_factory=_empty)
+    splits: dict[str, SplitSummary] = Field(default_factory=_empty_splits)
     scrubbed: Counts = Field(default_factory=dict, description="by rule: how many words were replaced by ___")
     scrubbed_samples: int = Field(default=0, description="samples with anything replaced")
 
@@ -70,12 +70,12 @@ class Summary(BaseModel):
         part = self.splits[sample.split]
         part.samples += 1
         part.images += len(sample.images)
-        _more(part.images_per_study, len(sample.images))
-        _more(part.languages, sample.language)
+        _increment(part.images_per_study, len(sample.images))
+        _increment(part.languages, sample.language)
         for image in sample.images:
-            _more(part.views, image.view or UNNAMED)
-            _more(part.bits, image.source_bits)
-            _more(part.sides, -(-max(image.width, image.height) // SIDE) * SIDE)
+            _increment(part.views, image.view or UNNAMED)
+            _increment(part.bits, image.source_bits)
+            _increment(part.sides, -(-max(image.width, image.height) // SIDE) * SIDE)
         for vocabulary, values in sample.labels.items():
             names = part.labels.setdefault(vocabulary, {})
             for name, value in values.items():
@@ -89,11 +89,11 @@ class Summary(BaseModel):
             part.without_report += 1
         for name, text in zip(TEXTS, texts, strict=True):
             if text:
-                _more(part.words.setdefault(name, {}), min(len(text.split()), LONGEST))
+                _increment(part.words.setdefault(name, {}), min(len(text.split()), LONGEST))
         if scrubbed:
             self.scrubbed_samples += 1
             for rule, times in scrubbed.items():
-                _more(self.scrubbed, rule, times)
+                _increment(self.scrubbed, rule, times)
 
     def add(self, other: "Summary") -> None:
         """Add another summary in place."""
@@ -105,9 +105,9 @@ class Summary(BaseModel):
         return total
 
     @property
-    def whole(self) -> Part:
+    def whole(self) -> SplitSummary:
         """The counts over all splits."""
-        total = Part()
+        total = SplitSummary()
         for part in self.splits.values():
             _add(total.__dict__, part.__dict__)
         return total
@@ -126,7 +126,7 @@ def percentile(counts: Mapping[int, int], share: float) -> int:
     return max(counts)
 
 
-def _more(counts: dict[Key, int], name: Key, times: int = 1) -> None:
+def _increment(counts: dict[Key, int], name: Key, times: int = 1) -> None:
     counts[name] = counts.get(name, 0) + times
 
 

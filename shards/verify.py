@@ -33,7 +33,7 @@ CHUNK = 16 << 20  # bytes read at a time for the checksum of a shard
 
 
 @dataclass(frozen=True)
-class Fault:
+class ShardFault:
     """What is wrong, and where: `shard` is a file beside the manifest, `offset` a byte in it."""
 
     shard: str
@@ -43,35 +43,35 @@ class Fault:
 
 
 @dataclass(frozen=True)
-class Report:
+class VerificationReport:
     """The outcome."""
 
     url: str
     shards: int
     samples: int
-    faults: list[Fault] = field(default_factory=list)
+    faults: list[ShardFault] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
         return not self.faults
 
 
-def verify(url: str, progress: Progress = lambda done, total: None) -> Report:
+def verify(url: str, progress: Progress = lambda done, total: None) -> VerificationReport:
     """Reread every shard. Raises UserError where there is no manifest, or it cannot be read at all."""
     store = Store(url)
     if store.subset is not None:
         subset = Manifest.load(store)
         report = verify(store.url, progress)
         faults = [*report.faults, *_check_subset(store, subset)]
-        return Report(url, report.shards, subset.samples, faults)
+        return VerificationReport(url, report.shards, subset.samples, faults)
     manifest = Manifest.load(store)
     try:
         index = manifest.load_index(store)
     except UserError as error:
-        faults = [Fault(manifest.index.name, None, None, first_line(error))]
+        faults = [ShardFault(manifest.index.name, None, None, first_line(error))]
         for shard in manifest.shards:
             faults += _check_file(store, shard)
-        return Report(url, len(manifest.shards), manifest.samples, faults)
+        return VerificationReport(url, len(manifest.shards), manifest.samples, faults)
     faults = [*_check_counts(manifest, index), *_check_fingerprints(store, manifest, index)]
     of_shard = [np.flatnonzero(index.shard == number) for number in range(len(manifest.shards))]
     done = 0
@@ -80,10 +80,10 @@ def verify(url: str, progress: Progress = lambda done, total: None) -> Report:
         done += len(samples)
         progress(done, len(index))
     store.close()
-    return Report(url, len(manifest.shards), len(index), faults)
+    return VerificationReport(url, len(manifest.shards), len(index), faults)
 
 
-def verify_all(urls: Sequence[str], progress: Progress = lambda done, total: None) -> Report:
+def verify_all(urls: Sequence[str], progress: Progress = lambda done, total: None) -> VerificationReport:
     """Several shards together: each by itself, and each against the others. Their faults then name URL/shard."""
     reports = [verify(url, progress) for url in urls]
     if len(reports) == 1:
@@ -92,36 +92,36 @@ def verify_all(urls: Sequence[str], progress: Progress = lambda done, total: Non
     for url, other in itertools.combinations(urls, 2):
         faults += [replace(fault, shard=f"{url}/{fault.shard}") for fault in verify_apart(url, other)]
     samples, shards = sum(report.samples for report in reports), sum(report.shards for report in reports)
-    return Report(", ".join(urls), shards, samples, faults)
+    return VerificationReport(", ".join(urls), shards, samples, faults)
 
 
-def verify_apart(url: str, other: str) -> list[Fault]:
+def verify_apart(url: str, other: str) -> list[ShardFault]:
     """Near-duplicate images of two datasets that stand in different splits, where training on both would leak."""
-    found = duplicates.overlaps(duplicates.load(url), duplicates.load(other), duplicates.APART)
+    found = duplicates.overlaps(duplicates.load(url), duplicates.load(other), duplicates.DIFFERENT_SPLITS)
     texts = [
         f"{n} of {of} images in {split} nearly repeat images in {theirs} of {other}" for split, theirs, n, of in found
     ]
-    return [Fault(FINGERPRINTS, None, None, text) for text in texts]
+    return [ShardFault(FINGERPRINTS, None, None, text) for text in texts]
 
 
-def _check_fingerprints(store: Store, manifest: Manifest, index: Index) -> Iterator[Fault]:
+def _check_fingerprints(store: Store, manifest: Manifest, index: Index) -> Iterator[ShardFault]:
     """No image stands in two splits, unless the build was told to leave such images in."""
     if manifest.fingerprints is None:
         return
     try:
-        images = duplicates.images_of(store, manifest, index)
+        images = duplicates.hashes_of(store, manifest, index)
     except UserError as error:
-        yield Fault(FINGERPRINTS, None, None, first_line(error))
+        yield ShardFault(FINGERPRINTS, None, None, first_line(error))
         return
     if manifest.build.get("duplicates") == "drop":
-        yield from (Fault(FINGERPRINTS, None, None, text) for text in duplicates.leaks(images))
+        yield from (ShardFault(FINGERPRINTS, None, None, text) for text in duplicates.leaks(images))
 
 
-def _check_counts(manifest: Manifest, index: Index) -> Iterator[Fault]:
+def _check_counts(manifest: Manifest, index: Index) -> Iterator[ShardFault]:
     """The manifest's counts and the proofs that need no shard."""
 
-    def fault(text: str) -> Fault:
-        return Fault(MANIFEST, None, None, text)
+    def fault(text: str) -> ShardFault:
+        return ShardFault(MANIFEST, None, None, text)
 
     keys = index.key.tolist()
     if len(keys) != manifest.samples:
@@ -147,7 +147,7 @@ def _check_counts(manifest: Manifest, index: Index) -> Iterator[Fault]:
             yield fault(f"{shard.name}: {shard.samples} samples, but the index has {held}")
 
 
-def _check_subset(store: Store, manifest: Manifest) -> Iterator[Fault]:
+def _check_subset(store: Store, manifest: Manifest) -> Iterator[ShardFault]:
     """A subset's counts, and its rows against the whole index: the same samples at the same places, in its order."""
     name = f"{store.subset}.json"
     all_samples = Store(store.url)
@@ -156,32 +156,34 @@ def _check_subset(store: Store, manifest: Manifest) -> Iterator[Fault]:
         whole = Manifest.load(all_samples)
         every = whole.load_index(all_samples)
     except UserError as error:
-        yield Fault(manifest.index.name, None, None, first_line(error))
+        yield ShardFault(manifest.index.name, None, None, first_line(error))
         return
     if manifest.shards != whole.shards:
-        yield Fault(name, None, None, f"names other shards than {MANIFEST}")
+        yield ShardFault(name, None, None, f"names other shards than {MANIFEST}")
     for fault in _check_counts(manifest, index):
-        yield Fault(name, fault.member, fault.offset, fault.fault)
+        yield ShardFault(name, fault.member, fault.offset, fault.fault)
     place = {key: row for row, key in enumerate(every.key.tolist())}
     before = -1
     for row, key in enumerate(index.key.tolist()):
         there = place.get(key)
         if there is None:
-            yield Fault(manifest.index.name, None, None, f"{key.decode()}: not in {whole.index.name}")
+            yield ShardFault(manifest.index.name, None, None, f"{key.decode()}: not in {whole.index.name}")
             continue
         same = all(getattr(index, column)[row] == getattr(every, column)[there] for column in ("patient", "split"))
         if not same or list(index.members(row)) != list(every.members(there)):
-            yield Fault(manifest.index.name, None, None, f"{key.decode()}: another row than in {whole.index.name}")
+            yield ShardFault(manifest.index.name, None, None, f"{key.decode()}: another row than in {whole.index.name}")
         if there < before:
-            yield Fault(manifest.index.name, None, None, f"{key.decode()}: not in the order of {whole.index.name}")
+            yield ShardFault(manifest.index.name, None, None, f"{key.decode()}: not in the order of {whole.index.name}")
         before = there
     for split in SPLITS:
         missing = len(every.of_split(split)) - len(index.of_split(split))
         if split != "train" and missing:
-            yield Fault(manifest.index.name, None, None, f"{missing} samples of split '{split}' are missing")
+            yield ShardFault(manifest.index.name, None, None, f"{missing} samples of split '{split}' are missing")
 
 
-def _check_shard(store: Store, manifest: Manifest, index: Index, number: int, samples: list[int]) -> Iterator[Fault]:
+def _check_shard(
+    store: Store, manifest: Manifest, index: Index, number: int, samples: list[int]
+) -> Iterator[ShardFault]:
     """One tar: its size and checksum, then each member, then what lies between and behind them."""
     shard = manifest.shards[number]
     yield from _check_file(store, shard)
@@ -196,30 +198,30 @@ def _check_shard(store: Store, manifest: Manifest, index: Index, number: int, sa
             end = member.offset + member.length + -member.length % BLOCK
     rest = store.read_range(shard.name, end, max(0, size - end))
     if len(rest) < 2 * BLOCK or rest.strip(b"\0"):
-        yield Fault(shard.name, None, end, "the tar does not end where the index says")
+        yield ShardFault(shard.name, None, end, "the tar does not end where the index says")
 
 
-def _check_file(store: Store, shard: Shard) -> Iterator[Fault]:
+def _check_file(store: Store, shard: Shard) -> Iterator[ShardFault]:
     """One tar as a whole."""
     try:
         size = store.size(shard.name)
     except FileNotFoundError:
-        yield Fault(shard.name, None, None, "missing")
+        yield ShardFault(shard.name, None, None, "missing")
         return
     if size != shard.size:
-        yield Fault(shard.name, None, min(size, shard.size), f"{size} bytes, but the manifest says {shard.size}")
+        yield ShardFault(shard.name, None, min(size, shard.size), f"{size} bytes, but the manifest says {shard.size}")
     if _digest(store, shard.name, size) != shard.sha256:
-        yield Fault(shard.name, None, None, "sha256 differs from the manifest's")
+        yield ShardFault(shard.name, None, None, "sha256 differs from the manifest's")
 
 
 def _check_member(
     store: Store, manifest: Manifest, index: Index, sample: int, member: Member, end: int
-) -> Iterator[Fault]:
+) -> Iterator[ShardFault]:
     """One file in a tar; `end` is where the one before it ends, and so where its header must start."""
     name = manifest.shards[member.shard].name
 
-    def fault(text: str, offset: int = member.offset) -> Fault:
-        return Fault(name, member.name, offset, text)
+    def fault(text: str, offset: int = member.offset) -> ShardFault:
+        return ShardFault(name, member.name, offset, text)
 
     if member.offset - BLOCK != end:
         yield fault(f"stands at {member.offset}, but the member before it ends at {end}", end)
@@ -250,7 +252,7 @@ def _check_description(data: bytes, index: Index, sample: int) -> Iterator[str]:
         first = error.errors()[0]
         yield f"description: {'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"
         return
-    yield from (f"description: {offence}" for offence in deidentification.offences(described))
+    yield from (f"description: {offence}" for offence in deidentification.remaining_identifiers(described))
     images = int(index.first[sample + 1] - index.first[sample]) - 1
     pairs = {
         "key": (described.key, index.key[sample].decode()),

@@ -17,43 +17,45 @@ from PIL import Image
 from radhpc.core.errors import UserError
 from radhpc.core.files import append, read_lines
 from radhpc.core.image_decoding import decode as decode_member
-from shards.images.pixels import BadImage, Target, decode, encode, load
+from shards.images.decoding import decode, load
+from shards.images.encoding import ImageSettings, encode
+from shards.images.raw_image import BadImage
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".dcm", ".dicom", "")  # DICOM files often have none
 
 
-class View(NamedTuple):
+class LoadedView(NamedTuple):
     """A picture of 8 bits, and the modality that a DICOM tells."""
 
     picture: Image.Image
     modality: str | None
 
 
-def read(source: Path | bytes, target: Target, name: str = "image") -> View:
+def load_view(source: Path | bytes, target: ImageSettings, name: str = "image") -> LoadedView:
     """Read a JPEG, PNG or DICOM file, or its bytes. Raises BadImage."""
     raw = load(source) if isinstance(source, Path) else decode(source, name)
     encoded = encode(raw, target)
-    return View(decode_member(encoded.data, encoded.view), raw.modality)
+    return LoadedView(decode_member(encoded.data, encoded.view), raw.modality)
 
 
-def read_study(name: str, paths: Sequence[Path], target: Target) -> tuple[list[Image.Image], list[str | None]]:
+def load_study(name: str, paths: Sequence[Path], target: ImageSettings) -> tuple[list[Image.Image], list[str | None]]:
     """The views of a study and their modalities. Raises UserError with the file and what is wrong with it."""
     try:
-        found = [read(path, target) for path in paths]
+        found = [load_view(path, target) for path in paths]
     except BadImage as error:
         raise UserError(str(error)) from error
     return [view.picture for view in found], [view.modality for view in found]
 
 
-def read_bytes(data: bytes, name: str, target: Target) -> View:
+def load_view_bytes(data: bytes, name: str, target: ImageSettings) -> LoadedView:
     """The bytes of a file somebody has sent. Raises UserError with its name and what is wrong with it."""
     try:
-        return read(data, target, name)
+        return load_view(data, target, name)
     except BadImage as error:
         raise UserError(str(error)) from error
 
 
-def studies(folder: Path) -> dict[str, list[Path]]:
+def find_studies(folder: Path) -> dict[str, list[Path]]:
     """The images of a folder by study: each file is one, and each subfolder, with its views in the order of names.
 
     Raises UserError where there is none.
@@ -74,7 +76,7 @@ def studies(folder: Path) -> dict[str, list[Path]]:
     return dict(sorted(found.items()))
 
 
-def answered(out: Path, wanted: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def read_answers(out: Path, wanted: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The answers that a file has already, of the wanted studies. Raises UserError where it is another kind of file."""
     try:
         return {line["name"]: line for line in read_lines(out) if line["name"] in wanted}

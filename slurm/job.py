@@ -13,7 +13,7 @@ import submitit
 from radhpc.core.errors import UserError
 from radhpc.core.protocol import Event
 from radhpc.core.run_folder import RunFolder
-from slurm import requeue
+from slurm import compat_submitit, requeue
 from slurm.monitoring import logs
 from slurm.sweep.study import Trial
 
@@ -68,7 +68,7 @@ def probe(folder: str) -> None:
 
 def join(run: RunFolder | None = None) -> bool:
     """Set the variables by which PyTorch's ranks find each other; whether this is a job at all. A run's life begins."""
-    environment = submitit.JobEnvironment() if "SUBMITIT_EXECUTOR" in os.environ else None
+    environment = submitit.JobEnvironment() if compat_submitit.in_job() else None
     if environment is not None:
         logs.mark(environment.global_rank, socket.gethostname())
         if environment.global_rank == 0 and run is not None:

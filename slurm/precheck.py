@@ -21,6 +21,7 @@ from radhpc.core.errors import UserError, nearest
 from radhpc.core.files import NODE_LOCAL, file_system
 from radhpc.core.protocol import Event
 from radhpc.core.run_folder import RunFolder
+from slurm import compat_submitit
 from slurm.cluster import Cluster, call, minutes
 from slurm.profile import Profile
 
@@ -150,11 +151,7 @@ def _gpus(profile: Profile, cluster: Cluster) -> list[str]:
 
 def _refused(profile: Profile, parameters: Mapping[str, Any], elements: int) -> list[str]:
     """What sbatch says of the very script that would be submitted, without submitting it."""
-    from submitit.slurm.slurm import _make_sbatch_string
-
-    script = _make_sbatch_string(
-        "true", Path("logs").absolute(), **{**parameters, **({"map_count": elements} if elements else {})}
-    )
+    script = compat_submitit.batch_script("true", Path("logs"), parameters, elements)
     done = subprocess.run(
         ["sbatch", "--test-only"],
         input=script,

@@ -35,7 +35,7 @@ from typing import Any
 from radhpc.core.files import insist, read_json
 from radhpc.core.protocol import JOB_BEGINNINGS, LIFE_BEGINNINGS, REQUEUE_VERDICTS, Cause, Event, OutcomeState
 from radhpc.core.run_folder import RunFolder
-from slurm import scheduler
+from slurm import compat_submitit, scheduler
 from slurm.profile import Profile, load
 
 # By weight: what one rank says outweighs what its peers say of the consequences.
@@ -260,8 +260,7 @@ def main(run_path: str, exit_status: int) -> None:
         if put_back and verdict.gave_up:
             scheduler.cancel({"id": name})
         return
-    for left in (run.path / "logs").glob("*.save_tmp"):
-        left.unlink()  # submitit refuses to write a result where a killed rank left half of one
+    compat_submitit.remove_partial_results(run.path / "logs")
     record(Event.REQUEUED, job=job_id, cause=verdict.cause)
     if not put_back and (refused := scheduler.requeue(name)):
         record(Event.FAILED, job=job_id, why=f"scontrol requeue: {refused}")

@@ -22,7 +22,7 @@ from radhpc.core.files import write_atomically
 from radhpc.core.protocol import Cause, Event, OutcomeState, RunState
 from radhpc.core.recipe import Recipe
 from radhpc.core.run_folder import RunFolder
-from slurm import frozen_code, job as slurm_job, precheck, profile as profiles, scheduler
+from slurm import compat_submitit, frozen_code, job as slurm_job, precheck, profile as profiles, scheduler
 from slurm.profile import Profile
 from slurm.submit import environment, explain, host_python, slurm_parameters, submit as submit_run
 from slurm.sweep.definition import Sweep
@@ -183,11 +183,10 @@ def main(folder: str, number: int, frozen: str) -> int:
         raise UserError(f"{run.path}: in use by job {owner['id']}")
     profile = profiles.load(str(study.path / "profiles" / frozen))
     _own(run, _owner(job_id, profile), profile)
-    for left in (study.path / "logs").glob(f"{job_id}_*.save_tmp"):
-        left.unlink()  # submitit refuses to write a result where a killed rank left half of one
+    compat_submitit.remove_partial_results(study.path / "logs", job_id)
     for rank in range(profile.world):
         for stream in ("out", "err"):
-            name = f"{job_id}_{rank}_log.{stream}"
+            name = compat_submitit.log_name(job_id, rank, stream)
             link = run.folder("logs") / name
             if not link.is_symlink():
                 link.symlink_to(Path("../../../logs") / name)

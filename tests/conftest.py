@@ -75,10 +75,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def phantom_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sixty phantom studies in several shards."""
-    from shards.build import Settings, build
+    from shards.build import BuildSettings, build
 
     out = tmp_path_factory.mktemp("phantom") / "shards"
-    settings = Settings(workers=1, longest_side=56, shard_samples=16)
+    settings = BuildSettings(workers=1, longest_side=56, shard_samples=16)
     build("phantom", None, str(out), {"studies": "60", "size": "96"}, settings, lambda done, total: None)
     return out
 

@@ -8,8 +8,8 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,14 @@ from radhpc.core.recipe import load
 from radhpc.core.run_folder import RunFolder
 from radhpc.data.audit import audit
 from radhpc.data.source import Source
-from radhpc.data.stream import order_of, stage_steps
+from radhpc.data.stream import stage_sampler, stage_steps
 from radhpc.distributed.ranks import Ranks
 from radhpc.distributed.stop import Interrupted
 from radhpc.storage.store import Store
 from radhpc.training import loop
-from radhpc.training.context import Parts
+from radhpc.training.context import open_context
+from radhpc.training.sources import open_source
+from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(240)]
 
@@ -45,10 +47,10 @@ def one_stage(**changes: Any) -> str:
 
 
 def phantoms(folder: Path, studies: int, seed: int) -> Path:
-    from shards.build import Settings, build
+    from shards.build import BuildSettings, build
 
     options = {"studies": str(studies), "size": "64", "seed": str(seed)}
-    settings = Settings(workers=1, longest_side=56, shard_samples=8)
+    settings = BuildSettings(workers=1, longest_side=56, shard_samples=8)
     build("phantom", None, str(folder), options, settings, lambda done, total: None)
     return folder
 
@@ -57,13 +59,6 @@ def phantoms(folder: Path, studies: int, seed: int) -> Path:
 def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A second dataset, a third of the size of `phantom_shards`."""
     return phantoms(tmp_path_factory.mktemp("others") / "shards", 20, 1)
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.02)
 
 
 def rank_of(job: dict[str, Any], rank: int) -> psutil.Process:
@@ -136,9 +131,9 @@ def test_a_bad_sample_is_counted_once_over_epochs_and_lives(
     bad = tmp_path / "bad"
     shutil.copytree(phantom_shards, bad)
     source = Source((str(bad),), "train")
-    order = order_of(source, 0, load(recipe_file).stream, seed=0)
-    place = source.places(order.at(np.asarray([2 * len(source) - 1])).sample)[0]  # the last of the second epoch
-    shard = bad / source.parts[0].manifest.shards[place.shard].name
+    order = stage_sampler(source, 0, load(recipe_file).stream, seed=0)
+    place = source.locate(order.at(np.asarray([2 * len(source) - 1])).sample)[0]  # the last of the second epoch
+    shard = bad / source.datasets[0].manifest.shards[place.shard].name
     data = bytearray(shard.read_bytes())
     data[place.start + 3] ^= 1
     shard.write_bytes(data)
@@ -200,10 +195,10 @@ def test_ranks_that_see_other_manifests_do_not_start(recipe_file: Path, others: 
     run = RunFolder.create(tmp_path / "run", recipe)
     there = Source((str(others),), "train")
     theirs = [(there.hashes, stage_steps(stage, len(there))) for stage in recipe.stages]
-    parts = Parts(run, recipe, OtherNode(theirs))
-    steps = [stage_steps(stage, len(parts.source(n, "train"))) for n, stage in enumerate(recipe.stages)]
+    context = open_context(run, recipe, OtherNode(theirs))
+    steps = [stage_steps(stage, len(open_source(context, n, "train"))) for n, stage in enumerate(recipe.stages)]
     with pytest.raises(UserError, match="stage 'scratch': rank 1 sees other shards than rank 0: .*the same manifests"):
-        worker._agree_on_data(parts, steps)
-    parts.ranks = OtherNode([(parts.source(n, "train").hashes, count) for n, count in enumerate(steps)])
-    worker._agree_on_data(parts, steps)
+        worker._agree_on_data(context, steps)
+    ranks = OtherNode([(open_source(context, n, "train").hashes, count) for n, count in enumerate(steps)])
+    worker._agree_on_data(replace(context, ranks=ranks), steps)
     assert os.listdir(run.path / "checkpoints") == []

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from radhpc.core.errors import UserError, first_line
-from radhpc.core.recipe import Wandb
+from radhpc.core.recipe import WandbSettings
 
 _EVENTS = "events.out.tfevents."  # followed by the time, in ten digits, and who wrote it
 RESTART = "restart"  # the name of the marks in by_stage/, beside those of stages
@@ -29,7 +29,7 @@ class Curves:
     in the first one's curve alone, as nothing that was sent can be taken back.
     """
 
-    def __init__(self, settings: Wandb, run: Path, life: int) -> None:
+    def __init__(self, settings: WandbSettings, run: Path, life: int) -> None:
         """Raises UserError where W&B refuses, such as without a key when online."""
         import wandb
 
@@ -192,7 +192,7 @@ def panel(images: Sequence[Image.Image], texts: dict[str, str], height: int = 32
     return np.asarray(canvas)
 
 
-def beside(groups: dict[str, Sequence[Image.Image]], height: int = 512) -> Image.Image:
+def side_by_side(groups: dict[str, Sequence[Image.Image]], height: int = 512) -> Image.Image:
     """Draw groups of pictures beside each other under their titles, all of one height in pixels.
 
     Pixels of what is enlarged stay visible as squares: coarse is what the model sees.

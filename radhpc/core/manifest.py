@@ -9,7 +9,7 @@ last, so a folder with a manifest is a whole dataset. Example:
     for member in index.members(7): ...               # the eighth sample: shard, offset, length, crc32c
 
 A subset, such as <url>#balanced, is a second pair beside them: `balanced.json` and `balanced.npz` hold some of the
-samples of the same shards, and `subset_of` names the manifest that they were taken from. See shards/balance.py.
+samples of the same shards, and `subset_of` names the manifest that they were taken from. See shards/balance/.
 """
 
 import hashlib
@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from radhpc.core import formats
 from radhpc.core.errors import UserError, first_line
 from radhpc.core.sample import SPLITS
 
@@ -137,7 +138,7 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: Literal[1] = 1
+    format: Literal[1] = formats.MANIFEST
     dataset: str
     samples: int = Field(gt=0)
     splits: dict[str, int] = Field(description="samples per split")

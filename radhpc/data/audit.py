@@ -11,7 +11,7 @@ from radhpc.core.protocol import Event
 from radhpc.core.recipe import Recipe
 from radhpc.core.run_folder import RunFolder
 from radhpc.data.source import Source
-from radhpc.data.stream import order_of, stage_samples
+from radhpc.data.stream import stage_sampler, stage_samples
 
 _STEPS = 256  # whose positions are looked up at a time
 
@@ -58,7 +58,7 @@ def _epochs(
     recipe: Recipe, number: int, source: Source, batches: dict[int, list[str]], first: int
 ) -> list[dict[str, Any]]:
     stage = recipe.stages[number]
-    order = order_of(source, number, recipe.stream, recipe.seed)
+    order = stage_sampler(source, number, recipe.stream, recipe.seed)
     samples, last = stage_samples(stage, len(source)), max(batches)
     due: dict[tuple[int, int], Counter[str]] = defaultdict(Counter)  # by dataset and epoch
     got: dict[tuple[int, int], Counter[str]] = defaultdict(Counter)
@@ -79,7 +79,7 @@ def _epochs(
     return [
         {
             "stage": stage.name,
-            **({"dataset": source.parts[dataset].url} if len(sizes) > 1 else {}),
+            **({"dataset": source.datasets[dataset].url} if len(sizes) > 1 else {}),
             **_verdict(epoch, due[dataset, epoch], got[dataset, epoch], sizes[dataset]),
         }
         for dataset, epoch in sorted(due)

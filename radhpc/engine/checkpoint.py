@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from radhpc.core import formats
 from radhpc.core.errors import UserError
 from radhpc.core.run_folder import step_of
 from radhpc.storage.checkpoint_storage import Bucket, Buffer, Folder, Storage
@@ -29,12 +30,11 @@ if TYPE_CHECKING:
     from radhpc.core.recipe import Recipe
     from radhpc.models.adapters import Tensors
 
-FORMAT = 1
 _STATE, _CURSOR, _MANIFEST, _MARKER = "state.safetensors", "cursor.json", "manifest.json", "COMMITTED"
 _FILES = (_MARKER, _MANIFEST, _CURSOR, _STATE)  # in the order of their deletion
 
 
-class Dropped(Exception):
+class SaveCancelled(Exception):
     """A save was given up before its commit; nothing of it is left."""
 
 
@@ -53,7 +53,7 @@ class Cursor:
     data: tuple[str, ...]  # hashes of the manifests of this stage
     world: int  # ranks that wrote it
     engine: str
-    format: int = FORMAT
+    format: int = formats.CHECKPOINT
     origin: str = ""  # the run and the checkpoint that it was taken over from, if it was: lineage.py
 
 
@@ -77,8 +77,8 @@ class Checkpoints:
         return cls(Folder(run / "checkpoints"))
 
     def save(self, tensors: "Tensors", cursor: Cursor, given_up: threading.Event | None = None) -> tuple[str, int]:
-        """Write and commit; the name and the bytes. Raises UserError, or Dropped soon after `given_up` is set. In both
-        cases, as after a kill, the checkpoint does not count.
+        """Write and commit; the name and the bytes. Raises UserError, or SaveCancelled soon after `given_up` is set. In
+        both cases, as after a kill, the checkpoint does not count.
         """
         name, storage = name_of(cursor.step), self.storage
         files: dict[str, dict[str, str | int]] = {}
@@ -90,7 +90,7 @@ class Checkpoints:
                 nonlocal size
                 for piece in pieces:
                     if given_up is not None and given_up.is_set():
-                        raise Dropped(name)
+                        raise SaveCancelled(name)
                     digest.update(piece)
                     size += len(piece)
                     yield piece
@@ -187,9 +187,9 @@ class Checkpoints:
 
     def cursor(self, name: str) -> Cursor:
         data = json.loads(self._read(name, _CURSOR))
-        if data.get("format") != FORMAT:
+        if data.get("format") != formats.CHECKPOINT:
             where = self.storage.where(name)
-            raise UserError(f"{where}: format {data.get('format')}, this version reads {FORMAT}")
+            raise UserError(f"{where}: format {data.get('format')}, this version reads {formats.CHECKPOINT}")
         return Cursor(**{**data, "lineage": tuple(data["lineage"]), "data": tuple(data["data"])})
 
     def tensors(self, name: str, moments: bool) -> "Tensors":

@@ -31,7 +31,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from radhpc.distributed.host_staging import values
+from radhpc.distributed.host_staging import host_values
 
 log = logging.getLogger("radhpc")
 
@@ -239,13 +239,13 @@ def mask_values(name: str, converted: torch.Tensor | None) -> npt.NDArray[Any] |
     """Return the values of a mask of the forward pass that is running; `converted`: what the model made of it since."""
     if converted is None:
         return None
-    return values(_masks[-1].get(name, converted) if _masks else converted)
+    return host_values(_masks[-1].get(name, converted) if _masks else converted)
 
 
 def mask_values_of_shape(name: str, shape: tuple[int, ...]) -> npt.NDArray[Any] | None:
     """Return the values of a mask of the forward pass that is running, if it has one of this shape."""
     mask = _masks[-1].get(name) if _masks else None
-    return values(mask) if mask is not None and tuple(mask.shape) == shape else None
+    return host_values(mask) if mask is not None and tuple(mask.shape) == shape else None
 
 
 # Kernels

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from radhpc.core import families
-from radhpc.core.recipe import Model
+from radhpc.core.recipe import ModelSettings
 from radhpc.models import weights
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -76,7 +76,7 @@ class ModelFamily(Protocol):
         ...
 
 
-def family(model: Model, tokenizer_folder: str) -> ModelFamily:
+def family(model: ModelSettings, tokenizer_folder: str) -> ModelFamily:
     """Import a family's module and create the family for a recipe's model and tokenizer."""
     weights.check_architecture(model)
     module = importlib.import_module(families.entry(model.family).module)

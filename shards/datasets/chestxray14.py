@@ -23,7 +23,7 @@ from radhpc.core.sample import CHEXPERT, Split
 from shards import splits
 from shards.datasets.helpers import labels as _labels
 from shards.datasets.helpers.images import files, folders_with
-from shards.datasets.reader import DatasetWarning, Options, RawStudy
+from shards.datasets.reader import DatasetWarning, RawStudy, ReaderOptions, unusable_study
 from shards.tabular import external_sort, table
 
 SYNTHETIC = False
@@ -56,7 +56,7 @@ class OPTIONS(_labels.LabelOptions):
     )
 
 
-def read(raw: Path | None, options: Options) -> Iterator[RawStudy]:
+def read(raw: Path | None, options: ReaderOptions) -> Iterator[RawStudy]:
     """Yield one study for each row. Raises UserError for a table, a list or a folder that cannot be read."""
     assert isinstance(options, OPTIONS)
     path = table.locate(raw, TABLES, "ChestX-ray14's table")
@@ -120,24 +120,24 @@ def _study(
     options: OPTIONS,
 ) -> RawStudy:
     if record.fault:
-        return _refused(where, record.fault)
+        return unusable_study(where, record.fault)
     image, found, follow_up, patient, view = (record.values[name].strip() for name in COLUMNS)
     present = {name.strip() for name in found.split("|")}
     if not IMAGE.fullmatch(image):
-        return _refused(where, "unknown form of image name")
+        return unusable_study(where, "unknown form of image name")
     if not patient.isdecimal():
-        return _refused(where, "patient that is no number")
+        return unusable_study(where, "patient that is no number")
     patient = str(int(patient))  # image names have leading zeros, and some copies of the table too
     if not present <= set(NAMES):
-        return _refused(where, "unknown label")
+        return unusable_study(where, "unknown label")
     if _labels.NO_FINDING in present and len(present) > 1:
-        return _refused(where, "findings beside No Finding")
+        return unusable_study(where, "findings beside No Finding")
     listed = lists.get(image) if lists is not None else None
     if lists is not None and not listed:
-        return _refused(image, "in neither official list")
+        return unusable_study(image, "in neither official list")
     path = find(image)
     if path is None:
-        return _refused(image, "missing image file")
+        return unusable_study(image, "missing image file")
     labels: dict[str, int | None] = {name: int(name in present) for name in NAMES}
     return RawStudy(
         study=f"{patient}/{follow_up}",
@@ -148,10 +148,6 @@ def _study(
         report=_labels.report(labels, options, absent=False),
         labels={"chestxray14": labels, "chexpert": _chexpert(present)},
     )
-
-
-def _refused(name: str, fault: str) -> RawStudy:
-    return RawStudy(study="", patient="", views=(), name=name, fault=fault)
 
 
 def _split(listed: str, patient: str, options: OPTIONS) -> Split:

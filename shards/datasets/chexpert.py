@@ -18,7 +18,7 @@ from pydantic import Field
 from radhpc.core.errors import UserError
 from radhpc.core.sample import CHEXPERT, Split
 from shards.datasets.helpers import chexpert, labels as _labels
-from shards.datasets.reader import DatasetWarning, Options, RawStudy
+from shards.datasets.reader import DatasetWarning, RawStudy, ReaderOptions, UnusableRecord, unusable_study
 from shards.tabular import external_sort, table
 
 SYNTHETIC = False
@@ -29,7 +29,7 @@ TABLES: dict[Split, tuple[str, ...]] = {
     "test": ("test.csv", "test_labels.csv"),
 }
 SIDE, POSITION = "Frontal/Lateral", "AP/PA"
-Item = tuple[Split, str, str | None, chexpert.Labels]  # a row: split, path, projection, labels
+ImageRow = tuple[Split, str, str | None, chexpert.Labels]  # a row: split, path, projection, labels
 
 
 class OPTIONS(chexpert.ImageOptions, _labels.LabelOptions):
@@ -41,7 +41,7 @@ class OPTIONS(chexpert.ImageOptions, _labels.LabelOptions):
     )
 
 
-def read(raw: Path | None, options: Options) -> Iterator[RawStudy]:
+def read(raw: Path | None, options: ReaderOptions) -> Iterator[RawStudy]:
     """Yield the studies of all tables. Raises UserError for a table or a folder that cannot be read."""
     assert isinstance(options, OPTIONS)
     tables = find_tables(raw, options.train)
@@ -55,8 +55,8 @@ def read(raw: Path | None, options: Options) -> Iterator[RawStudy]:
                 DatasetWarning,
                 stacklevel=2,
             )
-    images = chexpert.Images(folder, options.images, _example(tables["train"]))
-    for _, items in external_sort.grouped(_items(tables)):
+    images = chexpert.ImageFinder(folder, options.images, _example(tables["train"]))
+    for _, items in external_sort.grouped(_rows(tables)):
         yield items[0] if isinstance(items[0], RawStudy) else _study(items, images, options)
 
 
@@ -75,20 +75,20 @@ def find_tables(raw: Path | None, train: str) -> dict[Split, Path]:
     return {"train": found, **{split: path for split, path in others.items() if path}}
 
 
-def _items(tables: dict[Split, Path]) -> Iterator[tuple[str, Item | RawStudy]]:
+def _rows(tables: dict[Split, Path]) -> Iterator[tuple[str, ImageRow | RawStudy]]:
     """(the study, the row as one of its items); a row that cannot be used is a study alone."""
     for split, path in tables.items():
         for record in _records(path):
             values = record.values
             try:
                 if record.fault:
-                    raise chexpert.Fault(record.fault)
-                place = chexpert.place(values["Path"])
+                    raise UnusableRecord(record.fault)
+                place = chexpert.parse_path(values["Path"])
                 view = chexpert.projection(values.get(SIDE, ""), values.get(POSITION, ""), place.image)
-                yield f"{split}/{place.key}", (split, values["Path"], view, chexpert.labels(values))
-            except chexpert.Fault as fault:
+                yield f"{split}/{place.key}", (split, values["Path"], view, chexpert.parse_labels(values))
+            except UnusableRecord as fault:
                 name = f"{path.name} {record.where}"
-                yield name, RawStudy(study="", patient="", views=(), name=name, fault=str(fault))
+                yield name, unusable_study(name, fault)
 
 
 def _records(path: Path) -> Iterator[table.Record]:
@@ -97,25 +97,25 @@ def _records(path: Path) -> Iterator[table.Record]:
     return table.stream(path, ("Path", *CHEXPERT, *optional))
 
 
-def _example(path: Path) -> chexpert.Place | None:
+def _example(path: Path) -> chexpert.ImagePath | None:
     """What the first path of a table looks like."""
     for record in table.stream(path, ("Path",)):
         try:
-            return chexpert.place(record.values.get("Path", ""))
-        except chexpert.Fault:
+            return chexpert.parse_path(record.values.get("Path", ""))
+        except UnusableRecord:
             continue
     return None
 
 
-def _study(items: list[Item], images: chexpert.Images, options: OPTIONS) -> RawStudy:
+def _study(items: list[ImageRow], images: chexpert.ImageFinder, options: OPTIONS) -> RawStudy:
     """Rows of one study: the views of all, the labels of the first."""
     split, path, _, first = items[0]
-    place = chexpert.place(path)
+    place = chexpert.parse_path(path)
     labels = dict(zip(CHEXPERT, first, strict=True))
     return RawStudy(
         study=place.key,
         patient=place.patient,
-        views=tuple((images.path(chexpert.place(path)), view) for _, path, view, _ in items),
+        views=tuple((images.path(chexpert.parse_path(path)), view) for _, path, view, _ in items),
         name=f"{place.split}/{place.key}",
         split=split,
         report=_labels.report(labels, options),

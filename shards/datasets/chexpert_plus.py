@@ -23,7 +23,7 @@ from radhpc.core.errors import UserError, first_line
 from radhpc.core.sample import CHEXPERT, Report, Split
 from shards import splits
 from shards.datasets.helpers import chexpert
-from shards.datasets.reader import DatasetWarning, Options, RawStudy
+from shards.datasets.reader import DatasetWarning, RawStudy, ReaderOptions, UnusableRecord, unusable_study
 from shards.tabular import external_sort, table
 from shards.text import sections
 
@@ -49,10 +49,10 @@ class OPTIONS(chexpert.ImageOptions):
 
 
 @dataclass(frozen=True)
-class Item:
+class ImageRow:
     """What one row says: one view of a study."""
 
-    place: chexpert.Place
+    place: chexpert.ImagePath
     patient: str
     split: Split
     path: Path
@@ -60,14 +60,14 @@ class Item:
     report: Report
 
 
-def read(raw: Path | None, options: Options) -> Iterator[RawStudy]:
+def read(raw: Path | None, options: ReaderOptions) -> Iterator[RawStudy]:
     """Yield the studies. Raises UserError for a table or a folder that cannot be read."""
     assert isinstance(options, OPTIONS)
     path = table.locate(raw, (TABLE,), "CheXpert Plus's table")
     folder = path.parent
-    images = chexpert.Images(folder, options.images, None)
+    images = chexpert.ImageFinder(folder, options.images, None)
     labels = find_labels(folder, options)
-    for _, items in external_sort.grouped(_items(path, images)):
+    for _, items in external_sort.grouped(_rows(path, images)):
         yield items[0] if isinstance(items[0], RawStudy) else _study(items, labels)
 
 
@@ -95,7 +95,7 @@ def _labels(path: Path) -> Iterator[tuple[str, chexpert.Labels]]:
                 number += 1
                 if line.strip():
                     values = json.loads(line, parse_constant=lambda name: None)  # NaN
-                    yield chexpert.place(values["path_to_image"]).key, chexpert.labels(values)
+                    yield chexpert.parse_path(values["path_to_image"]).key, chexpert.parse_labels(values)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path}: line {number}: no object with path_to_image and the 14 labels ({first_line(error)})"
@@ -104,32 +104,32 @@ def _labels(path: Path) -> Iterator[tuple[str, chexpert.Labels]]:
         raise UserError(f"{path}: cannot be read ({error.strerror or first_line(error)})") from error
 
 
-def _items(path: Path, images: chexpert.Images) -> Iterator[tuple[str, Item | RawStudy]]:
+def _rows(path: Path, images: chexpert.ImageFinder) -> Iterator[tuple[str, ImageRow | RawStudy]]:
     """(the study, the row as one of its items); a row that cannot be used is a study alone."""
     there = table.read(path).columns
     for record in table.stream(path, (*REQUIRED, *(name for name in OPTIONAL if name in there))):
         where = f"{path.name} {record.where}"
         try:
-            item = _item(record, images)
+            item = _parse_row(record, images)
             yield f"{item.split}/{item.place.key}", item
-        except chexpert.Fault as fault:
-            yield where, RawStudy(study="", patient="", views=(), name=where, fault=str(fault))
+        except UnusableRecord as fault:
+            yield where, unusable_study(where, fault)
 
 
-def _item(record: table.Record, images: chexpert.Images) -> Item:
+def _parse_row(record: table.Record, images: chexpert.ImageFinder) -> ImageRow:
     """Read one row. Raises Fault."""
     if record.fault:
-        raise chexpert.Fault(record.fault)
+        raise UnusableRecord(record.fault)
     values = {name: value.strip() for name, value in record.values.items()}
-    place = chexpert.place(values["path_to_image"])
+    place = chexpert.parse_path(values["path_to_image"])
     if not values["deid_patient_id"]:
-        raise chexpert.Fault("empty patient")
+        raise UnusableRecord("empty patient")
     try:
-        split = splits.parse(values["split"]) if values["split"] else chexpert.official(place)
+        split = splits.parse(values["split"]) if values["split"] else chexpert.official_split(place)
     except UserError:
-        raise chexpert.Fault("unknown split") from None
-    source = chexpert.place(values["path_to_dcm"]) if images.dicom and values.get("path_to_dcm") else place
-    return Item(
+        raise UnusableRecord("unknown split") from None
+    source = chexpert.parse_path(values["path_to_dcm"]) if images.dicom and values.get("path_to_dcm") else place
+    return ImageRow(
         place=place,
         patient=values["deid_patient_id"],
         split=split,
@@ -146,7 +146,7 @@ def _report(text: str, findings: str, impression: str) -> Report:
     return sections.split(text[: tail.start()] if tail else text)
 
 
-def _study(items: list[Item], labels: external_sort.Lookup | None) -> RawStudy:
+def _study(items: list[ImageRow], labels: external_sort.Lookup | None) -> RawStudy:
     first = items[0]
     fault = gap = None
     if any(item.patient != first.patient for item in items):

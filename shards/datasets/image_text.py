@@ -21,7 +21,7 @@ from pydantic import Field
 from radhpc.core.errors import UserError, nearest
 from radhpc.core.sample import CHEXPERT, Report, Split
 from shards import splits
-from shards.datasets.reader import DatasetWarning, Options, RawStudy
+from shards.datasets.reader import DatasetWarning, RawStudy, ReaderOptions, UnusableRecord, unusable_study
 from shards.tabular import external_sort, table
 from shards.text import sections
 
@@ -48,7 +48,7 @@ def _column(what: str) -> Any:
     return Field(None, description=f"the column of {what}")
 
 
-class OPTIONS(Options):
+class OPTIONS(ReaderOptions):
     """image_text: any table of images and texts."""
 
     table: str | None = Field(None, description="the file in the folder, where it holds several tables")
@@ -67,12 +67,8 @@ class OPTIONS(Options):
     language: str | None = Field(None, description="the column of languages, or one code for all, such as es")
 
 
-class Fault(ValueError):
-    """Why a row cannot be used."""
-
-
 @dataclass(frozen=True)
-class Item:
+class TableRow:
     """What one row says, in our terms."""
 
     views: tuple[tuple[Path, str | None], ...]
@@ -87,7 +83,7 @@ class Item:
     name: str
 
 
-def read(raw: Path | None, options: Options) -> Iterator[RawStudy]:
+def read(raw: Path | None, options: ReaderOptions) -> Iterator[RawStudy]:
     """Yield the studies of the table. Raises UserError for a table that cannot be read."""
     assert isinstance(options, OPTIONS)
     if raw is None:
@@ -101,19 +97,19 @@ def read(raw: Path | None, options: Options) -> Iterator[RawStudy]:
             DatasetWarning,
             stacklevel=2,
         )
-    for _, items in external_sort.grouped(_items(rows, columns, options)):
+    for _, items in external_sort.grouped(_rows(rows, columns, options)):
         yield items[0] if isinstance(items[0], RawStudy) else _study(items)
 
 
-def _items(rows: table.Table, columns: dict[str, str], options: OPTIONS) -> Iterator[tuple[str, Item | RawStudy]]:
+def _rows(rows: table.Table, columns: dict[str, str], options: OPTIONS) -> Iterator[tuple[str, TableRow | RawStudy]]:
     """(what makes a study, the row as one of its items), row by row; a row that cannot be used is a study alone."""
     for number, record in enumerate(rows.records):
         alone = str(number)
         try:
-            item = _item(record, columns, options, rows.path.parent)
-        except Fault as fault:
+            item = _parse_row(record, columns, options, rows.path.parent)
+        except UnusableRecord as fault:
             name = f"{rows.path.name} {record.where}"
-            yield alone, RawStudy(study="", patient="", views=(), name=name, fault=str(fault))
+            yield alone, unusable_study(name, fault)
             continue
         together = "\x1f".join((item.patient, item.study, item.question or ""))
         yield together if "study" in columns else alone, item
@@ -145,10 +141,10 @@ def find_columns(rows: table.Table, options: OPTIONS) -> dict[str, str]:
     return found
 
 
-def _item(record: table.Record, columns: dict[str, str], options: OPTIONS, folder: Path) -> Item:
+def _parse_row(record: table.Record, columns: dict[str, str], options: OPTIONS, folder: Path) -> TableRow:
     """Read one row. Raises Fault."""
     if record.fault:
-        raise Fault(record.fault)
+        raise UnusableRecord(record.fault)
 
     def get(ours: str) -> Any:
         value = record.values.get(columns[ours]) if ours in columns else None
@@ -157,25 +153,25 @@ def _item(record: table.Record, columns: dict[str, str], options: OPTIONS, folde
     def text(ours: str) -> str | None:
         value = get(ours)
         if isinstance(value, (dict, list)):
-            raise Fault(f"{ours} is no text")
+            raise UnusableRecord(f"{ours} is no text")
         return _text(value) or None
 
     views = [view for view in zip_longest(_strings(get("image")), _strings(get("view")), fillvalue="") if view[0]]
     images = [path for path, _ in views]
     if not images:
-        raise Fault("no image named")
+        raise UnusableRecord("no image named")
     if any("\0" in path for path in images):
-        raise Fault("image path with a zero byte")
+        raise UnusableRecord("image path with a zero byte")
     if "patient" in columns and not text("patient"):
-        raise Fault("empty patient")
+        raise UnusableRecord("empty patient")
     question = text("question")
     study = text("study") or "\x1f".join([*images, question or ""])
     try:
         split = splits.parse(word) if (word := text("split")) else None
     except UserError:
-        raise Fault("unknown split") from None
+        raise UnusableRecord("unknown split") from None
     code = options.language if options.language not in columns.values() else None
-    return Item(
+    return TableRow(
         views=tuple((folder / path, view or None) for path, view in views),
         patient=text("patient") or (study if "study" in columns else "\x1f".join(images)),
         study=study,
@@ -197,7 +193,7 @@ def _report(text: str | None, findings: str | None, impression: str | None, opti
     return Report(findings=findings, impression=impression)
 
 
-def _study(items: list[Item]) -> RawStudy:
+def _study(items: list[TableRow]) -> RawStudy:
     """Rows of one study: the views of all, the rest of the first."""
     first = items[0]
     fault = None
@@ -230,7 +226,7 @@ def _text(value: Any) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
-        raise Fault("text that is no Unicode") from None
+        raise UnusableRecord("text that is no Unicode") from None
     return text
 
 
@@ -243,7 +239,7 @@ def _strings(value: Any) -> list[str]:
             return [value]  # a file may be called so
     values = value if isinstance(value, list) else [] if value is None else [value]
     if any(isinstance(item, (dict, list)) for item in values):
-        raise Fault("image or view that is no text")
+        raise UnusableRecord("image or view that is no text")
     return [_text(item) for item in values]
 
 
@@ -256,7 +252,7 @@ def _labels(value: Any, record: dict[str, Any]) -> dict[str, dict[str, int | Non
             try:
                 value = json.loads(value)
             except json.JSONDecodeError:
-                raise Fault("labels that are no JSON") from None
+                raise UnusableRecord("labels that are no JSON") from None
         else:
             value = [name.strip() for name in value.split("|") if name.strip()]
     if isinstance(value, list):
@@ -267,7 +263,7 @@ def _labels(value: Any, record: dict[str, Any]) -> dict[str, dict[str, int | Non
         for vocabulary, values in (value if nested else {plain: value}).items():
             labels[_text(vocabulary)] = {_text(name): _label(given) for name, given in values.items()}
     elif value:
-        raise Fault("labels that are no names")
+        raise UnusableRecord("labels that are no names")
     own = {name: _label(record[name]) for name in CHEXPERT if name in record}
     return {"chexpert": own, **labels} if own else labels
 
@@ -278,7 +274,7 @@ def _label(value: Any) -> int | None:
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
-        raise Fault("a label other than 1, 0, -1 and empty") from None
+        raise UnusableRecord("a label other than 1, 0, -1 and empty") from None
     if number not in (1, 0, -1):
-        raise Fault("a label other than 1, 0, -1 and empty")
+        raise UnusableRecord("a label other than 1, 0, -1 and empty")
     return int(number)

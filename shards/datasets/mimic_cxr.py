@@ -20,11 +20,11 @@ SYNTHETIC = False
 EDITION = mimic.Edition(images="records", names=("cxr-record-list.csv",), suffix=".dcm", complete=False)
 
 
-class OPTIONS(mimic.Options):
+class OPTIONS(mimic.MimicOptions):
     """mimic_cxr: chest radiographs in DICOM with reports."""
 
 
-def read(raw: Path | None, options: reader.Options) -> Iterator[RawStudy]:
+def read(raw: Path | None, options: reader.ReaderOptions) -> Iterator[RawStudy]:
     """Yield the studies. Raises UserError where a table, the images or the reports are not found."""
     assert isinstance(options, OPTIONS)
-    return mimic.read(raw, options, EDITION)
+    return mimic.read_edition(raw, options, EDITION)

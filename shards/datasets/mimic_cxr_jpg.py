@@ -18,14 +18,14 @@ from shards.datasets.helpers import mimic
 from shards.datasets.reader import RawStudy
 
 SYNTHETIC = False
-EDITION = mimic.Edition(images="metadata", names=mimic.named("metadata"), suffix=".jpg", complete=True)
+EDITION = mimic.Edition(images="metadata", names=mimic.table_names("metadata"), suffix=".jpg", complete=True)
 
 
-class OPTIONS(mimic.Options):
+class OPTIONS(mimic.MimicOptions):
     """mimic_cxr_jpg: chest radiographs with reports and labels."""
 
 
-def read(raw: Path | None, options: reader.Options) -> Iterator[RawStudy]:
+def read(raw: Path | None, options: reader.ReaderOptions) -> Iterator[RawStudy]:
     """Yield the studies. Raises UserError where a table, the images or the reports are not found."""
     assert isinstance(options, OPTIONS)
-    return mimic.read(raw, options, EDITION)
+    return mimic.read_edition(raw, options, EDITION)

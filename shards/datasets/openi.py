@@ -27,7 +27,7 @@ from defusedxml import DefusedXmlException, ElementTree  # type: ignore[import-u
 from radhpc.core.errors import UserError
 from radhpc.core.sample import Report
 from shards.datasets.helpers.images import files
-from shards.datasets.reader import DatasetWarning, Options, RawStudy
+from shards.datasets.reader import DatasetWarning, RawStudy, ReaderOptions, UnusableRecord, unusable_study
 from shards.tabular import external_sort, table
 
 SYNTHETIC = False
@@ -39,21 +39,17 @@ MAX_BYTES = 1 << 20  # of an XML: the largest of Open-i's has 8,967
 OTHERS = ("INDICATION", "COMPARISON")
 VIEWS = {"LATERAL": "L", "LARGE LATERAL": "L", "FRONTAL": "Frontal"}
 Views = tuple[tuple[Path, str | None], ...]
-Found = Callable[[str], tuple[Path | None, str | None]]  # an image's name -> its file and its projection
+ImageLookup = Callable[[str], tuple[Path | None, str | None]]  # an image's name -> its file and its projection
 _SUFFIX = re.compile(r"(?:\.(?:dcm|png|jpe?g))+$", re.IGNORECASE)
 _HEAD = re.compile(r"^(?:CXR)?(\d+)(?:_\d+)?_")
-_FIRST = TypeVar("_FIRST")
+Value = TypeVar("Value")
 
 
-class OPTIONS(Options):
+class OPTIONS(ReaderOptions):
     """openi: the chest radiographs of Indiana University, with reports."""
 
 
-class Fault(ValueError):
-    """Why a report cannot be used."""
-
-
-def read(raw: Path | None, options: Options) -> Iterator[RawStudy]:
+def read(raw: Path | None, options: ReaderOptions) -> Iterator[RawStudy]:
     """Yield the studies, one for each report. Raises UserError where there are no reports or no images."""
     if raw is None:
         raise UserError("openi: --raw is missing: the folder of the reports and the images")
@@ -77,7 +73,7 @@ def key(name: str) -> str:
     return _HEAD.sub(r"\1_", _SUFFIX.sub("", name.strip().rpartition("/")[2]))
 
 
-def find_images(raw: Path, views: external_sort.Lookup) -> Found:
+def find_images(raw: Path, views: external_sort.Lookup) -> ImageLookup:
     """A function from an image's name to its file and its projection. Raises UserError where there is no image."""
     index = external_sort.Lookup((_tagged(path), path) for path in files(raw, SUFFIXES))
     if not len(index):
@@ -94,7 +90,7 @@ def _tagged(path: Path) -> str:
     return key(path.name) + path.suffix.lower()
 
 
-def _first(values: Iterable[_FIRST | None]) -> _FIRST | None:
+def _first(values: Iterable[Value | None]) -> Value | None:
     return next((value for value in values if value is not None), None)
 
 
@@ -112,36 +108,36 @@ def _views(spread: dict[str, Path]) -> external_sort.Lookup:
     return external_sort.Lookup(rows())
 
 
-def _from_xml(reports: list[Path], found: Found) -> Iterator[RawStudy]:
+def _from_xml(reports: list[Path], found: ImageLookup) -> Iterator[RawStudy]:
     for path in reports:
         name = f"{path.parent.name}/{path.name}"
         try:
             yield _study(parse(path), name, found)
-        except Fault as fault:
-            yield RawStudy(study="", patient="", views=(), name=name, fault=str(fault))
+        except UnusableRecord as fault:
+            yield unusable_study(name, fault)
 
 
 def parse(path: Path) -> "plain.Element":
     """The root of a report's XML, which is nobody's to trust: no entities, no size. Raises Fault."""
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise Fault("XML too large")
+            raise UnusableRecord("XML too large")
         root: plain.Element = ElementTree.fromstring(path.read_bytes(), forbid_dtd=True)
     except DefusedXmlException:
-        raise Fault("XML with a document type of its own") from None
+        raise UnusableRecord("XML with a document type of its own") from None
     except (plain.ParseError, LookupError, ValueError) as error:
-        raise error if isinstance(error, Fault) else Fault("broken XML") from None
+        raise error if isinstance(error, UnusableRecord) else UnusableRecord("broken XML") from None
     except OSError:
-        raise Fault("unreadable XML file") from None
+        raise UnusableRecord("unreadable XML file") from None
     return root
 
 
-def _study(root: "plain.Element", name: str, found: Found) -> RawStudy:
+def _study(root: "plain.Element", name: str, found: ImageLookup) -> RawStudy:
     """Read one report's XML. Raises Fault."""
     identifier = root.find("uId")
     patient = (identifier.get("id") or "").strip() if identifier is not None else ""
     if not patient:
-        raise Fault("report without a number")
+        raise UnusableRecord("report without a number")
     texts: dict[str, str] = {}
     for element in root.iter("AbstractText"):
         label = (element.get("Label") or "").strip().upper()
@@ -159,7 +155,7 @@ def _study(root: "plain.Element", name: str, found: Found) -> RawStudy:
     )
 
 
-def _from_tables(spread: dict[str, Path], found: Found) -> Iterator[RawStudy]:
+def _from_tables(spread: dict[str, Path], found: ImageLookup) -> Iterator[RawStudy]:
     if PROJECTIONS not in spread:
         raise UserError(f"{spread[REPORTS]}: {PROJECTIONS} is missing: it names the images")
     images = external_sort.Lookup(
@@ -174,7 +170,7 @@ def _from_tables(spread: dict[str, Path], found: Found) -> Iterator[RawStudy]:
         name = f"{REPORTS} {record.where}"
         fault = record.fault or (None if record.values["uid"].strip() else "report without a number")
         if fault:
-            yield RawStudy(study="", patient="", views=(), name=name, fault=fault)
+            yield unusable_study(name, fault)
             continue
         texts = {column.upper(): record.values[column].strip() for column in columns[2:]}
         uid = record.values["uid"].strip()
@@ -186,7 +182,7 @@ def _assemble(
     patient: str,
     name: str,
     images: list[str],
-    found: Found,
+    found: ImageLookup,
     texts: dict[str, str],
     terms: dict[str, list[str]],
 ) -> RawStudy:

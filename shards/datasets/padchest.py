@@ -50,7 +50,7 @@ from radhpc.core.errors import UserError, nearest
 from radhpc.core.sample import Report, Split
 from shards import splits
 from shards.datasets.helpers.padchest_facts import EXCLUDE, KNOWN, UNUSABLE, chexpert
-from shards.datasets.reader import DatasetWarning, Options, RawStudy
+from shards.datasets.reader import DatasetWarning, RawStudy, ReaderOptions, UnusableRecord, unusable_study
 from shards.tabular import external_sort, table
 
 SYNTHETIC = False
@@ -79,7 +79,7 @@ def _projections(value: Any) -> Any:
     return chosen
 
 
-class OPTIONS(Options):
+class OPTIONS(ReaderOptions):
     """padchest: PadChest, with or without PadChest-GR."""
 
     projections: Annotated[tuple[str, ...], BeforeValidator(_projections)] = Field(
@@ -101,7 +101,7 @@ class OPTIONS(Options):
     )
 
 
-class Image(NamedTuple):
+class ImageRow(NamedTuple):
     """What one row says of its image."""
 
     where: str
@@ -111,7 +111,7 @@ class Image(NamedTuple):
     pediatric: bool
 
 
-class Text(NamedTuple):
+class StudyText(NamedTuple):
     """What one row says of its study, the same in all rows of it."""
 
     report: str
@@ -120,7 +120,7 @@ class Text(NamedTuple):
     localizations: str
 
 
-class Told:
+class ListingCounts:
     """What the listing counts, for the warnings at its end."""
 
     def __init__(self) -> None:
@@ -132,29 +132,25 @@ class Told:
         self.unknown[name if known else "others"] += 1
 
 
-class Fault(ValueError):
-    """What is broken in a study."""
+class ArchiveExclusion(ValueError):
+    """A study is complete, but PadChest itself excludes it or has nothing to learn from in it."""
 
 
-class Gap(ValueError):
-    """Why PadChest itself has no use for a study."""
-
-
-def read(raw: Path | None, options: Options) -> Iterator[RawStudy]:
+def read(raw: Path | None, options: ReaderOptions) -> Iterator[RawStudy]:
     """Yield the studies of the table. Raises UserError for one that cannot be read, and for images still in zips."""
     assert isinstance(options, OPTIONS)
     if options.studies == "grounded" and options.grounded == "no":
         raise UserError("padchest: studies=grounded needs a language of PadChest-GR: grounded=en or grounded=es")
     path = table.locate(raw, [TABLE], "table of PadChest")
     grounded = _read_grounded(path.parent, options.grounded)
-    images = Images(path.parent)
-    told = Told()
+    images = ImageFinder(path.parent)
+    told = ListingCounts()
     for _, rows in external_sort.grouped(_rows(path)):
         if isinstance(rows[0], RawStudy):
             yield rows[0]
         elif study := _study(rows, images, grounded, options, told, path):
             yield study
-    _tell(told, options, path, len(grounded) if grounded else 0)
+    _warn_of_counts(told, options, path, len(grounded) if grounded else 0)
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -170,14 +166,14 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
                 fault = "no image named"
         if fault:
             called = f"{path.name} {record.where}"
-            yield str(number), RawStudy(study="", patient="", views=(), name=called, fault=fault)
+            yield str(number), unusable_study(called, fault)
             continue
         image = record.where, values["ImageDir"].strip(), name, values["Projection"], values["Pediatric"] == "PED"
         text = values["Report"], values["MethodLabel"], values["Labels"], values["Localizations"]
         yield f"{patient}\x1f{study}", (patient, study, image, text)
 
 
-class Images:
+class ImageFinder:
     """Where the images lie: found out once for each ImageDir, by a look into the folders that may hold its images.
 
     One folder with images settles it. Where several have some, each image is looked for.
@@ -220,12 +216,17 @@ def _holds_images(folder: Path) -> bool:
 
 
 def _study(
-    rows: list[Any], images: Images, grounded: external_sort.Lookup | None, options: OPTIONS, told: Told, path: Path
+    rows: list[Any],
+    images: ImageFinder,
+    grounded: external_sort.Lookup | None,
+    options: OPTIONS,
+    told: ListingCounts,
+    path: Path,
 ) -> RawStudy | None:
     """The study of these rows; None where the options leave it out."""
     patient, study = rows[0][:2]
-    items = [Image(*row[2]) for row in rows]
-    text = Text(*rows[0][3])
+    items = [ImageRow(*row[2]) for row in rows]
+    text = StudyText(*rows[0][3])
     language, sentences, split, image = _sentences(study, items, grounded, options.grounded)
     told.grounded += sentences is not None
     if options.studies == "grounded" and image:
@@ -245,22 +246,22 @@ def _study(
     try:
         names = _names(text.labels)
         if any(row[3] != rows[0][3] for row in rows):
-            raise Fault("rows of one study with different texts or labels")
+            raise UnusableRecord("rows of one study with different texts or labels")
         if not views:
-            raise Gap("no usable view")
+            raise ArchiveExclusion("no usable view")
         if EXCLUDE in names:
-            raise Gap("marked exclude by the dataset")
+            raise ArchiveExclusion("marked exclude by the dataset")
         if not chosen:
             told.other_projections += 1
             return None
         labels = _labels(names, _names(text.localizations), text, options, told)
         if not report.findings and options.reports == "require":
-            raise Gap("no report")
+            raise ArchiveExclusion("no report")
         if not report.findings and not labels:
-            raise Gap("neither report nor labels")
-    except Fault as error:
+            raise ArchiveExclusion("neither report nor labels")
+    except UnusableRecord as error:
         fault = str(error)
-    except Gap as error:
+    except ArchiveExclusion as error:
         gap = str(error)
     return RawStudy(
         study=f"{patient}\x1f{study}",
@@ -293,12 +294,12 @@ def _names(text: str) -> tuple[str, ...]:
         with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
             names = ast.literal_eval(text)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise Fault("labels or localizations that are no list of names")
+        raise UnusableRecord("labels or localizations that are no list of names")
     return tuple(dict.fromkeys(name.strip() for name in names))
 
 
 def _labels(
-    names: tuple[str, ...], places: tuple[str, ...], text: Text, options: OPTIONS, told: Told
+    names: tuple[str, ...], places: tuple[str, ...], text: StudyText, options: OPTIONS, told: ListingCounts
 ) -> dict[str, dict[str, int | None]]:
     """Labels by vocabulary; a vocabulary of which nothing is said is absent."""
     if options.labels == "physician" and text.method.strip() != "Physician":
@@ -365,7 +366,7 @@ def _read_splits(folder: Path) -> Iterator[tuple[str, Split]]:
 
 
 def _sentences(
-    study: str, items: list[Image], grounded: external_sort.Lookup | None, language: str
+    study: str, items: list[ImageRow], grounded: external_sort.Lookup | None, language: str
 ) -> tuple[str, str | None, Split | None, str]:
     """(language, PadChest-GR's sentences, official split, its image) of a study; that image must be the study's."""
     image, sentences, split = (grounded and grounded.get(study)) or ("", "", None)
@@ -374,7 +375,7 @@ def _sentences(
     return (language, sentences, split, image) if sentences else ("es-stemmed", None, split, "")
 
 
-def _tell(told: Told, options: OPTIONS, path: Path, grounded: int) -> None:
+def _warn_of_counts(told: ListingCounts, options: OPTIONS, path: Path, grounded: int) -> None:
     """Warn of what was left out by an option, and of what is not understood."""
     kept = ",".join(options.projections)
     if told.other_projections:

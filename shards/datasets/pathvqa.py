@@ -19,7 +19,7 @@ from typing import Any
 from radhpc.core.errors import UserError
 from radhpc.core.sample import Split
 from shards.datasets.helpers import layout, vqa
-from shards.datasets.reader import Options, RawStudy
+from shards.datasets.reader import RawStudy, ReaderOptions, UnusableRecord, unusable_study
 from shards.tabular import safe_pickle, table
 
 SYNTHETIC = False
@@ -33,11 +33,11 @@ SUFFIXES = (".jpg", ".jpeg", ".png")
 COLUMNS = ("image", "question", "answer")
 
 
-class OPTIONS(Options):
+class OPTIONS(ReaderOptions):
     """pathvqa: PathVQA as published."""
 
 
-def read(raw: Path | None, options: Options) -> Iterator[RawStudy]:
+def read(raw: Path | None, options: ReaderOptions) -> Iterator[RawStudy]:
     """Yield the questions. Raises UserError for files that are missing, no PathVQA, or pickles that hold code."""
     folder, files = layout.split_files(raw, FILES, "PathVQA", INNER)
     images = layout.image_folder(folder, ("images",), "PathVQA's images")
@@ -46,8 +46,8 @@ def read(raw: Path | None, options: Options) -> Iterator[RawStudy]:
             name = f"{path.name} record {number}"
             try:
                 yield _study(record, split, images, name)
-            except vqa.Fault as fault:
-                yield vqa.faulty(name, fault)
+            except UnusableRecord as fault:
+                yield unusable_study(name, fault)
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
@@ -67,8 +67,8 @@ def _records(path: Path) -> list[dict[str, Any]]:
 def _study(record: dict[str, Any], split: Split, images: Path, name: str) -> RawStudy:
     """Read one record. Raises Fault."""
     image = _image(record.get("image"), split)
-    question = vqa.filled(record.get("question"), "question")
-    answer = vqa.filled(record.get("answer"), "answer")
+    question = vqa.required_text(record.get("question"), "question")
+    answer = vqa.required_text(record.get("answer"), "answer")
     return RawStudy(
         study=f"{image}\x1f{question}\x1f{answer}",
         patient=image,

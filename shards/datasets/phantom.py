@@ -14,8 +14,8 @@ import numpy as np
 from pydantic import Field
 
 from radhpc.core.sample import CHEXPERT
-from shards.datasets.reader import Options, RawStudy
-from shards.images.pixels import BadImage, Raw
+from shards.datasets.reader import RawStudy, ReaderOptions
+from shards.images.raw_image import BadImage, RawImage
 from shards.phantom import image, report
 
 SYNTHETIC = True
@@ -42,7 +42,7 @@ _LABELS = tuple(LABELS)
 _WEIGHTS = np.array([1.0, 1.0, 1.0, 1.4, 1.0, 1.0, 1.0, 1.1, 1.1, 1.1, 1.1, 1.1])
 
 
-class OPTIONS(Options):
+class OPTIONS(ReaderOptions):
     """phantom: drawn chest radiographs."""
 
     studies: int = Field(2000, gt=0, description="how many studies")
@@ -61,11 +61,11 @@ class Picture:
     view: image.Projection
     size: int
 
-    def __call__(self) -> Raw:
+    def __call__(self) -> RawImage:
         anatomy = np.random.default_rng((self.seed, 1, *_patient(self.seed, self.study)))
         exposure = np.random.default_rng((self.seed, 2, self.study, image.PROJECTIONS.index(self.view)))
         shown = findings(self.seed, self.study)
-        return Raw(image.draw(self.view, self.size, shown, anatomy, exposure), bits=image.BITS)
+        return RawImage(image.draw(self.view, self.size, shown, anatomy, exposure), bits=image.BITS)
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,11 @@ class Damaged:
 
     study: int
 
-    def __call__(self) -> Raw:
+    def __call__(self) -> RawImage:
         raise BadImage(f"study {self.study}", "broken image", "damaged on purpose")
 
 
-def read(raw: Path | None, options: Options) -> Iterator[RawStudy]:
+def read(raw: Path | None, options: ReaderOptions) -> Iterator[RawStudy]:
     """Yield the studies; `raw` is not needed."""
     assert isinstance(options, OPTIONS)
     for number in range(options.studies):

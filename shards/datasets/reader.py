@@ -21,9 +21,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from radhpc.core.errors import UserError, nearest
 from radhpc.core.sample import Report, Split
-from shards.images.pixels import Raw
+from shards.images.raw_image import RawImage
 
-Source = Path | Callable[[], Raw]  # where a view's pixels come from: a file, or a drawing
+PixelSource = Path | Callable[[], RawImage]  # where a view's pixels come from: a file, or a drawing
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class RawStudy:
 
     study: str  # raw identifier, unique in the dataset
     patient: str  # raw identifier
-    views: tuple[tuple[Source, str | None], ...]  # (pixels, projection: PA, AP, L, ... or None)
+    views: tuple[tuple[PixelSource, str | None], ...]  # (pixels, projection: PA, AP, L, ... or None)
     name: str  # what to call it where it is left out: a file or a row, shown to the user only
     split: Split | None = None  # the official one, None: by the hash of the patient
     report: Report = Report()
@@ -45,11 +45,20 @@ class RawStudy:
     gap: str | None = None  # what the archive itself has not, or disowns: left out by name, no fault of this copy
 
 
+class UnusableRecord(ValueError):
+    """A record, row or study cannot be used; the message is a general phrase without particulars of the patient."""
+
+
 class DatasetWarning(UserWarning):
-    """What a reader wants its user to know; the build returns it with the result."""
+    """A message from a reader to its user; the build returns it with the result."""
 
 
-class Options(BaseModel):
+def unusable_study(name: str, fault: UnusableRecord | str) -> RawStudy:
+    """Return the study that takes the place of a record that cannot be used: left out by name and counted as broken."""
+    return RawStudy(study="", patient="", views=(), name=name, fault=str(fault))
+
+
+class ReaderOptions(BaseModel):
     """The options that every reader has; each adds its own."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -69,16 +78,16 @@ class Options(BaseModel):
         return False
 
 
-class Reader(Protocol):
+class DatasetReader(Protocol):
     """What a module of this folder must have."""
 
-    OPTIONS: type[Options]
+    OPTIONS: type[ReaderOptions]
     SYNTHETIC: bool
 
-    def read(self, raw: Path | None, options: Options) -> Iterator[RawStudy]: ...
+    def read(self, raw: Path | None, options: ReaderOptions) -> Iterator[RawStudy]: ...
 
 
-def parse_options(dataset: str, kind: type[Options], values: Mapping[str, str]) -> Options:
+def parse_options(dataset: str, kind: type[ReaderOptions], values: Mapping[str, str]) -> ReaderOptions:
     """Turn key=value texts into a reader's options. Raises UserError that names the key and what is allowed."""
     allowed = kind.model_fields
     for key in values:

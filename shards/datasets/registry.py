@@ -11,7 +11,7 @@ from radhpc.core import plugins
 from radhpc.core.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from shards.datasets.reader import Reader
+    from shards.datasets.reader import DatasetReader
 
 BUILT_IN = (
     "chestxray14", "chexpert", "chexpert_plus", "image_text", "mimic_cxr", "mimic_cxr_jpg", "openi", "padchest",
@@ -24,10 +24,10 @@ def names() -> tuple[str, ...]:
     return tuple(sorted({*BUILT_IN, *plugins.installed(plugins.DATASETS)}))
 
 
-def reader(name: str) -> "Reader":
+def reader(name: str) -> "DatasetReader":
     """Import the reader of that name. Raises UserError for an unknown one."""
     if name in BUILT_IN:
-        module: Reader = importlib.import_module(f"shards.datasets.{name}")
+        module: DatasetReader = importlib.import_module(f"shards.datasets.{name}")
         return module
     announced = plugins.installed(plugins.DATASETS)
     if name not in announced:
@@ -35,5 +35,5 @@ def reader(name: str) -> "Reader":
     loaded = plugins.load(announced[name])
     if missing := [part for part in ("OPTIONS", "SYNTHETIC", "read") if not hasattr(loaded, part)]:
         raise UserError(f"plugin '{name}' ({announced[name].value}) has no {missing[0]}: it is no reader")
-    plugin: Reader = loaded
+    plugin: DatasetReader = loaded
     return plugin

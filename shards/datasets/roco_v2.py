@@ -35,8 +35,8 @@ from pydantic import Field
 from radhpc.core.errors import UserError
 from radhpc.core.sample import Report, Split
 from shards.datasets.helpers import layout, vqa
-from shards.datasets.helpers.overlap import Overlap
-from shards.datasets.reader import DatasetWarning, Options, RawStudy
+from shards.datasets.helpers.overlap import SharedGroups
+from shards.datasets.reader import DatasetWarning, RawStudy, ReaderOptions, UnusableRecord, unusable_study
 from shards.tabular import external_sort, table
 
 SYNTHETIC = False
@@ -48,7 +48,7 @@ UNLICENSED = (None, "", "")  # article, attribution, link
 LICENSES, MAPPING = "license_information.csv", "cui_mapping.csv"
 
 
-class OPTIONS(Options):
+class OPTIONS(ReaderOptions):
     """roco_v2: ROCO v2 as published on Zenodo."""
 
     split: Literal["disjoint", "official", "article"] = Field(
@@ -101,21 +101,21 @@ class Concepts:
             _warn(f"{MAPPING}: {self.unknown} concepts of images are not in it; they are called by their CUIs")
 
 
-def read(raw: Path | None, options: Options) -> Iterator[RawStudy]:
+def read(raw: Path | None, options: ReaderOptions) -> Iterator[RawStudy]:
     """Yield the images with captions. Raises UserError for files that are missing or no ROCO v2."""
     assert isinstance(options, OPTIONS)
     folder, files = layout.split_files(raw, CAPTIONS, "ROCO v2")
     images = {split: _images(folder, WORDS[split]) for split in files}
     licences = _read_licences(folder, options)
     concepts = Concepts(folder, list(files))
-    overlap = Overlap((_article(licences, image), split) for split, path in files.items() for image in _ids(path))
+    overlap = SharedGroups((_article(licences, image), split) for split, path in files.items() for image in _ids(path))
     counts: Counter[str] = Counter()
     for split, path in files.items():
         for record, (image, caption) in _rows(path, "ID", "Caption"):
             name = f"{path.name} {record.where}"
             try:
                 if record.fault:
-                    raise vqa.Fault(record.fault)
+                    raise UnusableRecord(record.fault)
                 image = vqa.image_name(image)
                 article, attribution, link = licences.get(image, UNLICENSED)
                 counts["images"] += 1
@@ -133,17 +133,17 @@ def read(raw: Path | None, options: Options) -> Iterator[RawStudy]:
                     views=((images[split] / f"{image}.jpg", None),),
                     name=f"{name}: {image}",
                     split=None if options.split == "article" else split,
-                    report=Report(other=vqa.filled(caption, "text")),
+                    report=Report(other=vqa.required_text(caption, "text")),
                     labels=concepts.labels(image),
                     attribution=f"{attribution} {link}".strip() or None,
                 )
-            except vqa.Fault as fault:
-                yield vqa.faulty(name, fault)
+            except UnusableRecord as fault:
+                yield unusable_study(name, fault)
     concepts.tell()
-    _tell(options, len(licences) > 0, len(overlap), counts)
+    _warn_of_counts(options, len(licences) > 0, len(overlap), counts)
 
 
-def _tell(options: OPTIONS, licensed: bool, shared: int, counts: Counter[str]) -> None:
+def _warn_of_counts(options: OPTIONS, licensed: bool, shared: int, counts: Counter[str]) -> None:
     """Warn of articles in several splits, and of licences."""
     if not licensed:
         _warn(

@@ -22,7 +22,7 @@ from pydantic import Field
 from radhpc.core.errors import UserError
 from radhpc.core.sample import Split
 from shards.datasets.helpers import layout, vqa
-from shards.datasets.reader import DatasetWarning, Options, RawStudy
+from shards.datasets.reader import DatasetWarning, RawStudy, ReaderOptions, UnusableRecord, unusable_study
 from shards.tabular import table
 
 SYNTHETIC = False
@@ -37,13 +37,13 @@ COLUMNS = ("img_name", "question", "answer", "q_lang")
 LANGUAGES = ("en", "zh")
 
 
-class OPTIONS(Options):
+class OPTIONS(ReaderOptions):
     """slake: SLAKE as published."""
 
     languages: str = Field("en", pattern=r"^(en|zh|en,zh|zh,en)$", description="of the questions: en, zh or en,zh")
 
 
-def read(raw: Path | None, options: Options) -> Iterator[RawStudy]:
+def read(raw: Path | None, options: ReaderOptions) -> Iterator[RawStudy]:
     """Yield the questions in the wanted languages. Raises UserError for files that are missing or no SLAKE."""
     assert isinstance(options, OPTIONS)
     folder, files = layout.split_files(raw, FILES, "SLAKE", INNER)
@@ -62,8 +62,8 @@ def read(raw: Path | None, options: Options) -> Iterator[RawStudy]:
                     yield _study(record, language, split, images, name)
                 else:
                     left_out += 1
-            except vqa.Fault as fault:
-                yield vqa.faulty(name, fault)
+            except UnusableRecord as fault:
+                yield unusable_study(name, fault)
     if left_out:
         others = ",".join(language for language in LANGUAGES if language not in wanted)
         warnings.warn(
@@ -75,9 +75,9 @@ def read(raw: Path | None, options: Options) -> Iterator[RawStudy]:
 
 
 def _language(record: table.Record) -> str:
-    language = vqa.text(record.values.get("q_lang"), "language").lower()
+    language = vqa.to_text(record.values.get("q_lang"), "language").lower()
     if language not in LANGUAGES:
-        raise vqa.Fault("unknown language")
+        raise UnusableRecord("unknown language")
     return language
 
 
@@ -85,8 +85,8 @@ def _study(record: table.Record, language: str, split: Split, images: Path, name
     """Read one record. Raises Fault."""
     values = record.values
     image = vqa.image_name(values.get("img_name"))
-    question = vqa.filled(values.get("question"), "question")
-    identifier = vqa.text(values.get("qid"), "question identifier") or question
+    question = vqa.required_text(values.get("question"), "question")
+    identifier = vqa.to_text(values.get("qid"), "question identifier") or question
     return RawStudy(
         study=f"{image}\x1f{language}\x1f{identifier}",
         patient=image,
@@ -95,12 +95,12 @@ def _study(record: table.Record, language: str, split: Split, images: Path, name
         split=split,
         language=language,
         labels=vqa.labels(
-            answer_type=[vqa.text(values.get("answer_type"), "answer type").lower()],
-            question_type=[vqa.text(values.get("content_type"), "question type")],
-            organ=[vqa.text(values.get("location"), "organ")],
-            modality=[vqa.text(values.get("modality"), "modality")],
-            base_type=[vqa.text(values.get("base_type"), "base type").lower()],
+            answer_type=[vqa.to_text(values.get("answer_type"), "answer type").lower()],
+            question_type=[vqa.to_text(values.get("content_type"), "question type")],
+            organ=[vqa.to_text(values.get("location"), "organ")],
+            modality=[vqa.to_text(values.get("modality"), "modality")],
+            base_type=[vqa.to_text(values.get("base_type"), "base type").lower()],
         ),
         question=question,
-        answer=vqa.filled(values.get("answer"), "answer"),
+        answer=vqa.required_text(values.get("answer"), "answer"),
     )

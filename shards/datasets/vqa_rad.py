@@ -29,8 +29,8 @@ from radhpc.core.errors import UserError
 from radhpc.core.sample import Split, salted_hash
 from shards import splits
 from shards.datasets.helpers import layout, vqa
-from shards.datasets.helpers.overlap import Overlap
-from shards.datasets.reader import DatasetWarning, Options, RawStudy
+from shards.datasets.helpers.overlap import SharedGroups
+from shards.datasets.reader import DatasetWarning, RawStudy, ReaderOptions, UnusableRecord, unusable_study
 from shards.tabular import table
 
 SYNTHETIC = False
@@ -40,7 +40,7 @@ PHRASES: dict[str, Split] = {"freeform": "train", "para": "train", "test_freefor
 COLUMNS = ("qid", "phrase_type", "image_name", "question", "answer")
 
 
-class OPTIONS(Options):
+class OPTIONS(ReaderOptions):
     """vqa_rad: VQA-RAD as published on OSF."""
 
     split: Literal["official", "disjoint", "image"] = Field(
@@ -59,7 +59,7 @@ class OPTIONS(Options):
 
 
 @dataclass(frozen=True)
-class Item:
+class Question:
     """What one record says, in our terms."""
 
     question_id: str
@@ -71,7 +71,7 @@ class Item:
     labels: dict[str, dict[str, int | None]]
 
 
-def read(raw: Path | None, options: Options) -> Iterator[RawStudy]:
+def read(raw: Path | None, options: ReaderOptions) -> Iterator[RawStudy]:
     """Yield the questions. Raises UserError for files that are missing or no VQA-RAD."""
     assert isinstance(options, OPTIONS)
     if options.split == "image" and options.validation:
@@ -85,15 +85,15 @@ def read(raw: Path | None, options: Options) -> Iterator[RawStudy]:
     if missing := [name for name in COLUMNS if name not in rows.columns]:
         raise UserError(f"{rows.path}: no {', '.join(missing)} in the records; found are {', '.join(rows.columns)}")
     folder = layout.image_folder(rows.path.parent, IMAGES, "VQA-RAD's images")
-    images = Overlap((item.image, _split(item, options)) for item in _items(rows))
-    questions = Overlap((item.linked, item.official) for item in _items(rows) if item.linked)
+    images = SharedGroups((item.image, _split(item, options)) for item in _questions(rows))
+    questions = SharedGroups((item.linked, item.official) for item in _questions(rows) if item.linked)
     left_out = 0
     for record in rows.records:
         name = f"{rows.path.name} {record.where}"
         try:
-            item = _item(record)
-        except vqa.Fault as fault:
-            yield vqa.faulty(name, fault)
+            item = _parse_question(record)
+        except UnusableRecord as fault:
+            yield unusable_study(name, fault)
             continue
         split = _split(item, options)
         kept = images.keeper(item.image, split), questions.keeper(item.linked, item.official)
@@ -101,10 +101,10 @@ def read(raw: Path | None, options: Options) -> Iterator[RawStudy]:
             left_out += 1
         else:
             yield _study(item, split, folder, name, options)
-    _tell(options, len(images), len(questions), left_out)
+    _warn_of_overlap(options, len(images), len(questions), left_out)
 
 
-def _tell(options: OPTIONS, images: int, questions: int, left_out: int) -> None:
+def _warn_of_overlap(options: OPTIONS, images: int, questions: int, left_out: int) -> None:
     """Warn of what the test set shares with the rest, and of the validate split that is missing."""
     both = f"{images} images and {questions} questions with paraphrases stand in the official test set and outside it"
     if options.split == "official" and (images or questions):
@@ -120,44 +120,46 @@ def _tell(options: OPTIONS, images: int, questions: int, left_out: int) -> None:
         warnings.warn(told, DatasetWarning, stacklevel=2)
 
 
-def _items(rows: table.Table) -> Iterator[Item]:
+def _questions(rows: table.Table) -> Iterator[Question]:
     """The records that can be used."""
     for record in rows.records:
         try:
-            yield _item(record)
-        except vqa.Fault:  # the walk that yields the studies names it
+            yield _parse_question(record)
+        except UnusableRecord:  # the walk that yields the studies names it
             continue
 
 
-def _item(record: table.Record) -> Item:
+def _parse_question(record: table.Record) -> Question:
     """Read one record. Raises Fault."""
     values = record.values
-    phrase = vqa.text(values.get("phrase_type"), "phrase type").lower()
+    phrase = vqa.to_text(values.get("phrase_type"), "phrase type").lower()
     if phrase not in PHRASES:
-        raise vqa.Fault("unknown phrase type")
-    return Item(
-        question_id=vqa.filled(values.get("qid"), "question identifier"),
-        linked=vqa.text(values.get("qid_linked_id"), "question identifier"),
+        raise UnusableRecord("unknown phrase type")
+    return Question(
+        question_id=vqa.required_text(values.get("qid"), "question identifier"),
+        linked=vqa.to_text(values.get("qid_linked_id"), "question identifier"),
         image=vqa.image_name(values.get("image_name")),
         official=PHRASES[phrase],
-        question=vqa.filled(values.get("question"), "question"),
-        answer=vqa.filled(values.get("answer"), "answer"),
+        question=vqa.required_text(values.get("question"), "question"),
+        answer=vqa.required_text(values.get("answer"), "answer"),
         labels=vqa.labels(
-            answer_type=[vqa.text(values.get("answer_type"), "answer type").lower()],
-            question_type=[kind.strip() for kind in vqa.text(values.get("question_type"), "question type").split(",")],
-            organ=[vqa.text(values.get("image_organ"), "organ")],
+            answer_type=[vqa.to_text(values.get("answer_type"), "answer type").lower()],
+            question_type=[
+                kind.strip() for kind in vqa.to_text(values.get("question_type"), "question type").split(",")
+            ],
+            organ=[vqa.to_text(values.get("image_organ"), "organ")],
             phrase_type=[phrase.removeprefix("test_")],
         ),
     )
 
 
-def _split(item: Item, options: OPTIONS) -> Split:
+def _split(item: Question, options: OPTIONS) -> Split:
     """The official split, less the images of train that validate instead."""
     place = splits.position(salted_hash(b"vqa_rad validation", item.image))
     return "validate" if item.official == "train" and place < options.validation else item.official
 
 
-def _study(item: Item, split: Split, folder: Path, name: str, options: OPTIONS) -> RawStudy:
+def _study(item: Question, split: Split, folder: Path, name: str, options: OPTIONS) -> RawStudy:
     return RawStudy(
         study=f"{item.image}\x1f{item.question_id}",
         patient=f"{item.image}\x1f{split}" if options.split == "official" else item.image,

@@ -11,13 +11,13 @@ import numpy.typing as npt
 from radhpc.core.errors import UserError
 from radhpc.core.manifest import FINGERPRINTS, INDEX, File, Index, Manifest, Shard, sha256
 from radhpc.core.sample import SPLITS, Split
-from shards.execution.worker import Done
+from shards.execution.worker import ShardRecord
 from shards.execution.writer import SampleRow
 
 
 def assemble(
     name: str,
-    records: Iterable[tuple[Split, Done]],
+    records: Iterable[tuple[Split, ShardRecord]],
     recipe: dict[str, Any],
     build_hash: str,
     skipped: Mapping[str, int],
@@ -28,14 +28,14 @@ def assemble(
     fingerprints: list[npt.NDArray[np.uint8]] = []
     for split, record in records:
         if record.shard:
-            parts.append(part(record.rows, record.patients, split, len(shards)))
+            parts.append(index_of_shard(record.rows, record.patients, split, len(shards)))
             shards.append(record.shard)
             fingerprints.append(fingerprints_of(record))
     if not parts:
         raise UserError(f"{name}: no study could be used")
-    index = join(parts)
-    _check(index)
-    files = {INDEX: index.to_bytes(), FINGERPRINTS: npy(np.concatenate(fingerprints))}
+    index = concatenate(parts)
+    _assert_invariants(index)
+    files = {INDEX: index.to_bytes(), FINGERPRINTS: npy_bytes(np.concatenate(fingerprints))}
     of_split = {split: index.patient[index.split == n] for n, split in enumerate(SPLITS)}
     manifest = Manifest(
         dataset=name,
@@ -43,8 +43,8 @@ def assemble(
         splits={split: len(patients) for split, patients in of_split.items()},
         patients={split: len(np.unique(patients)) for split, patients in of_split.items()},
         shards=tuple(shards),
-        index=_file(INDEX, files[INDEX]),
-        fingerprints=_file(FINGERPRINTS, files[FINGERPRINTS]),
+        index=_file_entry(INDEX, files[INDEX]),
+        fingerprints=_file_entry(FINGERPRINTS, files[FINGERPRINTS]),
         build=recipe,
         build_hash=build_hash,
         skipped=dict(sorted(skipped.items())),
@@ -52,22 +52,22 @@ def assemble(
     return manifest, files
 
 
-def fingerprints_of(record: Done) -> npt.NDArray[np.uint8]:
+def fingerprints_of(record: ShardRecord) -> npt.NDArray[np.uint8]:
     """The perceptual hashes of a shard's images: (images, 32)."""
     return np.frombuffer(bytes.fromhex("".join(record.fingerprints)), np.uint8).reshape(-1, 32)
 
 
-def npy(array: npt.NDArray[Any]) -> bytes:
+def npy_bytes(array: npt.NDArray[Any]) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()
 
 
-def _file(name: str, data: bytes) -> File:
+def _file_entry(name: str, data: bytes) -> File:
     return File(name=name, size=len(data), sha256=sha256(data))
 
 
-def part(rows: Sequence[SampleRow], patients: Sequence[str], split: Split, shard: int) -> Index:
+def index_of_shard(rows: Sequence[SampleRow], patients: Sequence[str], split: Split, shard: int) -> Index:
     """The columns of one shard."""
     members = [member for row in rows for member in row.members]
     return Index(
@@ -83,7 +83,7 @@ def part(rows: Sequence[SampleRow], patients: Sequence[str], split: Split, shard
     )
 
 
-def join(parts: list[Index]) -> Index:
+def concatenate(parts: list[Index]) -> Index:
     """The columns of all shards, one behind the other."""
     ends = np.cumsum([0, *(part.first[-1] for part in parts)])
     first = [part.first[:-1] + end for part, end in zip(parts, ends[:-1], strict=True)]
@@ -95,7 +95,7 @@ def join(parts: list[Index]) -> Index:
     return Index(first=np.concatenate([*first, ends[-1:]]), **columns)
 
 
-def _check(index: Index) -> None:
+def _assert_invariants(index: Index) -> None:
     """What the listing has made sure of must hold in what was written."""
     assert len(np.unique(index.key)) == len(index), "a key twice"
     pairs = np.unique(np.rec.fromarrays([index.patient, index.split]))

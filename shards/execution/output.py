@@ -22,18 +22,19 @@ from radhpc.core.errors import UserError, first_line
 from radhpc.core.manifest import FINGERPRINTS, INDEX, MANIFEST, Manifest
 from radhpc.core.sample import SPLITS
 from radhpc.storage.store import Store, write_atomically
-from shards.reports.card import CARD, SHEET
+from shards.reports.card import CARD
+from shards.reports.contact_sheet import SHEET
 
 WORK = ".build"
 RECIPE = "recipe.json"
 LOCK = "lock"
 _SHARD = re.compile(rf"(?:{'|'.join(SPLITS)})-\d{{6,}}\.tar")
 ATTRIBUTION = "attribution.jsonl"  # whom the samples' licences ask to name
-BESIDE = (INDEX, FINGERPRINTS, CARD, SHEET, ATTRIBUTION)  # the shards and the manifest
-_TEMPORARY = re.compile(rf"\.(?:{_SHARD.pattern}|{'|'.join(map(re.escape, (MANIFEST, *BESIDE)))})\..+")
+SIDE_FILES = (INDEX, FINGERPRINTS, CARD, SHEET, ATTRIBUTION)  # the shards and the manifest
+_TEMPORARY = re.compile(rf"\.(?:{_SHARD.pattern}|{'|'.join(map(re.escape, (MANIFEST, *SIDE_FILES)))})\..+")
 
 
-class Output:
+class BuildOutput:
     """The place of one build."""
 
     def __init__(self, out: str, work: Path | None = None) -> None:
@@ -46,7 +47,7 @@ class Output:
         if self.store.subset is not None:
             raise UserError(f"--out {out}: '#{self.store.subset}' would name a subset; allowed is a URL without it")
         self.url, self.folder = self.store.url, self.store.folder
-        self.work = _work(self.store, work).resolve()
+        self.work = _work_folder(self.store, work).resolve()
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
@@ -82,7 +83,7 @@ class Output:
         Raises UserError where another build is there, finished or not, and `force` does not replace it.
         """
         if force:
-            for name in (MANIFEST, *BESIDE):  # the manifest first: what is left is no whole dataset
+            for name in (MANIFEST, *SIDE_FILES):  # the manifest first: what is left is no whole dataset
                 self.store.delete(name)
             self._clear_work()
         if MANIFEST in self.store.names():
@@ -143,7 +144,7 @@ class Output:
             raise
 
 
-def _work(store: Store, named: Path | None) -> Path:
+def _work_folder(store: Store, named: Path | None) -> Path:
     """The build's own folder: what else lies in the one that the user names is none of ours, and is not removed."""
     if named is None and store.folder is not None:
         return store.folder / WORK

@@ -14,10 +14,18 @@ from typing import Protocol
 
 from radhpc.core.errors import UserError
 from radhpc.core.files import write_atomically
-from shards.execution.worker import Task, build_shard, finished, read_record, record_path, run_task, start_process
+from shards.execution.worker import (
+    ShardTask,
+    build_shard,
+    initialize_worker,
+    is_finished,
+    read_record,
+    record_path,
+    run_task,
+)
 
 # How tasks are worked off: (tasks, what to call with the studies done) -> the tasks, as they are finished.
-Run = Callable[[Sequence[Task], Callable[[int], None]], Generator[Task]]
+TaskRunner = Callable[[Sequence[ShardTask], Callable[[int], None]], Generator[ShardTask]]
 POLL = 1.0  # seconds between looks at what jobs elsewhere have done
 
 
@@ -25,7 +33,7 @@ class WorkerKilled(UserError):
     """A worker process ended without a word."""
 
 
-def run_here(tasks: Sequence[Task], progress: Callable[[int], None]) -> Generator[Task]:
+def run_in_process(tasks: Sequence[ShardTask], progress: Callable[[int], None]) -> Generator[ShardTask]:
     """Yield the tasks, each when its shard is done, in this process."""
     count = 0
 
@@ -40,21 +48,21 @@ def run_here(tasks: Sequence[Task], progress: Callable[[int], None]) -> Generato
 
 
 @contextlib.contextmanager
-def here(processes: int) -> Iterator[Run]:
+def local_pool(processes: int) -> Iterator[TaskRunner]:
     """How tasks are worked off on this machine: by worker processes that serve until the context ends, or by none."""
     if processes <= 1:
-        yield run_here
+        yield run_in_process
         return
     context = get_context("spawn")  # a fork would copy the threads and locks of whoever calls
     counter, stop = context.Value("q", 0), context.Event()
-    pool = ProcessPoolExecutor(processes, context, start_process, (counter, stop))
+    pool = ProcessPoolExecutor(processes, context, initialize_worker, (counter, stop))
 
-    def run(tasks: Sequence[Task], progress: Callable[[int], None]) -> Generator[Task]:
+    def run(tasks: Sequence[ShardTask], progress: Callable[[int], None]) -> Generator[ShardTask]:
         """Yield the tasks as the processes finish their shards."""
         before = counter.value
         try:
-            with _ctrl_c_held_back():
-                running: dict[Future[bool], Task] = {pool.submit(run_task, task): task for task in tasks}
+            with _block_ctrl_c():
+                running: dict[Future[bool], ShardTask] = {pool.submit(run_task, task): task for task in tasks}
             while running:
                 for future in wait(running, timeout=0.2, return_when=FIRST_COMPLETED).done:
                     assert future.result(), "stopped, though nobody asked for it"
@@ -73,7 +81,7 @@ def here(processes: int) -> Iterator[Run]:
         pool.shutdown(cancel_futures=True)
 
 
-class Jobs(Protocol):
+class JobArray(Protocol):
     """Jobs of a scheduler that were started together; slurm.job_array.Array is one."""
 
     def alive(self) -> bool:
@@ -83,12 +91,12 @@ class Jobs(Protocol):
         """End them all."""
 
 
-def run_jobs(
-    start: Callable[[Callable[[list[Task]], None], list[list[Task]]], Jobs],
+def run_on_array(
+    start: Callable[[Callable[[list[ShardTask]], None], list[list[ShardTask]]], JobArray],
     jobs: int,
-    tasks: Sequence[Task],
+    tasks: Sequence[ShardTask],
     progress: Callable[[int], None],
-) -> Generator[Task]:
+) -> Generator[ShardTask]:
     """Yield the tasks as jobs elsewhere finish them; they must see the work folder. `start` submits function calls."""
     if not tasks:
         return
@@ -96,7 +104,7 @@ def run_jobs(
     for task in tasks:  # what is there is not whole, or lies elsewhere no more
         record_path(task).unlink(missing_ok=True)
         _error_path(task).unlink(missing_ok=True)
-    started = start(work_off, [list(tasks[n::jobs]) for n in range(min(jobs, len(tasks)))])
+    started = start(run_array_task, [list(tasks[n::jobs]) for n in range(min(jobs, len(tasks)))])
     try:
         done = 0
         while waiting:
@@ -120,11 +128,11 @@ def run_jobs(
             started.cancel()
 
 
-def work_off(tasks: list[Task]) -> None:
+def run_array_task(tasks: list[ShardTask]) -> None:
     """What one such job does: its tasks, on all processors that it has. A job that comes back goes on where it was."""
-    todo = [task for task in tasks if not finished(task)]
+    todo = [task for task in tasks if not is_finished(task)]
     try:
-        with here(min(len(os.sched_getaffinity(0)), len(todo))) as run:
+        with local_pool(min(len(os.sched_getaffinity(0)), len(todo))) as run:
             for _ in run(todo, lambda done: None):
                 pass
     except WorkerKilled:
@@ -134,12 +142,12 @@ def work_off(tasks: list[Task]) -> None:
         raise
 
 
-def _error_path(task: Task) -> Path:
+def _error_path(task: ShardTask) -> Path:
     return record_path(task).with_suffix(".error")
 
 
 @contextlib.contextmanager
-def _ctrl_c_held_back() -> Iterator[None]:
+def _block_ctrl_c() -> Iterator[None]:
     """Processes started in here never see Ctrl-C, from their first instant: to end them is the build's business."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:

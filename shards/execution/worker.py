@@ -23,10 +23,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from radhpc.core.manifest import Shard
 from radhpc.core.sample import Sample, Split
 from radhpc.storage.store import Store, write_atomically
-from shards.duplicates import REASON, Others
-from shards.execution.writer import SampleRow, write
-from shards.images.pixels import BadImage, Target, encode, load
-from shards.listing import Listing, Plan, Row
+from shards.duplicates import REASON, ExcludedImages
+from shards.execution.writer import SampleRow, write_shard
+from shards.images.decoding import load
+from shards.images.encoding import ImageSettings, encode
+from shards.images.raw_image import BadImage
+from shards.listing import Listing, ShardPlan, StudyRow
 from shards.summary import Summary
 from shards.text import deidentification
 
@@ -36,7 +38,7 @@ RADIOGRAPHS = (None, "CR", "DX", "DR", "RG", "MG", "IO", "PX", "RF", "XA", "SC",
 LISTING = "listing.sqlite"  # in the work folder
 
 
-class Done(BaseModel):
+class ShardRecord(BaseModel):
     """The record of a finished shard."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -52,51 +54,51 @@ class Done(BaseModel):
 
 
 @dataclass(frozen=True)
-class Job:
+class BuildContext:
     """What the shards of a build have in common."""
 
     url: str  # where the shards go
     work: Path  # the build's private folder: listing, records
     build_hash: str
-    target: Target
+    target: ImageSettings
 
 
 @dataclass(frozen=True)
-class Task:
+class ShardTask:
     """One shard to build."""
 
-    plan: Plan
-    job: Job
+    plan: ShardPlan
+    job: BuildContext
     keep: frozenset[str] | None = None  # studies: of a shard that is built again, those that are in it
 
 
-class Offence(Exception):
+class IdentifierError(Exception):
     """What identifies a person stands where it cannot be scrubbed, in the name of a label for instance."""
 
 
-class Stopped(Exception):
+class BuildStopped(Exception):
     """The build is ending; the shard at hand was dropped."""
 
 
-def others_path(work: Path, split: Split) -> Path:
+def excluded_path(work: Path, split: Split) -> Path:
     """What a split must not repeat: see shards/duplicates.py."""
     return work / f"others-{split}.npz"
 
 
-def record_path(task: Task) -> Path:
+def record_path(task: ShardTask) -> Path:
     return task.job.work / f"{task.plan.name}.json"
 
 
-def read_record(task: Task) -> Done | None:
+def read_record(task: ShardTask) -> ShardRecord | None:
     """The record of a shard that this build or an earlier run of it has finished, or None."""
     try:
-        done = Done.model_validate_json(record_path(task).read_bytes())
+        done = ShardRecord.model_validate_json(record_path(task).read_bytes())
     except (FileNotFoundError, ValidationError):
         return None
     return done if done.build_hash == task.job.build_hash else None
 
 
-def finished(task: Task) -> bool:
+def is_finished(task: ShardTask) -> bool:
     """Whether a shard needs no more work: it has a record, and lies where it belongs in full size."""
     done = read_record(task)
     if done is None or done.shard is None:
@@ -107,13 +109,13 @@ def finished(task: Task) -> bool:
         return False
 
 
-def build_shard(task: Task, tick: Callable[[], None]) -> Done:
+def build_shard(task: ShardTask, tick: Callable[[], None]) -> ShardRecord:
     """Build one shard whole. `tick` is called after each study, and may raise to end it. Raises OSError."""
     patients: list[str] = []
     summary = Summary()
     attributions: list[tuple[str, str]] = []
     fingerprints: list[str] = []
-    others = Others(others_path(task.job.work, task.plan.split))
+    others = ExcludedImages(excluded_path(task.job.work, task.plan.split))
     skipped: list[tuple[str, str, str]] = []
 
     def samples(listing: Listing) -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
@@ -121,14 +123,14 @@ def build_shard(task: Task, tick: Callable[[], None]) -> Done:
             if task.keep is not None and row.study not in task.keep:
                 continue
             try:
-                found = describe(row, listing.dataset, task.job.target)
+                found = encode_study(row, listing.dataset, task.job.target)
             except BadImage as error:
                 skipped.append((row.study, error.reason, error.detail))
             except ValidationError as error:
                 what = error.errors()[0]
                 where = ".".join(map(str, what["loc"]))
                 skipped.append((row.study, "description refused", f"{where}: {what['msg']}"))
-            except Offence as error:
+            except IdentifierError as error:
                 skipped.append((row.study, "identifier refused", str(error)))
             else:
                 if twin := others.find(found.fingerprints):
@@ -145,11 +147,11 @@ def build_shard(task: Task, tick: Callable[[], None]) -> Done:
     store = Store(task.job.url)
     folder = store.folder or task.job.work  # a shard for an object store is written here first
     with Listing(task.job.work / LISTING) as listing:
-        shard, rows = write(folder / task.plan.name, samples(listing))
+        shard, rows = write_shard(folder / task.plan.name, samples(listing))
     if store.folder is None and shard:
         store.upload(folder / shard.name, shard.name)
         (folder / shard.name).unlink()
-    done = Done(
+    done = ShardRecord(
         build_hash=task.job.build_hash,
         shard=shard,
         rows=tuple(rows),
@@ -163,7 +165,7 @@ def build_shard(task: Task, tick: Callable[[], None]) -> Done:
     return done
 
 
-class Described(NamedTuple):
+class EncodedStudy(NamedTuple):
     """A study as it goes into a shard."""
 
     sample: Sample
@@ -172,7 +174,7 @@ class Described(NamedTuple):
     scrubbed: Mapping[str, int]  # how often each rule of the privacy gate was applied
 
 
-def describe(row: Row, dataset: str, target: Target) -> Described:
+def encode_study(row: StudyRow, dataset: str, target: ImageSettings) -> EncodedStudy:
     """Read the images of a study and write its description. Raises BadImage, ValidationError and Offence."""
     images = []
     for source, projection in row.raw.views:
@@ -181,9 +183,9 @@ def describe(row: Row, dataset: str, target: Target) -> Described:
             raise BadImage(str(source), "DICOM that is no radiograph", f"modality {raw.modality}")
         images.append(encode(raw, target, projection))
     report, scrubbed = deidentification.scrub_report(row.raw.report)
-    question, answer = (_scrub(text, scrubbed) for text in (row.raw.question, row.raw.answer))
+    question, answer = (_scrub_text(text, scrubbed) for text in (row.raw.question, row.raw.answer))
     if answer is not None and not answer.replace(deidentification.MARK, "").strip(" .,;"):
-        raise Offence("answer: nothing else in it")
+        raise IdentifierError("answer: nothing else in it")
     sample = Sample(
         dataset=dataset,
         patient=row.patient,
@@ -197,14 +199,14 @@ def describe(row: Row, dataset: str, target: Target) -> Described:
         answer=answer,
     )
     assert sample.key == row.key
-    if found := deidentification.offences(sample):
-        raise Offence(found[0])
+    if found := deidentification.remaining_identifiers(sample):
+        raise IdentifierError(found[0])
     members = [("json", sample.model_dump_json().encode())]
     members += [(f"{n}.{image.suffix}", image.data) for n, image in enumerate(images)]
-    return Described(sample, members, [image.fingerprint for image in images], scrubbed)
+    return EncodedStudy(sample, members, [image.fingerprint for image in images], scrubbed)
 
 
-def _scrub(text: str | None, counts: Counter[str]) -> str | None:
+def _scrub_text(text: str | None, counts: Counter[str]) -> str | None:
     if text is None:
         return None
     clean, found = deidentification.scrub(text)
@@ -217,16 +219,16 @@ _counter: "Synchronized[int] | None" = None
 _stop: Event | None = None
 
 
-def start_process(counter: "Synchronized[int]", stop: Event) -> None:
+def initialize_worker(counter: "Synchronized[int]", stop: Event) -> None:
     """Run once in each worker process: take what is shared, and never outlive the build."""
     global _counter, _stop
     _counter, _stop = counter, stop
     for number in (signal.SIGTERM, signal.SIGUSR2):  # schedulers send them to all processes; the build decides
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_follow_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _follow_parent() -> None:
+def _exit_with_parent() -> None:
     """End with the build: a pool's workers would wait forever for one that was killed."""
     parent = parent_process()
     if parent is not None:
@@ -234,7 +236,7 @@ def _follow_parent() -> None:
         os._exit(1)
 
 
-def run_task(task: Task) -> bool:
+def run_task(task: ShardTask) -> bool:
     """Build one shard in a worker process; False where the build is ending."""
     assert _counter is not None
     assert _stop is not None
@@ -244,9 +246,9 @@ def run_task(task: Task) -> bool:
         with counter.get_lock():
             counter.value += 1
         if stop.is_set():
-            raise Stopped
+            raise BuildStopped
 
-    with contextlib.suppress(Stopped):
+    with contextlib.suppress(BuildStopped):
         build_shard(task, tick)
         return True
     return False

@@ -40,7 +40,9 @@ class SampleRow(NamedTuple):
     members: tuple[MemberRow, ...]
 
 
-def write(path: Path, samples: Iterable[tuple[str, list[tuple[str, bytes]]]]) -> tuple[Shard | None, list[SampleRow]]:
+def write_shard(
+    path: Path, samples: Iterable[tuple[str, list[tuple[str, bytes]]]]
+) -> tuple[Shard | None, list[SampleRow]]:
     """Write the samples in their order. No samples: no file, and None. Raises OSError, and whatever they raise."""
     rows: list[SampleRow] = []
     digest, size = hashlib.sha256(), 0
@@ -57,7 +59,7 @@ def write(path: Path, samples: Iterable[tuple[str, list[tuple[str, bytes]]]]) ->
             for key, members in samples:
                 placed = []
                 for suffix, data in members:
-                    put(header(f"{key}.{suffix}", len(data)))
+                    put(tar_header(f"{key}.{suffix}", len(data)))
                     placed.append(MemberRow(suffix, size, len(data), crc32c(data)))
                     put(data)
                     put(bytes(-len(data) % BLOCK))
@@ -76,7 +78,7 @@ def write(path: Path, samples: Iterable[tuple[str, list[tuple[str, bytes]]]]) ->
     return Shard(name=path.name, size=size, sha256=digest.hexdigest(), samples=len(rows)), rows
 
 
-def header(name: str, length: int) -> bytes:
+def tar_header(name: str, length: int) -> bytes:
     """The tar header of a member: 512 bytes."""
     member = tarfile.TarInfo(name)
     member.size, member.mode = length, 0o644

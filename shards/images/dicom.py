@@ -19,7 +19,8 @@ import pydicom
 from pydicom import encaps, uid
 from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
 
-from shards.images.pixels import WINDOW, BadImage, Raw, check_size, merge_channels, percentile_window
+from shards.images.raw_image import BadImage, RawImage, Window, check_size, merge_channels
+from shards.images.windowing import percentile_window
 
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # its messages quote the header, too
 
@@ -43,7 +44,7 @@ _NATIVE = (
 RESCALE = ("RescaleSlope", "RescaleIntercept")
 
 
-def decode(data: bytes, path: Path | str) -> Raw:
+def decode(data: bytes, path: Path | str) -> RawImage:
     """Decode a single-frame image. Raises BadImage, and whatever a decoder raises on broken data."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pydicom's complaints quote the header
@@ -51,7 +52,7 @@ def decode(data: bytes, path: Path | str) -> Raw:
         return dataclasses.replace(_decode(header, path), modality=str(header.get("Modality") or "") or None)
 
 
-def _decode(header: pydicom.Dataset, path: Path | str) -> Raw:
+def _decode(header: pydicom.Dataset, path: Path | str) -> RawImage:
     if "PixelData" not in header:
         raise BadImage(path, "DICOM without pixel data", str(header.get("Modality", "")))
     frames = int(header.get("NumberOfFrames") or 1)
@@ -62,9 +63,9 @@ def _decode(header: pydicom.Dataset, path: Path | str) -> Raw:
     stored = _pixels(header, path)
     if header.PhotometricInterpretation == "PALETTE COLOR":
         coloured = np.asarray(apply_color_lut(stored, header))
-        return Raw(merge_channels((coloured >> (8 if coloured.max() > 255 else 0)).astype(np.uint8)), bits)
+        return RawImage(merge_channels((coloured >> (8 if coloured.max() > 255 else 0)).astype(np.uint8)), bits)
     if stored.ndim == 3:
-        return Raw(merge_channels(stored), bits)
+        return RawImage(merge_channels(stored), bits)
 
     values = np.asarray(apply_modality_lut(stored, header))
     if values.dtype.kind == "f" and not np.isfinite(values).all():
@@ -82,14 +83,14 @@ def _decode(header: pydicom.Dataset, path: Path | str) -> Raw:
     if window is None and bits <= 8 and values.min() >= 0 and values.max() < 1 << bits:
         if bits == 8:
             plain = values.astype(np.uint8)
-            return Raw(255 - plain if inverted else plain, bits)
+            return RawImage(255 - plain if inverted else plain, bits)
         window = (0.0, float((1 << bits) - 1))
     if window is None:
         image = stored != header.PixelPaddingValue if "PixelPaddingValue" in header else np.ones(stored.shape, bool)
         window = percentile_window(values[image] if image.any() else values)
     if values.dtype == np.uint8:
         values = values.astype(np.int16)  # still to be mapped, and Raw takes uint8 as done
-    return Raw(values, bits, window[::-1] if inverted else window)
+    return RawImage(values, bits, window[::-1] if inverted else window)
 
 
 def _pixels(header: pydicom.Dataset, path: Path | str) -> npt.NDArray[Any]:
@@ -140,7 +141,7 @@ def _signed(values: npt.NDArray[Any], bits: int, signed: int) -> npt.NDArray[Any
     return np.asarray((values << shift).view(f"i{values.itemsize}") >> shift)
 
 
-def _window(header: pydicom.Dataset) -> WINDOW | None:
+def _window(header: pydicom.Dataset) -> Window | None:
     """The values that become black and white by the file's first window; None where it has none that makes sense."""
 
     def first(name: str) -> float | None:
@@ -156,7 +157,7 @@ def _window(header: pydicom.Dataset) -> WINDOW | None:
     return (centre - width / 2, centre + width / 2) if width > 0 else None
 
 
-def _through_table(values: npt.NDArray[Any], item: pydicom.Dataset, bits: int, inverted: bool) -> Raw:
+def _through_table(values: npt.NDArray[Any], item: pydicom.Dataset, bits: int, inverted: bool) -> RawImage:
     """Apply a VOI lookup table; its lowest and highest entries become black and white."""
     length, first, depth = item.LUTDescriptor
     length = int(length) or 1 << 16
@@ -173,7 +174,7 @@ def _through_table(values: npt.NDArray[Any], item: pydicom.Dataset, bits: int, i
     return _finish(shown, (float(first), float(first + len(table) - 1)), bits, inverted)
 
 
-def _finish(shown: npt.NDArray[Any], window: WINDOW, bits: int, inverted: bool) -> Raw:
+def _finish(shown: npt.NDArray[Any], window: Window, bits: int, inverted: bool) -> RawImage:
     """Pixels that a curve has brought to 0..255; the window is for the record."""
     pixels = np.asarray(np.rint(255 - shown if inverted else shown), np.uint8)
-    return Raw(pixels, bits, window[::-1] if inverted else window)
+    return RawImage(pixels, bits, window[::-1] if inverted else window)

@@ -7,30 +7,22 @@ It says what was built, from what and how, what is in it, and what was left out 
 their salted hashes. The same input gives the same bytes.
 """
 
-import io
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-from PIL import Image, ImageDraw, ImageFont
-
-from radhpc.core.image_decoding import decode
-from radhpc.core.manifest import Index, Manifest
-from radhpc.core.sample import CHEXPERT, SPLITS, Sample
-from radhpc.storage.store import Store
-from shards.summary import LONGEST, SIDE, TEXTS, Part, Summary, percentile
+from radhpc.core.manifest import Manifest
+from radhpc.core.sample import CHEXPERT, SPLITS
+from shards.summary import LONGEST, SIDE, TEXTS, SplitSummary, Summary, percentile
 
 CARD = "card.md"
-SHEET = "contact_sheet.png"
 SHOWN = 30  # labels of a vocabulary, views and languages
 HASHES = 6  # in a line
 
-_BACKGROUND, _CELL, _CAPTION = "#101114", "#1a1c20", "#a9b0ba"
-_GAP, _MARGIN, _LINE, _LETTERS = 10, 20, 22, 13  # pixels
 
-
-def card(manifest: Manifest, summary: Summary, skipped: Sequence[Mapping[str, str]], notes: Sequence[str]) -> str:
+def render_card(
+    manifest: Manifest, summary: Summary, skipped: Sequence[Mapping[str, str]], notes: Sequence[str]
+) -> str:
     """The card as Markdown.
 
     `skipped` holds, of each study that was left out, its salted hash as "study" and a general "reason" (an empty hash
@@ -50,65 +42,6 @@ def card(manifest: Manifest, summary: Summary, skipped: Sequence[Mapping[str, st
         *_section("Notes", "\n".join(f"- {_plain(note)}" for note in notes)),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def choose(index: Index, count: int = 48) -> list[int]:
-    """Positions of samples for a contact sheet: as many of each split as may be, evenly along its shards, ascending."""
-    remaining = [index.of_split(split) for split in SPLITS]
-    chosen: list[int] = []
-    for n, positions in enumerate(sorted(remaining, key=len)):  # what a small split cannot fill, the larger ones do
-        wanted = min(len(positions), (count - len(chosen)) // (len(remaining) - n))
-        # the middles of `wanted` equal stretches
-        chosen += positions[((np.arange(wanted) + 0.5) * len(positions) / max(wanted, 1)).astype(np.int64)].tolist()
-    return sorted(chosen)
-
-
-def pictures(store: Store, manifest: Manifest, index: Index, count: int = 48) -> list[tuple[str, Image.Image]]:
-    """(caption, first image) of the samples that `choose` names, from finished shards."""
-    found = []
-    for row in choose(index, count):
-        members = {member.name.split(".", 1)[1]: member for member in index.members(row)}
-        shard = manifest.shards[int(index.shard[row])].name
-        description, image = members.pop("json"), next(iter(members.values()))
-        sample = Sample.model_validate_json(store.read_range(shard, description.offset, description.length))
-        view = sample.images[0]
-        picture = decode(store.read_range(shard, image.offset, image.length), view)
-        found.append((f"{sample.split}  {view.view or ''}", picture))
-    return found
-
-
-def contact_sheet(pictures: Sequence[tuple[str, Image.Image]], columns: int = 8, cell: int = 224) -> bytes:
-    """A PNG of (caption, picture) in a grid; each picture is fitted into `cell` x `cell` pixels.
-
-    Raises ValueError where there is no picture.
-    """
-    if not pictures:
-        raise ValueError("a contact sheet needs a picture")
-    columns = min(columns, len(pictures))
-    rows = -(-len(pictures) // columns)
-    across, down = cell + _GAP, cell + _LINE + _GAP
-    sheet = Image.new("RGB", (2 * _MARGIN + columns * across - _GAP, 2 * _MARGIN + rows * down - _GAP), _BACKGROUND)
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(_LETTERS)
-    for number, (caption, picture) in enumerate(pictures):
-        left, top = _MARGIN + number % columns * across, _MARGIN + number // columns * down
-        draw.rectangle((left, top, left + cell - 1, top + cell - 1), fill=_CELL)
-        factor = min(cell / picture.width, cell / picture.height)
-        size = max(1, round(picture.width * factor)), max(1, round(picture.height * factor))
-        fitted = picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)
-        sheet.paste(fitted, (left + (cell - size[0]) // 2, top + (cell - size[1]) // 2))
-        draw.text((left + 2, top + cell + 4), _fit(" ".join(caption.split()), draw, font, cell - 4), _CAPTION, font)
-    buffer = io.BytesIO()
-    sheet.save(buffer, "PNG", compress_level=1)  # the sheet of a small build shall not cost more than the build
-    return buffer.getvalue()
-
-
-def _fit(text: str, draw: ImageDraw.ImageDraw, font: Any, width: int) -> str:
-    """The text, or as much of it as fits, with an ellipsis."""
-    if draw.textlength(text, font) <= width:
-        return text
-    while text and draw.textlength(text + "...", font) > width:
-        text = text[:-1]
-    return text.rstrip() + "..."
 
 
 def _opening(manifest: Manifest, summary: Summary) -> str:
@@ -194,7 +127,7 @@ def _labels(summary: Summary) -> list[str]:
     return blocks
 
 
-def _present(part: Part, vocabulary: str, name: str) -> int:
+def _present(part: SplitSummary, vocabulary: str, name: str) -> int:
     return part.labels.get(vocabulary, {}).get(name, {}).get("1", 0)
 
 

@@ -12,13 +12,13 @@ from rich.text import Text
 
 from shards.balance import BalanceResult
 from shards.datasets import registry
-from shards.settings import Result
-from shards.verify import Report
+from shards.settings import BuildResult
+from shards.verify import VerificationReport
 
 SHOWN = 20  # studies that were left out
 
 
-def options(name: str) -> RenderableType:
+def options_table(name: str) -> RenderableType:
     """What a reader reads, and its options."""
     reader = registry.reader(name)
     table = Table("option", "default", "what it is", title=f"Options of {name}, as KEY=VALUE")
@@ -28,7 +28,7 @@ def options(name: str) -> RenderableType:
     return Group(Text(f"{(reader.__doc__ or '').strip()}\n"), table, Text(missing))
 
 
-def built(result: Result) -> Iterator[str]:
+def build_lines(result: BuildResult) -> Iterator[str]:
     """What was left out, what was scrubbed, and the counts."""
     for skipped in result.skipped[:SHOWN]:
         yield f"skipped {skipped['name']}: {skipped['reason']}"
@@ -43,7 +43,7 @@ def built(result: Result) -> Iterator[str]:
     yield f"{result.samples} samples in {result.shards} shards {what}, {len(result.skipped)} skipped: {result.url}"
 
 
-def balanced(result: BalanceResult) -> str:
+def balance_line(result: BalanceResult) -> str:
     """What a balanced subset keeps."""
     return (
         f"balanced: {result.kept} of {result.kept + result.dropped} training samples from {result.clusters} clusters "
@@ -51,7 +51,7 @@ def balanced(result: BalanceResult) -> str:
     )
 
 
-def verified(report: Report) -> Iterator[str]:
+def verification_lines(report: VerificationReport) -> Iterator[str]:
     """Every fault and where it is, and the counts."""
     for fault in report.faults:
         where = "" if fault.offset is None else f" at {fault.offset}"

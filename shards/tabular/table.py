@@ -138,7 +138,7 @@ def _reading(path: Path) -> Iterator[io.TextIOWrapper]:
     try:
         with path.open("rb") as plain:
             binary = gzip.GzipFile(fileobj=plain) if path.suffix.lower() == ".gz" else plain
-            yield io.TextIOWrapper(binary, encoding="utf-8-sig", newline="")  # type: ignore[type-var]
+            yield io.TextIOWrapper(binary, encoding="utf-8-sig", newline="")
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path}: byte {error.object[error.start]:#04x} is not UTF-8; save the file as UTF-8"

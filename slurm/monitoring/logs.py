@@ -19,7 +19,7 @@ from radhpc.core.errors import UserError
 from radhpc.core.files import read_json
 from radhpc.core.protocol import JOB_BEGINNINGS, LIFE_BEGINNINGS, Event, OutcomeState
 from radhpc.core.run_folder import RunFolder, now
-from slurm import scheduler
+from slurm import compat_submitit, scheduler
 
 _TAIL = 32768  # bytes at the end of a file in which the last words are looked for
 _MARK = re.compile(r"^slurm\.job: (\S+) rank \d+ ", re.MULTILINE)
@@ -54,9 +54,9 @@ def files(run: RunFolder, job: str | None = None) -> list[Log]:
     """The files of a run's jobs, by age of the job, rank and kind."""
     found = []
     for path in (run.path / "logs").glob("*_log.*"):
-        match = re.fullmatch(r"(\d+(?:_\d+)?)_(\d+)_log\.(out|err)", path.name)
-        if match and job in (None, match[1]):
-            found.append(Log(path, match[1], int(match[2]), match[3]))
+        parsed = compat_submitit.parse_log_name(path.name)
+        if parsed and job in (None, parsed[0]):
+            found.append(Log(path, *parsed))
     order = {event["job"]: number for number, event in enumerate(run.events(Event.SUBMITTED))} if job is None else {}
     return sorted(found, key=lambda log: (order.get(log.job, -1), log.job, log.rank, log.kind))
 

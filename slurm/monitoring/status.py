@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from radhpc.core import formats
 from radhpc.core.files import read_json, write_atomically
 from radhpc.core.protocol import JOB_BEGINNINGS, LIFE_BEGINNINGS, LIFE_ENDS, Event, RunState
 from radhpc.core.run_folder import RunFolder, by_step
@@ -87,15 +88,13 @@ class _Digests:
     an older release's, is no error: then all events are read.
     """
 
-    VERSION = 1
-
     def __init__(self) -> None:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         self.path = home / "radhpc" / "status.json"
         self._stored: dict[str, Any] = {}
         with contextlib.suppress(OSError, ValueError, AttributeError):
             found = read_json(self.path) or {}
-            self._stored = found["runs"] if found.get("version") == self.VERSION else {}
+            self._stored = found["runs"] if found.get("version") == formats.STATUS_CACHE else {}
 
     def get(self, run: RunFolder, key: str) -> _Digest | None:
         data = self._stored.get(str(run.path))
@@ -109,7 +108,7 @@ class _Digests:
         if all(self._stored.get(path, {}).get("key") == digest.key for path, digest in new.items()):
             return
         kept = {path: data for path, data in self._stored.items() if path not in new and os.path.exists(path)}
-        data = {"version": self.VERSION, "runs": kept | {path: asdict(digest) for path, digest in new.items()}}
+        data = {"version": formats.STATUS_CACHE, "runs": kept | {path: asdict(digest) for path, digest in new.items()}}
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_atomically(self.path, json.dumps(data).encode(), 0o600)

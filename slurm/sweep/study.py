@@ -29,7 +29,7 @@ from radhpc.core.files import read_json, write_atomically
 from radhpc.core.protocol import LIFE_ENDS, Event, RunState
 from radhpc.core.recipe import Recipe, read_yaml, validate
 from radhpc.core.run_folder import RunFolder
-from slurm import scheduler
+from slurm import compat_optuna, scheduler
 from slurm.sweep.definition import Scalar, Sweep
 
 if TYPE_CHECKING:
@@ -149,16 +149,12 @@ class Study:
 
     def parameters(self, number: int) -> dict[str, Scalar]:
         """The parameters of a trial: drawn when it is asked for the first time, from what is known by then."""
-        from optuna.trial import Trial, TrialState
-
         study = self._optuna(number)
         frozen = study.get_trials(deepcopy=False)[number]
         if frozen.state.is_finished():
             return dict(frozen.params)
-        if frozen.state == TrialState.WAITING:
-            self._storage.set_trial_state_values(frozen._trial_id, TrialState.RUNNING)
-        # What Study.ask makes, but of this trial and no other: a job that comes back finds what it had drawn before.
-        trial = Trial(study, frozen._trial_id)
+        # Of this trial and no other: a job that comes back finds what it had drawn before.
+        trial = compat_optuna.claim(study, self._storage, frozen)
         return {key: _draw(trial, key, axis) for key, axis in self.sweep.space.items()}
 
     def prepare(self, number: int) -> RunFolder:
@@ -190,7 +186,7 @@ class Study:
             return
         for step, value in values.items():
             if step not in frozen.intermediate_values:  # after a resume a step may be evaluated again
-                self._storage.set_trial_intermediate_value(frozen._trial_id, step, value)
+                compat_optuna.report(self._storage, frozen, step, value)
         ends = {event["event"] for event in RunFolder(self.run_path(number)).events(Event.FINISHED, Event.PRUNED)}
         if Event.FINISHED in ends:
             last = list(values.values())[-1] if values else math.nan
@@ -212,7 +208,7 @@ class Study:
             return True
         if not study.pruner.prune(study, frozen):
             return False
-        self._storage.set_trial_user_attr(frozen._trial_id, "pruned_at", step)
+        compat_optuna.set_attribute(self._storage, frozen, "pruned_at", step)
         return True
 
     def settle(self) -> None:

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from shards.build import Settings
+from shards.build import BuildSettings
 from shards.execution.output import WORK
 
 ROOT = Path(__file__).resolve().parents[2]
 PHANTOM = {"studies": "60", "size": "64"}
-SMALL = Settings(workers=1, shard_samples=8)
+SMALL = BuildSettings(workers=1, shard_samples=8)
 
 
 def notes(folder: Path, studies: int) -> Path:

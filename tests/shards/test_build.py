@@ -15,7 +15,7 @@ from radhpc.core.errors import UserError
 from radhpc.core.manifest import Manifest
 from radhpc.core.sample import SPLITS, Sample
 from radhpc.storage.store import Store
-from shards.build import Settings, build
+from shards.build import BuildSettings, build
 from tests.shards.helpers import PHANTOM, ROOT, SMALL, contents, notes, records
 
 pytestmark = pytest.mark.timeout(120)
@@ -71,7 +71,7 @@ def test_shards_index_and_samples_agree_and_webdataset_reads_them(tmp_path: Path
 
 def test_one_and_two_workers_and_a_second_run_give_the_same_bytes(tmp_path: Path) -> None:
     one = build("phantom", None, str(tmp_path / "one"), PHANTOM, SMALL)
-    two = build("phantom", None, str(tmp_path / "two"), PHANTOM, Settings(workers=2, shard_samples=8))
+    two = build("phantom", None, str(tmp_path / "two"), PHANTOM, BuildSettings(workers=2, shard_samples=8))
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
     assert one.manifest_hash == two.manifest_hash
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "two").iterdir()}
@@ -81,7 +81,7 @@ def test_one_and_two_workers_and_a_second_run_give_the_same_bytes(tmp_path: Path
 
 
 def test_image_text_end_to_end(archive: Path, tmp_path: Path) -> None:
-    result = build("image_text", archive, str(tmp_path / "out"), {"name": "notes"}, Settings(workers=1))
+    result = build("image_text", archive, str(tmp_path / "out"), {"name": "notes"}, BuildSettings(workers=1))
     assert (result.samples, sum(result.patients.values())) == (20, 10)
     manifest = Manifest.load(Store(tmp_path / "out"))
     assert (manifest.dataset, min(manifest.splits.values()) > 0) == ("notes", True)
@@ -116,7 +116,7 @@ def test_what_cannot_be_used_is_counted_and_named(archive: Path, tmp_path: Path)
     (archive / rows[0]["image"]).unlink()
     broken = archive / rows[1]["image"]
     broken.write_bytes(broken.read_bytes()[:200])
-    result = build("image_text", archive, str(tmp_path / "out"), {}, Settings(workers=1, max_skipped=5))
+    result = build("image_text", archive, str(tmp_path / "out"), {}, BuildSettings(workers=1, max_skipped=5))
     named = {skip["name"]: skip["reason"] for skip in result.skipped}
     assert named["raw: images/1.2.840.0.png"] == "missing image file"
     assert named["raw: images/1.2.840.1.png"].startswith("broken image: ")
@@ -128,7 +128,7 @@ def test_what_cannot_be_used_is_counted_and_named(archive: Path, tmp_path: Path)
         "broken image": 1, "description refused": 1, "duplicate key": 1, "empty text": 1, "missing image file": 1,
     }  # fmt: skip
     assert manifest.samples == result.samples == 16
-    again = build("image_text", archive, str(tmp_path / "out"), {}, Settings(workers=1, max_skipped=5))
+    again = build("image_text", archive, str(tmp_path / "out"), {}, BuildSettings(workers=1, max_skipped=5))
     assert again.reused
     assert "1 studies were left out when it was built: empty text" in again.warnings
 
@@ -138,7 +138,7 @@ def test_too_many_unusable_studies_fail_and_may_be_mended(archive: Path, tmp_pat
     lost = {path: path.read_bytes() for path in sorted(archive.glob("images/*"))[:4]}
     for path in lost:
         path.unlink()
-    settings = Settings(workers=workers, shard_samples=3, max_skipped="10%")
+    settings = BuildSettings(workers=workers, shard_samples=3, max_skipped="10%")
     # two workers may each report a shard before the build looks: 3 or 4 are known by then
     with pytest.raises(UserError, match=r"[34] of 20 studies cannot be used, and max_skipped allows 2: raw: images"):
         build("image_text", archive, str(tmp_path / "out"), {}, settings)
@@ -152,12 +152,12 @@ def test_too_many_unusable_studies_fail_and_may_be_mended(archive: Path, tmp_pat
 
 def test_the_budget_of_tiny_archives_allows_one(archive: Path, tmp_path: Path) -> None:
     next(iter(archive.glob("images/*"))).unlink()
-    assert len(build("image_text", archive, str(tmp_path / "out"), {}, Settings(workers=1)).skipped) == 1
+    assert len(build("image_text", archive, str(tmp_path / "out"), {}, BuildSettings(workers=1)).skipped) == 1
     with pytest.raises(UserError, match="1 of 20 studies cannot be used, and max_skipped allows 0"):
-        build("image_text", archive, str(tmp_path / "none"), {}, Settings(workers=1, max_skipped=0))
+        build("image_text", archive, str(tmp_path / "none"), {}, BuildSettings(workers=1, max_skipped=0))
     write_table(archive, [{"image": "no.png", "text": "x", "patient": 1}])
     with pytest.raises(UserError, match="1 of 1 studies cannot be used"):
-        build("image_text", archive, str(tmp_path / "empty"), {}, Settings(workers=1))
+        build("image_text", archive, str(tmp_path / "empty"), {}, BuildSettings(workers=1))
 
 
 def test_a_patient_in_two_official_splits_is_refused_before_any_work(archive: Path, tmp_path: Path) -> None:
@@ -179,9 +179,9 @@ def test_another_build_is_refused_unless_forced(archive: Path, tmp_path: Path) -
     out = str(tmp_path / "out")
     build("phantom", None, out, PHANTOM, SMALL)
     with pytest.raises(UserError, match=r"out: holds another build \(other quality\); use another folder, or --force"):
-        build("phantom", None, out, PHANTOM, Settings(workers=1, shard_samples=8, quality=80))
+        build("phantom", None, out, PHANTOM, BuildSettings(workers=1, shard_samples=8, quality=80))
     assert build("phantom", None, out, PHANTOM, SMALL).reused
-    forced = Settings(workers=1, shard_samples=30, quality=80, force=True)
+    forced = BuildSettings(workers=1, shard_samples=30, quality=80, force=True)
     assert not build("phantom", None, out, PHANTOM, forced).reused
     build("phantom", None, str(tmp_path / "fresh"), PHANTOM, forced)
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
@@ -234,8 +234,8 @@ def test_settings_that_cannot_be() -> None:
         ({"max_skipped": "many"}, "max_skipped: 'many'; allowed are a count such as 20 or a share such as 1%"),
     ):
         with pytest.raises(UserError, match=message):
-            Settings(**values)
-    budgets = [Settings(max_skipped=given).skip_budget(250) for given in ("1%", "0%", "0.5%", 7, "12")]
+            BuildSettings(**values)
+    budgets = [BuildSettings(max_skipped=given).skip_budget(250) for given in ("1%", "0%", "0.5%", 7, "12")]
     assert budgets == [3, 0, 2, 7, 12]
 
 
@@ -248,7 +248,7 @@ def test_a_named_work_folder_keeps_what_is_not_ours(archive: Path, tmp_path: Pat
     named_work = tmp_path / "work"
     named_work.mkdir()
     (named_work / "thesis.tex").write_text("three years")
-    settings = Settings(workers=1, work=named_work)
+    settings = BuildSettings(workers=1, work=named_work)
     assert build("image_text", archive, str(tmp_path / "out"), {}, settings).samples == 20
     assert [path.name for path in named_work.iterdir()] == ["thesis.tex"]
     assert not (tmp_path / "out" / ".build").exists()
@@ -267,6 +267,6 @@ def test_what_a_forced_build_was_to_be_apart_from_is_forgotten(archive: Path, tm
     with pytest.raises(KeyboardInterrupt):
         build("image_text", archive, str(tmp_path / "out"), {}, SMALL, interrupt)
     assert list((tmp_path / "out" / ".build").glob("others-*.npz"))
-    forced = Settings(workers=1, shard_samples=8, duplicates="report", force=True)
+    forced = BuildSettings(workers=1, shard_samples=8, duplicates="report", force=True)
     result = build("image_text", archive, str(tmp_path / "out"), {}, forced)
     assert (result.samples, result.skipped) == (20, [])

@@ -11,7 +11,7 @@ from radhpc.core.errors import UserError
 from radhpc.core.manifest import Manifest
 from radhpc.storage.store import Store
 from shards import duplicates
-from shards.build import Settings, build
+from shards.build import BuildSettings, build
 from shards.datasets import phantom
 from shards.verify import verify, verify_apart
 
@@ -38,7 +38,7 @@ def archive(folder: Path, splits: list[str], first: int = 0) -> Path:
 
 def built(raw: Path, out: Path, **settings: object) -> list[dict[str, str]]:
     """Build, and return what was left out."""
-    return build("image_text", raw, str(out), {}, Settings(workers=1, max_skipped=0, **settings)).skipped  # type: ignore[arg-type]
+    return build("image_text", raw, str(out), {}, BuildSettings(workers=1, max_skipped=0, **settings)).skipped  # type: ignore[arg-type]
 
 
 def splits(out: Path) -> dict[str, int]:
@@ -64,7 +64,7 @@ def test_copies_of_held_out_pictures_are_left_out_of_train(tmp_path: Path) -> No
 def test_they_stay_and_are_told_where_that_is_wanted(tmp_path: Path) -> None:
     raw = archive(tmp_path / "raw", SPLITS)
     picture(10).save(raw / "0.png")
-    result = build("image_text", raw, str(tmp_path / "out"), {}, Settings(workers=1, duplicates="report"))
+    result = build("image_text", raw, str(tmp_path / "out"), {}, BuildSettings(workers=1, duplicates="report"))
     assert (result.samples, result.skipped) == (12, [])
     assert "1 of 8 images in train are near-duplicates of images in test" in result.warnings
     assert verify(str(tmp_path / "out")).ok
@@ -73,7 +73,7 @@ def test_they_stay_and_are_told_where_that_is_wanted(tmp_path: Path) -> None:
 def test_a_leak_that_a_build_did_not_make_is_a_fault(tmp_path: Path) -> None:
     raw = archive(tmp_path / "raw", SPLITS)
     picture(10).save(raw / "0.png")
-    build("image_text", raw, str(tmp_path / "out"), {}, Settings(workers=1, duplicates="report"))
+    build("image_text", raw, str(tmp_path / "out"), {}, BuildSettings(workers=1, duplicates="report"))
     manifest = tmp_path / "out" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"duplicates": "report"', '"duplicates": "drop"'))
     assert [fault.fault for fault in verify(str(tmp_path / "out")).faults] == [
@@ -88,19 +88,21 @@ def test_datasets_are_built_apart(tmp_path: Path) -> None:
     picture(11).save(raw / "3.png")  # of one's test, in two's train
     picture(1).save(raw / "4.png")  # in train of both: no leak
     one, two = str(tmp_path / "one-shards"), str(tmp_path / "two-shards")
-    build("image_text", raw, two, {"name": "two"}, Settings(workers=1))
+    build("image_text", raw, two, {"name": "two"}, BuildSettings(workers=1))
     assert sorted(fault.fault for fault in verify_apart(two, one)) == [
         f"1 of 2 images in test nearly repeat images in train of {one}",
         f"1 of 8 images in train nearly repeat images in test of {one}",
     ]
     apart = str(tmp_path / "apart")
-    result = build("image_text", raw, apart, {"name": "two"}, Settings(workers=1, apart_from=(one,)))
+    result = build("image_text", raw, apart, {"name": "two"}, BuildSettings(workers=1, apart_from=(one,)))
     assert sorted(skip["name"] for skip in result.skipped) == ["two: 11.png", "two: 3.png"]
     assert not verify_apart(apart, one)
     with pytest.raises(UserError, match=r"holds another build \(other apart_from\)"):
-        build("image_text", raw, apart, {"name": "two"}, Settings(workers=1))
+        build("image_text", raw, apart, {"name": "two"}, BuildSettings(workers=1))
     with pytest.raises(UserError, match="nowhere: no manifest.json there"):
-        build("image_text", raw, apart, {"name": "two"}, Settings(workers=1, apart_from=(str(tmp_path / "nowhere"),)))
+        build(
+            "image_text", raw, apart, {"name": "two"}, BuildSettings(workers=1, apart_from=(str(tmp_path / "nowhere"),))
+        )
 
 
 def test_a_question_set_that_shares_images_is_told_of_another_set(tmp_path: Path) -> None:
@@ -115,7 +117,7 @@ def test_a_question_set_that_shares_images_is_told_of_another_set(tmp_path: Path
             question = {"qid": f"{n}{kind}", "phrase_type": kind, "image_name": f"synpic{n}.jpg", "answer": "Yes"}
             rows.append({**question, "question": f"Is there an effusion? {kind}", "answer_type": "CLOSED"})
     (folder / "VQA_RAD Dataset Public.json").write_text(json.dumps(rows))
-    settings = Settings(workers=1, apart_from=(str(tmp_path / "one-shards"),))
+    settings = BuildSettings(workers=1, apart_from=(str(tmp_path / "one-shards"),))
     result = build("vqa_rad", folder, str(tmp_path / "vqa-shards"), {}, settings)
     assert result.samples == 8
     told = "\n".join(result.warnings)

@@ -6,18 +6,17 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
 from radhpc.core.errors import UserError
-from shards.build import Settings, build
+from shards.build import BuildSettings, build
 from shards.execution import writer
 from shards.execution.output import WORK
 from tests.shards.helpers import PHANTOM, ROOT, SMALL, contents, records
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -27,11 +26,12 @@ def start(out: Path, *arguments: str) -> subprocess.Popen[str]:
     code = f"""
 import signal, sys
 from radhpc.core.errors import UserError
-from shards.build import Settings, build
+from shards.build import BuildSettings, build
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     try:
-        build("phantom", None, {str(out)!r}, {{"studies": "600", "size": "64"}}, Settings(workers=2, shard_samples=8))
+        settings = BuildSettings(workers=2, shard_samples=8)
+        build("phantom", None, {str(out)!r}, {{"studies": "600", "size": "64"}}, settings)
     except UserError as error:
         sys.exit(f"UserError: {{error}}")
 """
@@ -45,13 +45,6 @@ if __name__ == "__main__":
         text=True,
         start_new_session=True,
     )
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.01)
 
 
 def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
@@ -144,7 +137,7 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
     try:
         for workers in (1, 2):
             with pytest.raises(UserError, match="no space left"):
-                build("phantom", None, str(disk / "out"), PHANTOM, Settings(workers=workers, shard_samples=8))
+                build("phantom", None, str(disk / "out"), PHANTOM, BuildSettings(workers=workers, shard_samples=8))
             assert not (disk / "out" / "manifest.json").exists()
             tars = list((disk / "out").glob("*.tar"))
             assert tars

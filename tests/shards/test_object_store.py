@@ -11,7 +11,7 @@ from radhpc.core.errors import UserError
 from radhpc.core.manifest import Manifest
 from radhpc.storage import object_store
 from radhpc.storage.store import Store
-from shards.build import Settings, build
+from shards.build import BuildSettings, build
 from shards.repair import repair
 from shards.verify import verify
 from tests.conftest import Moto, reach
@@ -19,7 +19,7 @@ from tests.faults import Faults
 from tests.shards.helpers import PHANTOM, contents, notes
 
 pytestmark = pytest.mark.timeout(120)
-SMALL = Settings(workers=1, shard_samples=8)
+SMALL = BuildSettings(workers=1, shard_samples=8)
 
 
 def stored(url: str) -> dict[str, bytes]:
@@ -36,7 +36,7 @@ def line(s3: str, moto: Moto, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fault
 
 
 def test_a_store_holds_what_a_folder_holds(tmp_path: Path, s3: str) -> None:
-    result = build("phantom", None, s3, PHANTOM, Settings(workers=2, shard_samples=8))
+    result = build("phantom", None, s3, PHANTOM, BuildSettings(workers=2, shard_samples=8))
     build("phantom", None, str(tmp_path / "folder"), PHANTOM, SMALL)
     assert stored(s3) == contents(tmp_path / "folder")
     assert (result.url, result.samples) == (s3, 60)
@@ -44,7 +44,7 @@ def test_a_store_holds_what_a_folder_holds(tmp_path: Path, s3: str) -> None:
     assert build("phantom", None, s3, PHANTOM, SMALL).reused
     with pytest.raises(UserError, match=f"{s3}: holds another build"):
         build("phantom", None, s3, {**PHANTOM, "studies": "50"}, SMALL)
-    assert build("phantom", None, s3, {**PHANTOM, "studies": "20"}, Settings(workers=1, force=True)).samples == 20
+    assert build("phantom", None, s3, {**PHANTOM, "studies": "20"}, BuildSettings(workers=1, force=True)).samples == 20
     assert verify(s3).ok
     assert len([name for name in stored(s3) if name.endswith(".tar")]) == result.shards - 6
 
@@ -83,7 +83,7 @@ def test_an_outage_in_the_middle_is_one_line_and_the_build_goes_on(
     assert before
     assert all(whole[name] == data for name, data in before.items())  # nothing half has a final name
     seen.clear()
-    build("phantom", None, s3, PHANTOM, Settings(workers=workers, shard_samples=8), watch_nothing(seen))
+    build("phantom", None, s3, PHANTOM, BuildSettings(workers=workers, shard_samples=8), watch_nothing(seen))
     assert seen[0] >= 16  # finished shards are not built again
     assert stored(s3) == whole
 

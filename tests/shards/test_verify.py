@@ -14,8 +14,8 @@ import pytest
 from radhpc.core.errors import UserError
 from radhpc.core.manifest import INDEX, MANIFEST, File, Index, Manifest, sha256
 from radhpc.storage.store import Store
-from shards.build import Settings, build
-from shards.verify import Fault, verify
+from shards.build import BuildSettings, build
+from shards.verify import ShardFault, verify
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.timeout(60)
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("verify") / "shards"
-    build("phantom", None, str(out), {"studies": "30", "size": "64"}, Settings(workers=1, shard_samples=10))
+    build("phantom", None, str(out), {"studies": "30", "size": "64"}, BuildSettings(workers=1, shard_samples=10))
     return out
 
 
@@ -32,7 +32,7 @@ def copy(whole: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "shards"))
 
 
-def faults(folder: Path) -> list[Fault]:
+def faults(folder: Path) -> list[ShardFault]:
     report = verify(str(folder))
     assert report.ok == (not report.faults)
     return report.faults
@@ -78,8 +78,8 @@ def test_a_flipped_bit_in_an_image(copy: Path) -> None:
 
     change(copy / shard, flip)
     assert faults(copy) == [
-        Fault(shard, None, None, "sha256 differs from the manifest's"),
-        Fault(shard, member.name, member.offset, "crc32c differs from the index's"),
+        ShardFault(shard, None, None, "sha256 differs from the manifest's"),
+        ShardFault(shard, member.name, member.offset, "crc32c differs from the index's"),
     ]
 
 
@@ -112,14 +112,14 @@ def test_a_cut_shard(copy: Path, keep: int) -> None:
     size = (copy / shard).stat().st_size
     change(copy / shard, lambda data: data.__delitem__(slice(keep, None)))
     found = faults(copy)
-    assert found[0] == Fault(shard, None, keep, f"{keep} bytes, but the manifest says {size}")
+    assert found[0] == ShardFault(shard, None, keep, f"{keep} bytes, but the manifest says {size}")
     assert any("cut after" in fault.fault for fault in found)
 
 
 def test_a_missing_shard_and_swapped_shards(copy: Path) -> None:
     one, two = copy / "train-000000.tar", copy / "train-000001.tar"
     moved = one.rename(copy / "aside")
-    assert faults(copy) == [Fault(one.name, None, None, "missing")]
+    assert faults(copy) == [ShardFault(one.name, None, None, "missing")]
     two.rename(one)
     moved.rename(two)
     found = faults(copy)

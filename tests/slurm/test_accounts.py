@@ -14,7 +14,7 @@ import pytest
 
 from slurm import box
 from tests.conftest import free_port
-from tests.radhpc.training.test_training import wait_for
+from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.box, pytest.mark.timeout(200)]
 

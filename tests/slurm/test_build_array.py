@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from shards.build import Settings, build
+from shards.build import BuildSettings, build
 from tests.conftest import ROOT
 from tests.shards.helpers import contents, records
 
 pytestmark = [pytest.mark.box, pytest.mark.heavy, pytest.mark.timeout(240)]
 PHANTOMS = {"studies": "300", "size": "512"}  # large enough to be killed in the middle
-SETTINGS = Settings(workers=2, shard_samples=10, longest_side=128)
+SETTINGS = BuildSettings(workers=2, shard_samples=10, longest_side=128)
 ARGUMENTS = ["studies=300", "size=512", "--shard-samples", "10", "--longest-side", "128", "--jobs", "2"]
 
 

@@ -10,8 +10,8 @@ from bench.chaos import losses, setting
 from radhpc.core.errors import UserError
 from radhpc.core.ledger import consumed
 from slurm import profile as profiles
-from tests.radhpc.training.test_training import wait_for
 from tests.slurm.test_preemption import events, finish, start, step
+from tests.waiting import wait_for
 
 Launch = Callable[..., Any]
 

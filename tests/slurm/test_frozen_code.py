@@ -18,10 +18,11 @@ from radhpc.core.errors import UserError
 from radhpc.core.recipe import load as load_recipe
 from radhpc.core.run_folder import RunFolder
 from slurm import frozen_code, profile as profiles, scheduler
+from slurm.compat_submitit import batch_script
 from slurm.submit import setup_lines, slurm_parameters
 from tests.conftest import ROOT
-from tests.radhpc.training.test_training import wait_for
 from tests.slurm.test_preemption import events, finish, step
+from tests.waiting import wait_for
 
 Launch = Callable[..., Any]
 QUICK = ["evaluation.every=null", "evaluation.samples=2", "checkpoint.every=100"]
@@ -237,15 +238,13 @@ def test_a_rank_imports_the_frozen_code_from_any_working_directory(tmp_path: Pat
 
 
 def script_of(recipe_file: Path, tmp_path: Path, **settings: Any) -> tuple[RunFolder, str]:
-    from submitit.slurm.slurm import _make_sbatch_string
-
     from slurm.container import needs
     from slurm.submit import rank_python
 
     profile = profiles.Profile(cluster="slurm", gpus_per_node=4, tasks_per_node=4, **settings)
     run = RunFolder.create(tmp_path / "run", load_recipe(recipe_file))
     python = rank_python(profile, run.path, needs(run))
-    return run, _make_sbatch_string(f"{python} -u -m x", run.path, **slurm_parameters(run, profile, sys.executable))
+    return run, batch_script(f"{python} -u -m x", run.path, slurm_parameters(run, profile, sys.executable))
 
 
 def test_a_decision_that_fails_is_made_once_more(recipe_file: Path, tmp_path: Path) -> None:

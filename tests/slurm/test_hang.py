@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from bench.chaos import rank_pid
-from tests.radhpc.training.test_training import wait_for
 from tests.slurm.test_preemption import events, start, step
+from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.box, pytest.mark.timeout(180)]
 

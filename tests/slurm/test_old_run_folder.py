@@ -13,8 +13,8 @@ import pytest
 from radhpc.core.run_folder import RunFolder
 from slurm import frozen_code, scheduler
 from tests.conftest import TINY_MODEL
-from tests.radhpc.training.test_training import wait_for
 from tests.slurm.test_preemption import events
+from tests.waiting import wait_for
 
 STEPS = (120, 20)  # of the two stages: the first one lasts for seconds, so that it is stopped midway
 RECIPE = (

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from bench.chaos import frozen
-from tests.radhpc.training.test_training import wait_for
 from tests.slurm.test_preemption import Launch, Slurm, assert_equal, events, finish, job_state, start, step
+from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.box, pytest.mark.timeout(400)]
 

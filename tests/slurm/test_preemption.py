@@ -18,7 +18,7 @@ import pytest
 from bench.chaos import losses, rank_pid
 from radhpc.core.files import read_lines
 from radhpc.core.ledger import consumed
-from tests.radhpc.training.test_training import wait_for
+from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.box, pytest.mark.timeout(400)]
 

@@ -16,8 +16,8 @@ from bench.chaos import rank_pid
 from radhpc.core.ledger import consumed
 from radhpc.core.recipe import load
 from tests.conftest import ROOT
-from tests.radhpc.training.test_training import wait_for
 from tests.slurm.test_preemption import Launch, Slurm, events, finish, step
+from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.box, pytest.mark.timeout(400)]
 

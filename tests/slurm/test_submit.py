@@ -8,6 +8,7 @@ from radhpc.core.errors import UserError
 from radhpc.core.recipe import load as load_recipe
 from radhpc.core.run_folder import RunFolder
 from slurm import job, profile as profiles
+from slurm.compat_submitit import batch_script
 from slurm.submit import executor, slurm_parameters
 
 NAMES = sorted(path.stem for path in profiles.FOLDER.glob("*.yaml"))
@@ -20,13 +21,11 @@ def run(tmp_path: Path, recipe_file: Path) -> RunFolder:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_profile_loads_and_describes_its_job(name: str, run: RunFolder) -> None:
-    from submitit.slurm.slurm import _make_sbatch_string
-
     profile = profiles.load(name)
     if profile.cluster != "slurm":
         assert executor(run, profile)
         return
-    script = _make_sbatch_string("python", run.path, **slurm_parameters(run, profile, "python"))
+    script = batch_script("python", run.path, slurm_parameters(run, profile, "python"))
     assert f"#SBATCH --nodes={profile.nodes}" in script
     if profile.least_nodes < profile.most_nodes:
         assert f"#SBATCH --ntasks={profile.world}\n" in script

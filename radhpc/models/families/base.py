@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from radhpc.core.errors import UserError, first_line, nearest
-from radhpc.core.recipe import Model
+from radhpc.core.recipe import ModelSettings
 from radhpc.models import compat_transformers
 from radhpc.models.family import Arrays, FeaturePoints, Load
 
@@ -36,7 +36,7 @@ class ImageTokenFamily:
     # The layers of every vision and language model that transformers has.
     blocks: tuple[type[torch.nn.Module], ...] = (GradientCheckpointingLayer,)
 
-    def __init__(self, model: Model, tokenizer_folder: str) -> None:
+    def __init__(self, model: ModelSettings, tokenizer_folder: str) -> None:
         self.recipe = model
         self.tokenizer: Any = read_tokenizer(tokenizer_folder)
         self.image_token, self.image_token_id = self._image_token(tokenizer_folder)

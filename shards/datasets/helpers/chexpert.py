@@ -19,7 +19,7 @@ from radhpc.core.errors import UserError
 from radhpc.core.sample import CHEXPERT, Split
 from shards import splits
 from shards.datasets.helpers.images import entries, files, folders_with
-from shards.datasets.reader import Options
+from shards.datasets.reader import ReaderOptions, UnusableRecord
 
 SUFFIXES = (".jpg", ".png", ".dcm")  # in the order of preference, where a folder has several
 PATIENT = re.compile(r"patient\d+")
@@ -34,18 +34,14 @@ VALUES: dict[object, int | None] = {
 SIDES = {"frontal": "Frontal", "lateral": "L"}
 
 
-class ImageOptions(Options):
+class ImageOptions(ReaderOptions):
     """The option of both readers."""
 
     images: str | None = Field(None, description="the folder of the images in --raw, where it holds several sets")
 
 
-class Fault(ValueError):
-    """Why a row cannot be used."""
-
-
 @dataclass(frozen=True)
-class Place:
+class ImagePath:
     """What a path of the tables says."""
 
     prefix: str | None
@@ -60,25 +56,25 @@ class Place:
         return f"{self.patient}/{self.study}"
 
 
-def place(text: str) -> Place:
+def parse_path(text: str) -> ImagePath:
     """Read a path of the tables. Raises Fault."""
     found = PATH.fullmatch(text.strip())
     if not found:
-        raise Fault("path without a patient and a study")
-    return Place(**found.groupdict())
+        raise UnusableRecord("path without a patient and a study")
+    return ImagePath(**found.groupdict())
 
 
-def official(where: Place) -> Split:
+def official_split(where: ImagePath) -> Split:
     """The split that the path's folder names."""
     return splits.WORDS[where.split]
 
 
-def labels(values: Mapping[str, object]) -> Labels:
+def parse_labels(values: Mapping[str, object]) -> Labels:
     """The fourteen labels of a row, in CheXpert's order; a column that is missing says nothing. Raises Fault."""
     try:
         return tuple([VALUES[values.get(name)] for name in CHEXPERT])
     except (KeyError, TypeError):
-        raise Fault("a label other than 1, 0, -1 and empty") from None
+        raise UnusableRecord("a label other than 1, 0, -1 and empty") from None
 
 
 def projection(side: str, position: str, image: str) -> str | None:
@@ -93,28 +89,28 @@ def projection(side: str, position: str, image: str) -> str | None:
 
 
 @dataclass(frozen=True)
-class Root:
+class ImageRoot:
     """A folder whose entries are patients' folders, and the kind of images in them."""
 
     folder: Path
     suffix: str
 
 
-class Images:
+class ImageFinder:
     """Finds the file of a path: by its folder's name alone, unless several folders hold patients of one split."""
 
-    def __init__(self, folder: Path, chosen: str | None, example: Place | None) -> None:
+    def __init__(self, folder: Path, chosen: str | None, example: ImagePath | None) -> None:
         """Look for the patients below `folder`, or below its subfolder `chosen`. Raises UserError."""
         if chosen is not None and not (folder / chosen).is_dir():
             raise UserError(f"images={chosen}: no such folder in {folder}")
         start = folder / chosen if chosen else folder
         beside = folder.parent / example.prefix if example and example.prefix else None
-        roots = _roots(start)
+        roots = _find_roots(start)
         if not roots and not chosen and beside and beside.is_dir():
-            roots = _roots(beside)
+            roots = _find_roots(beside)
         if not roots:
             raise UserError(f"{start}: no images there; looked for folders such as train/patient00001/study1")
-        named: dict[str, list[Root]] = {}
+        named: dict[str, list[ImageRoot]] = {}
         for root in roots:
             named.setdefault(root.folder.name if root.folder.name in splits.WORDS else "", []).append(root)
         for split, several in named.items():
@@ -128,14 +124,14 @@ class Images:
         """Whether the images are DICOM files."""
         return self._last.suffix == ".dcm"
 
-    def path(self, where: Place) -> Path:
+    def path(self, where: ImagePath) -> Path:
         """Where the image should lie; whether it does is seen when it is opened."""
         root = self._root(where)
         folder = root.folder if root else self._start / where.split
         suffix = root.suffix if root else self._last.suffix
         return folder.joinpath(where.patient, where.study, where.image.rpartition(".")[0] + suffix)
 
-    def _root(self, where: Place) -> Root | None:
+    def _root(self, where: ImagePath) -> ImageRoot | None:
         if where.split in self._named:
             return self._named[where.split][0]
         roots = self._named.get("", [])
@@ -148,8 +144,8 @@ class Images:
         return None
 
 
-def _roots(folder: Path) -> list[Root]:
-    return [Root(found, suffix) for found in folders_with(folder, PATIENT) if (suffix := _suffix(found))]
+def _find_roots(folder: Path) -> list[ImageRoot]:
+    return [ImageRoot(found, suffix) for found in folders_with(folder, PATIENT) if (suffix := _suffix(found))]
 
 
 def _suffix(folder: Path) -> str | None:

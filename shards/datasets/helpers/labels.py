@@ -11,12 +11,12 @@ from typing import Literal
 from pydantic import Field
 
 from radhpc.core.sample import Report
-from shards.datasets.reader import DatasetWarning, Options
+from shards.datasets.reader import DatasetWarning, ReaderOptions
 
 NO_FINDING = "No Finding"
 
 
-class LabelOptions(Options):
+class LabelOptions(ReaderOptions):
     """The options of a reader whose dataset has labels and no reports."""
 
     text: Literal["none", "labels"] = Field(

@@ -30,8 +30,8 @@ from radhpc.core.sample import CHEXPERT, Split
 from shards import splits
 from shards.datasets import reader
 from shards.datasets.helpers import mimic_reports, mimic_sections
-from shards.datasets.helpers.mimic_reports import VERSIONS, Unusable
-from shards.datasets.reader import DatasetWarning, RawStudy
+from shards.datasets.helpers.mimic_reports import VERSIONS
+from shards.datasets.reader import DatasetWarning, RawStudy, UnusableRecord, unusable_study
 from shards.tabular import external_sort, table
 
 VOCABULARIES = {"chexpert": "chexpert", "negbio": "negbio", "radiologist": "test-set-labeled"}  # and its table
@@ -42,7 +42,7 @@ THREADS = 16  # that read reports
 BATCH = 512  # studies whose reports are read ahead
 
 
-class Options(reader.Options):
+class MimicOptions(reader.ReaderOptions):
     """The options of both readers."""
 
     views: Literal["all", "frontal"] = Field("all", description="all, or frontal: PA and AP alone")
@@ -70,11 +70,11 @@ class Edition:
     complete: bool  # whether the tables of projections, splits and labels belong to it
 
 
-def named(what: str) -> tuple[str, ...]:
+def table_names(what: str) -> tuple[str, ...]:
     return tuple(f"mimic-cxr-{version}-{what}.csv" for version in VERSIONS)
 
 
-def read(raw: Path | None, options: Options, edition: Edition) -> Iterator[RawStudy]:
+def read_edition(raw: Path | None, options: MimicOptions, edition: Edition) -> Iterator[RawStudy]:
     """Yield the studies of an edition. Raises UserError where a table, the images or the reports are not found."""
     images = table.locate(raw, edition.names, "table of images of MIMIC-CXR")
     tables = _tables(images, options, edition)
@@ -88,17 +88,17 @@ def read(raw: Path | None, options: Options, edition: Edition) -> Iterator[RawSt
                     yield study
                 else:
                     archive.counts["require"] += 1
-    _tell(archive)
+    _warn_of_counts(archive)
 
 
-def _tables(images: Path, options: Options, edition: Edition) -> dict[str, Path]:
+def _tables(images: Path, options: MimicOptions, edition: Edition) -> dict[str, Path]:
     """The tables that are there, by kind, that of images first. Raises UserError where a needed one is not."""
     if options.split and not options.split.is_file():
-        raise UserError(f"split={options.split}: no such file; wanted is {named('split')[-1]} (also .gz)")
+        raise UserError(f"split={options.split}: no such file; wanted is {table_names('split')[-1]} (also .gz)")
     folders = [images.parent, *([options.split.parent] if options.split else [])]
 
     def find(what: str) -> Path | None:
-        return next((path for folder in folders if (path := table.find_one(folder, named(what)))), None)
+        return next((path for folder in folders if (path := table.find_one(folder, table_names(what)))), None)
 
     found = {edition.images: images}
     places = {"metadata": find("metadata"), "split": options.split or find("split")}
@@ -107,11 +107,13 @@ def _tables(images: Path, options: Options, edition: Edition) -> dict[str, Path]
         if path:
             found.setdefault(kind, path)
     if edition.complete and "split" not in found:
-        raise UserError(f"--raw {images.parent}: no {named('split')[-1]} (also .gz); put it there or give split=FILE")
+        raise UserError(
+            f"--raw {images.parent}: no {table_names('split')[-1]} (also .gz); put it there or give split=FILE"
+        )
     if options.views != "all" and "metadata" not in found:
         raise UserError(
-            f"views={options.views}: the projections are in {named('metadata')[-1]} of MIMIC-CXR-JPG; put it into "
-            f"{images.parent}, or beside the table that split=FILE names"
+            f"views={options.views}: the projections are in {table_names('metadata')[-1]} of MIMIC-CXR-JPG; put it "
+            f"into {images.parent}, or beside the table that split=FILE names"
         )
     return found
 
@@ -122,12 +124,12 @@ def _rows(path: Path, kind: str, archive: "_Archive") -> Iterator[tuple[str, tup
         values = {name: value.strip() for name, value in record.values.items()}
         try:
             if record.fault:
-                raise Unusable(record.fault)
+                raise UnusableRecord(record.fault)
             if not all(values[name].isdecimal() for name in ("study_id", "subject_id") if name in values):
-                raise Unusable("study_id or subject_id that is no number")
+                raise UnusableRecord("study_id or subject_id that is no number")
             if "subject_id" not in values or archive.has(values["subject_id"], kind):
                 yield values["study_id"], (kind, _value(kind, values))
-        except Unusable as fault:
+        except UnusableRecord as fault:
             yield f"{path.name} {record.where}", ("fault", str(fault))
 
 
@@ -146,7 +148,7 @@ def _value(kind: str, values: dict[str, str]) -> Any:
     if kind == "split":
         return values["subject_id"], values["split"]
     if not re.fullmatch(r"[\w.-]+", values["dicom_id"]):
-        raise Unusable("dicom_id that names no file")
+        raise UnusableRecord("dicom_id that names no file")
     return values["subject_id"], values["dicom_id"], values.get("ViewPosition") or None
 
 
@@ -155,13 +157,13 @@ def _label(word: str) -> int | None:
     try:
         return {1.0: 1, 0.0: 0, -1.0: -1}[float(word)] if word else None
     except (ValueError, KeyError):
-        raise Unusable("a label other than 1, 0, -1 and empty") from None
+        raise UnusableRecord("a label other than 1, 0, -1 and empty") from None
 
 
 class _Archive:
     """The studies of an edition on this disk, and a count of what its user should know."""
 
-    def __init__(self, folder: Path, options: Options, edition: Edition, kinds: frozenset[str]) -> None:
+    def __init__(self, folder: Path, options: MimicOptions, edition: Edition, kinds: frozenset[str]) -> None:
         self.options, self.edition, self.kinds = options, edition, kinds
         self.files = folder / "files"
         if not self.files.is_dir():
@@ -169,7 +171,7 @@ class _Archive:
         self.groups = sorted(name for name in os.listdir(self.files) if re.fullmatch(r"p\d\d", name))
         self.starts = dict.fromkeys(options.subset.split(","), False) if options.subset else {}  # whether it was met
         self.counts: Counter[str] = Counter()
-        self._reports = mimic_reports.find(folder, options.reports)
+        self._reports = mimic_reports.find_reports(folder, options.reports)
 
     def has(self, subject: str, kind: str) -> bool:
         """Whether a patient belongs to the part that was downloaded."""
@@ -186,7 +188,7 @@ class _Archive:
             for kind, value in rows:
                 said.setdefault(kind, []).append(value)
             if "fault" in said:
-                yield RawStudy(study="", patient="", views=(), name=study, fault=said["fault"][0])
+                yield unusable_study(study, said["fault"][0])
             elif self.edition.images in said or "split" in said:  # else a table of labels alone names it
                 found = self._study(study, said)
                 self.counts["studies"] += 1
@@ -204,11 +206,11 @@ class _Archive:
         place = f"p{subject[:2]}/p{subject}/s{study}"
         try:
             if not images:
-                raise Unusable("study without a row in the table of images")
+                raise UnusableRecord("study without a row in the table of images")
             if len(subjects) > 1:
-                raise Unusable("rows of one study of different patients")
+                raise UnusableRecord("rows of one study of different patients")
             split = _split({word for _, word in rows}) if "split" in self.kinds else None
-        except Unusable as fault:
+        except UnusableRecord as fault:
             return RawStudy(study=study, patient=subject, views=(), name=place, fault=str(fault))
         projections = {dicom: view for _, dicom, view in said.get("metadata", [])}
         views = sorted(((dicom, projections.get(dicom)) for dicom in {dicom for _, dicom, _ in images}), key=_rank)
@@ -231,15 +233,15 @@ class _Archive:
             return study
         try:
             if not (self.files / study.name).is_dir():
-                raise Unusable(self._why_missing(study.name))
+                raise UnusableRecord(self._why_missing(study.name))
             text = self._reports.text(f"{study.name}.txt")
             if not text.strip():
-                raise Unusable("empty text")
-            report = mimic_sections.report(text, study.study)
+                raise UnusableRecord("empty text")
+            report = mimic_sections.parse_report(text, study.study)
             if not report.text():
-                raise Unusable("no findings, impression or last paragraph")
+                raise UnusableRecord("no findings, impression or last paragraph")
             return replace(study, report=report)
-        except Unusable as fault:
+        except UnusableRecord as fault:
             return replace(study, fault=str(fault))
 
     def _why_missing(self, place: str) -> str:
@@ -257,16 +259,16 @@ def _rank(view: tuple[str, str | None]) -> tuple[int, str]:
 def _split(words: set[str]) -> Split:
     """The split of a study from all its rows. Raises Unusable."""
     if not words:
-        raise Unusable("study without a row in the table of splits")
+        raise UnusableRecord("study without a row in the table of splits")
     if len(words) > 1:
-        raise Unusable("rows of one study in different splits")
+        raise UnusableRecord("rows of one study in different splits")
     try:
         return splits.parse(words.pop())
     except UserError:
-        raise Unusable("unknown split") from None
+        raise UnusableRecord("unknown split") from None
 
 
-def _tell(archive: _Archive) -> None:
+def _warn_of_counts(archive: _Archive) -> None:
     """Warn of what the user should know. Raises UserError for a part of the archive without patients."""
     options, counts = archive.options, archive.counts
     if missed := [start for start, met in archive.starts.items() if not met]:
@@ -283,14 +285,16 @@ def _tell(archive: _Archive) -> None:
     lines = [f"{count} {what}" for count, what in told if count]
     if "split" not in archive.kinds:
         lines.append(
-            f"no {named('split')[-1]} beside the images: patients are split by their hashes, and scores do not compare "
-            "with published ones; give split=FILE of MIMIC-CXR-JPG"
+            f"no {table_names('split')[-1]} beside the images: patients are split by their hashes, and scores do not "
+            "compare with published ones; give split=FILE of MIMIC-CXR-JPG"
         )
     if "metadata" not in archive.kinds:
-        lines.append(f"no {named('metadata')[-1]} beside the images: no projections; views stand in the order of names")
+        lines.append(
+            f"no {table_names('metadata')[-1]} beside the images: no projections; views stand in the order of names"
+        )
     if archive.edition.complete:
         lines += [
-            f"no {named(VOCABULARIES[kind])[-1]}: studies have no labels of {kind}"
+            f"no {table_names(VOCABULARIES[kind])[-1]}: studies have no labels of {kind}"
             for kind in ("chexpert", "negbio")
             if kind not in archive.kinds
         ]

@@ -15,17 +15,14 @@ from pathlib import Path
 from typing import Protocol
 
 from radhpc.core.errors import UserError, first_line
+from shards.datasets.reader import UnusableRecord
 
 VERSIONS = ("2.1.0", "2.0.0")
 NAME = "mimic-cxr-reports"  # of the zip, and of the folder that it is unpacked into
 EXAMPLE = "files/p10/p10000032/s50414267.txt"
 
 
-class Unusable(ValueError):
-    """Why a row or a study cannot be used."""
-
-
-class Reports(Protocol):
+class ReportStore(Protocol):
     """Either of the two."""
 
     def text(self, place: str) -> str:
@@ -33,7 +30,7 @@ class Reports(Protocol):
         ...
 
 
-class Folder:
+class ReportFolder:
     """Reports in files of their own."""
 
     def __init__(self, folder: Path) -> None:
@@ -43,12 +40,12 @@ class Folder:
         try:
             return _decode((self._folder / place).read_bytes())
         except FileNotFoundError:
-            raise Unusable("missing report") from None
+            raise UnusableRecord("missing report") from None
         except OSError:
-            raise Unusable("unreadable report") from None
+            raise UnusableRecord("unreadable report") from None
 
 
-class Zip:
+class ReportZip:
     """Reports in the zip: one file to open instead of 227,835; its directory takes 150 MB of memory."""
 
     def __init__(self, path: Path) -> None:
@@ -66,15 +63,15 @@ class Zip:
         try:
             return _decode(self._zip.read(self._before + place))
         except KeyError:
-            raise Unusable("missing report") from None
+            raise UnusableRecord("missing report") from None
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError):
-            raise Unusable("unreadable report") from None
+            raise UnusableRecord("unreadable report") from None
 
 
-def find(folder: Path, given: Path | None) -> Reports:
+def find_reports(folder: Path, given: Path | None) -> ReportStore:
     """The reports that the user names, else those in the usual places around `folder`. Raises UserError."""
     if given and given.is_file():
-        return Zip(given)
+        return ReportZip(given)
     if given:
         if found := _within(given):
             return found
@@ -85,20 +82,20 @@ def find(folder: Path, given: Path | None) -> Reports:
         if found := _within(place / NAME) or _within(place):
             return found
         if (place / f"{NAME}.zip").is_file():
-            return Zip(place / f"{NAME}.zip")
+            return ReportZip(place / f"{NAME}.zip")
     raise UserError(
         f"--raw {folder}: no reports there nor beside it; they are in {NAME}.zip of MIMIC-CXR: put it there, as it is "
         "or unpacked, or give reports=PATH"
     )
 
 
-def _within(folder: Path) -> Folder | None:
+def _within(folder: Path) -> ReportFolder | None:
     """A folder that holds reports, or whose `files` does; the first patients of each group are looked at."""
     for files in (folder / "files", folder):
         for group in sorted(files.glob("p[0-9][0-9]")):
             with os.scandir(group) as patients:
                 if any(next(Path(patient).glob("s*.txt"), None) for patient in islice(patients, 5)):
-                    return Folder(files)
+                    return ReportFolder(files)
     return None
 
 
@@ -106,4 +103,4 @@ def _decode(data: bytes) -> str:
     try:
         return data.decode().replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError:
-        raise Unusable("report that is not UTF-8") from None
+        raise UnusableRecord("report that is not UTF-8") from None

@@ -76,7 +76,7 @@ _STRETCH = {
 }  # fmt: skip
 
 
-class Section(NamedTuple):
+class ReportSection(NamedTuple):
     """A stretch of the text. Headers and texts of all sections, one behind the other, are the whole text."""
 
     name: str  # findings, impression, ..., or the header in small letters
@@ -84,7 +84,7 @@ class Section(NamedTuple):
     text: str
 
 
-def report(text: str, study: str) -> Report:
+def parse_report(text: str, study: str) -> Report:
     """Choose from a report what describes the picture, on one line each; empty where nothing does.
 
     Of sections of one name the last counts. A report with neither findings nor impression gives as `other` its last
@@ -94,7 +94,7 @@ def report(text: str, study: str) -> Report:
     if study in _STRETCH:
         start, end = _STRETCH[study]
         return Report(other=_one_line(text[start:end]))
-    sections = {section.name: section.text for section in parse(text) if section.text.strip()}
+    sections = {section.name: section.text for section in parse_sections(text) if section.text.strip()}
     if study in _MISPLACED and (misplaced := sections.get(_MISPLACED[study])):
         return Report(other=_one_line(misplaced))
     findings, impression = (_one_line(sections.get(name, "")) for name in ("findings", "impression"))
@@ -103,7 +103,7 @@ def report(text: str, study: str) -> Report:
     return Report(other=_one_line(sections.get("last_paragraph", "")) or _one_line(sections.get("comparison", "")))
 
 
-def parse(text: str) -> list[Section]:
+def parse_sections(text: str) -> list[ReportSection]:
     """Cut a text into its sections: "preamble" before the first header, or "full report" where there is none.
 
     Where neither findings nor impression say anything, the last other section ends at its first blank line, and what
@@ -111,18 +111,21 @@ def parse(text: str) -> list[Section]:
     """
     headers = list(_HEADER.finditer(text))
     first = headers[0].start("name") if headers else len(text)
-    sections = [Section("preamble" if headers else "full report", "", text[:first])]
+    sections = [ReportSection("preamble" if headers else "full report", "", text[:first])]
     for header, following in pairwise([*headers, None]):
         assert header is not None
         start, end = max(first, header.start()), following.start() if following else len(text)
         name = _section_of(header["name"].lower().strip())
-        sections.append(Section(name, text[start : header.end()], text[header.end() : end]))
+        sections.append(ReportSection(name, text[start : header.end()], text[header.end() : end]))
     if any(section.name in ("findings", "impression") and section.text.strip() for section in sections):
         return sections
     place = max(n for n, section in enumerate(sections) if section.name not in ("findings", "impression"))
     before, blank, after = sections[place].text.partition(_PARAGRAPH)
     if blank:
-        sections[place : place + 1] = [sections[place]._replace(text=before), Section("last_paragraph", blank, after)]
+        sections[place : place + 1] = [
+            sections[place]._replace(text=before),
+            ReportSection("last_paragraph", blank, after),
+        ]
     return sections
 
 

@@ -15,7 +15,7 @@ from shards.tabular import external_sort
 KEEPERS: tuple[Split, ...] = ("test", "validate", "train")  # who keeps what is shared
 
 
-class Overlap:
+class SharedGroups:
     """The groups that have members in several splits; they lie on the disk."""
 
     def __init__(self, members: Iterable[tuple[str, Split]]) -> None:

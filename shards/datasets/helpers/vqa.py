@@ -8,51 +8,42 @@ from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-from shards.datasets.reader import RawStudy
+from shards.datasets.reader import UnusableRecord
 
 
-class Fault(ValueError):
-    """Why a record cannot be used: a general phrase."""
-
-
-def faulty(name: str, fault: Fault) -> RawStudy:
-    """The study that takes the place of a record that cannot be used."""
-    return RawStudy(study="", patient="", views=(), name=name, fault=str(fault))
-
-
-def text(value: Any, what: str) -> str:
+def to_text(value: Any, what: str) -> str:
     """A cell as one line of text; empty for nothing. Numbers become text, and 7.0 becomes 7. Raises Fault."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if not isinstance(value, (str, int, float)):
-        raise Fault(f"{what} is no text")
+        raise UnusableRecord(f"{what} is no text")
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     try:
         words = " ".join(str(value).split())
         words.encode()
     except ValueError:  # half of a surrogate pair, which JSON can spell, or a number of thousands of digits
-        raise Fault(f"{what} is no text") from None
+        raise UnusableRecord(f"{what} is no text") from None
     return words
 
 
-def filled(value: Any, what: str) -> str:
+def required_text(value: Any, what: str) -> str:
     """As `text`, of a cell that may not be empty. Raises Fault."""
-    if not (words := text(value, what)):
-        raise Fault(f"empty {what}")
+    if not (words := to_text(value, what)):
+        raise UnusableRecord(f"empty {what}")
     return words
 
 
 def image_name(value: Any) -> str:
     """A path relative to the folder of images, with its spaces and dots. Raises Fault."""
     if not isinstance(value, str) or not value.strip():
-        raise Fault("no image named")
+        raise UnusableRecord("no image named")
     if "\0" in value:
-        raise Fault("image path with a zero byte")
-    filled(value, "image path")
+        raise UnusableRecord("image path with a zero byte")
+    required_text(value, "image path")
     path = PurePosixPath(value.strip())
     if path.is_absolute() or ".." in path.parts:
-        raise Fault("image path that leaves the folder")
+        raise UnusableRecord("image path that leaves the folder")
     return str(path)
 
 

@@ -5,7 +5,6 @@ import json
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,32 +14,28 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import launch
-from radhpc.cli.models import image_settings, parts_of
+from radhpc.cli.main import app
+from radhpc.cli.models import context_of, image_settings
 from radhpc.core.errors import UserError
 from radhpc.core.files import read_lines
 from radhpc.core.run_folder import RunFolder
+from radhpc.training.encoder_builder import build_encoder, build_family
+from radhpc.training.engine_builder import restore_engine
+from radhpc.training.sources import open_source
 from tests.browser import Browser, chromium
 from tests.conftest import ROOT, TINY_RECIPE, free_port
+from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(300)]
 
 
 def call(*arguments: object) -> int:
     """launch.py in this process: its exit status. A mistake of the user raises UserError."""
-    return launch.app([*map(str, arguments)], standalone_mode=False) or 0
+    return app([*map(str, arguments)], standalone_mode=False) or 0
 
 
 def command(*arguments: object) -> list[str]:
     return [sys.executable, str(ROOT / "launch.py"), *map(str, arguments)]
-
-
-def until(condition: Callable[[], Any], seconds: float = 120) -> Any:
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.1)
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +55,10 @@ def traced(tmp_path_factory: pytest.TempPathFactory, phantom_shards: Path) -> tu
         told = profiling.trace(RunFolder(run), steps=2, seconds=200)
     finally:
         call("stop", run)
-    until(lambda: RunFolder(run).events("stopped", "interrupted", "finished"))
+    wait_for(lambda: RunFolder(run).events("stopped", "interrupted", "finished"))
     job = RunFolder(run).job()
     assert job is not None
-    until(lambda: not Path(f"/proc/{job['pid']}").exists() or "Z" in Path(f"/proc/{job['pid']}/stat").read_text())
+    wait_for(lambda: not Path(f"/proc/{job['pid']}").exists() or "Z" in Path(f"/proc/{job['pid']}/stat").read_text())
     call("resume", run, "--watch")
     assert RunFolder(run).events("finished")
     return run, told
@@ -153,7 +148,7 @@ def test_an_export_needs_no_radhpc(
         weights = load_file(out / "model.safetensors")
         name = next(name for name in weights if name.endswith("q_proj.weight") and "language_model" in name)
         save_file(weights | {name: weights[name] * 1.1}, out / "model.safetensors", {"format": "pt"})
-        _, probe = export(parts_of(run), tmp_path / "again", merge=True)
+        _, probe = export(context_of(run), tmp_path / "again", merge=True)
         with pytest.raises(UserError, match="its logits differ"):
             check(Exported(out, "model", None, 0, 0, "float32"), probe)
 
@@ -167,7 +162,7 @@ def test_an_adapter_on_given_weights_leaves_them_where_they_are(
     from radhpc.serving.export import export
 
     weights = tmp_path / "Tiny-Llama-Vision"
-    export(parts_of(run), weights, merge=True, dtype="bfloat16")
+    export(context_of(run), weights, merge=True, dtype="bfloat16")
     (tmp_path / "adapt.yaml").write_text(
         f"name: adapt\nshards: ['{phantom_shards}']\nmodel: {{weights: {weights}}}\nstages:\n"
         "  - {name: adapt, steps: 2, batch: 4, lora: {rank: 2, alpha: 4, targets: '.*language_model.*q_proj'},\n"
@@ -211,7 +206,7 @@ def test_weights_without_a_place_in_transformers_are_refused(run: Path, tmp_path
 
     from radhpc.serving.export import _check_class
 
-    model = parts_of(run).family.build(0)
+    model = build_family(context_of(run)).build(0)
     _check_class(model, ())
     model.connector = nn.Linear(2, 2)
     with pytest.raises(UserError, match=r"2 of the model's tensors, 'connector.bias' first"):
@@ -242,18 +237,19 @@ def test_a_study_gets_a_report_and_its_neighbours(
 def test_a_training_study_is_its_own_nearest(run: Path, phantom_shards: Path) -> None:
     from radhpc.serving.feature_index import Index, build, features
 
-    parts = parts_of(run)
-    engine, cursor = parts.restored_engine()
-    build(parts, engine, cursor)
-    index = Index.load(parts, cursor)
+    context = context_of(run)
+    engine, cursor = restore_engine(context)
+    encoder = build_encoder(context, cursor.stage)
+    build(context, engine, cursor)
+    index = Index.load(context, cursor)
     assert index is not None
-    key, _, views = parts.source(cursor.stage, "train").read(7)
-    (vector,) = features(engine, parts.encoder, [views])
+    key, _, views = open_source(context, cursor.stage, "train").read(7)
+    (vector,) = features(engine, encoder, [views])
     (nearest,) = index.nearest(vector, 1)
     assert (nearest.key, nearest.number) == (key, 7)
     assert nearest.similarity > 0.999
     assert index.far(vector) is None
-    assert "times as far" in str(index.far(features(engine, parts.encoder, [[Image.new("L", (56, 56), 255)]])[0]))
+    assert "times as far" in str(index.far(features(engine, encoder, [[Image.new("L", (56, 56), 255)]])[0]))
 
 
 def test_a_stream_says_what_the_whole_says(
@@ -312,9 +308,9 @@ def demo(run: Path) -> Iterator[Any]:
     from shards import views
 
     run_dir, target = image_settings(run)
-    parts = parts_of(run_dir.path)
-    reader = Reader(parts, Decoding.of(parts.recipe.evaluation), neighbours=2)
-    with Demo(reader, lambda data, name: views.read_bytes(data, name, target)) as page:
+    context = context_of(run_dir.path)
+    reader = Reader(context, Decoding.of(context.recipe.evaluation), neighbours=2)
+    with Demo(reader, lambda data, name: views.load_view_bytes(data, name, target)) as page:
         thread = threading.Thread(target=page.serve)
         thread.start()
         try:
@@ -336,10 +332,10 @@ def test_the_page_reads_a_radiograph(run: Path, study: Path, photograph: Path, t
         browser.wait("document.body.dataset.state == 'done'")
         reader = page.reader
         from radhpc.serving.inference import answers
-        from shards.views import read_study
+        from shards.views import load_study
 
-        views, _ = read_study("", [study], image_settings(run)[1])
-        (text,) = answers(reader.engine, reader.parts.encoder, [views], None, reader.decoding)
+        views, _ = load_study("", [study], image_settings(run)[1])
+        (text,) = answers(reader.engine, reader.encoder, [views], None, reader.decoding)
         assert text.split()[-1] in browser.run("document.getElementById('text').textContent")
         assert browser.run("document.querySelectorAll('.neighbour img').length") == 2
         assert browser.run("document.querySelector('#views img').naturalWidth") == 56
@@ -433,12 +429,12 @@ def test_tensorboard_shows_it(run: Path, tmp_path: Path) -> None:
         assert server.stdout is not None
         assert server.stdout.readline().strip() == f"http://localhost:{port}/"
         assert "ssh -N -L" in server.stdout.readline()
-        until(lambda: listens(port), 60)
+        wait_for(lambda: listens(port), 60)
         with Browser(tmp_path) as browser:
             browser.open(f"http://localhost:{port}/#timeseries")
-            until(lambda: "train/loss" in browser.text() or "by_stage" in browser.text(), 60)
+            wait_for(lambda: "train/loss" in browser.text() or "by_stage" in browser.text(), 60)
             browser.open(f"http://localhost:{port}/?x#custom_scalars")
-            until(lambda: "loss by stage, restarts marked" in browser.text(), 60)
+            wait_for(lambda: "loss by stage, restarts marked" in browser.text(), 60)
             browser.screenshot(tmp_path / "board.png")
             assert np.asarray(Image.open(tmp_path / "board.png").convert("L")).std() > 5
         with pytest.raises(UserError, match="something listens there already"):

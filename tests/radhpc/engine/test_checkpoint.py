@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 from radhpc.core.errors import UserError
-from radhpc.engine.checkpoint import Checkpoints, Cursor, Dropped, _serialised
+from radhpc.engine.checkpoint import Checkpoints, Cursor, SaveCancelled, _serialised
 from radhpc.storage.checkpoint_storage import Bucket, Folder
 from radhpc.storage.store import Store
 from tests.conftest import Moto, reach
@@ -242,7 +242,7 @@ def test_a_dropped_save_leaves_nothing_and_the_one_before(checkpoints: Checkpoin
     first = save(checkpoints, 1)
     given_up = threading.Event()
     given_up.set()
-    with pytest.raises(Dropped):
+    with pytest.raises(SaveCancelled):
         checkpoints.save({"a": torch.zeros(10)}, Cursor(**{**CURSOR.__dict__, "step": 2}), given_up)
     assert checkpoints.names() == [first]
     assert checkpoints.newest() == (first, [])

@@ -204,8 +204,8 @@ def test_segments_of_one_shape_are_computed_at_once(monkeypatch: pytest.MonkeyPa
 
 def test_the_values_of_a_moved_mask_are_read_where_they_were() -> None:
     here = torch.tensor([[1, 0]])
-    moved = host_staging.remember(torch.empty(1, 2, device="meta"), here)
-    assert host_staging.values(moved).tolist() == [[1, 0]]
+    moved = host_staging.keep_host_values(torch.empty(1, 2, device="meta"), here)
+    assert host_staging.host_values(moved).tolist() == [[1, 0]]
 
 
 class _Card:

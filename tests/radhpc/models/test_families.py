@@ -16,10 +16,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from bench.chaos import losses
 from radhpc.core.errors import UserError
-from radhpc.core.recipe import Images, Recipe, load
+from radhpc.core.recipe import ImageSettings, Recipe, load
 from radhpc.core.run_folder import RunFolder, node_name
 from radhpc.core.sample import Report, Sample, View
-from radhpc.data.collate import Encoder
+from radhpc.data.collate import StudyEncoder
 from radhpc.models import family as models
 from radhpc.models.portable.connector import Abstractor, SpatialSemanticAbstractor
 from radhpc.models.tokenizer import train as train_tokenizer
@@ -76,9 +76,9 @@ def view(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width)).astype(np.uint8))
 
 
-def encoder(family: Any, name: str) -> Encoder:
+def encoder(family: Any, name: str) -> StudyEncoder:
     recipe = short(name, "none")
-    return Encoder(family, recipe.text, recipe.images)
+    return StudyEncoder(family, recipe.text, recipe.images)
 
 
 # Whole runs.
@@ -170,10 +170,10 @@ def test_a_family_is_exported_for_plain_transformers(
     runs: dict[str, tuple[Path, Path]], tmp_path: Path, family: str
 ) -> None:
     """--check: example.py runs in a process that cannot import radhpc, and gives the same logits."""
-    from radhpc.cli.models import parts_of
+    from radhpc.cli.models import context_of
     from radhpc.serving.export import check, export
 
-    assert check(*export(parts_of(runs[family][0]), tmp_path / "out")) < 1e-5
+    assert check(*export(context_of(runs[family][0]), tmp_path / "out")) < 1e-5
     travel = {path.name for path in tmp_path.rglob("*.py")} - {"example.py"}
     assert (
         travel
@@ -201,7 +201,7 @@ def generated(family: Any, model: Any, batch: dict[str, torch.Tensor], beams: in
 def test_studies_of_a_batch_do_not_see_each_other(built: Any, name: str, beams: int) -> None:
     """Padding, the number of views and beams: a row gives what it gives alone."""
     family, model = built(name)
-    asked = Encoder(family, short(name, "none").text)
+    asked = StudyEncoder(family, short(name, "none").text)
     prompts = [
         asked.encode_prompt("a", None, [view(90, 70), view(60, 100, 1)]),
         asked.encode_prompt("b", "Is there an effusion in the left lower lobe?", [view(80, 80, 2)]),
@@ -228,7 +228,7 @@ def test_llava_says_what_transformers_says(built: Any) -> None:
     views = [view(112, 112), view(130, 130, 1)]
     text = family.prompt("What do you see?", 2)
     inputs = processor(images=views, text=text, return_tensors="pt", add_special_tokens=False)
-    ours = Encoder(family, short("llava", "none").text)
+    ours = StudyEncoder(family, short("llava", "none").text)
     batch = ours.batch([ours.encode_prompt("", "What do you see?", views)], left=True)
     assert torch.equal(inputs["input_ids"], batch["input_ids"])
     assert torch.allclose(inputs["pixel_values"], batch["pixel_values"], atol=1e-5)
@@ -252,7 +252,7 @@ def test_qwen3_vl_says_what_transformers_says(built: Any) -> None:
     ids = family.tokenizer(chat.replace("#", family.image_token), add_special_tokens=False, return_tensors="pt")
     inputs = {**images, "input_ids": ids["input_ids"], "attention_mask": ids["attention_mask"]}
     inputs["mm_token_type_ids"] = (ids["input_ids"] == family.image_token_id).int()
-    ours = Encoder(family, short("qwen3_vl", "none").text)
+    ours = StudyEncoder(family, short("qwen3_vl", "none").text)
     batch = ours.batch([ours.encode_prompt("", "What do you see?", views)], left=True)
     assert batch.keys() - {"labels"} == inputs.keys()
     for name in inputs:
@@ -267,7 +267,7 @@ def test_qwen3_vl_says_what_transformers_says(built: Any) -> None:
 def test_swin_qwen_generates_what_its_forward_pass_says(built: Any) -> None:
     """Token by token without a cache, each time over the whole text."""
     family, model = built("swin_qwen")
-    ours = Encoder(family, short("swin_qwen", "none").text)
+    ours = StudyEncoder(family, short("swin_qwen", "none").text)
     batch = ours.batch([ours.encode_prompt("", "What do you see?", [view(112, 112)])], left=True)
     wanted = generated(family, model, batch)[0]
     inputs = {name: value for name, value in batch.items() if name != "labels"}
@@ -285,7 +285,7 @@ def test_a_studys_features_are_its_own(built: Any, name: str) -> None:
     """What the objective pools of a row does not depend on the other rows, their views and their padding."""
     family, model = built(name)
     points = family.feature_points(model)
-    asked = Encoder(family, short(name, "none").text)
+    asked = StudyEncoder(family, short(name, "none").text)
     rows = [
         asked.encode_prompt("a", None, [view(90, 70), view(60, 100, 1)]),
         asked.encode_prompt("b", "Is there an effusion in the left lower lobe?", [view(80, 80, 2)]),
@@ -363,8 +363,8 @@ def test_views_come_in_the_order_that_the_recipe_says(built: Any) -> None:
     sample = Sample(
         dataset="d", patient="0" * 16, study="0" * 16, split="train", images=shown, report=Report(findings="Clear.")
     )
-    images = Images(order=("PA", "AP", "LATERAL"), views=3)  # type: ignore[call-arg]
-    asked = Encoder(family, short("llava", "none").text, images)
+    images = ImageSettings(order=("PA", "AP", "LATERAL"), views=3)  # type: ignore[call-arg]
+    asked = StudyEncoder(family, short("llava", "none").text, images)
     wanted = family.encode_images([views[2], views[3], views[0]])["pixel_values"]
     for encoded in (asked.encode("", sample, views), asked.encode_prompt("", None, views, sample)):
         assert np.array_equal(encoded.images["pixel_values"], wanted)

@@ -320,11 +320,11 @@ def test_one_rank_is_told_and_both_leave_together(new_run: Callable[..., RunFold
 @pytest.mark.parametrize(
     "where",
     [
-        "radhpc.training.context.Source.__init__",
-        "radhpc.training.context.Source.check_sizes",
-        "radhpc.training.context.tokenizer.train",
+        "radhpc.data.source.Source.__init__",
+        "radhpc.data.source.Source.check_sizes",
+        "radhpc.models.tokenizer.train",
         "radhpc.models.families.mllama.Family.build",
-        "radhpc.training.context._hash_tensors",
+        "radhpc.training.base_hash._hash_tensors",
         "radhpc.data.stream.Stream._assemble",
         "radhpc.evaluation.evaluate._read",
         "radhpc.evaluation.evaluate.score",

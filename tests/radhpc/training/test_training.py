@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -21,6 +20,7 @@ from radhpc.core.files import read_lines
 from radhpc.core.ledger import consumed
 from radhpc.core.run_folder import RunFolder
 from tests.conftest import ROOT, free_port
+from tests.waiting import wait_for
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 LaunchJson = Callable[..., dict[str, Any]]
@@ -30,18 +30,6 @@ pytestmark = pytest.mark.heavy
 STAGES = {"scratch": 6, "adapt": 9, "refine": 14}  # steps: the adapters see 50 samples once, by six
 STEPS = sum(STAGES.values())
 LAST = f"checkpoints/step-{STEPS:06d}/state.safetensors"
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
-    """Looking takes at most a fifth of the time: what is waited for wants the processor, too."""
-    end = time.monotonic() + seconds
-    while True:
-        started = time.monotonic()
-        if condition():
-            return
-        looked = time.monotonic()
-        assert looked < end, "waited too long"
-        time.sleep(max(0.05, 4 * (looked - started)))
 
 
 def events(run: Path) -> list[str]:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from radhpc.core.errors import UserError
 from radhpc.core.sample import Sample
-from shards.build import Result, Settings, build
+from shards.build import BuildResult, BuildSettings, build
 from shards.datasets import reader as datasets, registry
 from shards.datasets.reader import RawStudy
 
@@ -44,9 +44,9 @@ def refusal(dataset: str, raw: Path | None, **options: str) -> str:
     return str(error.value)
 
 
-def built(dataset: str, raw: Path, out: Path, max_skipped: int = 0, **options: str) -> tuple[Result, list[Sample]]:
+def built(dataset: str, raw: Path, out: Path, max_skipped: int = 0, **options: str) -> tuple[BuildResult, list[Sample]]:
     """Build, and return the samples that lie in the shards, by question or text."""
-    settings = Settings(workers=1, shard_samples=100, max_skipped=max_skipped)
+    settings = BuildSettings(workers=1, shard_samples=100, max_skipped=max_skipped)
     result = build(dataset, raw, str(out), options, settings)
     samples = []
     for path in sorted(out.glob("*.tar")):

@@ -22,7 +22,7 @@ from radhpc.core.manifest import Manifest
 from radhpc.core.sample import CHEXPERT, Report, Sample
 from radhpc.storage.store import Store
 from shards import salt
-from shards.build import Settings, build
+from shards.build import BuildSettings, build
 from shards.datasets import mimic_cxr, mimic_cxr_jpg, reader
 from shards.datasets.helpers import mimic_sections
 from shards.datasets.reader import RawStudy
@@ -169,7 +169,7 @@ def samples(out: Path) -> list[Sample]:
 @pytest.mark.usefixtures("own_salt")
 def test_jpg_end_to_end(tmp_path: Path, packed: bool) -> None:
     raw = write_tree(tmp_path, "mimic_cxr_jpg", packed=packed)
-    result = build("mimic_cxr_jpg", raw, str(tmp_path / "out"), {}, Settings(workers=1))
+    result = build("mimic_cxr_jpg", raw, str(tmp_path / "out"), {}, BuildSettings(workers=1))
     assert (result.samples, result.skipped) == (4, [])
     assert result.splits == {"train": 2, "validate": 1, "test": 1}
     assert result.patients == {"train": 1, "validate": 1, "test": 1}
@@ -194,7 +194,7 @@ def test_jpg_end_to_end(tmp_path: Path, packed: bool) -> None:
 @pytest.mark.usefixtures("own_salt")
 def test_dicom_end_to_end(tmp_path: Path) -> None:
     raw = write_tree(tmp_path, "mimic_cxr")
-    result = build("mimic_cxr", raw, str(tmp_path / "out"), {}, Settings(workers=1))
+    result = build("mimic_cxr", raw, str(tmp_path / "out"), {}, BuildSettings(workers=1))
     assert (result.samples, result.skipped) == (4, [])
     assert [line.split(":")[0] for line in result.warnings[:2]] == [
         "no mimic-cxr-2.0.0-split.csv beside the images", "no mimic-cxr-2.0.0-metadata.csv beside the images",
@@ -208,7 +208,7 @@ def test_dicom_end_to_end(tmp_path: Path) -> None:
     for name, rows in tables("mimic_cxr_jpg").items():
         write_csv(other / f"{name}.csv", rows, packed=True)
     options = {"split": str(other / "mimic-cxr-2.0.0-split.csv.gz")}
-    result = build("mimic_cxr", raw, str(tmp_path / "official"), options, Settings(workers=1))
+    result = build("mimic_cxr", raw, str(tmp_path / "official"), options, BuildSettings(workers=1))
     assert result.splits == {"train": 2, "validate": 1, "test": 1}
     (tested,) = [sample for sample in samples(tmp_path / "official") if sample.split == "test"]
     assert (tested.images[0].view, tested.labels["radiologist"]["Lung Opacity"]) == ("PA", 1)
@@ -398,12 +398,12 @@ def without_images(raw: Path, *groups: str) -> None:
 def test_a_partial_download_is_named_before_any_image_is_opened(jpg: Path, tmp_path: Path) -> None:
     without_images(jpg, "p11", "p19")
     with pytest.raises(UserError) as caught:
-        build("mimic_cxr_jpg", jpg, str(tmp_path / "out"), {}, Settings(workers=1))
+        build("mimic_cxr_jpg", jpg, str(tmp_path / "out"), {}, BuildSettings(workers=1))
     assert (
         "p11/p11000764/s50000003: missing image folder; if only a part was downloaded, name it: subset=p10; p19/"
         in (str(caught.value))
     )
-    result = build("mimic_cxr_jpg", jpg, str(tmp_path / "out"), {"subset": "p10"}, Settings(workers=1))
+    result = build("mimic_cxr_jpg", jpg, str(tmp_path / "out"), {"subset": "p10"}, BuildSettings(workers=1))
     assert (result.samples, result.skipped) == (2, [])
     assert "2 images lie outside of subset=p10 and were not looked for" in result.warnings
     assert "1 studies have no labels of chexpert" in result.warnings
@@ -520,7 +520,7 @@ REPORTS: dict[str, tuple[str, Report]] = {
 @pytest.mark.parametrize("what", REPORTS)
 def test_sections_are_those_of_the_data_sets_authors(what: str) -> None:
     text, wanted = REPORTS[what]
-    assert mimic_sections.report(text, "50000001") == wanted
+    assert mimic_sections.parse_report(text, "50000001") == wanted
 
 
 @pytest.mark.parametrize(
@@ -536,18 +536,18 @@ def test_sections_are_those_of_the_data_sets_authors(what: str) -> None:
     ],
 )  # fmt: skip
 def test_headers_are_known_by_many_spellings(header: str, section: str) -> None:
-    (preamble, found) = mimic_sections.parse(f"\n {header}: Clear.\n \n")[:2]
+    (preamble, found) = mimic_sections.parse_sections(f"\n {header}: Clear.\n \n")[:2]
     assert (preamble.name, found.name) == ("preamble", section)
 
 
 def test_the_54_exceptions_have_a_report() -> None:
     text = "\n INDICATION: Clear lungs.\n \n IMPRESSION: ___\n"
-    assert mimic_sections.report(text, "50058765") == Report(other="Clear lungs.")
-    assert mimic_sections.report(text, "50913680") == Report(impression="___")  # has no recommendations after all
-    assert mimic_sections.report("x" * 47 + " Clear\n lungs. " + "y" * 400, "51410602") == Report(
+    assert mimic_sections.parse_report(text, "50058765") == Report(other="Clear lungs.")
+    assert mimic_sections.parse_report(text, "50913680") == Report(impression="___")  # has no recommendations after all
+    assert mimic_sections.parse_report("x" * 47 + " Clear\n lungs. " + "y" * 400, "51410602") == Report(
         other="Clear lungs. " + "y" * (320 - 47 - 15)
     )
-    assert mimic_sections.report(text, "58235663") == Report()  # nobody described the picture
+    assert mimic_sections.parse_report(text, "58235663") == Report()  # nobody described the picture
     assert len(mimic_sections._MISPLACED) == 23
     assert len(mimic_sections._STRETCH) == 31
     assert sum(stretch == (0, 0) for stretch in mimic_sections._STRETCH.values()) == 8
@@ -567,9 +567,9 @@ PIECES = st.one_of(
 @settings(deadline=None)
 @given(st.lists(PIECES, max_size=20).map("".join), st.sampled_from(["1", "50058765", "51410602", "58235663"]))
 def test_no_text_is_lost_told_twice_or_refused(text: str, study: str) -> None:
-    sections = mimic_sections.parse(text)
+    sections = mimic_sections.parse_sections(text)
     assert "".join(section.header + section.text for section in sections) == text
-    report = mimic_sections.report(text, study)
+    report = mimic_sections.parse_report(text, study)
     for told in (report.findings, report.impression, report.other):
         assert told is None or (told == " ".join(told.split()) and told)
         assert told is None or told.split() == [word for word in told.split() if word in text]

@@ -19,7 +19,7 @@ from PIL import Image
 from radhpc.core.errors import UserError
 from radhpc.core.sample import CHEXPERT, Report, Sample
 from shards import salt
-from shards.build import Settings, build
+from shards.build import BuildSettings, build
 from shards.datasets import padchest, reader
 from shards.datasets.helpers import padchest_facts as facts
 from shards.datasets.reader import RawStudy
@@ -349,7 +349,7 @@ def test_build_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     for number, record in enumerate(ROWS):
         if record["ImageID"] and record["ImageID"] not in ("9.png", UNUSABLE):
             draw(raw / record["ImageDir"] / record["ImageID"], number)
-    settings = Settings(workers=1, longest_side=32, max_skipped=100)
+    settings = BuildSettings(workers=1, longest_side=32, max_skipped=100)
     result = build("padchest", raw, str(tmp_path / "out"), {"grounded": "es"}, settings)
     samples: dict[str, tuple[Sample, dict[str, bytes]]] = {}
     everything = b""

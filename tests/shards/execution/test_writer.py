@@ -11,7 +11,7 @@ import google_crc32c
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from shards.execution.writer import write
+from shards.execution.writer import write_shard
 
 pytestmark = pytest.mark.timeout(60)
 SAMPLES = st.lists(
@@ -28,13 +28,13 @@ SAMPLES = st.lists(
 def test_offsets_point_at_the_data(samples: list[tuple[str, list[tuple[str, bytes]]]]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "train-000000.tar"
-        shard, rows = write(path, samples)
+        shard, rows = write_shard(path, samples)
         data = path.read_bytes()
         assert os.listdir(folder) == [path.name]
         with tarfile.open(path) as tar:
             members = [(member.name, member.offset_data, member.size) for member in tar]
             assert all((member.mtime, member.uid, member.uname, member.mode) == (0, 0, "", 0o644) for member in tar)
-        write(path, samples)
+        write_shard(path, samples)
         assert path.read_bytes() == data
     assert shard is not None
     assert (shard.size, shard.sha256, shard.samples) == (len(data), hashlib.sha256(data).hexdigest(), len(samples))
@@ -54,11 +54,11 @@ def test_nothing_gets_the_name_unless_it_is_whole(tmp_path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        write(tmp_path / "train-000000.tar", broken())
-    assert write(tmp_path / "train-000000.tar", []) == (None, [])
+        write_shard(tmp_path / "train-000000.tar", broken())
+    assert write_shard(tmp_path / "train-000000.tar", []) == (None, [])
     assert list(tmp_path.iterdir()) == []
 
 
 def test_others_may_not_read_a_shard(tmp_path: Path) -> None:
-    write(tmp_path / "a.tar", [("a", [("json", b"{}")])])
+    write_shard(tmp_path / "a.tar", [("a", [("json", b"{}")])])
     assert (tmp_path / "a.tar").stat().st_mode & 0o777 == 0o640

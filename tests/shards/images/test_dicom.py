@@ -14,8 +14,11 @@ from PIL import Image
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
-from shards.build import Settings, build
-from shards.images.pixels import BadImage, Target, apply_window, encode, load
+from shards.build import BuildSettings, build
+from shards.images.decoding import load
+from shards.images.encoding import ImageSettings, encode
+from shards.images.raw_image import BadImage
+from shards.images.windowing import apply_window
 
 pytestmark = pytest.mark.timeout(60)
 MORE = Path(data_store.__file__).parent / "data"
@@ -55,7 +58,7 @@ def test_a_real_chest_radiograph_is_hung_bright_on_dark_in_every_encoding() -> N
     assert spine > lung + 40
     assert np.array_equal(load(MORE / "RG1_J2KR.dcm").pixels, raw.pixels)  # lossless JPEG 2000
     assert np.array_equal(load(MORE / "RG1_J2KI.dcm").pixels, load(MORE / "RG1_UNCI.dcm").pixels)
-    jpeg, view, *_ = encode(raw, Target(512))
+    jpeg, view, *_ = encode(raw, ImageSettings(512))
     assert Image.open(io.BytesIO(jpeg)).mode == "L"
     assert (view.window, view.source_bits, max(view.width, view.height)) == ((29999, 0), 15, 512)
 
@@ -198,7 +201,7 @@ def test_a_rescaling_by_whole_numbers_keeps_whole_numbers(tmp_path: Path) -> Non
     raw = load(written(tmp_path / "a.dcm", RescaleSlope=2, RescaleIntercept=-100))
     assert raw.pixels.dtype.kind == "i"
     assert np.array_equal(raw.pixels, RAMP.astype(int) * 2 - 100)
-    stored = imagecodecs.png_decode(encode(raw, Target(format="png16")).data).astype(int)
+    stored = imagecodecs.png_decode(encode(raw, ImageSettings(format="png16")).data).astype(int)
     assert np.array_equal(stored - stored.min(), raw.pixels - raw.pixels.min())
     fractions = load(written(tmp_path / "b.dcm", RescaleSlope=0.5, RescaleIntercept=0))
     assert np.array_equal(fractions.pixels, RAMP * 0.5)
@@ -213,7 +216,7 @@ def test_modalities_that_are_no_radiograph_are_named_and_headers_stay_outside(tm
         written(raw / f"{n}.dcm", noise[n], Modality=modality, PatientBirthDate="19510519", **person)
     rows = [{"image": f"{n}.dcm", "text": f"Clear lungs {n}.", "patient": n} for n in range(5)]
     (raw / "data.json").write_text(json.dumps(rows))
-    result = build("image_text", raw, str(tmp_path / "out"), {}, Settings(workers=1, max_skipped=1))
+    result = build("image_text", raw, str(tmp_path / "out"), {}, BuildSettings(workers=1, max_skipped=1))
     assert [skip["reason"] for skip in result.skipped] == ["DICOM that is no radiograph: modality CT"]
     everything = b"".join(path.read_bytes() for path in (tmp_path / "out").iterdir())
     for secret in (*person.values(), "Jane", "19510519", "4.dcm"):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from shards.datasets import phantom
 from shards.images.perceptual_hash import BLANK, LIMIT, fingerprint, near
-from shards.images.pixels import apply_window
+from shards.images.windowing import apply_window
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -9,9 +9,9 @@ import pytest
 from radhpc.core.errors import UserError
 from radhpc.core.sample import CHEXPERT
 from radhpc.evaluation.metrics.findings import NAMES
-from shards.build import Settings, build
+from shards.build import BuildSettings, build
 from shards.datasets import phantom, reader, registry
-from shards.images.pixels import apply_window
+from shards.images.windowing import apply_window
 from shards.phantom.image import Finding, draw
 
 pytestmark = pytest.mark.timeout(60)
@@ -104,9 +104,9 @@ def test_unknown_options_and_datasets_are_refused_with_the_nearest() -> None:
 
 def test_damaged_studies_are_those_that_are_left_out(tmp_path: Path) -> None:
     options = {"studies": "120", "size": "32", "damaged": "0.1"}
-    result = build("phantom", None, str(tmp_path / "out"), options, Settings(workers=1, max_skipped="30%"))
+    result = build("phantom", None, str(tmp_path / "out"), options, BuildSettings(workers=1, max_skipped="30%"))
     assert 4 <= len(result.skipped) <= 24
     assert result.samples == 120 - len(result.skipped)
     assert {skip["reason"] for skip in result.skipped} == {"broken image: damaged on purpose"}
-    again = build("phantom", None, str(tmp_path / "again"), options, Settings(workers=1, max_skipped="30%"))
+    again = build("phantom", None, str(tmp_path / "again"), options, BuildSettings(workers=1, max_skipped="30%"))
     assert [skip["name"] for skip in again.skipped] == [skip["name"] for skip in result.skipped]

@@ -14,8 +14,9 @@ from PIL import Image
 from radhpc.core.manifest import Index, Manifest
 from radhpc.core.sample import CHEXPERT, SPLITS, Report, Sample, View
 from radhpc.storage.store import Store
-from shards.build import Settings, build
-from shards.reports.card import card, choose, contact_sheet
+from shards.build import BuildSettings, build
+from shards.reports.card import render_card
+from shards.reports.contact_sheet import choose_samples, contact_sheet
 from shards.summary import LONGEST, Summary, percentile
 
 pytestmark = pytest.mark.timeout(60)
@@ -110,7 +111,7 @@ def test_counting_is_cheap() -> None:
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Manifest, Index, Summary, list[Image.Image]]:
     """Forty phantoms, counted from their shards."""
     out = tmp_path_factory.mktemp("card") / "shards"
-    build("phantom", None, str(out), {"studies": "40", "size": "64"}, Settings(workers=1, shard_samples=10))
+    build("phantom", None, str(out), {"studies": "40", "size": "64"}, BuildSettings(workers=1, shard_samples=10))
     store = Store(str(out))
     manifest = Manifest.load(store)
     index = manifest.load_index(store)
@@ -124,7 +125,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Manifest, Index, Su
 
 def test_the_card_says_what_the_manifest_says(built: tuple[Manifest, Index, Summary, Any]) -> None:
     manifest, _, summary, _ = built
-    text = card(manifest, summary, [], [])
+    text = render_card(manifest, summary, [], [])
     rows = {
         cells[1].strip(): [cell.strip() for cell in cells[2:-1]]
         for line in text.splitlines()
@@ -139,7 +140,7 @@ def test_the_card_says_what_the_manifest_says(built: tuple[Manifest, Index, Summ
     assert "For research only. Not for clinical use" in text
     assert rows["reader"] == ["phantom"]
     assert manifest.build["salt"] not in text
-    assert text == card(manifest, Summary.model_validate_json(summary.model_dump_json()), [], [])
+    assert text == render_card(manifest, Summary.model_validate_json(summary.model_dump_json()), [], [])
     assert "Nothing was found." in text
     assert "\n## Notes" not in text
 
@@ -148,7 +149,7 @@ def test_the_card_names_what_was_left_out_by_hash_and_reason(built: tuple[Manife
     manifest, _, summary, _ = built
     skipped = [{"study": f"{n:016x}", "reason": "missing image file"} for n in range(13, 0, -1)]
     skipped += [{"study": "", "reason": "empty text"}, {"study": "f" * 16, "reason": "near-duplicate of another split"}]
-    text = card(manifest, summary + Summary.of(STUDY, {"date": 3, "name": 1}), skipped, ["a | b <c>"])
+    text = render_card(manifest, summary + Summary.of(STUDY, {"date": 3, "name": 1}), skipped, ["a | b <c>"])
     left_out = text[text.index("## What was left out") :]
     assert left_out.index("missing image file") < left_out.index("empty text")
     assert left_out.index(f"{1:016x}") < left_out.index(f"{13:016x}")
@@ -156,7 +157,9 @@ def test_the_card_names_what_was_left_out_by_hash_and_reason(built: tuple[Manife
     assert left_out.count("```") == 4
     assert "a \\| b &lt;c&gt;" in text
     assert "date" in text[text.index("## What was scrubbed") : text.index("## What was left out")]
-    assert text == card(manifest, summary + Summary.of(STUDY, {"name": 1, "date": 3}), skipped[::-1], ["a | b <c>"])
+    assert text == render_card(
+        manifest, summary + Summary.of(STUDY, {"name": 1, "date": 3}), skipped[::-1], ["a | b <c>"]
+    )
 
 
 def test_the_card_shows_no_path_and_the_most_frequent_labels(built: tuple[Manifest, Index, Summary, Any]) -> None:
@@ -164,7 +167,9 @@ def test_the_card_shows_no_path_and_the_most_frequent_labels(built: tuple[Manife
     names = {f"sign {n:03d}": int(n < 3) for n in range(100)}
     summary = Summary.of(STUDY.model_copy(update={"labels": {"rare": names, "chexpert": {"Edema": 1}}}), {})
     options = {"table": "/data/patients/list.csv", "delimiter": "\t", "view": "side"}
-    text = card(manifest.model_copy(update={"build": {"reader": "image_text", "options": options}}), summary, [], [])
+    text = render_card(
+        manifest.model_copy(update={"build": {"reader": "image_text", "options": options}}), summary, [], []
+    )
     assert "/data" not in text
     assert "table=(a path)" in text
     assert "view=side" in text
@@ -177,8 +182,8 @@ def test_the_card_shows_no_path_and_the_most_frequent_labels(built: tuple[Manife
 @pytest.mark.parametrize("count", [1, 3, 7, 12, 40, 100])
 def test_samples_are_chosen_over_all_splits_and_shards(built: tuple[Manifest, Index, Summary, Any], count: int) -> None:
     manifest, index, _, _ = built
-    chosen = choose(index, count)
-    assert chosen == choose(index, count) == sorted(set(chosen))
+    chosen = choose_samples(index, count)
+    assert chosen == choose_samples(index, count) == sorted(set(chosen))
     assert len(chosen) == min(count, len(index))
     if count >= 12:
         assert set(index.shard[chosen]) == set(range(len(manifest.shards)))

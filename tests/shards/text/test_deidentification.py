@@ -18,7 +18,7 @@ from hypothesis import given, settings, strategies as st
 
 from radhpc.core.sample import Report, Sample, View
 from shards.text import deidentification
-from shards.text.deidentification import RULES, offences, scrub, scrub_report
+from shards.text.deidentification import RULES, remaining_identifiers, scrub, scrub_report
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -189,7 +189,7 @@ def test_offences_name_the_field_and_the_rule_alone() -> None:
             "labels": {"chexpert": {"Edema": 1}, "own": {"seen_by_Dr._Smith": 1, "C1332240": 1}},
         }
     )
-    found = offences(sample)
+    found = remaining_identifiers(sample)
     assert found == [
         "findings: date", "findings: name", "answer: record number", "language: no language code",
         "images.0.view: date", "labels: name",
@@ -198,7 +198,7 @@ def test_offences_name_the_field_and_the_rule_alone() -> None:
     clean = sample.model_copy(
         update={"report": Report(findings="T4, 3 mm"), "answer": "2017", "language": "es", "labels": {}, "images": ()}
     )
-    assert offences(clean) == []
+    assert remaining_identifiers(clean) == []
 
 
 def wheel(name: str) -> Path:

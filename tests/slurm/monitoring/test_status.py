@@ -26,7 +26,7 @@ from slurm.monitoring.status import Statuses, find_runs, status
 from slurm.sweep import definition as sweeps
 from slurm.sweep.study import Study
 from tests.conftest import ROOT
-from tests.radhpc.training.test_training import wait_for
+from tests.waiting import wait_for
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 LaunchJson = Callable[..., dict[str, Any]]

@@ -23,7 +23,7 @@ from slurm.cluster import Cluster
 from slurm.sweep import definition as sweeps
 from slurm.sweep.study import Study, Trial, scores
 from tests.conftest import ROOT
-from tests.radhpc.training.test_training import wait_for
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.timeout(280)
 

@@ -1,6 +1,6 @@
 """The picture of a balanced subset: the reports before and after, the largest clusters by name, and the labels.
 
-Reports that lie near each other say alike: t-SNE (van der Maaten and Hinton, 2008) of the vectors that were
+Reports that lie near each other are alike: t-SNE (van der Maaten and Hinton, 2008) of the vectors that were
 clustered. A dot is one distinct report with its labels; its area is the number of studies that have it.
 """
 
@@ -34,8 +34,10 @@ def draw(
     samples: int,
     title: str,
 ) -> bytes:
-    """A PNG. Per dot: vector, cluster (0 is the largest, -1 noise), studies before and after; per large cluster:
-    (terms, studies, studies kept); per label: (studies before, after); `samples` is all training studies.
+    """Draw the picture as a PNG.
+
+    Per dot: vector, cluster (0 is the largest, -1 noise), studies before and after; per large cluster: (terms, studies,
+    studies kept); per label: (studies before, after); `samples` is all training studies.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -65,7 +67,7 @@ def draw(
 
 
 def _project(features: Floats) -> Floats:
-    """(n, 2)"""
+    """Project the vectors onto a plane: (n, 2)."""
     if len(features) < 10 or not features.std():
         return np.asarray(np.pad(features, ((0, 0), (0, 2)))[:, :2], np.float64)
     from sklearn.manifold import TSNE  # type: ignore[import-untyped]
@@ -81,9 +83,9 @@ def _map(axes: Any, places: Floats, clusters: Ints, count: Floats, most: float, 
         spine.set_color("#e3e7eb")
     axes.set(xticks=[], yticks=[], xlim=_limits(places[:, 0]), ylim=_limits(places[:, 1]))
     area = 7 + 500 * count / max(most, 50.0)
-    there = count > 0
-    layers = [(there & (clusters < 0), NOISE, 0.75), (there & (clusters >= named), OTHER, 0.55)]
-    layers += [(there & (clusters == number), COLOURS[number], 0.8) for number in range(named)]
+    visible = count > 0
+    layers = [(visible & (clusters < 0), NOISE, 0.75), (visible & (clusters >= named), OTHER, 0.55)]
+    layers += [(visible & (clusters == number), COLOURS[number], 0.8) for number in range(named)]
     for chosen, colour, alpha in layers:
         axes.scatter(*places[chosen].T, s=area[chosen], c=colour, alpha=alpha, linewidths=0)
     for number in range(named):
@@ -104,7 +106,7 @@ def _limits(values: Floats) -> tuple[float, float]:
 
 
 def _names(axes: Any, largest: Sequence[tuple[str, int, int]]) -> None:
-    """The largest clusters, as the maps number them."""
+    """List the largest clusters, numbered as in the maps."""
     axes.axis("off")
     axes.set(xlim=(0, 1), ylim=(len(COLOURS) + 0.5, -0.5))
     axes.set_title("largest clusters: studies before and after", loc="left", fontsize=12, color=INK, pad=6)
@@ -122,7 +124,7 @@ def _names(axes: Any, largest: Sequence[tuple[str, int, int]]) -> None:
 
 
 def _bars(axes: Any, labels: Mapping[str, tuple[int, int]], samples: int) -> None:
-    """The most frequent labels."""
+    """Draw the counts of the most frequent labels."""
     for side in ("top", "right", "bottom", "left"):
         axes.spines[side].set_visible(False)
     shown = sorted(labels.items(), key=lambda item: (-item[1][0], item[0]))[:LABELS]
@@ -133,11 +135,11 @@ def _bars(axes: Any, labels: Mapping[str, tuple[int, int]], samples: int) -> Non
         axes.text(0, 0.9, "the studies have no labels", fontsize=10.5, color=MUTED, transform=axes.transAxes)
         return
     rows = np.arange(len(shown))
-    was, now = (np.array([counts[n] for _, counts in shown]) for n in (0, 1))
-    axes.barh(rows, was, height=0.78, color="#dfe4ea")
-    axes.barh(rows, now, height=0.78, color="#4477aa")
+    earlier, later = (np.array([counts[n] for _, counts in shown]) for n in (0, 1))
+    axes.barh(rows, earlier, height=0.78, color="#dfe4ea")
+    axes.barh(rows, later, height=0.78, color="#4477aa")
     axes.set_yticks(rows, [name if len(name) <= 30 else name[:29] + "…" for name, _ in shown], fontsize=9.5, color=INK)
     axes.tick_params(length=0)
-    axes.set(ylim=(max(len(shown), 6) - 0.4, -0.6), xlim=(0, was.max() * 1.3))
-    for row, (a, b) in enumerate(zip(was, now, strict=True)):
-        axes.text(a + was.max() * 0.015, row, f"{a:,} → {b:,}", fontsize=9, color=MUTED, va="center")
+    axes.set(ylim=(max(len(shown), 6) - 0.4, -0.6), xlim=(0, earlier.max() * 1.3))
+    for row, (a, b) in enumerate(zip(earlier, later, strict=True)):
+        axes.text(a + earlier.max() * 0.015, row, f"{a:,} → {b:,}", fontsize=9, color=MUTED, va="center")

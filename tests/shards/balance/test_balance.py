@@ -10,12 +10,12 @@ import pytest
 from PIL import Image
 
 from radhpc.core.errors import UserError
-from radhpc.core.manifest import Manifest
+from radhpc.core.manifest import Manifest, sha256
 from radhpc.core.sample import Sample
 from radhpc.storage.store import Store
-from shards import balance as module, cluster_picture
-from shards.balance import Settings, balance
-from shards.build import Settings as Build, build
+from shards.balance import BalanceSettings, balance, picture
+from shards.balance.selection import select
+from shards.build import BuildSettings as Build, build
 from shards.verify import verify
 
 pytestmark = pytest.mark.timeout(120)
@@ -25,7 +25,7 @@ ALONE = {
     "Swan-Ganz tip coiled within azygos vein.": ["Support Devices"],
     "Miliary nodules throughout; tuberculosis suspected.": ["Lung Lesion"],
 }
-SMALL = Settings(rare=0.03, cap="50%", min_cluster_size=5, min_samples=2)
+SMALL = BalanceSettings(rare=0.03, cap="50%", min_cluster_size=5, min_samples=2)
 
 
 def rows() -> list[dict[str, object]]:
@@ -63,7 +63,7 @@ def shards(built: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def blank(monkeypatch: pytest.MonkeyPatch) -> None:
     """No picture, where the test is not about it."""
-    monkeypatch.setattr(cluster_picture, "draw", lambda *given: b"picture")
+    monkeypatch.setattr(picture, "draw", lambda *given: b"picture")
 
 
 def samples(url: str) -> dict[str, Sample]:
@@ -129,14 +129,14 @@ def test_the_same_bytes_twice_and_others_with_another_seed(shards: Path, built: 
     assert first["balanced.png"].startswith(b"\x89PNG")
     assert Image.open(again / "balanced.png").width > 1000
     keys = set(samples(f"{shards}#balanced"))
-    other = balance(str(again), Settings(**{**vars(SMALL), "seed": 1, "name": "other"}))
+    other = balance(str(again), BalanceSettings(**{**vars(SMALL), "seed": 1, "name": "other"}))
     assert other.kept == len(training(f"{shards}#balanced"))
     assert set(samples(other.url)) != keys
 
 
 @pytest.mark.usefixtures("blank")
 def test_a_cap_of_so_many_and_a_sample_of_the_points(shards: Path) -> None:
-    result = balance(str(shards), Settings(**{**vars(SMALL), "cap": 3, "rare": 0.0, "fit": 40}))
+    result = balance(str(shards), BalanceSettings(**{**vars(SMALL), "cap": 3, "rare": 0.0, "fit": 40}))
     assert result.cap == 3
     assert result.rare == ()
     assert result.kept == result.noise + sum(min(3, cluster.samples) for cluster in result.largest)
@@ -155,17 +155,17 @@ def test_vectors_of_the_users_own(shards: Path, tmp_path: Path) -> None:
     path = tmp_path / "vectors.npz"
     np.savez(path, key=index.key[::-1], vector=vectors[::-1])
     own = {**vars(SMALL), "label_weight": 0.0, "rare": 0.0, "cap": 5, "embeddings": path, "min_cluster_size": 100}
-    result = balance(str(shards), Settings(**own))
+    result = balance(str(shards), BalanceSettings(**own))
     kept = set(samples(result.url))
     alike = {key.decode() for key in index.key[near]}
     assert len(alike & kept) == 5
     assert {key.decode() for key in index.key} - alike == kept - alike
     np.savez(path, key=index.key[1:], vector=vectors[1:])
     with pytest.raises(UserError, match="no vector of"):
-        balance(str(shards), Settings(**own))
+        balance(str(shards), BalanceSettings(**own))
     path.write_bytes(b"none")
     with pytest.raises(UserError, match=r"allowed is a \.npz of key and vector"):
-        balance(str(shards), Settings(**own))
+        balance(str(shards), BalanceSettings(**own))
 
 
 @pytest.mark.parametrize(
@@ -181,12 +181,12 @@ def test_vectors_of_the_users_own(shards: Path, tmp_path: Path) -> None:
 )
 def test_a_setting_that_cannot_be(given: dict[str, object], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        Settings(**given)  # type: ignore[arg-type]
+        BalanceSettings(**given)  # type: ignore[arg-type]
 
 
 def test_what_cannot_be_balanced(shards: Path) -> None:
     with pytest.raises(UserError, match="'cheXpert' \\(did you mean 'chexpert'\\?\\); allowed are chexpert"):
-        balance(str(shards), Settings(vocabulary="cheXpert"))
+        balance(str(shards), BalanceSettings(vocabulary="cheXpert"))
     with pytest.raises(UserError, match="is a subset; allowed is the folder of all samples"):
         balance(f"{shards}#balanced", SMALL)
     shard = sorted(shards.glob("train-*.tar"))[0]
@@ -203,12 +203,12 @@ def test_choosing_keeps_what_is_rare_first() -> None:
     cluster = np.array([0] * 60 + [1] * 30 + [-1] * 10)
     always = np.zeros(100, bool)
     always[[3, 4, 70, 71, 72, 73]] = True
-    kept = module._choose(keys, cluster, always, 3, 0)
+    kept = select(keys, cluster, always, 3, 0)
     assert [int(kept[cluster == number].sum()) for number in (0, 1, -1)] == [3, 4, 10]
     assert kept[always].all()
-    assert (kept == module._choose(keys, cluster, always, 3, 0)).all()
+    assert (kept == select(keys, cluster, always, 3, 0)).all()
     shuffled = np.random.default_rng(0).permutation(100)
-    assert (module._choose(keys[shuffled], cluster[shuffled], always[shuffled], 3, 0) == kept[shuffled]).all()
+    assert (select(keys[shuffled], cluster[shuffled], always[shuffled], 3, 0) == kept[shuffled]).all()
 
 
 @pytest.mark.usefixtures("blank")
@@ -224,7 +224,7 @@ def test_verify_holds_a_subset_against_the_whole(shards: Path) -> None:
     def faults(changed: object) -> str:
         data = changed.to_bytes()  # type: ignore[attr-defined]
         (shards / "balanced.npz").write_bytes(data)
-        file = manifest.index.model_copy(update={"size": len(data), "sha256": module.sha256(data)})
+        file = manifest.index.model_copy(update={"size": len(data), "sha256": sha256(data)})
         (shards / "balanced.json").write_bytes(manifest.model_copy(update={"index": file}).to_bytes())
         return "; ".join(fault.fault for fault in verify(result.url).faults)
 
