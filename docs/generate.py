@@ -162,13 +162,11 @@ def commands() -> str:
         "run, such as `runs/quickstart-20261122-101500`.",
         "",
     ]
-    for panel in ("Training", "Before queueing", "Data", "Looking on", "A trained model", *panels):
-        members = panels.pop(panel, [])
-        if members:
-            page += [f"## {panel}\n", "| verb | does |", "|---|---|"]
-            for name, command in members:
-                page.append(f"| `{name}` | {cell(str(command.help).split(chr(10) * 2)[0])} |")
-            page.append("")
+    for panel, members in panels.items():
+        page += [f"## {panel}\n", "| verb | does |", "|---|---|"]
+        for name, command in members:
+            page.append(f"| `{name}` | {cell(str(command.help).split(chr(10) * 2)[0])} |")
+        page.append("")
     page += [
         "## Where a job runs\n",
         "`--on inline` trains in this process, `--on local` on ranks of this machine, and any other name or file is a "

@@ -17,7 +17,7 @@ def main() -> None:
     """Exit status 0 done, 1 failed, 2 the user's mistake: one line and no traceback."""
     start_logging()
     try:
-        app()
+        app(prog_name="radhpc")
     except UserError as error:
         console.print(f"[red]error[/] {error}", soft_wrap=True, highlight=False, markup=True)
         sys.exit(2)
