@@ -32,7 +32,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from radhpc.core.files import insist, read_json
+from radhpc.core.files import read_json, write_with_reserve
 from radhpc.core.protocol import JOB_BEGINNINGS, LIFE_BEGINNINGS, REQUEUE_VERDICTS, Cause, Event, OutcomeState
 from radhpc.core.run_folder import RunFolder
 from slurm import compat_submitit, scheduler
@@ -237,7 +237,7 @@ def main(run_path: str, exit_status: int) -> None:
     job_id = os.environ["SLURM_JOB_ID"]
 
     def record(event: Event, **details: Any) -> None:
-        insist(run.reserve("decision"), lambda: run.record(event, **details))
+        write_with_reserve(run.reserve_path("decision"), lambda: run.record(event, **details))
 
     ends = {rank: read_json(path) for rank, path in run.end_paths().items()}
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))

@@ -45,7 +45,7 @@ def submit(run: RunFolder, profile: Profile, current_code: bool = False) -> subm
         frozen_code.check_profile(run.code, run.path / "profile.yaml")
     run.clear_stop()
     try:
-        run.hold_back()
+        run.reserve_space()
     except OSError as error:
         raise UserError(f"{run.path}: {error.strerror}") from error
     with submission_environment(run, profile), refusals_as_user_errors():

@@ -11,7 +11,7 @@ from rich.console import Console
 from radhpc.cli.common import MODELS, Json, On, RunPath, emit, from_elsewhere, one_of, say, verb
 from radhpc.cli.submission import submit_job
 from radhpc.core.errors import UserError
-from radhpc.core.log import Bar, console, start as start_log
+from radhpc.core.log import Bar, console, start_logging
 from slurm.monitoring import tables
 
 if TYPE_CHECKING:
@@ -295,7 +295,7 @@ def context_of(path: Path) -> "RunContext":
     from radhpc.distributed.ranks import Ranks
     from radhpc.training.context import open_context
 
-    start_log()
+    start_logging()
     return open_context(run, run.recipe(), Ranks())
 
 

@@ -68,7 +68,7 @@ def submit_job(
             raise error
         outcome = job.result()
         if outcome.state == OutcomeState.INTERRUPTED:
-            again = "call 'radhpc evaluate' again" if run.evaluates else f"radhpc resume {run.path}"
+            again = "call 'radhpc evaluate' again" if run.evaluated_run else f"radhpc resume {run.path}"
             say(f"interrupted by {outcome.cause} at step {outcome.step}; to continue: {again}", as_json)
             raise typer.Exit(1)
     elif watch:
