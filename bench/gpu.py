@@ -25,7 +25,7 @@ from torch import nn
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 
 from bench import report
-from radhpc.core.recipe import Lora, Recipe, load
+from radhpc.core.recipe import LoraSettings, Recipe, load
 from radhpc.data.collate import IGNORE, Batch
 from radhpc.distributed.ranks import Ranks
 from radhpc.engine.flop_counter import PEAKS
@@ -141,7 +141,7 @@ def ours(
     model, recipe = setting.model(attention.NAME, skip), setting.recipe(*more)
     if recipe.model.quantise is not None:
         quantise(model, Family.blocks, ())
-    adapters.attach(model, Lora(rank=16, alpha=16, targets=targets), 0)
+    adapters.attach(model, LoraSettings(rank=16, alpha=16, targets=targets), 0)
     adapters.choose_trained(model, recipe.stages[1].model_copy(update={"train": ()}))
     engine = Engine(model, recipe, recipe.stages[1].optimizer, Family.blocks, Ranks())
 

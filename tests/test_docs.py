@@ -111,7 +111,9 @@ def check_line(line: str) -> None:
         check_verb(words[1:])
     elif words[0] == "make":
         targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
-        assert set(words[1:]) <= targets, words[1:]
+        assert {word for word in words[1:] if "=" not in word} <= targets, words[1:]
+        variables = {word.partition("=")[0] for word in words[1:] if "=" in word}
+        assert variables <= set(re.findall(r"^([A-Z]+) \?=", (ROOT / "Makefile").read_text(), re.M)), variables
     elif words[:2] == ["python", "-m"]:
         check_module(words[2], [word for word in words[3:] if word.startswith("--")])
     elif words[0] == "cp":
@@ -342,7 +344,7 @@ def tracked(*patterns: str) -> list[Path]:
 
 def test_nobody_is_told_to_install_from_an_index() -> None:
     """The name is on no index, so whoever registered it there could run code here."""
-    told = re.compile(r"pip3? install (?!.*(--no-index|--find-links|-e )).*\bradhpc\b|['\"]radhpc\[")
+    told = re.compile(r"pip3? install (?!.*(--no-index|--find-links|-e )).*\bradhpc\b|['\"]radhpc\[[a-z,]+\]")
     for path in tracked("*.py", "*.md", "*.yaml", "*.yml", "*.cfg", "*.toml", "*.def", "Makefile"):
         if path != Path(__file__).resolve():
             fault = told.search(path.read_text(encoding="utf-8"))
@@ -356,7 +358,7 @@ def test_the_installed_command_is_what_is_shown(path: Path) -> None:
 
 def test_paths_and_modules_in_the_pages_exist() -> None:
     groups = {"radhpc.families", "radhpc.datasets"}
-    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+    for page in PAGES:
         text = page.read_text(encoding="utf-8")
         for path in re.findall(r"(?<![\w/.])(?:radhpc|slurm|shards|bench|tests|recipes|containers)/[\w/]+\.\w+", text):
             assert (ROOT / path).exists(), f"{name_of(page)}: {path}"

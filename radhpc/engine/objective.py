@@ -24,7 +24,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from radhpc.core.batch import IGNORE, Batch
-from radhpc.core.recipe import Objective as ObjectiveRecipe
+from radhpc.core.recipe import ObjectiveSettings
 from radhpc.data.collate import TARGET_KEYS, UNKNOWN
 from radhpc.distributed import shard_layout
 from radhpc.distributed.ranks import Ranks
@@ -52,7 +52,7 @@ class NextToken:
 class Objective:
     """The terms of one stage."""
 
-    def __init__(self, recipe: ObjectiveRecipe, model: nn.Module) -> None:
+    def __init__(self, recipe: ObjectiveSettings, model: nn.Module) -> None:
         self.recipe = recipe
         self._next_token = NextToken(recipe.label_smoothing)
         heads = getattr(model, "heads", None)

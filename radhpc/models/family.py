@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from radhpc.core import families
-from radhpc.core.recipe import Model
+from radhpc.core.recipe import ModelSettings
 from radhpc.models import weights
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -75,7 +75,7 @@ class ModelFamily(Protocol):
         ...
 
 
-def family(model: Model, tokenizer_folder: str) -> ModelFamily:
+def family(model: ModelSettings, tokenizer_folder: str) -> ModelFamily:
     """Load a family's file and bind it to a recipe's model and tokenizer."""
     weights.check_architecture(model)
     module = importlib.import_module(families.entry(model.family).module)

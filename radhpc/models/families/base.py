@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from radhpc.core.errors import UserError, first_line, nearest
-from radhpc.core.recipe import Model
+from radhpc.core.recipe import ModelSettings
 from radhpc.models import compat_transformers
 from radhpc.models.family import Arrays, Load, Taps
 
@@ -34,7 +34,7 @@ class InText:
 
     blocks = (GradientCheckpointingLayer,)  # the layers of every vision and language model that transformers has
 
-    def __init__(self, model: Model, tokenizer_folder: str) -> None:
+    def __init__(self, model: ModelSettings, tokenizer_folder: str) -> None:
         self.recipe = model
         self.tokenizer: Any = read_tokenizer(tokenizer_folder)
         self.image_token, self.image_token_id = self._image_token(tokenizer_folder)

@@ -24,7 +24,7 @@ from transformers import CLIPVisionModel, LlavaConfig, LlavaForConditionalGenera
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from radhpc.core.recipe import Model
+from radhpc.core.recipe import ModelSettings
 from radhpc.models import image_processors
 from radhpc.models.families.base import Inputs, InText, language_model, loaded, vision_model
 from radhpc.models.family import Arrays, Load
@@ -45,7 +45,7 @@ class Family(InText):
         "{% endfor %} ASSISTANT:"
     )
 
-    def __init__(self, model: Model, tokenizer_folder: str) -> None:
+    def __init__(self, model: ModelSettings, tokenizer_folder: str) -> None:
         super().__init__(model, tokenizer_folder)
         vision = self.config.vision_config
         self.view_tokens = (vision.image_size // vision.patch_size) ** 2

@@ -23,7 +23,7 @@ from transformers.models.mllama.processing_mllama import (
 )
 
 from radhpc.core.errors import UserError, first_line
-from radhpc.core.recipe import Model
+from radhpc.core.recipe import ModelSettings
 from radhpc.models import compat_transformers, image_processors
 from radhpc.models.families import mllama_attention, mllama_tiles
 from radhpc.models.families.base import check_keys, keys_of, loaded, read_tokenizer
@@ -41,7 +41,7 @@ class Family:
         upstream.MllamaCrossAttentionDecoderLayer,
     )
 
-    def __init__(self, model: Model, tokenizer_folder: str) -> None:
+    def __init__(self, model: ModelSettings, tokenizer_folder: str) -> None:
         self._recipe = model
         self.tokenizer: Any = read_tokenizer(tokenizer_folder)
         self.image_token_id: int = self.tokenizer.convert_tokens_to_ids("<|image|>")

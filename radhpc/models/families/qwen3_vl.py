@@ -20,7 +20,7 @@ from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from radhpc.core.errors import UserError
-from radhpc.core.recipe import Model
+from radhpc.core.recipe import ModelSettings
 from radhpc.models import compat_transformers, image_processors
 from radhpc.models.families.base import Inputs, InText, loaded
 from radhpc.models.family import Arrays, Load
@@ -41,7 +41,7 @@ class Family(InText):
         "{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
     )
 
-    def __init__(self, model: Model, tokenizer_folder: str) -> None:
+    def __init__(self, model: ModelSettings, tokenizer_folder: str) -> None:
         super().__init__(model, tokenizer_folder)
         vision = self.config.vision_config
         folder = model.folders.get("model")

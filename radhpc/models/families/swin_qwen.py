@@ -25,7 +25,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from transformers.models.swin.modeling_swin import SwinLayer
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from radhpc.core.recipe import Connector, Model
+from radhpc.core.recipe import ConnectorSettings, ModelSettings
 from radhpc.models import image_processors
 from radhpc.models.families.base import InText, language_model, values, vision_model
 from radhpc.models.family import Arrays, Load
@@ -51,8 +51,8 @@ class Family(InText):
         "<|im_start|>assistant\n"
     )
 
-    def __init__(self, model: Model, tokenizer_folder: str) -> None:
-        self.connector = model.connector or Connector()  # type: ignore[call-arg]
+    def __init__(self, model: ModelSettings, tokenizer_folder: str) -> None:
+        self.connector = model.connector or ConnectorSettings()  # type: ignore[call-arg]
         super().__init__(model, tokenizer_folder)
         folder = model.folders.get("vision")
         path = image_processors.described(Path(folder)) if folder is not None else None

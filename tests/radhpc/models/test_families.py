@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from bench.chaos import losses
 from radhpc.core.errors import UserError
-from radhpc.core.recipe import Images, Recipe, load
+from radhpc.core.recipe import ImageSettings, Recipe, load
 from radhpc.core.run_folder import RunFolder, node_name
 from radhpc.core.sample import Report, Sample, View
 from radhpc.data.collate import StudyEncoder
@@ -363,7 +363,7 @@ def test_views_come_in_the_order_that_the_recipe_says(built: Any) -> None:
     sample = Sample(
         dataset="d", patient="0" * 16, study="0" * 16, split="train", images=shown, report=Report(findings="Clear.")
     )
-    images = Images(order=("PA", "AP", "LATERAL"), views=3)  # type: ignore[call-arg]
+    images = ImageSettings(order=("PA", "AP", "LATERAL"), views=3)  # type: ignore[call-arg]
     asked = StudyEncoder(family, short("llava", "none").text, images)
     wanted = family.encode_images([views[2], views[3], views[0]])["pixel_values"]
     for encoded in (asked.encode("", sample, views), asked.encode_prompt("", None, views, sample)):
