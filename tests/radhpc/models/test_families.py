@@ -83,31 +83,6 @@ def encoder(family: Any, name: str) -> StudyEncoder:
 
 # Whole runs.
 
-TWICE = """
-import os, sys
-from radhpc import loop, worker
-from radhpc.distributed.stop import Interrupted
-
-usual, calls = loop._agree, []
-
-def agree(step, *others):
-    calls.append(step.number)
-    if len(calls) == 4:  # the second step of the second stage
-        raise Interrupted("SIGTERM")
-    return usual(step, *others)
-
-def live(run):
-    os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)  # a life's store may outlive it
-    return worker.run(run).state
-
-for run in sys.argv[1:]:
-    calls.clear()
-    loop._agree = agree
-    assert live(run) == "interrupted"
-    loop._agree = usual
-    assert live(run) == "finished"
-"""
-
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, phantom_shards: Path) -> dict[str, tuple[Path, Path]]:
@@ -124,7 +99,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, phantom_shards: Path) -> dict
     port = 20000 + os.getpid() % 20000
     environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     environment |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "LOCAL_WORLD_SIZE": "2"}
-    command = [sys.executable, "-c", TWICE, *(str(two) for _, two in found.values())]
+    command = [sys.executable, "-m", "tests.radhpc.models.interrupted_runs", *(str(two) for _, two in found.values())]
     ranks = [
         subprocess.Popen(command, cwd=ROOT, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(2)
