@@ -22,7 +22,7 @@ from bench.stream import SEED, STAGE, Pixels, Row
 from radhpc.core.recipe import StreamSettings
 from radhpc.data.source import RawSample, Source
 from radhpc.data.stream import Stream
-from radhpc.storage.object_store import client
+from radhpc.storage.object_store import connect
 from radhpc.storage.store import Store
 
 NOTES = """\
@@ -41,7 +41,7 @@ class Unread(Pixels):
 
 def ways(url: str, names: list[str], sizes: dict[str, int]) -> dict[str, Callable[[], None]]:
     """Every way to read all shards with obstore alone."""
-    store = client(url, retried=True)
+    store = connect(url, retried=True)
 
     def streamed(name: str) -> None:
         for piece in store.get(name).stream():

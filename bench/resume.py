@@ -19,7 +19,7 @@ from bench import corpus, report
 from bench.gateway_reads import Unread
 from bench.stream import SEED, Pixels
 from radhpc.core.files import write_atomically
-from radhpc.core.manifest import INDEX, MANIFEST, File, Index, Manifest, sha256
+from radhpc.core.manifest import INDEX, MANIFEST, FileEntry, Manifest, SampleIndex, sha256
 from radhpc.core.recipe import OptimizerSettings, Stage, StreamSettings
 from radhpc.data.source import Source
 from radhpc.data.stream import Stream
@@ -55,13 +55,13 @@ def large(folder: Path, tars: Path, copies: int) -> Path:
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     joined["first"] = np.append(joined["first"], copies * len(index.suffix))
     same = {name: np.tile(getattr(index, name), copies) for name in ("split", "suffix", "offset", "length", "crc32c")}
-    columns = Index(**joined, **same).to_bytes()
+    columns = SampleIndex(**joined, **same).to_bytes()
     write_atomically(folder / INDEX, columns)
     changed = {
         "samples": manifest.samples * copies,
         "splits": {name: count * copies for name, count in manifest.splits.items()},
         "shards": tuple(shards),
-        "index": File(name=INDEX, size=len(columns), sha256=sha256(columns)),
+        "index": FileEntry(name=INDEX, size=len(columns), sha256=sha256(columns)),
     }
     write_atomically(folder / MANIFEST, manifest.model_copy(update=changed).to_bytes())
     return folder

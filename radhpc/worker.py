@@ -16,7 +16,7 @@ import torch
 
 from radhpc import hooks
 from radhpc.core import environment, log as logs
-from radhpc.core.board import Board, Curves
+from radhpc.core.board import Board, WandbCurves
 from radhpc.core.errors import UserError, first_line
 from radhpc.core.files import FULL, read_json, write_atomically
 from radhpc.core.ledger import Ledger
@@ -57,7 +57,7 @@ def run(path: str, stop: Stop | None = None, trial: Trial | None = None) -> Outc
     """
     run_dir = RunFolder.open(path)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    logs.start(rank, world)
+    logs.start_logging(rank, world)
     keep_freed_memory()
     if threads := os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(int(threads))
@@ -97,9 +97,9 @@ def _run(run: RunFolder, ranks: Ranks, stop: Stop, trial: Trial | None) -> Outco
         job = os.environ.get("SLURM_JOB_ID", "")
         nodes = os.environ.get("SLURM_JOB_NODELIST", socket.gethostname())
         run.record(Event.STARTED, life=life, job=job, world=ranks.world, engine=recipe.engine, nodes=nodes)
-        run.hold_back()
+        run.reserve_space()
     _agree_on_environment(run, recipe, ranks)
-    if run.evaluates is not None:
+    if run.evaluated_run is not None:
         return _evaluate(run, ranks, stop)
     context = open_context(run, recipe, ranks, stop, trial)
     compilation.prepare(context)
@@ -123,7 +123,7 @@ def _run(run: RunFolder, ranks: Ranks, stop: Stop, trial: Trial | None) -> Outco
         build_libraries(context)
         cursor = _restore(context, run, life, ranks)
         wandb = recipe.board.wandb if ranks.first else None
-        curves = Curves(wandb, run.path, life) if wandb is not None else None
+        curves = WandbCurves(wandb, run.path, life) if wandb is not None else None
         board = Board(run.path / "tensorboard" if ranks.first else None, cursor.step if cursor else 0, curves)
         board.layout([stage.name for stage in recipe.stages])
         board.event(cursor.step if cursor else 0, Event.RESUMED if cursor else Event.STARTED, _history(run))
@@ -153,7 +153,7 @@ def _run(run: RunFolder, ranks: Ranks, stop: Stop, trial: Trial | None) -> Outco
         board.close()
         if ranks.first:
             run.record(Event.FINISHED, step=reached)
-            run.give_back()
+            run.release_space()
         return Outcome(OutcomeState.FINISHED, step=reached)
     except Interrupted as interrupted:
         ending: Ending = interrupted.ending or _before_training(context, stop)

@@ -11,7 +11,7 @@ from rich.console import Console
 from radhpc.cli.common import MODELS, Json, On, RunPath, emit, from_elsewhere, one_of, say, verb
 from radhpc.cli.submission import submit_job
 from radhpc.core.errors import UserError
-from radhpc.core.log import Bar, console, start as start_log
+from radhpc.core.log import Bar, console, start_logging
 from slurm.monitoring import tables
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def evaluate(
 
     run_folder, profile = RunFolder.open(run), profiles.load(on)
     settings = evaluation.settings_of(run_folder, overrides or [], samples)
-    with submit.environment(profile):  # it may hold the keys of an object store
+    with submit.profile_environment(profile):  # it may hold the keys of an object store
         checkpoint, weights = _check_evaluation(run_folder, split, shards or [], settings, against)
     chosen = any("conventions=" in change for change in overrides or [])
     job = evaluation.prepare(
@@ -295,7 +295,7 @@ def context_of(path: Path) -> "RunContext":
     from radhpc.distributed.ranks import Ranks
     from radhpc.training.context import open_context
 
-    start_log()
+    start_logging()
     return open_context(run, run.recipe(), Ranks())
 
 

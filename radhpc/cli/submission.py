@@ -57,18 +57,18 @@ def submit_job(
     as_json: bool = False,
 ) -> None:
     """Submit a job; an inline job runs now, and its error is raised here."""
-    from slurm.submit import environment, submit
+    from slurm.submit import profile_environment, submit
 
     job = submit(run, profile, current_code)
     announce(run, str(job.job_id))
     if profile.cluster == "inline":
-        with environment(profile):
+        with profile_environment(profile):
             error = job.exception()
         if error is not None:
             raise error
         outcome = job.result()
         if outcome.state == OutcomeState.INTERRUPTED:
-            again = "call 'radhpc evaluate' again" if run.evaluates else f"radhpc resume {run.path}"
+            again = "call 'radhpc evaluate' again" if run.evaluated_run else f"radhpc resume {run.path}"
             say(f"interrupted by {outcome.cause} at step {outcome.step}; to continue: {again}", as_json)
             raise typer.Exit(1)
     elif watch:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from radhpc.core.board import panel
+from radhpc.core.board import study_panel
 from radhpc.core.errors import UserError
 from radhpc.core.files import write_atomically
 from radhpc.core.recipe import EvaluationSettings
@@ -235,7 +235,8 @@ def _pictures(source: Source, numbers: list[int], rows: Sequence[Row], count: in
     studies, _ = _read(source, numbers[:count])
     told = {row.key: row for row in rows}
     return [
-        panel(views, {"Reference": told[key].reference, "Generated": told[key].generated}) for key, _, views in studies
+        study_panel(views, {"Reference": told[key].reference, "Generated": told[key].generated})
+        for key, _, views in studies
     ]
 
 

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import peft
 import torch
@@ -145,7 +146,8 @@ def attach(model: nn.Module, lora: LoraSettings, seed: int) -> None:
 
 
 def peft_config(lora: LoraSettings) -> peft.LoraConfig:
-    alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
+    # PEFT computes with fractions, too, whatever its annotation says; whole numbers are written as such.
+    alpha: Any = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
     return peft.LoraConfig(
         r=lora.rank,
         lora_alpha=alpha,

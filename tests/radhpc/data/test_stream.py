@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 
 from radhpc.core.files import write_atomically
-from radhpc.core.manifest import INDEX, MANIFEST, File, Manifest, Shard, sha256
+from radhpc.core.manifest import INDEX, MANIFEST, FileEntry, Manifest, Shard, sha256
 from radhpc.core.recipe import OptimizerSettings, Stage, StreamSettings
 from radhpc.core.sample import SPLITS, Sample
 from radhpc.data.source import BadSample, RawSample, Source
@@ -95,7 +95,7 @@ def make(folder: Path, name: str, counts: Sequence[int], most_views: int) -> Pat
         splits=samples,
         patients=samples,
         shards=tuple(shards),
-        index=File(name=INDEX, size=len(columns), sha256=sha256(columns)),
+        index=FileEntry(name=INDEX, size=len(columns), sha256=sha256(columns)),
         build={},
         build_hash=sha256(b""),
     )
