@@ -385,19 +385,22 @@ def test_the_readme_shows_the_tree_as_it_is() -> None:
 def literals() -> str:
     """All text of the product's strings, with ... where a value is put in."""
     parts = []
-    for package in ("radhpc", "slurm", "shards"):
-        for path in (ROOT / package).rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                if isinstance(node, ast.JoinedStr):
-                    parts.append("".join(str(v.value) if isinstance(v, ast.Constant) else "..." for v in node.values))
-                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                    parts.append(node.value)
+    product = [path for package in ("radhpc", "slurm", "shards") for path in (ROOT / package).rglob("*.py")]
+    for path in [ROOT / "launch.py", *product]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts.append("".join(str(v.value) if isinstance(v, ast.Constant) else "..." for v in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                parts.append(node.value)
     return "\n".join(parts)
 
 
 def test_the_messages_of_the_troubleshooting_page_are_ours() -> None:
     text, makefile = literals(), (ROOT / "Makefile").read_text()
-    for row in re.findall(r"^\| (.*?) \|", (DOCS / "troubleshooting.md").read_text(), re.M):
+    rows = re.findall(r"^\| (.*?) \|", (DOCS / "troubleshooting.md").read_text(), re.M)
+    quickstart = re.findall(r"^(Done in .*|See it: .*)$", README.read_text(), re.M)
+    assert len(quickstart) == 2
+    for row in [*rows, *(f"`{re.sub(r'runs/[^ ]+', '...', line)}`" for line in quickstart)]:
         for message in re.findall(r"`([^`]+)`", row):
             for piece in re.split(r"'?\.\.\.'?|\(", message):
                 words = piece.strip(" ':;,?.")
