@@ -105,7 +105,7 @@ def read(raw: Path | None, options: ReaderOptions) -> Iterator[RawStudy]:
 
 
 def _rows(
-    rows: table.Table, columns: dict[str, str], options: ImageTextOptions
+    source: table.Table, columns: dict[str, str], options: ImageTextOptions
 ) -> Iterator[tuple[str, TableRow | RawStudy]]:
     """Yield (key of a study, its row), row by row; a row that cannot be used is a study of its own."""
     for number, record in enumerate(source.records):
