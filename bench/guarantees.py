@@ -32,8 +32,8 @@ from typing import Any, NamedTuple
 
 from bench import corpus, peers, report
 from radhpc.core.errors import UserError, first_line
-from radhpc.core.recipe import Stage, Stream as StreamRecipe
-from radhpc.data.source import Raw, Source
+from radhpc.core.recipe import Stage, StreamSettings
+from radhpc.data.source import RawSample, Source
 from radhpc.data.stream import Stream
 
 OURS = "radhpc"
@@ -153,7 +153,7 @@ def _table_spots(path: Path) -> Spots:
 def truth(tars: Path) -> dict[str, int]:
     """The crc32 of every sample's JPEG, by its study."""
     source = Source((str(tars),), "train")
-    return {_study(raw): zlib.crc32(dict(raw.members)["0.jpg"]) for raw in source.raw(_all(source))}
+    return {_study(raw): zlib.crc32(dict(raw.members)["0.jpg"]) for raw in source.read_raw(_all(source))}
 
 
 def _all(source: Source) -> Any:
@@ -162,7 +162,7 @@ def _all(source: Source) -> Any:
     return np.arange(len(source))
 
 
-def _study(raw: Raw) -> str:
+def _study(raw: RawSample) -> str:
     return str(json.loads(bytes(dict(raw.members)["json"]))["study"])
 
 
@@ -182,7 +182,7 @@ class Row(NamedTuple):
 class Keys:
     """What training does with a sample, less the decoding."""
 
-    def read(self, raw: Raw) -> Row:
+    def read(self, raw: RawSample) -> Row:
         return Row(raw.key, _study(raw), zlib.crc32(dict(raw.members)["0.jpg"]))
 
     def empty(self) -> Row:
@@ -199,7 +199,7 @@ def _ours(
     length = {"epochs": 1} if source.weights is None else {"steps": 2 * STOP}
     optimizer = {"learning_rate": 1.0}
     stage = Stage.model_validate({"name": "bench", "batch": BATCH, "train": (".*",), "optimizer": optimizer} | length)
-    recipe = StreamRecipe.model_validate({"threads": life.workers, **options})
+    recipe = StreamSettings.model_validate({"threads": life.workers, **options})
     stream = Stream(source, Keys(), stage, 0, recipe, SEED, rank, life.world, cursor)
     try:
         for number, step in enumerate(stream):

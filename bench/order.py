@@ -3,8 +3,8 @@ a job of 1,000 nodes would ask of an object store.
 
     python -m bench.order [--json] [--quick]
 
-Nothing is read here: the costs are measured in fresh processes on the real Order; the quality is counted on its
-positions, beside webdataset's shuffle in plain code; the traffic is simulated with the real Order, Deal and
+Nothing is read here: the costs are measured in fresh processes on the real Sampler; the quality is counted on its
+positions, beside webdataset's shuffle in plain code; the traffic is simulated with the real Sampler, BatchPlan and
 fetch.spans. --quick takes a hundredth of the samples, and requests of one window, to see that it runs.
 """
 
@@ -24,11 +24,11 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import report
-from radhpc.core.recipe import Stream as StreamRecipe
+from radhpc.core.recipe import StreamSettings
 from radhpc.data import prefetch
-from radhpc.data.sampler import Order, Positions
-from radhpc.data.source import Place, Raw
-from radhpc.data.stream import Deal
+from radhpc.data.sampler import Positions, Sampler
+from radhpc.data.source import RawSample, SampleLocation
+from radhpc.data.stream import BatchPlan
 from radhpc.storage.node_cache import BLOCK, RENEWAL, RUN
 
 ROOT = Path(__file__).parent.parent
@@ -58,7 +58,7 @@ GRANTED = 5500  # GET requests per second and prefix: Amazon S3 user guide, "Opt
 KEPT = 100  # GB of the node cache, where it is smaller than the archive
 MICRO_BATCH = 8
 TURNS = 4096  # of each rank that are counted, and on to a whole step
-GROUP = 3 / 8  # of prefetch_megabytes: what Ahead plans at a time once it is under way
+GROUP = 3 / 8  # of prefetch_megabytes: what Prefetcher plans at a time once it is under way
 TAKE = 8  # turns that are decoded at a time
 ZEROS = bytes(64 << 20)  # what samples consist of
 TOPOLOGIES = (
@@ -69,7 +69,7 @@ TOPOLOGIES = (
 
 NOTES = f"""\
 cost: process time, least of {ROUNDS} rounds over {PLACES} random places within an opened epoch. Memory is the growth
-of the resident set's peak (VmHWM) in a fresh process, from before the Order is made to after all calls: its shard
+of the resident set's peak (VmHWM) in a fresh process, from before the Sampler is made to after all calls: its shard
 counts and one open epoch, or of the mixture all that two epochs' worth of draws opens.
 
 quality: an archive of {HOSPITALS} shards of {HELD:,} samples in the order of its hospitals, {STUDIES} studies of a
@@ -82,10 +82,11 @@ epoch (a full shuffle's is 1/3).
 webdataset: shards permuted and read one behind the other through a buffer of {BUFFER:,} samples that is full before the
 first leaves; {WORKERS} workers have every {WORKERS}th shard and a buffer each, and take turns sample by sample.
 
-traffic: shards of {PER_SHARD:,} samples of {SAMPLE / 1e3:.0f} kB in the mean (log-normal, sigma 0.5); the real Ahead of
-each rank (of two, where there are thousands), from the start of a run, over whole steps. Estimates: bytes = samples x
-size; requests = samples x (1 / m + (1 - 1 / m) x (1 - d) ** (1 + gap / size)), where m is how many samples of a group
-are neighbours in a shard, d the part of such a stretch that the group wants, {prefetch.REQUEST:,} bytes the gap.
+traffic: shards of {PER_SHARD:,} samples of {SAMPLE / 1e3:.0f} kB in the mean (log-normal, sigma 0.5); the real
+Prefetcher of each rank (of two, where there are thousands), from the start of a run, over whole steps. Estimates:
+bytes = samples x size; requests = samples x (1 / m + (1 - 1 / m) x (1 - d) ** (1 + gap / size)), where m is how many
+samples of a group are neighbours in a shard, d the part of such a stretch that the group wants, {prefetch.REQUEST:,}
+bytes the gap.
 With a node cache, requests = bytes / {BLOCK >> 20} MiB. "cache, all fits": the first pass, under way (what the window
 had before is there; without a window the first steps, from an empty cache). "cache of {KEPT} GB": that much of the
 archive is there, and the rest is turned away, but for 1 / {RENEWAL} (radhpc/storage/node_cache.py). prefetch.py uses
@@ -96,7 +97,7 @@ the cache only where its own rule says so. requests/s: of all nodes, at a step t
 # Cost
 
 
-def _mixed(mixture: bool, samples: int, shards: int, window: int | None) -> Order:
+def _mixed(mixture: bool, samples: int, shards: int, window: int | None) -> Sampler:
     """One dataset or three, whose shards hold between 0.9 and 1.1 of the mean."""
     parts = MIXTURE if mixture else ((1.0, 1.0),)
     counts = []
@@ -108,7 +109,7 @@ def _mixed(mixture: bool, samples: int, shards: int, window: int | None) -> Orde
         held += off // number
         held[: off % number] += 1
         counts.append(held)
-    return Order(counts, f"seed {SEED}", window, [weight for _, weight in parts] if mixture else None)
+    return Sampler(counts, f"seed {SEED}", window, [weight for _, weight in parts] if mixture else None)
 
 
 def measure(mixture: bool, window: int | None, samples: int, shards: int) -> dict[str, float]:
@@ -169,7 +170,7 @@ class Quality(NamedTuple):
 
 def ours(window: int | None, seed: int, hospitals: int) -> Positions:
     """One epoch of the real order."""
-    order = Order([[HELD] * hospitals], f"seed {seed}", window, None)
+    order = Sampler([[HELD] * hospitals], f"seed {seed}", window, None)
     return order.at(np.arange(len(order))).sample
 
 
@@ -255,11 +256,12 @@ class Archive:
         rows = numbers % PER_SHARD
         return numbers // PER_SHARD, self._stops[rows] - self._lengths[rows], self._stops[rows]
 
-    def places(self, numbers: Positions) -> list[Place]:
-        """As Source.places, without members."""
+    def locate(self, numbers: Positions) -> list[SampleLocation]:
+        """As Source.locate, without members."""
         columns = (column.tolist() for column in (numbers, *self.bytes(numbers)))
         return [
-            Place(number, "", 0, shard, start, stop, ()) for number, shard, start, stop in zip(*columns, strict=True)
+            SampleLocation(number, "", 0, shard, start, stop, ())
+            for number, shard, start, stop in zip(*columns, strict=True)
         ]
 
     def blocks(self, numbers: Positions) -> set[tuple[int, int]]:
@@ -272,7 +274,7 @@ class Archive:
         return set(zip((flat >> 32).tolist(), (flat & 0xFFFFFFFF).tolist(), strict=True))
 
 
-def pieces(order: Order, archive: Archive, start: int, length: int) -> Iterator[tuple[Positions, Any]]:
+def pieces(order: Sampler, archive: Archive, start: int, length: int) -> Iterator[tuple[Positions, Any]]:
     """Numbers and sizes from `start` on, `length` at a time."""
     while True:
         numbers = order.at(np.arange(start, start + length)).sample
@@ -280,7 +282,7 @@ def pieces(order: Order, archive: Archive, start: int, length: int) -> Iterator[
         start += length
 
 
-def turns(piece: tuple[Positions, Any], deal: Deal, rank: int) -> Positions:
+def turns(piece: tuple[Positions, Any], deal: BatchPlan, rank: int) -> Positions:
     """One rank's samples in a piece, in the order of its turns."""
     numbers, sizes = piece
     cuts = [slice(at, at + deal.batch) for at in range(0, len(numbers), deal.batch)]
@@ -296,17 +298,17 @@ class Request(NamedTuple):
 
 
 class Simulated:
-    """The source and the store that an Ahead reads from: samples without content, and a note of each request."""
+    """The source and the store that a Prefetcher reads from: samples without content, and a note of each request."""
 
     def __init__(self, archive: Archive, requests: list[Request]) -> None:
         self._requests = requests
-        self.places = archive.places
+        self.locate = archive.locate
         store = SimpleNamespace(on_local_disk=False, url="")
-        self.parts = [SimpleNamespace(store=store, manifest=SimpleNamespace(shards=_Shards()), read=self._read)]
+        self.datasets = [SimpleNamespace(store=store, manifest=SimpleNamespace(shards=_Shards()), read=self._read)]
 
-    def check(self, place: Place, data: memoryview) -> Raw:
+    def check(self, place: SampleLocation, data: memoryview) -> RawSample:
         assert len(data) == place.stop - place.start
-        return Raw(place.key, [])
+        return RawSample(place.key, [])
 
     def _read(self, shard: int, start: int, stop: int, given_up: object) -> memoryview:
         self._requests.append(Request(shard, start, stop))
@@ -320,12 +322,12 @@ class _Shards:
         return SimpleNamespace(name=str(number))
 
 
-def requested(archive: Archive, ranks: Sequence[Positions], recipe: StreamRecipe) -> list[Request]:
-    """What the real Ahead of each rank asks for these turns, the ranks side by side."""
+def requested(archive: Archive, ranks: Sequence[Positions], recipe: StreamSettings) -> list[Request]:
+    """What the real Prefetcher of each rank asks for these turns, the ranks side by side."""
     requests: list[Request] = []
     source = cast(Any, Simulated(archive, requests))
     ahead = [
-        prefetch.Ahead(source, iter(np.split(numbers, range(256, len(numbers), 256))), recipe) for numbers in ranks
+        prefetch.Prefetcher(source, iter(np.split(numbers, range(256, len(numbers), 256))), recipe) for numbers in ranks
     ]
     for first in range(0, len(ranks[0]), TAKE):
         for numbers, one in zip(ranks, ahead, strict=True):
@@ -391,7 +393,7 @@ def traffic(quick: bool) -> list[Row]:
     archive = Archive(ARCHIVE // (100 if quick else 1))
     rows = []
     for window in (64,) if quick else WINDOWS:
-        order = Order([[PER_SHARD] * archive.shards], f"seed {SEED}", window, None)
+        order = Sampler([[PER_SHARD] * archive.shards], f"seed {SEED}", window, None)
         for nodes, ranks, batches in TOPOLOGIES:
             rows += _asked(
                 order,
@@ -406,11 +408,11 @@ def traffic(quick: bool) -> list[Row]:
 
 
 def _asked(
-    order: Order, archive: Archive, window: int | None, nodes: int, ranks: int, batches: Sequence[int], least: int
+    order: Sampler, archive: Archive, window: int | None, nodes: int, ranks: int, batches: Sequence[int], least: int
 ) -> list[Row]:
     """One topology: a row for each batch, and for each state of a node cache. `least`: turns of each rank."""
-    recipe, world = StreamRecipe.model_validate({"window": window}), nodes * ranks
-    deals = [Deal(archive.samples, batch, min(MICRO_BATCH, -(-batch // world)), world) for batch in batches]
+    recipe, world = StreamSettings.model_validate({"window": window}), nodes * ranks
+    deals = [BatchPlan(archive.samples, batch, min(MICRO_BATCH, -(-batch // world)), world) for batch in batches]
     some = [0, world // 2 + 3] if nodes > 1 else list(range(ranks))  # without a cache, ranks are alike
     start = archive.samples // 2 // max(batches) * max(batches)
     wanted = {deal.batch: _turns(least, deal) for deal in deals}
@@ -460,13 +462,13 @@ def _asked(
     return rows
 
 
-def _turns(least: int, deal: Deal) -> int:
+def _turns(least: int, deal: BatchPlan) -> int:
     """A rank's turns in whole steps: `least` or more."""
     share = -(-deal.batch // deal.world)
     return -(-least // share) * share
 
 
-def expected(window: int | None, group: float, deal: Deal) -> float:
+def expected(window: int | None, group: float, deal: BatchPlan) -> float:
     """Requests for each sample, where a rank plans `group` samples at a time; the formula of NOTES.
 
     They lie among as many positions as all ranks take meanwhile, or as a step has, whose samples are sorted by length.
@@ -488,8 +490,8 @@ def decisions(archive: Archive) -> dict[str, float]:
     shards = [SimpleNamespace(size=archive.shard_bytes)] * archive.shards
     store = SimpleNamespace(folder=None, on_local_disk=False)
     manifest = SimpleNamespace(shards=shards, samples=archive.samples)
-    source = cast(Any, SimpleNamespace(parts=[SimpleNamespace(store=store, manifest=manifest)]))
-    recipe = StreamRecipe.model_validate({"cache": {"folder": "unused", "gigabytes": KEPT}})
+    source = cast(Any, SimpleNamespace(datasets=[SimpleNamespace(store=store, manifest=manifest)]))
+    recipe = StreamSettings.model_validate({"cache": {"folder": "unused", "gigabytes": KEPT}})
     return {
         f"node cache used, {nodes:,} nodes, {passes} passes": float(
             prefetch._through_cache(source, recipe, 1 / nodes, passes)[0]
@@ -503,9 +505,9 @@ def startup(quick: bool) -> dict[str, float]:
     """Seconds of one core until a rank of 8,000 has planned its first look-ahead, all of which precedes its first
     sample: positions times the measured cost of order, sizes and deal.
     """
-    archive, recipe = Archive(ARCHIVE), StreamRecipe.model_validate({})
-    order = Order([[PER_SHARD] * archive.shards], f"seed {SEED}", recipe.window, None)
-    deal = Deal(archive.samples, 8000, 1, 1000 * RANKS)
+    archive, recipe = Archive(ARCHIVE), StreamSettings.model_validate({})
+    order = Sampler([[PER_SHARD] * archive.shards], f"seed {SEED}", recipe.window, None)
+    deal = BatchPlan(archive.samples, 8000, 1, 1000 * RANKS)
     order.at(np.arange(1))
     steps = 8 if quick else 40
 

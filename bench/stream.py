@@ -29,9 +29,9 @@ from bench import corpus, peers, report
 from radhpc.core.errors import UserError
 from radhpc.core.image_decoding import decode
 from radhpc.core.manifest import Manifest
-from radhpc.core.recipe import Stage, Stream as StreamRecipe
-from radhpc.data.source import Raw, Source
-from radhpc.data.stream import Stream, order_of
+from radhpc.core.recipe import Stage, StreamSettings
+from radhpc.data.source import RawSample, Source
+from radhpc.data.stream import Stream, stage_sampler
 from radhpc.distributed.malloc import keep_freed_memory
 from radhpc.storage.store import Store
 
@@ -51,16 +51,16 @@ THREADS = 2
 PIECE, PIECES = 3000, 7  # samples that the decoder alone and the stream take in turn, and how often
 LIMIT = 300  # seconds of one measurement
 SEED = 7
-RECIPE = StreamRecipe.model_validate({"threads": THREADS})
+RECIPE = StreamSettings.model_validate({"threads": THREADS})
 STAGE = Stage.model_validate(
     {"name": "bench", "epochs": 1, "batch": 64, "train": (".*",), "optimizer": {"learning_rate": 1.0}}
 )
 
 
-def ours_raw(folder: str) -> Iterator[Raw]:
+def ours_raw(folder: str) -> Iterator[RawSample]:
     """One shuffled epoch of ours: each sample's members, checked."""
     source = Source((folder,), "train")
-    return source.raw(order_of(source, 0, RECIPE, SEED).at(np.arange(len(source))).sample)
+    return source.read_raw(stage_sampler(source, 0, RECIPE, SEED).at(np.arange(len(source))).sample)
 
 
 def ours_decode(folder: str) -> Iterator[tuple[Any, bytes]]:
@@ -87,7 +87,7 @@ class Row(NamedTuple):
 class Pixels:
     """Members to pixels, and rows to a list."""
 
-    def read(self, raw: Raw) -> Row:
+    def read(self, raw: RawSample) -> Row:
         members = dict(raw.members)
         return Row(raw.key, decode(members["0.jpg"]), bytes(members["json"]))
 
@@ -107,8 +107,8 @@ def beside(folder: str) -> dict[str, float]:
     source = Source((folder,), "train")
     count = min(PIECE, len(source)) // STAGE.batch * STAGE.batch
     stage = STAGE.model_copy(update={"epochs": None, "steps": count // STAGE.batch})
-    numbers = order_of(source, 0, RECIPE, SEED).at(np.arange(count)).sample
-    jpegs = [bytes(dict(raw.members)["0.jpg"]) for raw in source.raw(numbers)]
+    numbers = stage_sampler(source, 0, RECIPE, SEED).at(np.arange(count)).sample
+    jpegs = [bytes(dict(raw.members)["0.jpg"]) for raw in source.read_raw(numbers)]
     pieces = [jpegs[at : at + STAGE.batch] for at in range(0, count, STAGE.batch)]
 
     def decoded(some: list[bytes]) -> int:

@@ -18,7 +18,7 @@ import numpy as np
 from awscrt.checksums import crc32c
 
 from radhpc.core.errors import UserError
-from radhpc.core.manifest import FINGERPRINTS, INDEX, MANIFEST, Index, Manifest, Shard, sha256
+from radhpc.core.manifest import FINGERPRINTS, INDEX, MANIFEST, Manifest, SampleIndex, Shard, sha256
 from radhpc.core.sample import Sample, Split
 from radhpc.storage.store import Store
 from shards.execution.assembly import concatenate, fingerprints_of, index_of_shard, npy_bytes
@@ -140,7 +140,7 @@ def _refuse_changed_source(
 
 def _rebuild_index(store: Store, manifest: Manifest) -> bytes:
     """Rebuild the index from the shards."""
-    parts: list[Index] = []
+    parts: list[SampleIndex] = []
     for number, shard in enumerate(manifest.shards):
         data = store.read(shard.name)
         assert sha256(data) == shard.sha256, "verify found this shard intact"

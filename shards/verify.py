@@ -20,7 +20,7 @@ from awscrt.checksums import crc32c
 from pydantic import ValidationError
 
 from radhpc.core.errors import UserError, first_line
-from radhpc.core.manifest import FINGERPRINTS, MANIFEST, Index, Manifest, Member, Shard
+from radhpc.core.manifest import FINGERPRINTS, MANIFEST, Manifest, Member, SampleIndex, Shard
 from radhpc.core.sample import SPLITS, Sample
 from radhpc.storage.store import Store
 from shards import duplicates
@@ -105,7 +105,7 @@ def verify_apart(url: str, other: str) -> list[ShardFault]:
     return [ShardFault(FINGERPRINTS, None, None, text) for text in texts]
 
 
-def _check_fingerprints(store: Store, manifest: Manifest, index: Index) -> Iterator[ShardFault]:
+def _check_fingerprints(store: Store, manifest: Manifest, index: SampleIndex) -> Iterator[ShardFault]:
     """Check that no image stands in two splits, unless the build was asked to keep such images."""
     if manifest.fingerprints is None:
         return
@@ -118,7 +118,7 @@ def _check_fingerprints(store: Store, manifest: Manifest, index: Index) -> Itera
         yield from (ShardFault(FINGERPRINTS, None, None, text) for text in duplicates.leaks(images))
 
 
-def _check_counts(manifest: Manifest, index: Index) -> Iterator[ShardFault]:
+def _check_counts(manifest: Manifest, index: SampleIndex) -> Iterator[ShardFault]:
     """Check the manifest's counts, and what the index alone proves."""
 
     def fault(text: str) -> ShardFault:
@@ -185,7 +185,7 @@ def _check_subset(store: Store, manifest: Manifest) -> Iterator[ShardFault]:
 
 
 def _check_shard(
-    store: Store, manifest: Manifest, index: Index, number: int, samples: list[int]
+    store: Store, manifest: Manifest, index: SampleIndex, number: int, samples: list[int]
 ) -> Iterator[ShardFault]:
     """Check one tar: its size and checksum, then each member, then the bytes between and after them."""
     shard = manifest.shards[number]
@@ -218,7 +218,7 @@ def _check_file(store: Store, shard: Shard) -> Iterator[ShardFault]:
 
 
 def _check_member(
-    store: Store, manifest: Manifest, index: Index, sample: int, member: Member, end: int
+    store: Store, manifest: Manifest, index: SampleIndex, sample: int, member: Member, end: int
 ) -> Iterator[ShardFault]:
     """Check one file in a tar; `end` is the end of the one before it, where its header must start."""
     name = manifest.shards[member.shard].name
@@ -247,7 +247,7 @@ def _check_member(
         yield fault(f"no {suffix.upper()}")
 
 
-def _check_description(data: bytes, index: Index, sample: int) -> Iterator[str]:
+def _check_description(data: bytes, index: SampleIndex, sample: int) -> Iterator[str]:
     """Check that the JSON of a sample is valid and agrees with the index."""
     try:
         described = Sample.model_validate_json(data)

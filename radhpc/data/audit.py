@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 
 from radhpc.core.errors import UserError
-from radhpc.core.ledger import consumed
+from radhpc.core.ledger import read_ledger
 from radhpc.core.protocol import Event
 from radhpc.core.recipe import Recipe
 from radhpc.core.run_folder import RunFolder
 from radhpc.data.source import Source
-from radhpc.data.stream import order_of, stage_samples
+from radhpc.data.stream import stage_sampler, stage_samples
 
 _STEPS = 256  # whose positions are looked up at a time
 
@@ -26,7 +26,7 @@ def audit(run: RunFolder) -> dict[str, Any]:
     recipe = run.recipe()
     if not recipe.stream.audit:
         raise UserError(f"{run.recipe_path}: stream.audit: false, so that the run keeps no ledger; allowed is true")
-    seen = consumed(run.path / "ledger")
+    seen = read_ledger(run.path / "ledger")
     epochs = []
     # What was taken over from another run was trained on there.
     first = max((event["step"] for event in run.events(Event.TAKEN_OVER)), default=0) + 1
@@ -58,7 +58,7 @@ def _epochs(
     recipe: Recipe, number: int, source: Source, batches: dict[int, list[str]], first: int
 ) -> list[dict[str, Any]]:
     stage = recipe.stages[number]
-    order = order_of(source, number, recipe.stream, recipe.seed)
+    order = stage_sampler(source, number, recipe.stream, recipe.seed)
     samples, last = stage_samples(stage, len(source)), max(batches)
     due: dict[tuple[int, int], Counter[str]] = defaultdict(Counter)  # by dataset and epoch
     got: dict[tuple[int, int], Counter[str]] = defaultdict(Counter)
@@ -79,7 +79,7 @@ def _epochs(
     return [
         {
             "stage": stage.name,
-            **({"dataset": source.parts[dataset].url} if len(sizes) > 1 else {}),
+            **({"dataset": source.datasets[dataset].url} if len(sizes) > 1 else {}),
             **_verdict(epoch, due[dataset, epoch], got[dataset, epoch], sizes[dataset]),
         }
         for dataset, epoch in sorted(due)

@@ -1,6 +1,6 @@
 """Samples to batches: the prompt and the answer of a task as tokens, and which of them are taught.
 
-Enters: a Sample with its decoded views. Leaves: an Encoded, and from several of them one padded batch, in which
+Enters: a Sample with its decoded views. Leaves: an EncodedStudy, and from several of them one padded batch, in which
 prompt, image tokens and padding carry the label -100. Example: a study with one view, prompt of 12 tokens and
 answer of 30 becomes 43 ids (the end token is learnt too), of which 31 are supervised. Stitched views count as one.
 """
@@ -15,14 +15,14 @@ from PIL import Image
 
 from radhpc.core.batch import IGNORE, Batch
 from radhpc.core.errors import UserError
-from radhpc.core.recipe import Findings, Images, Text
+from radhpc.core.recipe import FindingsSettings, ImageSettings, TextSettings
 from radhpc.core.sample import Sample
-from radhpc.data.source import BadSample, Raw, study
-from radhpc.data.tasks import Asked, OutsideTheSet, Tasks
+from radhpc.data.source import BadSample, RawSample, decode_study
+from radhpc.data.tasks import AnswerNotAllowed, TaskExample, Tasks
 from radhpc.models.family import Arrays, ModelFamily
 from radhpc.models.image_processors import stitch
 
-TRUTH = ("labels", "findings", "kinds")  # in a batch: what a model that is asked is not given
+TARGET_KEYS = ("labels", "findings", "groups")  # in a batch: what a model that is asked is not given
 UNKNOWN = -1  # a finding that the study says nothing about
 
 NEIGHBOUR_WORDS = 60  # of the report of a training study that looks alike
@@ -31,7 +31,7 @@ _PROMPTS = 4096  # whose tokens are kept
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedStudy:
     """One study, ready to be batched."""
 
     key: str
@@ -56,24 +56,24 @@ class Encoded:
 _NOTHING = [Image.new("L", (64, 64))]
 
 
-class Encoder:
-    """Turns samples into Encoded ones, and those into batches."""
+class StudyEncoder:
+    """Turns samples into EncodedStudy ones, and those into batches."""
 
     def __init__(
         self,
         family: ModelFamily,
-        text: Text,
-        images: Images = Images(),  # type: ignore[call-arg]  # noqa: B008
-        findings: Findings = Findings(),  # type: ignore[call-arg]  # noqa: B008
+        text: TextSettings,
+        images: ImageSettings = ImageSettings(),  # type: ignore[call-arg]  # noqa: B008
+        findings: FindingsSettings = FindingsSettings(),  # type: ignore[call-arg]  # noqa: B008
         seed: int = 0,
         labelled: bool = False,
     ) -> None:
         """`labelled`: whether batches hold the findings, too. Raises UserError for a prompt that leaves no room."""
         self.family, self.text, self.images, self.labelled = family, text, images, labelled
         self.tasks = Tasks(text, findings, seed)
-        self.kinds: tuple[tuple[str, str], ...] = ()  # whose losses are told apart: tell_apart
-        # Views and patient -> reports of training studies that look alike, where the recipe wants them: context.py.
-        self.alike: Callable[[Sequence[Image.Image], str], list[str]] | None = None
+        self.loss_groups: tuple[tuple[str, str], ...] = ()  # whose losses are told apart: set_loss_groups
+        # Views and patient -> reports of similar training studies, where the recipe wants them: retrieval_libraries.py
+        self.retrieve: Callable[[Sequence[Image.Image], str], list[str]] | None = None
         self._known: dict[tuple[str, int], list[int]] = {}  # the ids of the recipe's own prompts, by number of views
         for name, task in self.tasks.mixture.items():
             if task.kind in ("report", "caption", "findings") and len(ids := self._ids(task.prompt)) >= text.max_tokens:
@@ -83,22 +83,22 @@ class Encoder:
                     f"{text.max_tokens}"
                 )
 
-    def tell_apart(self, datasets: Sequence[str]) -> None:
+    def set_loss_groups(self, datasets: Sequence[str]) -> None:
         """From now on batches say which of these datasets and which task each row is of."""
         names = dict.fromkeys(datasets)
-        self.kinds = (*(("dataset", name) for name in names), *(("task", name) for name in self.text.mixture()))
+        self.loss_groups = (*(("dataset", name) for name in names), *(("task", name) for name in self.text.mixture()))
 
-    def answer(self, sample: Sample) -> str:
+    def reference(self, sample: Sample) -> str:
         """What the model shall say in an evaluation, of the first task of the recipe that the study can serve."""
-        asked = self.tasks.usual(sample)
+        asked = self.tasks.default(sample)
         return asked.answer if asked else ""
 
-    def read(self, raw: Raw) -> Encoded:
+    def read(self, raw: RawSample) -> EncodedStudy:
         """Decode and encode one sample for training. Raises BadSample."""
-        key, sample, views = study(raw)
+        key, sample, views = decode_study(raw)
         try:
-            asked = self.tasks.of(sample, raw.epoch)
-        except OutsideTheSet as error:
+            asked = self.tasks.draw(sample, raw.epoch)
+        except AnswerNotAllowed as error:
             raise BadSample(key, str(error)) from error
         row = self._encode(key, sample, views, asked)
         if row.length > self.text.max_tokens and row.supervised:
@@ -108,20 +108,22 @@ class Encoder:
             )
         return row
 
-    def encode(self, key: str, sample: Sample, views: Sequence[Image.Image]) -> Encoded:
-        """Encode the prompt and what answer() says, for an evaluation."""
-        return self._encode(key, sample, views, self.tasks.usual(sample))
+    def encode(self, key: str, sample: Sample, views: Sequence[Image.Image]) -> EncodedStudy:
+        """Encode the prompt and what reference() says, for an evaluation."""
+        return self._encode(key, sample, views, self.tasks.default(sample))
 
-    def _encode(self, key: str, sample: Sample, views: Sequence[Image.Image], asked: Asked | None) -> Encoded:
+    def _encode(
+        self, key: str, sample: Sample, views: Sequence[Image.Image], asked: TaskExample | None
+    ) -> EncodedStudy:
         """A study that serves no task has no supervised token: it is passed over, not taught."""
-        text = asked.prompt if asked else self.tasks.plain(sample.language)
+        text = asked.prompt if asked else self.tasks.default_prompt(sample.language)
         text = self._grounded(text, asked, views, sample.patient)
-        images, prompt = self._asked(text, self.in_order(views, sample))
+        images, prompt = self._asked(text, self.order_views(views, sample))
         ids = [*self._ids(asked.answer), self.family.tokenizer.eos_token_id] if asked and asked.answer else []
         room = max(1, self.text.max_tokens - len(prompt))
         cut = len(ids) > room
         ids = ids[:room]
-        return Encoded(
+        return EncodedStudy(
             key,
             np.asarray(prompt + ids, np.int64),
             np.asarray([IGNORE] * len(prompt) + ids, np.int64),
@@ -134,49 +136,49 @@ class Encoder:
 
     def encode_prompt(
         self, key: str, question: str | None, views: Sequence[Image.Image], sample: Sample | None = None
-    ) -> Encoded:
+    ) -> EncodedStudy:
         """Encode for generation: the prompt alone. It is that of the sample's usual task, in its language; else of the
         question; else of the recipe's first task that needs neither.
         """
         language = sample.language if sample else "en"
-        asked = self.tasks.usual(sample) if sample is not None and not (question and not sample.answer) else None
+        asked = self.tasks.default(sample) if sample is not None and not (question and not sample.answer) else None
         if asked is not None:
             text = asked.prompt
         elif question:
-            text = self.tasks.asking(question, language)
+            text = self.tasks.question_prompt(question, language)
         else:
-            text = self.tasks.plain(language)
+            text = self.tasks.default_prompt(language)
         if not question and views is not _NOTHING:
             text = self._grounded(text, asked, views, sample.patient if sample else "")
-        images, prompt = self._asked(text, self.in_order(views, sample))
+        images, prompt = self._asked(text, self.order_views(views, sample))
         ids = np.asarray(prompt, np.int64)
-        return Encoded(key, ids, np.full_like(ids, IGNORE), images)
+        return EncodedStudy(key, ids, np.full_like(ids, IGNORE), images)
 
-    def given(self, views: Sequence[Image.Image], patient: str = "") -> list[str]:
+    def neighbour_texts(self, views: Sequence[Image.Image], patient: str = "") -> list[str]:
         """What stands before the prompt of a report: of each training study that looks alike, the beginning."""
-        found = self.alike(views, patient) if self.alike is not None else []
+        found = self.retrieve(views, patient) if self.retrieve is not None else []
         return [" ".join(text.split()[:NEIGHBOUR_WORDS]) for text in found]
 
-    def _grounded(self, prompt: str, asked: Asked | None, views: Sequence[Image.Image], patient: str) -> str:
+    def _grounded(self, prompt: str, asked: TaskExample | None, views: Sequence[Image.Image], patient: str) -> str:
         """The prompt of a report behind reports of similar studies, if the recipe wants them."""
         if asked is not None and asked.task and self.tasks.mixture[asked.task].kind != "report":
             return prompt
-        told = [f"Similar study {n}: {text}" for n, text in enumerate(self.given(views, patient), 1)]
+        told = [f"Similar study {n}: {text}" for n, text in enumerate(self.neighbour_texts(views, patient), 1)]
         return "\n".join([*told, prompt])
 
     def _findings(self, sample: Sample) -> npt.NDArray[np.int8] | None:
         if not self.labelled:
             return None
-        known = self.tasks.known(sample)
+        known = self.tasks.known_findings(sample)
         return np.asarray([int(known.get(name, UNKNOWN)) for name in self.tasks.findings.names], np.int8)
 
-    def empty(self) -> Encoded:
+    def empty(self) -> EncodedStudy:
         """A slot without a sample: a black image and a prompt, nothing supervised. Every rank computes as many
         forward passes as its peers, and none ever meets a batch without an image.
         """
         return self.encode_prompt("", None, _NOTHING)
 
-    def batch(self, rows: Sequence[Encoded], left: bool = False) -> Batch:
+    def batch(self, rows: Sequence[EncodedStudy], left: bool = False) -> Batch:
         """Pad to the longest row: on the right for training, on the left for generation."""
         length = max(len(row.input_ids) for row in rows)
         ids = np.full((len(rows), length), self.family.tokenizer.pad_token_id, np.int64)
@@ -189,11 +191,11 @@ class Encoder:
             "attention_mask": torch.from_numpy(mask),
             "labels": torch.from_numpy(labels),
             **self._collated_findings(rows, left),
-            **self._collated_kinds(rows, left),
+            **self._collated_groups(rows, left),
             **self.family.collate_images([row.images for row in rows], ids),
         }
 
-    def _collated_findings(self, rows: Sequence[Encoded], left: bool) -> Batch:
+    def _collated_findings(self, rows: Sequence[EncodedStudy], left: bool) -> Batch:
         """(rows, names); nothing is known about a slot without a sample."""
         if not self.labelled or left:
             return {}
@@ -201,7 +203,7 @@ class Encoder:
         known = [nothing if row.findings is None else row.findings for row in rows]
         return {"findings": torch.from_numpy(np.stack(known))}
 
-    def in_order(self, views: Sequence[Image.Image], sample: Sample | None) -> Sequence[Image.Image]:
+    def order_views(self, views: Sequence[Image.Image], sample: Sample | None) -> Sequence[Image.Image]:
         """The views by their projections as the recipe wants them; those of one projection stay as they were."""
         if self.images.order is None or sample is None:
             return views
@@ -210,12 +212,12 @@ class Encoder:
         known += [len(first)] * (len(views) - len(known))
         return [views[n] for n in sorted(range(len(views)), key=known.__getitem__)]
 
-    def _collated_kinds(self, rows: Sequence[Encoded], left: bool) -> Batch:
+    def _collated_groups(self, rows: Sequence[EncodedStudy], left: bool) -> Batch:
         """(rows, kinds) of 0 and 1: the dataset and the task of each row."""
-        if not self.kinds or left:
+        if not self.loss_groups or left:
             return {}
-        found = [[getattr(row, kind) == name for kind, name in self.kinds] for row in rows]
-        return {"kinds": torch.tensor(found, dtype=torch.float32)}
+        found = [[getattr(row, kind) == name for kind, name in self.loss_groups] for row in rows]
+        return {"groups": torch.tensor(found, dtype=torch.float32)}
 
     def _shown(self, views: Sequence[Image.Image]) -> Sequence[Image.Image]:
         """The pictures that the model gets for the views of a study: as many of them as the recipe wants, or one."""
@@ -227,7 +229,7 @@ class Encoder:
         views = self._shown(views)
         assert views, "the stream gives no study without an image"
         images = self.family.encode_images(views)
-        return images, self.family.place_images(self._prompt(prompt, len(views)), images)
+        return images, self.family.expand_image_tokens(self._prompt(prompt, len(views)), images)
 
     def _prompt(self, prompt: str, views: int) -> list[int]:
         if (prompt, views) not in self._known:
@@ -240,7 +242,7 @@ class Encoder:
         return list(self.family.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def conversation(sample: Sample, text: Text, findings: Findings = Findings()) -> str:  # type: ignore[call-arg]  # noqa: B008
+def conversation(sample: Sample, text: TextSettings, findings: FindingsSettings = FindingsSettings()) -> str:  # type: ignore[call-arg]  # noqa: B008
     """What a sample says, question and answer, as a tokenizer is trained on it."""
-    asked = Tasks(text, findings, 0).usual(sample)
+    asked = Tasks(text, findings, 0).default(sample)
     return f"{asked.prompt}\n{asked.answer}" if asked else sample.report.text()

@@ -1,6 +1,6 @@
 """Is this a radiograph at all? A plain test of colour, gray levels and detail, before a report is believed.
 
-    doubts(view, modality=None) -> ["it is in colour"]       # empty: nothing speaks against it
+    radiograph_warnings(view, modality=None) -> ["it is in colour"]       # empty: nothing speaks against it
 
 Enters: a view of 8 bits, as image_decoding.py decodes it. Each limit lies between what was measured on real chest
 radiographs (22, and one of another archive) and phantoms, which all pass, and drawings, pages of text, charts, noise
@@ -22,7 +22,7 @@ SHAPE = 2.5  # longer side by shorter; radiographs up to 1.4
 PROJECTIONS = ("CR", "DX", "RG", "RF", "XA", "MG", "PX")  # of DICOM's modalities
 
 
-def doubts(view: Image.Image, modality: str | None = None) -> list[str]:
+def radiograph_warnings(view: Image.Image, modality: str | None = None) -> list[str]:
     """What speaks against a radiograph, in words; `modality` as a DICOM tells it."""
     found = []
     if modality is not None and modality not in PROJECTIONS:

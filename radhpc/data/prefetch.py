@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from radhpc.core.manifest import Shard
-from radhpc.core.recipe import Stream as StreamRecipe
+from radhpc.core.recipe import StreamSettings
 from radhpc.data.sampler import Positions
-from radhpc.data.source import BadSample, Part, Place, Raw, Source
+from radhpc.data.source import BadSample, Dataset, RawSample, SampleLocation, Source
 from radhpc.storage.node_cache import NodeCache
 
 REQUEST = 256 << 10  # bytes that a request costs: 10 ms at 800 MB/s, shared by 32 that wait at the same time
@@ -49,7 +49,7 @@ class Span:
     data: "Future[memoryview] | None" = None
 
 
-def spans(places: Sequence[Place], gap: int = REQUEST) -> tuple[list[Span], list[Span]]:
+def spans(places: Sequence[SampleLocation], gap: int = REQUEST) -> tuple[list[Span], list[Span]]:
     """The requests that cost least for these samples, in the order in which they are first needed; and each sample's.
 
     Samples of a shard with at most `gap` bytes between them share a span of at most SPAN bytes (a single sample may be
@@ -75,29 +75,29 @@ def spans(places: Sequence[Place], gap: int = REQUEST) -> tuple[list[Span], list
     return sorted(found, key=lambda span: first[id(span)]), each
 
 
-class Ahead:
+class Prefetcher:
     """Reads the samples of `turns` ahead. take() may be called from many threads, for turns about in their order."""
 
     def __init__(
-        self, source: Source, turns: Iterator[Positions], recipe: StreamRecipe, world: int = 1, passes: float = 1.0
+        self, source: Source, turns: Iterator[Positions], recipe: StreamSettings, world: int = 1, passes: float = 1.0
     ) -> None:
         """`world`: ranks that share the samples; `passes`: over the data, by all of them together."""
         self._source, self._turns = source, turns
         self._limit = recipe.prefetch_megabytes << 20
         here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self._pool = ThreadPoolExecutor(max(1, recipe.requests // here), thread_name_prefix="fetch")
-        self._local = [part.store.on_local_disk for part in source.parts]
+        self._local = [part.store.on_local_disk for part in source.datasets]
         self._cached = _through_cache(source, recipe, min(1.0, here / world), passes)
         self.cache = _open_cache(recipe) if any(self._cached) else None
         if self.cache is not None:
             self.cache.expect(
                 _content(part, shard)
-                for part, cached in zip(source.parts, self._cached, strict=True)
+                for part, cached in zip(source.datasets, self._cached, strict=True)
                 if cached
                 for shard in part.manifest.shards
             )
-        self._planned: dict[int, tuple[Place, Span | None]] = {}
-        self._looked_up: deque[Place] = deque()
+        self._planned: dict[int, tuple[SampleLocation, Span | None]] = {}
+        self._looked_up: deque[SampleLocation] = deque()
         self._next, self._taken = 0, 0
         self._live: dict[tuple[int, int], list[Span]] = defaultdict(list)  # by part and shard: those not yet let go
         self._held, self._group = 0, min(FIRST_GROUP, self._limit // 2)
@@ -105,9 +105,9 @@ class Ahead:
         self._closed = threading.Event()
         self._change = threading.Condition()
 
-    def take(self, first: int, end: int) -> list[Raw | BadSample]:
+    def take(self, first: int, end: int) -> list[RawSample | BadSample]:
         """The samples of turns first to end, each turn once. Waits for their bytes. A bad one stands for itself."""
-        taken: list[Raw | BadSample] = []
+        taken: list[RawSample | BadSample] = []
         while (turn := first + len(taken)) < end:
             with self._change:
                 self._extend()
@@ -127,12 +127,12 @@ class Ahead:
                     taken.append(error)
         return taken
 
-    def _local_sample(self, place: Place) -> Raw:
+    def _local_sample(self, place: SampleLocation) -> RawSample:
         view = self._source.mapped(place)
         assert view is not None
         return self._source.check(place, view)
 
-    def _remote_sample(self, place: Place, span: Span) -> Raw:
+    def _remote_sample(self, place: SampleLocation, span: Span) -> RawSample:
         assert span.data is not None
         try:
             whole = span.data.result()
@@ -184,7 +184,7 @@ class Ahead:
         self._change.notify_all()
         return bool(group)
 
-    def _passing(self, place: Place) -> Span | None:
+    def _passing(self, place: SampleLocation) -> Span | None:
         """The span, asked for already, in whose bytes this sample lies: in a gap that was read along."""
         for span in self._live[place.part, place.shard]:
             if span.start <= place.start and place.stop <= span.stop:
@@ -192,9 +192,9 @@ class Ahead:
                 return span
         return None
 
-    def _gather(self) -> list[Place]:
+    def _gather(self) -> list[SampleLocation]:
         """The next turns, up to a group's bytes, and one at least."""
-        group: list[Place] = []
+        group: list[SampleLocation] = []
         size, looked_up = 0, 0
         while (not group or size < self._group) and len(group) < LOOK // 2:
             if not self._looked_up:
@@ -205,7 +205,7 @@ class Ahead:
                     self._ended = True
                     break
                 looked_up += 1
-                self._looked_up.extend(self._source.places(numbers))
+                self._looked_up.extend(self._source.locate(numbers))
                 continue
             place = self._looked_up.popleft()
             group.append(place)
@@ -213,7 +213,7 @@ class Ahead:
         return group
 
     def _fetch(self, span: Span) -> memoryview:
-        part = self._source.parts[span.part]
+        part = self._source.datasets[span.part]
         shard = part.manifest.shards[span.shard]
 
         def fetch(start: int, stop: int) -> memoryview:
@@ -223,14 +223,14 @@ class Ahead:
             return fetch(span.start, span.stop)
         return memoryview(self.cache.read(_content(part, shard), shard.size, span.start, span.stop, fetch))
 
-    def _checked(self, place: Place, data: memoryview) -> Raw:
+    def _checked(self, place: SampleLocation, data: memoryview) -> RawSample:
         """Check a sample. Wrong bytes are fetched again, past the cache, until they are right or come twice alike."""
         for _ in range(FETCHES - 1):
             try:
                 return self._source.check(place, data)
             except BadSample:
                 if self.cache is not None and self._cached[place.part]:
-                    part = self._source.parts[place.part]
+                    part = self._source.datasets[place.part]
                     self.cache.drop(_content(part, part.manifest.shards[place.shard]), place.start, place.stop)
                 self._source.traffic.add(retry="checksum")
                 before, data = data, self._source.fetch(place)
@@ -239,37 +239,37 @@ class Ahead:
         return self._source.check(place, data)
 
 
-def _content(part: Part, shard: Shard) -> str:
+def _content(part: Dataset, shard: Shard) -> str:
     """What names a shard in the cache: where it lies, and its checksum."""
     return f"{part.store.url}/{shard.name} {shard.sha256}"
 
 
-def _open_cache(recipe: StreamRecipe) -> NodeCache:
+def _open_cache(recipe: StreamSettings) -> NodeCache:
     assert recipe.cache is not None
     folder = Path(os.path.expanduser(os.path.expandvars(recipe.cache.folder)))
     return NodeCache(folder, int(recipe.cache.gigabytes * 1e9))
 
 
-def _through_cache(source: Source, recipe: StreamRecipe, share: float, passes: float) -> list[bool]:
+def _through_cache(source: Source, recipe: StreamSettings, share: float, passes: float) -> list[bool]:
     """For each dataset, whether its blocks go through the node's cache: where that makes the node fetch less.
 
     Through the cache every block is fetched whole, once, and what was not kept again in each pass. Without it, the
     node fetches `share` of the samples, those of its ranks, in every pass, each at the cost of its bytes and a request.
     """
     if recipe.cache is None:
-        return [False] * len(source.parts)
+        return [False] * len(source.datasets)
     far = [
-        part.store.folder is None or (recipe.cache.folders and not part.store.on_local_disk) for part in source.parts
+        part.store.folder is None or (recipe.cache.folders and not part.store.on_local_disk) for part in source.datasets
     ]
-    sizes = [sum(shard.size for shard in part.manifest.shards) for part in source.parts]
+    sizes = [sum(shard.size for shard in part.manifest.shards) for part in source.datasets]
     total = sum(size for size, is_far in zip(sizes, far, strict=True) if is_far)
     room = recipe.cache.gigabytes * 1e9
     lost = 1 - min(1.0, room / max(1, total))
-    largest = max(shard.size for part in source.parts for shard in part.manifest.shards)
+    largest = max(shard.size for part in source.datasets for shard in part.manifest.shards)
     if lost and (recipe.window is None or recipe.window * largest > room):
-        return [False] * len(source.parts)  # a block would be gone before the turn of its other samples comes
+        return [False] * len(source.datasets)  # a block would be gone before the turn of its other samples comes
     decisions = []
-    for part, size, is_far in zip(source.parts, sizes, far, strict=True):
+    for part, size, is_far in zip(source.datasets, sizes, far, strict=True):
         apart = share * (1 + REQUEST * part.manifest.samples / size)  # in each pass, as a part of the dataset's bytes
         decisions.append(is_far and 1 + (passes - 1) * lost * apart <= passes * apart)
     return decisions

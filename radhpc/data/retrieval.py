@@ -1,9 +1,9 @@
 """The training studies whose images are most alike: what a report copied from the nearest one scores, a model has to
 beat; and what a model gets to read that is trained so (`text.neighbours`).
 
-    library = Library.build(training, answer, 1024, folder, ranks, stop)
-    library.nearest([thumbnail(views) for views in studies])          # a training report for each
-    library.alike(thumbnail(views), 2, patient)                       # two of other patients
+    library = RetrievalIndex.build(training, answer, 1024, folder, ranks, stop)
+    library.nearest([encode_thumbnail(views) for views in studies])          # a training report for each
+    library.most_similar(encode_thumbnail(views), 2, patient)                       # two of other patients
 
 An image is 16 by 16 gray pixels of its first view, less their mean and of length one; alike is the largest cosine.
 That is coarse on purpose: it needs no weights and is the same for every model. Thumbnails of training studies are made
@@ -27,21 +27,21 @@ from radhpc.core.files import write_atomically
 from radhpc.core.sample import Sample
 from radhpc.data import sampler
 from radhpc.data.source import BadSample, Source
-from radhpc.distributed.background import beside
+from radhpc.distributed.background import run_in_background
 from radhpc.distributed.ranks import Ranks
 from radhpc.distributed.stop import Stop
 
 SIDE = 16
 
 
-def thumbnail(views: Sequence[Image.Image]) -> str:
+def encode_thumbnail(views: Sequence[Image.Image]) -> str:
     """The first view, small, as text for a JSON file."""
     small = views[0].convert("L").resize((SIDE, SIDE), Image.Resampling.BOX)
     return base64.b64encode(small.tobytes()).decode()
 
 
 @dataclass(frozen=True)
-class Library:
+class RetrievalIndex:
     """Thumbnails and reports of training studies."""
 
     thumbnails: list[str]
@@ -51,7 +51,7 @@ class Library:
     @classmethod
     def build(
         cls, training: Source, answer: Callable[[Sample], str], count: int, folder: Path, ranks: Ranks, stop: Stop
-    ) -> "Library":
+    ) -> "RetrievalIndex":
         """From so many training studies, the same ones in every evaluation; all ranks read their share. Complete on
         rank 0 only. Studies with a question, without a text, or that cannot be read are passed over.
         """
@@ -70,10 +70,10 @@ class Library:
                 except BadSample:  # the stream names it when its turn comes
                     continue
                 if sample.question is None and (told := answer(sample)):
-                    found.append((thumbnail(views), told, sample.patient))
+                    found.append((encode_thumbnail(views), told, sample.patient))
             return found
 
-        mine = beside(read, ranks, stop) or []
+        mine = run_in_background(read, ranks, stop) or []
         # In an order of its own: the file is the same whatever the number of ranks.
         every = sorted(one for theirs in ranks.gather(mine) for one in theirs)
         library = cls(*(list(column) for column in zip(*every, strict=True))) if every else cls([], [], [])
@@ -85,7 +85,7 @@ class Library:
         """For each the text of the training study that is most alike."""
         return [self.texts[int(np.argmax(self._known @ vector))] for vector in _vectors(thumbnails)]
 
-    def alike(self, thumbnail: str, count: int, patient: str) -> list[str]:
+    def most_similar(self, thumbnail: str, count: int, patient: str) -> list[str]:
         """The texts of the most alike, most alike first, without this patient's."""
         similar = self._known @ _vectors([thumbnail])[0]
         similar[self._rows.get(patient, [])] = -np.inf
@@ -113,7 +113,7 @@ class Library:
         return folder / f"neighbours-{identity}.npz"
 
     @classmethod
-    def load(cls, path: Path) -> "Library":
+    def load(cls, path: Path) -> "RetrievalIndex":
         with np.load(path, allow_pickle=False) as data:
             return cls(*([str(one) for one in data[name]] for name in ("thumbnails", "texts", "patients")))
 

@@ -1,6 +1,6 @@
 """The order of samples: a pure function of (seed, stage, epoch, manifests, weights), computed for any position.
 
-    order = Order([[1000, 1000, 400]], key="seed 0, stage 0")     # one dataset in three shards
+    order = Sampler([[1000, 1000, 400]], key="seed 0, stage 0")     # one dataset in three shards
     order.at(np.arange(64)).sample                                 # the samples of the first batch
     order.at(np.asarray([10**9]))                                  # of a position far away: as fast
 
@@ -8,10 +8,11 @@ Nothing is replayed and nothing is saved but the position. Three parts make it u
 
 1. A keyed pseudo-random permutation of 0..n-1 (`permute`): a balanced Feistel network on the next even power of two,
    with cycle walking for what falls outside (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
-2. A window of shards (`_Dataset`), so that an object store is read in long runs. In every epoch the shards are
-   permuted, and each is dealt in `window` runs of neighbouring samples over as many blocks that follow each other: a
-   block holds one run of each of `window` shards, and is permuted as a whole. From block to block one shard enters and
-   one leaves, so a block is about as large as a shard, whatever the window. No window: one block, a full shuffle.
+2. A window of shards (`_DatasetPermutation`), so that an object store is read in long runs. In every epoch the shards
+   are permuted, and each is dealt in `window` runs of neighbouring samples over as many blocks that follow each
+   other: a block holds one run of each of `window` shards, and is permuted as a whole. From block to block one shard
+   enters and one leaves, so a block is about as large as a shard, whatever the window. No window: one block, a full
+   shuffle.
 3. A schedule over datasets with weights (`schedule`): a fixed row of PERIOD draws in which every dataset is, at every
    length, less than one draw away from its share. Each dataset goes through its own epochs.
 """
@@ -86,7 +87,7 @@ class _Epoch:
     ends: Positions  # (blocks,) position behind each block
 
 
-class _Dataset:
+class _DatasetPermutation:
     """One dataset, epoch after epoch."""
 
     def __init__(self, counts: Sequence[int] | Positions, key: str, window: int | None) -> None:
@@ -184,7 +185,7 @@ def schedule(weights: tuple[float, ...], period: int = PERIOD) -> npt.NDArray[np
 
 
 @dataclass(frozen=True)
-class Drawn:
+class Draws:
     """What stands at some positions; all of shape (positions,)."""
 
     dataset: Positions
@@ -192,7 +193,7 @@ class Drawn:
     sample: Positions  # numbered over all datasets, one behind the other
 
 
-class Order:
+class Sampler:
     """The samples of one stage, in their order, without an end.
 
     shards: the number of samples of each shard, dataset by dataset. weights: how often each dataset is drawn; None
@@ -204,7 +205,7 @@ class Order:
         self, shards: Sequence[Sequence[int] | Positions], key: str, window: int | None, weights: Sequence[float] | None
     ) -> None:
         assert len(shards) == (1 if weights is None else len(weights))
-        self.datasets = [_Dataset(counts, f"{key}/{n}", window) for n, counts in enumerate(shards)]
+        self.datasets = [_DatasetPermutation(counts, f"{key}/{n}", window) for n, counts in enumerate(shards)]
         self.sizes = [dataset.size for dataset in self.datasets]
         self._first = np.cumsum([0, *self.sizes])
         if weights is not None:
@@ -216,11 +217,11 @@ class Order:
     def __len__(self) -> int:
         return int(self._first[-1])
 
-    def at(self, positions: Positions) -> Drawn:
+    def at(self, positions: Positions) -> Draws:
         """What stands at positions 0, 1, ... of the stage, in any number and order."""
         if len(self.datasets) == 1:
             epochs, samples = self.datasets[0].at(positions)
-            return Drawn(np.zeros_like(positions), epochs, samples)
+            return Draws(np.zeros_like(positions), epochs, samples)
         periods, place = np.divmod(positions, PERIOD)
         dataset = self._schedule[place].astype(np.int64)
         draws = periods * self._counts[dataset] + self._before[place, dataset]
@@ -229,4 +230,4 @@ class Order:
             here = np.flatnonzero(dataset == n)
             epochs[here], inside = one.at(draws[here])
             samples[here] = self._first[n] + inside
-        return Drawn(dataset, epochs, samples)
+        return Draws(dataset, epochs, samples)

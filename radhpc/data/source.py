@@ -1,11 +1,11 @@
 """Shards to bytes: the samples of one split over several datasets, by number, each byte checked when it is read.
 
     source = Source(("/data/padchest", "s3://bucket/mimic"), "train")
-    for raw in source.raw(np.asarray([7, 1_000_000])):    # key, and a view of each member
-        key, sample, views = study(raw)                    # parsed and decoded
+    for raw in source.read_raw(np.asarray([7, 1_000_000])):    # key, and a view of each member
+        key, sample, views = decode_study(raw)                    # parsed and decoded
 
-Enters: manifests and numbers of samples. Leaves: Raw, whose members have the length and the crc32c of the manifest.
-Files on a local disk are mapped, not copied; what lies behind a network is read ahead by prefetch.py.
+Enters: manifests and numbers of samples. Leaves: RawSample, whose members have the length and the crc32c of the
+manifest. Files on a local disk are mapped, not copied; what lies behind a network is read ahead by prefetch.py.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from pydantic import ValidationError
 
 from radhpc.core.errors import UserError, first_line
 from radhpc.core.image_decoding import decode
-from radhpc.core.manifest import Index, Manifest
+from radhpc.core.manifest import Manifest, SampleIndex
 from radhpc.core.sample import Sample
 from radhpc.data.sampler import Positions
 from radhpc.storage.store import Store, Traffic
@@ -40,7 +40,7 @@ class BadSample(Exception):
         self.key, self.fault = key, fault
 
 
-class Place(NamedTuple):
+class SampleLocation(NamedTuple):
     """Where one sample lies: bytes start to stop of a shard, and its members inside them."""
 
     number: int
@@ -52,7 +52,7 @@ class Place(NamedTuple):
     members: tuple[tuple[str, int, int, int], ...]  # suffix, first byte and the one behind the last, crc32c
 
 
-class Raw(NamedTuple):
+class RawSample(NamedTuple):
     """One sample as it lies in the shard."""
 
     key: str
@@ -61,13 +61,13 @@ class Raw(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Part:
+class Dataset:
     """One dataset: a folder of shards, and which of its samples are wanted."""
 
     url: str
     store: Store
     manifest: Manifest
-    index: Index
+    index: SampleIndex
     rows: Positions
 
     def shard_samples(self) -> Positions:
@@ -95,7 +95,7 @@ class Source:
         self.split = split
         self.weights = tuple(shards.values()) if isinstance(shards, Mapping) else None
         self.traffic = Traffic()
-        self.parts: list[Part] = []
+        self.datasets: list[Dataset] = []
         folders: dict[str, str] = {}
         patients: dict[bytes, tuple[str, int]] = {}
         for url in shards:
@@ -105,17 +105,17 @@ class Source:
             folders[store.url] = url
             manifest = Manifest.load(store)
             index = manifest.load_index(store)
-            self.parts.append(Part(url, store, manifest, index, index.of_split(split)))
+            self.datasets.append(Dataset(url, store, manifest, index, index.of_split(split)))
             _refuse_leak(url, index, patients)
-        self._ends = np.cumsum([len(part.rows) for part in self.parts])
-        self.hashes = tuple(part.manifest.hash for part in self.parts)
+        self._ends = np.cumsum([len(part.rows) for part in self.datasets])
+        self.hashes = tuple(part.manifest.hash for part in self.datasets)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def check_sizes(self) -> None:
         """Compare every shard's size with its manifest. Raises UserError."""
-        for part in self.parts:
+        for part in self.datasets:
             part.manifest.check_sizes(part.store)
 
     def key(self, number: int) -> str:
@@ -125,7 +125,7 @@ class Source:
         """The names of samples, in this order."""
         keys = np.empty(len(numbers), object)
         which = np.searchsorted(self._ends, numbers, "right")
-        for n, part in enumerate(self.parts):
+        for n, part in enumerate(self.datasets):
             here = np.flatnonzero(which == n)
             keys[here] = [key.decode() for key in part.index.key[self._rows(n, numbers[here])].tolist()]
         return list(keys)
@@ -134,7 +134,7 @@ class Source:
         """(numbers, 2): images of each sample, and bytes of its description, which go with the length of its text."""
         sizes = np.empty((len(numbers), 2), np.int64)
         which = np.searchsorted(self._ends, numbers, "right")
-        for n, part in enumerate(self.parts):
+        for n, part in enumerate(self.datasets):
             here = np.flatnonzero(which == n)
             rows = self._rows(n, numbers[here])
             first = part.index.first[rows]
@@ -142,11 +142,11 @@ class Source:
             sizes[here, 1] = part.index.length[first]
         return sizes
 
-    def places(self, numbers: Positions) -> list[Place]:
+    def locate(self, numbers: Positions) -> list[SampleLocation]:
         """Where samples lie, in this order; in bulk, because one at a time would take longer than reading them."""
-        result: list[Place | None] = [None] * len(numbers)
+        result: list[SampleLocation | None] = [None] * len(numbers)
         which = np.searchsorted(self._ends, numbers, "right")
-        for n, part in enumerate(self.parts):
+        for n, part in enumerate(self.datasets):
             here = np.flatnonzero(which == n)
             index, rows = part.index, self._rows(n, numbers[here])
             first, last = index.first[rows], index.first[rows + 1]
@@ -171,25 +171,25 @@ class Source:
                 here.tolist(), numbers[here].tolist(), index.key[rows].tolist(), index.shard[rows].tolist(),
                 start.tolist(), stop.tolist(), ends.tolist(), strict=True,
             ):  # fmt: skip
-                result[at] = Place(number, key.decode(), n, shard, low, high, tuple(described[begin:end]))
+                result[at] = SampleLocation(number, key.decode(), n, shard, low, high, tuple(described[begin:end]))
                 begin = end
         return result  # type: ignore[return-value]
 
-    def mapped(self, place: Place) -> memoryview | None:
+    def mapped(self, place: SampleLocation) -> memoryview | None:
         """The bytes of a sample, if its shard is a file on a local disk."""
-        part = self.parts[place.part]
+        part = self.datasets[place.part]
         shard = part.manifest.shards[place.shard]
         whole = part.store.mapped(shard.name, shard.size)
         return None if whole is None else whole[place.start : place.stop]
 
-    def fetch(self, place: Place) -> memoryview:
+    def fetch(self, place: SampleLocation) -> memoryview:
         """The bytes of a sample, from wherever its shard lies."""
         view = self.mapped(place)
         if view is not None:
             return view
-        return self.parts[place.part].read(place.shard, place.start, place.stop)
+        return self.datasets[place.part].read(place.shard, place.start, place.stop)
 
-    def check(self, place: Place, data: memoryview) -> Raw:
+    def check(self, place: SampleLocation, data: memoryview) -> RawSample:
         """The members of a sample, if they are those of the manifest. Raises BadSample."""
         assert len(data) == place.stop - place.start, place
         members = []
@@ -198,17 +198,17 @@ class Source:
             if crc32c(member) != checksum:
                 raise BadSample(place.key, f"{self._name(place)}: {suffix}: checksum differs from the manifest's")
             members.append((suffix, member))
-        return Raw(place.key, members)
+        return RawSample(place.key, members)
 
-    def raw(self, numbers: Positions) -> Iterator[Raw]:
+    def read_raw(self, numbers: Positions) -> Iterator[RawSample]:
         """Read and check samples, one after the other. Raises BadSample."""
         for begin in range(0, len(numbers), _BULK):
-            for place in self.places(numbers[begin : begin + _BULK]):
+            for place in self.locate(numbers[begin : begin + _BULK]):
                 yield self.check(place, self.fetch(place))
 
-    def read(self, number: int) -> "Study":
+    def read(self, number: int) -> "DecodedStudy":
         """Read, check and decode one sample. Raises BadSample."""
-        return study(next(self.raw(np.asarray([number]))))
+        return decode_study(next(self.read_raw(np.asarray([number]))))
 
     def samples(self, numbers: Positions | None = None) -> Iterator[Sample]:
         """Descriptions alone, of all samples in the order of the shards or of some: for a tokenizer, and for baselines.
@@ -216,7 +216,7 @@ class Source:
         """
         numbers = np.arange(len(self)) if numbers is None else numbers
 
-        def described(place: Place) -> Sample | None:
+        def described(place: SampleLocation) -> Sample | None:
             _, start, stop, _ = place.members[0]
             alone = place._replace(start=place.start + start, stop=place.start + stop, members=place.members[:1])
             with contextlib.suppress(BadSample, ValidationError):
@@ -225,22 +225,22 @@ class Source:
 
         with ThreadPoolExecutor(_REQUESTS, "descriptions") as pool:
             for begin in range(0, len(numbers), _BULK):
-                places = self.places(numbers[begin : begin + _BULK])
+                places = self.locate(numbers[begin : begin + _BULK])
                 local = all(self.mapped(place) is not None for place in places)
                 yield from filter(None, map(described, places) if local else pool.map(described, places))
 
     def _rows(self, part: int, numbers: Positions) -> Positions:
         before = int(self._ends[part - 1]) if part else 0
-        return self.parts[part].rows[numbers - before]
+        return self.datasets[part].rows[numbers - before]
 
-    def _name(self, place: Place) -> str:
-        return self.parts[place.part].manifest.shards[place.shard].name
-
-
-Study = tuple[str, Sample, list[Image.Image]]
+    def _name(self, place: SampleLocation) -> str:
+        return self.datasets[place.part].manifest.shards[place.shard].name
 
 
-def study(raw: Raw) -> Study:
+DecodedStudy = tuple[str, Sample, list[Image.Image]]
+
+
+def decode_study(raw: RawSample) -> DecodedStudy:
     """Parse and decode one sample. Raises BadSample."""
     sample: Sample | None = None
     views: list[Image.Image] = []
@@ -258,7 +258,7 @@ def study(raw: Raw) -> Study:
     return raw.key, sample, views
 
 
-def _refuse_leak(url: str, index: Index, patients: dict[bytes, tuple[str, int]]) -> None:
+def _refuse_leak(url: str, index: SampleIndex, patients: dict[bytes, tuple[str, int]]) -> None:
     """Promise 7: no patient in two splits, across all the folders of a recipe."""
     for patient, split in set(zip(index.patient.tolist(), index.split.tolist(), strict=True)):
         where = patients.setdefault(patient, (url, split))

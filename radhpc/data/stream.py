@@ -37,11 +37,11 @@ import numpy.typing as npt
 from radhpc.core.batch import IGNORE
 from radhpc.core.errors import UserError
 from radhpc.core.files import write_atomically
-from radhpc.core.recipe import Recipe, Stage, Stream as StreamRecipe, load
+from radhpc.core.recipe import Recipe, Stage, StreamSettings, load
 from radhpc.core.sample import SPLITS, Split
-from radhpc.data.prefetch import Ahead
-from radhpc.data.sampler import Order, Positions
-from radhpc.data.source import BadSample, Raw, Source, study
+from radhpc.data.prefetch import Prefetcher
+from radhpc.data.sampler import Positions, Sampler
+from radhpc.data.source import BadSample, RawSample, Source, decode_study
 
 _TASK = 16  # samples that one task decodes
 _PATIENCE = 0.2  # seconds between two looks at whether the run has to stop
@@ -49,9 +49,9 @@ _DEALT = 4096  # samples, of all ranks, whose order is computed at a time
 
 
 class Reader(Protocol):
-    """What becomes of a sample: collate.Encoder for training."""
+    """What becomes of a sample: collate.StudyEncoder for training."""
 
-    def read(self, raw: Raw) -> Any:
+    def read(self, raw: RawSample) -> Any:
         """Decode and encode one sample; the result has `key`, `supervised` and `length`. Raises BadSample."""
         ...
 
@@ -64,7 +64,7 @@ class Reader(Protocol):
         ...
 
 
-class GivenUp(Exception):
+class StopRequested(Exception):
     """The run was told to stop while it waited for data."""
 
 
@@ -92,22 +92,22 @@ def stage_steps(stage: Stage, length: int) -> int:
     return -(-stage_samples(stage, length) // stage.batch)
 
 
-def order_of(source: Source, stage_number: int, recipe: StreamRecipe, seed: int) -> Order:
+def stage_sampler(source: Source, stage_number: int, recipe: StreamSettings, seed: int) -> Sampler:
     """The order of a stage: a pure function of seed, stage, manifests, window and weights. Raises UserError."""
-    shards, weights = [part.shard_samples() for part in source.parts], source.weights
+    shards, weights = [part.shard_samples() for part in source.datasets], source.weights
     if weights is None and recipe.temperature is None:
         shards = [np.concatenate(shards)]
     else:
-        for part in source.parts:
+        for part in source.datasets:
             if not len(part.rows):
                 raise UserError(f"{part.url}: no sample of split '{source.split}', but a weight")
         if weights is None and recipe.temperature is not None:
-            weights = tuple(len(part.rows) ** (1 / recipe.temperature) for part in source.parts)
-    return Order(shards, f"{seed}/{stage_number}/{'/'.join(source.hashes)}", recipe.window, weights)
+            weights = tuple(len(part.rows) ** (1 / recipe.temperature) for part in source.datasets)
+    return Sampler(shards, f"{seed}/{stage_number}/{'/'.join(source.hashes)}", recipe.window, weights)
 
 
 @dataclass(frozen=True)
-class Deal:
+class BatchPlan:
     """How the samples of each step are dealt to ranks and micro-batches: arithmetic, the same on every rank."""
 
     samples: int  # of the stage
@@ -147,7 +147,7 @@ class Stream:
         reader: Reader,
         stage: Stage,
         stage_number: int,
-        recipe: StreamRecipe,
+        recipe: StreamSettings,
         seed: int,
         rank: int = 0,
         world: int = 1,
@@ -157,26 +157,26 @@ class Stream:
     ) -> None:
         """`cursor`: samples of this stage that were trained on; `pin`: leave batches in memory that a GPU reads.
 
-        `told`: whether the run has to stop. While data are slow to come it is asked, and if so GivenUp is raised.
+        `told`: whether the run has to stop. While data are slow to come it is asked, and if so StopRequested is raised.
         """
         samples = stage_samples(stage, len(source))
         assert cursor % stage.batch == 0 or cursor == samples, cursor
         most = -(-stage.batch // world)
-        self.deal = Deal(samples, stage.batch, min(stage.micro_batch or most, most), world)
+        self.plan = BatchPlan(samples, stage.batch, min(stage.micro_batch or most, most), world)
         self._source, self._reader, self._rank, self._pin, self._told = source, reader, rank, pin, told
-        self._order = order_of(source, stage_number, recipe, seed)
+        self._order = stage_sampler(source, stage_number, recipe, seed)
         self._first, self._prefetch = -(-cursor // stage.batch), recipe.prefetch
         self._epochs: dict[int, int] = {}  # of the turns that are read ahead
-        self.ahead = Ahead(source, self._turns(), recipe, world, samples / max(1, len(source)))
+        self.prefetcher = Prefetcher(source, self._turns(), recipe, world, samples / max(1, len(source)))
         self._decoders = ThreadPoolExecutor(recipe.threads, thread_name_prefix="decode")
         self._assembler = ThreadPoolExecutor(1, thread_name_prefix="assemble")
 
     def __iter__(self) -> Iterator[Step]:
         pending: deque[Future[Step]] = deque()
         turn = 0
-        for number in range(self._first, self.deal.steps):
+        for number in range(self._first, self.plan.steps):
             tasks = []
-            for count in self.deal.counts(number, self._rank):
+            for count in self.plan.counts(number, self._rank):
                 ends = [*range(turn, turn + count, _TASK), turn + count]
                 tasks.append([self._decoders.submit(self._read, *ends) for ends in itertools.pairwise(ends)])
                 turn += count
@@ -190,7 +190,7 @@ class Stream:
         started = time.perf_counter()
         while wait([future], _PATIENCE).not_done:
             if self._told():
-                raise GivenUp
+                raise StopRequested
         step = future.result()
         step.wait_seconds = time.perf_counter() - started
         return step
@@ -199,13 +199,13 @@ class Stream:
         """Drop what was read ahead."""
         for pool in (self._decoders, self._assembler):
             pool.shutdown(wait=False, cancel_futures=True)
-        self.ahead.close()
+        self.prefetcher.close()
         for pool in (self._decoders, self._assembler):
             pool.shutdown(wait=True)
 
     def traffic(self) -> dict[str, float]:
         """What this rank has asked of stores and of the node's cache so far."""
-        traffic, cache = self._source.traffic, self.ahead.cache
+        traffic, cache = self._source.traffic, self.prefetcher.cache
         return {
             "requests": traffic.requests,
             "megabytes": traffic.bytes / 1e6,
@@ -216,7 +216,7 @@ class Stream:
 
     def _turns(self) -> Iterator[Positions]:
         """This rank's samples from the cursor on, some steps at a time."""
-        deal = self.deal
+        deal = self.plan
         at_once, turn = max(1, _DEALT // deal.batch), 0
         for first in range(self._first, deal.steps, at_once):
             positions = np.arange(first * deal.batch, min((first + at_once) * deal.batch, deal.samples))
@@ -233,7 +233,7 @@ class Stream:
     def _read(self, first: int, end: int) -> list[Any]:
         """Some turns, decoded; a BadSample stands for itself."""
         rows: list[Any] = []
-        for turn, raw in enumerate(self.ahead.take(first, end), first):
+        for turn, raw in enumerate(self.prefetcher.take(first, end), first):
             epoch = self._epochs.pop(turn)
             try:
                 rows.append(raw if isinstance(raw, BadSample) else self._reader.read(raw._replace(epoch=epoch)))
@@ -250,7 +250,7 @@ class Stream:
             step.keys += [row.key for row in rows]
             step.supervised += sum(row.supervised for row in rows)
             step.tokens += sum(row.length for row in rows)
-            rows += [self._reader.empty() for _ in range(self.deal.size - len(rows))]
+            rows += [self._reader.empty() for _ in range(self.plan.size - len(rows))]
             step.padded += max(row.length for row in rows) * len(rows)
             batch = self._reader.batch(rows)
             step.micro_batches.append({name: t.pin_memory() for name, t in batch.items()} if self._pin else batch)
@@ -290,7 +290,7 @@ def _show(recipe: Recipe, number: int, split: Split, count: int, out: Path) -> N
     source = Source(recipe.shards_of(stage), split)
     if not len(source):
         raise UserError(f"stage '{stage.name}': no sample of split '{split}' in its shards")
-    print(f"stage {stage.name}, split {split}: {len(source)} samples in {len(source.parts)} dataset(s)")
+    print(f"stage {stage.name}, split {split}: {len(source)} samples in {len(source.datasets)} dataset(s)")
     images = source.sizes(np.arange(len(source)))[:, 0]
     limit = recipe.images_of(stage).limit
     if limit is not None and (more := int((images > limit).sum())):
@@ -305,14 +305,14 @@ def _show(recipe: Recipe, number: int, split: Split, count: int, out: Path) -> N
             texts = (collate.conversation(sample, first, recipe.findings) for sample in samples)
             tokenizer.train(texts, recipe.model.tokenizer.train_vocabulary, Path(folder))
         family = models.family(recipe.model, folder)
-    encoder = collate.Encoder(family, recipe.text_of(stage), recipe.images_of(stage), recipe.findings, recipe.seed)
+    encoder = collate.StudyEncoder(family, recipe.text_of(stage), recipe.images_of(stage), recipe.findings, recipe.seed)
     turns = min(count, stage_samples(stage, len(source)))
-    drawn = order_of(source, number, recipe.stream, recipe.seed).at(np.arange(turns))
-    for turn, place in enumerate(source.places(drawn.sample)):
-        print(f"\n{turn} {place.key}, epoch {drawn.epoch[turn]} of {source.parts[place.part].url}")
+    drawn = stage_sampler(source, number, recipe.stream, recipe.seed).at(np.arange(turns))
+    for turn, place in enumerate(source.locate(drawn.sample)):
+        print(f"\n{turn} {place.key}, epoch {drawn.epoch[turn]} of {source.datasets[place.part].url}")
         try:
-            raw = next(source.raw(np.asarray([place.number])))._replace(epoch=int(drawn.epoch[turn]))
-            (_, described, views), row = study(raw), encoder.read(raw)
+            raw = next(source.read_raw(np.asarray([place.number])))._replace(epoch=int(drawn.epoch[turn]))
+            (_, described, views), row = decode_study(raw), encoder.read(raw)
         except BadSample as error:
             print(f"  cannot be read, and leaves an empty slot: {error.fault}")
             continue
@@ -326,7 +326,7 @@ def _show(recipe: Recipe, number: int, split: Split, count: int, out: Path) -> N
         print(f"  prompt     {(~taught).sum()} tokens: {family.tokenizer.decode(row.input_ids[~taught])}")
         cut = f", cut at text.max_tokens {recipe.text_of(stage).max_tokens}" if row.cut else ""
         print(f"  answer     {row.supervised} supervised tokens{cut}: {family.tokenizer.decode(row.input_ids[taught])}")
-        picture = board.beside({"in the shard": views, "what the model sees": family.show_images(row.images)})
+        picture = board.side_by_side({"in the shard": views, "what the model sees": family.show_images(row.images)})
         path, data = out / f"{turn}-{place.key}.png", io.BytesIO()
         picture.save(data, "PNG")
         write_atomically(path, data.getvalue(), 0o600)

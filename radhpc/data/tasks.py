@@ -1,10 +1,10 @@
 """What a study is asked and what it shall answer: the mixture of tasks, as a pure function of the study and the epoch.
 
-Enters: a Sample and the epoch that it is drawn in. Leaves: an Asked, or None where no task of the recipe fits.
+Enters: a Sample and the epoch that it is drawn in. Leaves: an TaskExample, or None where no task of the recipe fits.
 
     tasks = Tasks(recipe.text, recipe.findings, recipe.seed)
-    tasks.of(sample, epoch=0)      # Asked("rare", "Is there Fracture? Answer yes or no.", "yes")
-    tasks.usual(sample)            # the same in every epoch: what the study is evaluated by
+    tasks.draw(sample, epoch=0)      # TaskExample("rare", "Is there Fracture? Answer yes or no.", "yes")
+    tasks.default(sample)            # the same in every epoch: what the study is evaluated by
 
 A sample with a question of its own is asked that, where a task takes questions: a closed one whose set holds the
 answer, else an open one. All others choose among what they can serve, by weight. Nothing is stored: after a resume, and
@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from radhpc.core.errors import UserError
-from radhpc.core.recipe import Findings, Recipe, Stage, Task, Text
+from radhpc.core.recipe import FindingsSettings, Recipe, Stage, TaskSettings, TextSettings
 from radhpc.core.sample import Sample
 from radhpc.data.source import Source
 
@@ -27,11 +27,11 @@ LANGUAGES = {
 LOOKED_AT = 64  # studies of each stage, before it starts
 
 
-class OutsideTheSet(ValueError):
+class AnswerNotAllowed(ValueError):
     """A closed question has an answer that is none of those allowed."""
 
 
-class Asked(NamedTuple):
+class TaskExample(NamedTuple):
     """One task of one study. Without an answer it cannot be learnt, only asked."""
 
     task: str  # the name in the recipe
@@ -42,33 +42,33 @@ class Asked(NamedTuple):
 class Tasks:
     """The tasks of a stage."""
 
-    def __init__(self, text: Text, findings: Findings, seed: int) -> None:
+    def __init__(self, text: TextSettings, findings: FindingsSettings, seed: int) -> None:
         self.mixture, self.findings, self._seed = text.mixture(), findings, seed
 
-    def of(self, sample: Sample, epoch: int = 0) -> Asked | None:
-        """The task of a study in an epoch. Raises OutsideTheSet."""
+    def draw(self, sample: Sample, epoch: int = 0) -> TaskExample | None:
+        """The task of a study in an epoch. Raises AnswerNotAllowed."""
         fitting = self._fitting(sample)
         if not fitting:
             return None
         name = _weighted(fitting, self._number(sample, epoch, "task"))
         return self._asked(name, sample, epoch)
 
-    def usual(self, sample: Sample) -> Asked | None:
+    def default(self, sample: Sample) -> TaskExample | None:
         """The first task of the recipe that a study can serve; an answer outside a closed set is as good as any."""
         try:
             fitting = self._fitting(sample)
-        except OutsideTheSet:
-            return Asked("", self.asking(sample.question or "", sample.language), sample.answer or "")
+        except AnswerNotAllowed:
+            return TaskExample("", self.question_prompt(sample.question or "", sample.language), sample.answer or "")
         return self._asked(next(iter(fitting)), sample, 0) if fitting else None
 
-    def plain(self, language: str = "en") -> str:
+    def default_prompt(self, language: str = "en") -> str:
         """What is asked of an image about which nothing else is known: the first task that needs no study for it."""
         for task in self.mixture.values():
             if task.kind in ("report", "caption", "findings"):
                 return self._prompt(task, language, {})
         return ""
 
-    def asking(self, question: str, language: str = "en") -> str:
+    def question_prompt(self, question: str, language: str = "en") -> str:
         """A question of a user, put as the recipe's first open question is."""
         tasks = [task for task in self.mixture.values() if task.kind == "question"]
         if not tasks:
@@ -76,7 +76,7 @@ class Tasks:
         task = next((task for task in tasks if not task.answers), tasks[0])
         return self._prompt(task, language, {"question": question})
 
-    def known(self, sample: Sample) -> dict[str, bool]:
+    def known_findings(self, sample: Sample) -> dict[str, bool]:
         """The findings of the recipe's vocabulary that the study says something about."""
         labels = sample.labels.get(self.findings.vocabulary, {})
         uncertain = {"ignore": None, "present": 1, "absent": 0}[self.findings.uncertain]
@@ -90,7 +90,7 @@ class Tasks:
             return self._questions(sample, questions)
         return {name: task.weight for name, task in self.mixture.items() if self._serves(task, sample)}
 
-    def _questions(self, sample: Sample, questions: dict[str, Task]) -> dict[str, float]:
+    def _questions(self, sample: Sample, questions: dict[str, TaskSettings]) -> dict[str, float]:
         answer = _folded(sample.answer or "")
         closed = {n: t for n, t in questions.items() if t.answers and answer in map(_folded, t.answers)}
         fitting = closed or {name: task for name, task in questions.items() if not task.answers}
@@ -99,46 +99,46 @@ class Tasks:
             if told == 0:
                 return {}  # an open question, and a recipe of closed ones
             allowed = ", ".join(answer for task in questions.values() for answer in task.answers or ())
-            raise OutsideTheSet(f"the answer to a closed question is none of {allowed}")
+            raise AnswerNotAllowed(f"the answer to a closed question is none of {allowed}")
         return {name: task.weight for name, task in fitting.items()}
 
-    def _serves(self, task: Task, sample: Sample) -> bool:
+    def _serves(self, task: TaskSettings, sample: Sample) -> bool:
         match task.kind:
             case "report":
                 return bool(sample.report.text(_sections(task)))
             case "caption":
                 return bool(sample.report.other)
             case "findings":
-                return bool(self.known(sample))
+                return bool(self.known_findings(sample))
             case "finding":
-                return bool(self.known(sample).keys() & set(task.findings or self.findings.names))
+                return bool(self.known_findings(sample).keys() & set(task.findings or self.findings.names))
             case "question":
                 return False  # without a question there is nothing to ask
 
-    def _asked(self, name: str, sample: Sample, epoch: int) -> Asked:
+    def _asked(self, name: str, sample: Sample, epoch: int) -> TaskExample:
         task, language = self.mixture[name], sample.language
         match task.kind:
             case "report":
-                return Asked(name, self._prompt(task, language, {}), sample.report.text(_sections(task)))
+                return TaskExample(name, self._prompt(task, language, {}), sample.report.text(_sections(task)))
             case "caption":
-                return Asked(name, self._prompt(task, language, {}), sample.report.other or "")
+                return TaskExample(name, self._prompt(task, language, {}), sample.report.other or "")
             case "question":
                 answer = sample.answer or ""
                 allowed = [known for known in task.answers or () if _folded(known) == _folded(answer)]
                 said = {"question": sample.question or ""}
-                return Asked(name, self._prompt(task, language, said), allowed[0] if allowed else answer)
+                return TaskExample(name, self._prompt(task, language, said), allowed[0] if allowed else answer)
             case "findings":
-                present = [finding for finding, there in self.known(sample).items() if there]
-                return Asked(name, self._prompt(task, language, {}), ", ".join(present) or task.nothing)
+                present = [finding for finding, there in self.known_findings(sample).items() if there]
+                return TaskExample(name, self._prompt(task, language, {}), ", ".join(present) or task.nothing)
             case "finding":
                 finding, there = self._finding(task, sample, epoch)
                 yes, no = task.answers or ("yes", "no")
-                return Asked(name, self._prompt(task, language, {"finding": finding}), yes if there else no)
+                return TaskExample(name, self._prompt(task, language, {"finding": finding}), yes if there else no)
 
-    def _finding(self, task: Task, sample: Sample, epoch: int) -> tuple[str, bool]:
+    def _finding(self, task: TaskSettings, sample: Sample, epoch: int) -> tuple[str, bool]:
         """The finding that a study is asked about: one that is present, `positive` of the time."""
         wanted = set(task.findings or self.findings.names)
-        known = {finding: there for finding, there in self.known(sample).items() if finding in wanted}
+        known = {finding: there for finding, there in self.known_findings(sample).items() if finding in wanted}
         present = [finding for finding, there in known.items() if there]
         absent = [finding for finding, there in known.items() if not there]
         ask_present = self._number(sample, epoch, "positive") < task.positive
@@ -146,7 +146,7 @@ class Tasks:
         finding = chosen[int(self._number(sample, epoch, "finding") * len(chosen))]
         return finding, known[finding]
 
-    def _prompt(self, task: Task, language: str, said: dict[str, str]) -> str:
+    def _prompt(self, task: TaskSettings, language: str, said: dict[str, str]) -> str:
         answers = task.answers or (("yes", "no") if task.kind == "finding" else ())
         return task.prompt.format(
             **{
@@ -170,7 +170,7 @@ def check(recipe: Recipe, stage: Stage, source: Source) -> None:
 
     tasks, text = Tasks(recipe.text_of(stage), recipe.findings, recipe.seed), recipe.text_of(stage)
     start = 0
-    for part in source.parts:
+    for part in source.datasets:
         count = len(part.rows)
         some = start + np.unique(np.linspace(0, max(0, count - 1), min(count, LOOKED_AT)).astype(np.int64))
         start += count
@@ -187,8 +187,8 @@ def check(recipe: Recipe, stage: Stage, source: Source) -> None:
 
 def _answered(tasks: Tasks, sample: Sample) -> bool:
     try:
-        return tasks.of(sample) is not None
-    except OutsideTheSet:
+        return tasks.draw(sample) is not None
+    except AnswerNotAllowed:
         return True  # the stream names the sample
 
 
@@ -202,7 +202,7 @@ def _offers(samples: Iterable[Sample]) -> set[str]:
     return found
 
 
-def _sections(task: Task) -> tuple[str, ...]:
+def _sections(task: TaskSettings) -> tuple[str, ...]:
     return task.sections or ("findings", "impression")
 
 

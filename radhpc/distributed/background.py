@@ -1,7 +1,7 @@
 """Long work beside the ranks' talk: a thread does it, and the main threads go on agreeing whether to stop.
 
-    tokenizer = on_first(lambda: train(...), ranks, stop)       # rank 0 works, all wait, any signal ends it on all
-    model = beside(lambda: load(...), ranks, stop)              # every rank works
+    tokenizer = run_on_first(lambda: train(...), ranks, stop)       # rank 0 works, all wait, any signal ends it on all
+    model = run_in_background(lambda: load(...), ranks, stop)              # every rank works
 
 What is abandoned this way ends with the process.
 """
@@ -50,18 +50,18 @@ class Background(threading.Thread, Generic[T]):
         return self._value  # type: ignore[return-value]
 
 
-def beside(work: Callable[[], T] | None, ranks: Ranks, stop: Stop) -> T | None:
+def run_in_background(work: Callable[[], T] | None, ranks: Ranks, stop: Stop) -> T | None:
     """Do this rank's work, if it has any, while the others do theirs; all ranks call it. Raises Interrupted on all."""
     thread = None
     if work is not None:
         thread = Background(work)
         thread.start()
-    with ranks.heart.poll():
+    with ranks.watchdog.poll():
         while True:
             if thread is not None:
                 thread.join(POLL)
             working = thread is not None and thread.is_alive()
-            ranks.heart.polling = not working
+            ranks.watchdog.polling = not working
             busy, code = ranks.max([float(working), float(stop.poll())])
             if code:
                 if thread is not None and thread.is_alive():
@@ -71,7 +71,7 @@ def beside(work: Callable[[], T] | None, ranks: Ranks, stop: Stop) -> T | None:
                 return thread.result() if thread is not None else None
 
 
-def on_first(work: Callable[[], T], ranks: Ranks, stop: Stop) -> T:
+def run_on_first(work: Callable[[], T], ranks: Ranks, stop: Stop) -> T:
     """Do it on rank 0 and give all ranks the result. Raises UserError and Interrupted on all."""
 
     def tried() -> tuple[T | None, str | None]:
@@ -80,7 +80,7 @@ def on_first(work: Callable[[], T], ranks: Ranks, stop: Stop) -> T:
         except UserError as error:
             return None, str(error)
 
-    value, problem = ranks.broadcast(beside(tried if ranks.first else None, ranks, stop))
+    value, problem = ranks.broadcast(run_in_background(tried if ranks.first else None, ranks, stop))
     if problem is not None:
         raise UserError(problem)
     return value  # type: ignore[no-any-return]

@@ -17,7 +17,7 @@ SAFETY = 1.25  # times what was measured
 Plan = Literal["this step", "last snapshot", "last checkpoint"]
 
 
-class Longest:
+class RecentMaximum:
     """A running estimate of something's seconds: the largest of the last few, as a deadline forgives no optimism."""
 
     def __init__(self, seconds: Iterable[float] = (), remembered: int = 5) -> None:

@@ -3,8 +3,8 @@
 Asking a GPU for a number stops the program until all that was queued before is done. What a batch looks like, its
 padding and which tokens are supervised, was known on the CPU before the batch was moved; this is how it stays known.
 
-    moved = remember(batch["labels"].to(device), batch["labels"])
-    values(moved)                                               # the array, at once
+    moved = keep_host_values(batch["labels"].to(device), batch["labels"])
+    host_values(moved)                                               # the array, at once
 """
 
 from typing import Any
@@ -13,14 +13,14 @@ import numpy.typing as npt
 import torch
 
 
-def remember(moved: torch.Tensor, host: torch.Tensor) -> torch.Tensor:
+def keep_host_values(moved: torch.Tensor, host: torch.Tensor) -> torch.Tensor:
     """Note on a tensor of whole numbers that was moved to a device which values it has; returns it."""
     if moved is not host and not host.is_floating_point():
         moved.radhpc_values = host.radhpc_values if hasattr(host, "radhpc_values") else host.numpy()  # type: ignore[attr-defined]
     return moved
 
 
-def values(tensor: torch.Tensor) -> npt.NDArray[Any]:
+def host_values(tensor: torch.Tensor) -> npt.NDArray[Any]:
     """The values of a tensor; where nobody has remembered them, this waits for the device."""
     known: npt.NDArray[Any] | None = getattr(tensor, "radhpc_values", None)
     return tensor.cpu().numpy() if known is None else known

@@ -18,15 +18,15 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from radhpc.core.compat_torch import DefaultAllGather, DefaultReduceScatter, collectives_begun
-from radhpc.distributed.watchdog import Heartbeat
+from radhpc.distributed.watchdog import Watchdog
 
 
 class Ranks:
     """This process among its peers."""
 
-    def __init__(self, heart: Heartbeat | None = None) -> None:
-        """`heart`: what notices a hang; a collective's own timeout is longer than its limits."""
-        self.heart = heart or Heartbeat()
+    def __init__(self, watchdog: Watchdog | None = None) -> None:
+        """`watchdog`: what notices a hang; a collective's own timeout is longer than its limits."""
+        self.watchdog = watchdog or Watchdog()
         self._waited = 0.0
         # Of a step there are some thousands at the most; what an evaluation leaves is of no use to anybody.
         self._pending: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque(maxlen=1 << 14)
@@ -41,10 +41,10 @@ class Ranks:
             self.device = torch.device("cpu")
         if self.world > 1:
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-            self.heart.beat("meeting the other ranks", slow=True)
-            dist.init_process_group(backend, timeout=timedelta(seconds=self.heart.limits.collective))
-            self.heart.collectives = _begun
-            self.heart.meet(self.gather(self.heart.process))
+            self.watchdog.beat("meeting the other ranks", slow=True)
+            dist.init_process_group(backend, timeout=timedelta(seconds=self.watchdog.limits.collective))
+            self.watchdog.collectives = _begun
+            self.watchdog.meet(self.gather(self.watchdog.process))
 
     @property
     def first(self) -> bool:
@@ -118,7 +118,7 @@ class Ranks:
     @contextmanager
     def _waiting(self) -> Iterator[None]:
         started = time.perf_counter()
-        with self.heart.wait():
+        with self.watchdog.wait():
             yield
         self._waited += time.perf_counter() - started
 

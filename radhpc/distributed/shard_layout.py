@@ -3,8 +3,8 @@
 FSDP2 cuts along the first axis as torch.chunk() does: every rank gets the same number of rows, rounded up, until none
 are left. So 5 rows on 3 ranks are 2, 2 and 1, and 4 rows are 2, 2 and none.
 
-    whole[mine(parameter)]                  # this rank's part of what every rank has
-    parameter.grad = laid_out(whole, parameter)
+    whole[local_rows(parameter)]                  # this rank's part of what every rank has
+    parameter.grad = dtensor_like(whole, parameter)
 """
 
 import torch
@@ -12,13 +12,13 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 
-def rows_of(count: int, rank: int, world: int) -> slice:
+def rank_rows(count: int, rank: int, world: int) -> slice:
     """Of `count` rows those of a rank."""
     size = -(-count // world)
     return slice(min(count, size * rank), min(count, size * (rank + 1)))
 
 
-def mine(parameter: torch.Tensor) -> slice:
+def local_rows(parameter: torch.Tensor) -> slice:
     """The rows of a parameter that this rank holds: all of them where it is not sharded. A scalar has one."""
     count = parameter.shape[0] if parameter.ndim else 1
     if not isinstance(parameter, DTensor):
@@ -27,25 +27,25 @@ def mine(parameter: torch.Tensor) -> slice:
     assert placement in (Shard(0), Replicate()), placement
     if isinstance(placement, Replicate):
         return slice(0, count)
-    return rows_of(count, mesh.get_local_rank(), mesh.size())
+    return rank_rows(count, mesh.get_local_rank(), mesh.size())
 
 
-def local(parameter: torch.Tensor) -> torch.Tensor:
+def local_shard(parameter: torch.Tensor) -> torch.Tensor:
     """What this rank holds of a parameter, in place."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
-def part(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+def shard_like(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """This rank's part of a tensor that every rank has, in the type and on the device of the parameter."""
-    held = local(parameter)
-    return (whole[mine(parameter)] if whole.ndim else whole).to(held.device, held.dtype)
+    held = local_shard(parameter)
+    return (whole[local_rows(parameter)] if whole.ndim else whole).to(held.device, held.dtype)
 
 
-def laid_out(whole: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
+def dtensor_like(whole: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
     """The same, as a tensor of the parameter's layout, to be added to its gradient; without a collective."""
     if not isinstance(parameter, DTensor):
-        return part(whole, parameter)
+        return shard_like(whole, parameter)
     return DTensor.from_local(
-        part(whole, parameter), parameter.device_mesh, parameter.placements,
+        shard_like(whole, parameter), parameter.device_mesh, parameter.placements,
         run_check=False, shape=parameter.shape, stride=parameter.stride(),
     )  # fmt: skip

@@ -134,7 +134,7 @@ def describe(culprits: list[Culprit], beats: dict[int, Beat]) -> str:
     return "; ".join(said[:_NAMED]) + more
 
 
-class Heartbeat:
+class Watchdog:
     """This rank's heartbeat. Without a run it is silent: every call works and does nothing."""
 
     def __init__(

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from radhpc.core import formats
 from radhpc.core.errors import UserError
 from radhpc.core.run_folder import step_of
-from radhpc.storage.checkpoint_storage import Bucket, Buffer, Folder, Storage
+from radhpc.storage.checkpoint_storage import Buffer, CheckpointStorage, FolderStorage, ObjectStorage
 from radhpc.storage.store import PART
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ _STATE, _CURSOR, _MANIFEST, _MARKER = "state.safetensors", "cursor.json", "manif
 _FILES = (_MARKER, _MANIFEST, _CURSOR, _STATE)  # in the order of their deletion
 
 
-class Dropped(Exception):
+class SaveCancelled(Exception):
     """A save was given up before its commit; nothing of it is left."""
 
 
@@ -64,7 +64,7 @@ def name_of(step: int) -> str:
 class Checkpoints:
     """The checkpoints of one run. One process writes; any may read."""
 
-    def __init__(self, storage: Storage) -> None:
+    def __init__(self, storage: CheckpointStorage) -> None:
         self.storage = storage
 
     @classmethod
@@ -72,13 +72,13 @@ class Checkpoints:
         """Those of a run folder: in it, or under its name where checkpoint.url points."""
         url = recipe.checkpoint.url
         if url is not None:
-            return cls(Bucket(f"{url.rstrip('/')}/{run.name}"))
+            return cls(ObjectStorage(f"{url.rstrip('/')}/{run.name}"))
         (run / "checkpoints").mkdir(mode=0o700, exist_ok=True)
-        return cls(Folder(run / "checkpoints"))
+        return cls(FolderStorage(run / "checkpoints"))
 
     def save(self, tensors: "Tensors", cursor: Cursor, given_up: threading.Event | None = None) -> tuple[str, int]:
-        """Write and commit; the name and the bytes. Raises UserError, or Dropped soon after `given_up` is set. In both
-        cases, as after a kill, the checkpoint does not count.
+        """Write and commit; the name and the bytes. Raises UserError, or SaveCancelled soon after `given_up` is set. In
+        both cases, as after a kill, the checkpoint does not count.
         """
         name, storage = name_of(cursor.step), self.storage
         files: dict[str, dict[str, str | int]] = {}
@@ -90,7 +90,7 @@ class Checkpoints:
                 nonlocal size
                 for piece in pieces:
                     if given_up is not None and given_up.is_set():
-                        raise Dropped(name)
+                        raise SaveCancelled(name)
                     digest.update(piece)
                     size += len(piece)
                     yield piece
@@ -196,7 +196,7 @@ class Checkpoints:
         """The parameters of a checkpoint, with Adam's moments or without."""
         from safetensors.torch import load, load_file
 
-        if isinstance(self.storage, Folder):
+        if isinstance(self.storage, FolderStorage):
             tensors: Tensors = load_file(self.storage.path / name / _STATE)
         else:
             tensors = load(self._read(name, _STATE))
@@ -208,7 +208,7 @@ class Checkpoints:
 
 def read_cursor(path: Path) -> Cursor:
     """That of one checkpoint in a folder."""
-    return Checkpoints(Folder(path.parent)).cursor(path.name)
+    return Checkpoints(FolderStorage(path.parent)).cursor(path.name)
 
 
 _DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}

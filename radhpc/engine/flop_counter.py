@@ -1,9 +1,9 @@
 """How many floating-point operations a step needs, and what share that is of what the GPU could do: MFU.
 
-    meter = Meter()
+    meter = FlopMeter()
     with meter.forward(): loss = ...                          # in the first step: products are counted as they are made
     meter.close(8)
-    meter.speed(8, 0.31, peak(device, torch.bfloat16))        # {"teraflops_per_rank": 312.4, "mfu": 0.316}
+    meter.speed(8, 0.31, peak_flops(device, torch.bfloat16))        # {"teraflops_per_rank": 312.4, "mfu": 0.316}
 
 A matrix product of 2 M N K operations in the forward pass needs as many again for the gradient of each of its two
 factors that has one, so adapters on a frozen base need two thirds of what training all of it does; attention needs
@@ -28,7 +28,7 @@ PEAKS = (
 )  # fmt: skip
 
 
-class Meter:
+class FlopMeter:
     """Counts the operations of an engine's first step."""
 
     def __init__(self, engine: str = "fsdp", quantised: bool = False, compiled: bool = False) -> None:
@@ -36,13 +36,13 @@ class Meter:
         to be seen in the forward pass: they are not counted. Of compiled layers the first step is not, see forward().
         """
         self.per_sample: float | None = None  # once it is known
-        self.able = engine != "deepspeed" and not quantised
-        self._open, self._operations = self.able and not compiled, 0.0
+        self.supported = engine != "deepspeed" and not quantised
+        self._open, self._operations = self.supported and not compiled, 0.0
 
     @contextlib.contextmanager
     def forward(self, anyway: bool = False) -> Iterator[None]:
         """Around a micro-batch's forward pass. `anyway`: one made for this, of layers that are compiled elsewhere."""
-        if not (self._open or (anyway and self.able)):
+        if not (self._open or (anyway and self.supported)):
             yield
             return
         with _Counted() as counted:
@@ -68,7 +68,7 @@ class Meter:
         return {"teraflops_per_rank": done / 1e12, **({"mfu": done / ceiling} if ceiling else {})}
 
 
-def peak(device: torch.device, dtype: torch.dtype) -> float | None:
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Operations per second that the maker promises; None for a CPU, for float32 and for a GPU that is not known."""
     if device.type != "cuda" or dtype == torch.float32:
         return None

@@ -28,15 +28,15 @@ from torch.distributed.tensor import DTensor
 
 from radhpc.core.batch import Batch
 from radhpc.core.errors import UserError
-from radhpc.core.recipe import Objective as ObjectiveRecipe, Optimizer, Recipe
-from radhpc.data.collate import TRUTH
+from radhpc.core.recipe import ObjectiveSettings, OptimizerSettings, Recipe
+from radhpc.data.collate import TARGET_KEYS
 from radhpc.distributed import shard_layout
-from radhpc.distributed.host_staging import remember
+from radhpc.distributed.host_staging import keep_host_values
 from radhpc.distributed.ranks import Ranks
 from radhpc.engine import optimizers
-from radhpc.engine.flop_counter import Meter
+from radhpc.engine.flop_counter import FlopMeter
 from radhpc.engine.objective import Objective, random_state, set_random_state
-from radhpc.engine.sam import ascended
+from radhpc.engine.sam import ascent_step
 from radhpc.models.adapters import Tensors, canonical
 from radhpc.models.layers import leave_casting_to_autocast, prepare_blocks
 from radhpc.models.lazy_loading import materialize
@@ -53,7 +53,7 @@ class StepReport:
     gradient_norm: float
     learning_rates: dict[str, float]  # by group
     terms: dict[str, float]  # of the objective, by name, without their weights
-    by_kind: tuple[tuple[float, float], ...] = ()  # summed token loss and tokens of each of Encoder.kinds
+    by_group: tuple[tuple[float, float], ...] = ()  # summed token loss and tokens of each of StudyEncoder.loss_groups
 
 
 class Engine:
@@ -68,10 +68,10 @@ class Engine:
         self,
         model: nn.Module,
         recipe: Recipe,
-        stage: Optimizer,
+        stage: OptimizerSettings,
         blocks: tuple[type, ...],
         ranks: Ranks,
-        objective: ObjectiveRecipe = ObjectiveRecipe(),  # type: ignore[call-arg]  # noqa: B008
+        objective: ObjectiveSettings = ObjectiveSettings(),  # type: ignore[call-arg]  # noqa: B008
     ) -> None:
         check(recipe, ranks)
         self.model, self.ranks, self._objective = model, ranks, Objective(objective, model)
@@ -80,7 +80,7 @@ class Engine:
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[recipe.precision]
         self.scaler = LossScale() if recipe.precision == "fp16" else None
         self._clip, self._stage = stage.clip, stage
-        self.meter = Meter(recipe.engine, recipe.model.quantise is not None, recipe.model.compile)
+        self.meter = FlopMeter(recipe.engine, recipe.model.quantise is not None, recipe.model.compile)
         prepare_blocks(model, blocks, recipe.model.checkpoint_activations, recipe.model.compile)
         self._lay_out(recipe, blocks)
         self.trained = {canonical(n): p for n, p in model.named_parameters() if p.requires_grad}
@@ -117,7 +117,7 @@ class Engine:
         """
         norm = self._gradient_norm(scale)
         if norm is not None and self._stage.sharpness is not None:
-            with self._objective.silently(), ascended(self.trained, self._stage.sharpness, norm * scale):
+            with self._objective.silently(), ascent_step(self.trained, self._stage.sharpness, norm * scale):
                 again()
                 norm = self._gradient_norm(scale)
         if norm is None:
@@ -148,7 +148,7 @@ class Engine:
         """
         pieces = {}
         for name, parameter in self.trained.items():
-            pieces[name] = shard_layout.local(parameter).detach().reshape(-1)
+            pieces[name] = shard_layout.local_shard(parameter).detach().reshape(-1)
             if moments:
                 for moment, tensor in optimizers.moments(self.optimizer, parameter).items():
                     pieces[self._saved_name(moment, name)] = tensor
@@ -157,10 +157,11 @@ class Engine:
     def _restore(self, tensors: Tensors, steps: int) -> None:
         for name, parameter in self.trained.items():
             with torch.no_grad():
-                shard_layout.local(parameter).copy_(shard_layout.part(tensors[name], parameter))
+                shard_layout.local_shard(parameter).copy_(shard_layout.shard_like(tensors[name], parameter))
             if steps:
                 values = {
-                    m: shard_layout.part(tensors[f"{m}/{name}"], parameter).reshape(-1) for m in optimizers.MOMENTS
+                    m: shard_layout.shard_like(tensors[f"{m}/{name}"], parameter).reshape(-1)
+                    for m in optimizers.MOMENTS
                 }
                 for scales in optimizers.SCALES:
                     saved = tensors.get(self._saved_name(scales, name))
@@ -215,9 +216,9 @@ class Engine:
         if self.scaler is not None:
             self.scaler.good()
         self.meter.close(sum(len(batch["labels"]) for batch in batches))
-        terms, by_kind = self._objective.values()
+        terms, by_group = self._objective.values()
         rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
-        return StepReport(self._objective.weighted(terms), norm, rates, terms, by_kind)
+        return StepReport(self._objective.weighted(terms), norm, rates, terms, by_group)
 
     def _passes(self, batches: Sequence[Batch], supervised: int, scale: float, check: Callable[[], None]) -> None:
         """Forward and backward over the micro-batches; leaves the gradients, `scale` times too large."""
@@ -265,13 +266,13 @@ class Engine:
         return float(self._loss(batch))
 
     @torch.no_grad()
-    def findings(self, batch: Batch) -> torch.Tensor | None:
+    def predict_findings(self, batch: Batch) -> torch.Tensor | None:
         """The probability of each finding by the multi-label head, (batch, names); None where the stage has none. As
         loss_sum().
         """
         self.model.eval()
         with self._autocast:
-            found = self._objective.findings(self._forward, self.to_device(batch))
+            found = self._objective.predict_findings(self._forward, self.to_device(batch))
         return None if found is None else found.float().cpu()
 
     @torch.no_grad()
@@ -280,7 +281,7 @@ class Engine:
         all ranks call it together, with one batch each.
         """
         self.model.eval()
-        inputs = {name: value for name, value in self.to_device(batch).items() if name not in TRUTH}
+        inputs = {name: value for name, value in self.to_device(batch).items() if name not in TARGET_KEYS}
         with self._autocast:
             ids = self.model.generate(  # type: ignore[operator]
                 **inputs,
@@ -296,13 +297,13 @@ class Engine:
         In lockstep all ranks call it together.
         """
         self.model.eval()
-        inputs = {name: value for name, value in self.to_device(batch).items() if name not in TRUTH}
+        inputs = {name: value for name, value in self.to_device(batch).items() if name not in TARGET_KEYS}
         with self._autocast:
             return torch.as_tensor(self._forward(**inputs).logits)[:, -1].float().cpu()
 
     def to_device(self, batch: Batch) -> Batch:
         device = self.ranks.device
-        return {name: remember(value.to(device, non_blocking=True), value) for name, value in batch.items()}
+        return {name: keep_host_values(value.to(device, non_blocking=True), value) for name, value in batch.items()}
 
     def weights(self) -> Tensors:
         """The trained parameters, whole, on the CPU. All ranks must call it; only rank 0 gets them."""
@@ -339,7 +340,7 @@ class Engine:
         if not isinstance(parameter, DTensor):
             return saved
         count, world = parameter.shape[0], self.ranks.world
-        dealt = [shard_layout.rows_of(count, rank, world) for rank in range(world)]
+        dealt = [shard_layout.rank_rows(count, rank, world) for rank in range(world)]
         sizes = [(theirs.stop - theirs.start) * parameter.numel() // max(1, count) for theirs in dealt]
         blocks = [-(-size // 256) if size >= 4096 else 0 for size in sizes]
         first = sum(blocks[: self.ranks.rank])
@@ -433,7 +434,7 @@ def check(recipe: Recipe, ranks: Ranks) -> None:
         raise UserError(f"precision: bf16: {name} cannot compute in it; allowed here are fp16 and fp32")
 
 
-def schedule(stage: Optimizer, step: int, steps: int) -> float:
+def schedule(stage: OptimizerSettings, step: int, steps: int) -> float:
     """The factor on the learning rate at a step (from 0) of a stage: a pure function, so there is no state to save."""
     if step < stage.warmup_steps:
         return (step + 1) / stage.warmup_steps
@@ -460,7 +461,7 @@ def _shard(model: nn.Module, blocks: tuple[type, ...], ranks: Ranks, dtype: torc
             ranks.time(module)
 
 
-def groups(trained: dict[str, nn.Parameter], stage: Optimizer) -> list[dict[str, Any]]:
+def groups(trained: dict[str, nn.Parameter], stage: OptimizerSettings) -> list[dict[str, Any]]:
     """Parameter groups by learning rate and by decay: the first matching entry of `groups` decides the rate."""
     found: dict[str, dict[str, Any]] = {}
     matched = dict.fromkeys((group.match for group in stage.groups), 0)

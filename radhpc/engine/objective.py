@@ -24,8 +24,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from radhpc.core.batch import IGNORE, Batch
-from radhpc.core.recipe import Objective as ObjectiveRecipe
-from radhpc.data.collate import TRUTH, UNKNOWN
+from radhpc.core.recipe import ObjectiveSettings
+from radhpc.data.collate import TARGET_KEYS, UNKNOWN
 from radhpc.distributed import shard_layout
 from radhpc.distributed.ranks import Ranks
 from radhpc.models import token_loss
@@ -44,7 +44,7 @@ class NextToken:
 
     def __call__(self, model: nn.Module, batch: Batch, grouped: token_loss.GroupedLoss | None = None) -> torch.Tensor:
         """The sum of the token losses, in float32: the caller divides by the tokens of the whole global batch."""
-        inputs = {name: value for name, value in batch.items() if name not in TRUTH}
+        inputs = {name: value for name, value in batch.items() if name not in TARGET_KEYS}
         smoothing = self.label_smoothing if torch.is_grad_enabled() else 0.0  # a loss is reported without
         return token_loss.summed_loss(model, inputs, batch["labels"], smoothing, grouped)
 
@@ -52,7 +52,7 @@ class NextToken:
 class Objective:
     """The terms of one stage."""
 
-    def __init__(self, recipe: ObjectiveRecipe, model: nn.Module) -> None:
+    def __init__(self, recipe: ObjectiveSettings, model: nn.Module) -> None:
         self.recipe = recipe
         self._next_token = NextToken(recipe.label_smoothing)
         heads = getattr(model, "heads", None)
@@ -91,8 +91,8 @@ class Objective:
                 prompt = batch["attention_mask"].bool() & (batch["labels"] == IGNORE)
                 stack.enter_context(self._fusion.prompted(prompt))
             terms = self._begun and (looking or torch.is_grad_enabled())
-            heard = stack.enter_context(self._heads.listening(batch)) if self._heads is not None and terms else {}
-            grouped = token_loss.GroupedLoss(batch["kinds"]) if terms and not looking and "kinds" in batch else None
+            heard = stack.enter_context(self._heads.capture(batch)) if self._heads is not None and terms else {}
+            grouped = token_loss.GroupedLoss(batch["groups"]) if terms and not looking and "groups" in batch else None
             loss = self._next_token(model, batch, grouped)
             if looking:
                 assert self._looking is not None
@@ -106,13 +106,13 @@ class Objective:
                 self._kinds = found if self._kinds is None else self._kinds + found
             return self._sum(loss, batch, heard)
 
-    def findings(self, model: nn.Module, batch: Batch) -> torch.Tensor | None:
+    def predict_findings(self, model: nn.Module, batch: Batch) -> torch.Tensor | None:
         """The head's probability of each of the recipe's findings, (B, names); None where the stage has no head."""
         if self._heads is None:
             return None
         begun, self._begun = self._begun, False
         try:
-            with self._heads.listening(batch) as heard:
+            with self._heads.capture(batch) as heard:
                 self(model, batch)  # listens to nothing itself
                 return heard["findings"].sigmoid()
         finally:
@@ -189,7 +189,7 @@ class Objective:
                 whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
                 value, gradient = self._penalty(whole.detach().float(), ".lora_A." in name)
                 total += value
-                gradient = shard_layout.laid_out(gradient * (self.recipe.regularisation * scale), parameter)
+                gradient = shard_layout.dtensor_like(gradient * (self.recipe.regularisation * scale), parameter)
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         self._means["regularisation"] = total
 
@@ -215,15 +215,15 @@ class Objective:
             self._sums, self._means, self._kinds = sums, means, kinds
 
     def values(self) -> tuple[dict[str, float], tuple[tuple[float, float], ...]]:
-        """The mean of each term over the global batch, without its weight; and of each of Encoder.kinds the summed loss
-        of its tokens and their number. All ranks must call it; it is one collective.
+        """The mean of each term over the global batch, without its weight; and of each of StudyEncoder.loss_groups the
+        summed loss of its tokens and their number. All ranks must call it; it is one collective.
         """
         assert self._ranks is not None
         kinds = [] if self._kinds is None else self._kinds.flatten().tolist()
         sums = self._ranks.sum([*(float(value) for value in self._sums.values()), *kinds])
-        by_kind, count = sums[len(self._sums) :], len(kinds) // 2
+        by_group, count = sums[len(self._sums) :], len(kinds) // 2
         terms = dict(zip(self._sums, sums, strict=False)) | self._means
-        return terms, tuple(zip(by_kind[:count], by_kind[count:], strict=True))
+        return terms, tuple(zip(by_group[:count], by_group[count:], strict=True))
 
     def loss(self) -> float:
         """What is minimised, of this rank alone."""

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from radhpc.core.recipe import Optimizer
+from radhpc.core.recipe import OptimizerSettings
 from radhpc.models import compat_bitsandbytes
 from radhpc.models.compat_bitsandbytes import MOMENT_BLOCK
 
@@ -27,7 +27,7 @@ SCALES = ("exp_avg_scales", "exp_avg_sq_scales")
 _NAMES = dict(zip(MOMENTS, compat_bitsandbytes.MOMENTS, strict=True))
 
 
-class Parts(torch.optim.Optimizer):
+class ShardOptimizer(torch.optim.Optimizer):
     """bitsandbytes' AdamW over this rank's parts of the parameters: its kernels know no sharded tensors."""
 
     def __init__(self, kind: type, groups: list[dict[str, Any]], **options: Any) -> None:
@@ -61,7 +61,7 @@ class Parts(torch.optim.Optimizer):
             parameter.grad = None
 
 
-def build(groups: list[dict[str, Any]], stage: Optimizer) -> torch.optim.Optimizer:
+def build(groups: list[dict[str, Any]], stage: OptimizerSettings) -> torch.optim.Optimizer:
     """The optimizer of a stage."""
     options: dict[str, Any] = {"lr": stage.learning_rate, "betas": stage.betas, "eps": stage.epsilon}
     if stage.kind == "adamw":
@@ -73,14 +73,14 @@ def build(groups: list[dict[str, Any]], stage: Optimizer) -> torch.optim.Optimiz
         "adamw_paged": bitsandbytes.optim.PagedAdamW,
         "adamw_8bit_paged": bitsandbytes.optim.PagedAdamW8bit,
     }
-    return Parts(kinds[stage.kind], groups, **options)
+    return ShardOptimizer(kinds[stage.kind], groups, **options)
 
 
 def moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
     """This rank's part of a parameter's moments, flat and in float32; with eight bits the scales, too. Empty before the
     first step, and on a rank that holds nothing of the parameter.
     """
-    if not isinstance(optimizer, Parts):
+    if not isinstance(optimizer, ShardOptimizer):
         state = optimizer.state.get(parameter) or {}
         return {name: _flat(state[name]) for name in MOMENTS if name in state}
     state = optimizer.state.get(optimizer.part(parameter)) or {}
@@ -101,7 +101,7 @@ def set_moments(
     optimizer: torch.optim.Optimizer, parameter: nn.Parameter, values: dict[str, torch.Tensor], steps: int
 ) -> None:
     """What moments() gave, after so many steps. Scales may be missing."""
-    if not isinstance(optimizer, Parts):
+    if not isinstance(optimizer, ShardOptimizer):
         like = parameter.detach()
         local = like.to_local() if isinstance(like, DTensor) else like
         state: dict[str, Any] = {"step": torch.tensor(float(steps), device=local.device)}

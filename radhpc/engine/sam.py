@@ -1,7 +1,7 @@
 """Sharpness-aware minimisation (Foret et al., 2021): the gradient of the worst point nearby, not of the point itself.
 
     norm = the global norm of the gradients that stand in .grad
-    with ascended(trained, rho, norm):      # parameters are w + rho g / |g|, and have no gradients
+    with ascent_step(trained, rho, norm):      # parameters are w + rho g / |g|, and have no gradients
         ...                                 # the same micro-batches again, with the same random numbers
     # w again, bit for bit, with the gradients of the point above
 
@@ -17,7 +17,7 @@ from torch import nn
 
 
 @contextmanager
-def ascended(trained: Mapping[str, nn.Parameter], rho: float, norm: float) -> Iterator[None]:
+def ascent_step(trained: Mapping[str, nn.Parameter], rho: float, norm: float) -> Iterator[None]:
     """Stand at the point of the highest loss within `rho`, to first order. An error inside leaves all as it was."""
     before = {}
     with torch.no_grad():

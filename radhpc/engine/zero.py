@@ -196,7 +196,7 @@ class ZeroEngine(Engine):
                 value = tensors[f"{key}/{self._names[parameter]}"].reshape(-1)
                 part.copy_(value[first : first + part.numel()])
 
-    def offloaded(self) -> int:
+    def offloaded_bytes(self) -> int:
         """Bytes of this rank's state that lie on the host: parameters, gradients and moments of its parts, in float32
         (DeepSpeed's documentation of offload_optimizer).
         """
@@ -246,7 +246,7 @@ class ZeroEngine(Engine):
                 yield parameter, key, whole.detach().narrow(0, start, numel), first
 
 
-def leave() -> None:
+def destroy_process_group() -> None:
     """Leave the process group, and let DeepSpeed forget what it has made of it."""
     if dist.is_initialized():
         _deepspeed(torch.device("cpu")).comm.destroy_process_group()

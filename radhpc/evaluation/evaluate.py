@@ -18,15 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from radhpc.core.board import panel
+from radhpc.core.board import study_panel
 from radhpc.core.errors import UserError
 from radhpc.core.files import write_atomically
-from radhpc.core.recipe import Evaluation
+from radhpc.core.recipe import EvaluationSettings
 from radhpc.data import sampler
-from radhpc.data.collate import Encoded, Encoder
-from radhpc.data.retrieval import Library, thumbnail
-from radhpc.data.source import BadSample, Source, Study
-from radhpc.distributed.background import beside, on_first
+from radhpc.data.collate import EncodedStudy, StudyEncoder
+from radhpc.data.retrieval import RetrievalIndex, encode_thumbnail
+from radhpc.data.source import BadSample, DecodedStudy, Source
+from radhpc.distributed.background import run_in_background, run_on_first
 from radhpc.distributed.ranks import Ranks
 from radhpc.distributed.stop import Stop
 from radhpc.engine.fsdp import Engine
@@ -62,10 +62,10 @@ def chosen(source: Source, samples: int | None) -> list[int]:
 
 def evaluate(
     engine: Callable[[], Engine],
-    encoder: Encoder,
+    encoder: StudyEncoder,
     held_out: Source,
     training: Source,
-    settings: Evaluation,
+    settings: EvaluationSettings,
     ranks: Ranks,
     folder: Path,
     identity: str,
@@ -82,7 +82,7 @@ def evaluate(
     numbers = chosen(held_out, settings.samples)
     kept = Generated(folder / "generated", ranks.rank)
     asked = _identity(identity, held_out, settings)
-    earlier = on_first(lambda: kept.begin(asked), ranks, stop)
+    earlier = run_on_first(lambda: kept.begin(asked), ranks, stop)
     wanted = dict(zip(held_out.keys(np.asarray(numbers)), numbers, strict=True))
     done = {key for batch in earlier for key in (*(row["key"] for row in batch["rows"]), *batch["bad"])}
     left = [number for key, number in wanted.items() if key not in done]
@@ -106,7 +106,7 @@ def evaluate(
         raise UserError(f"evaluation: none of {len(numbers)} studies could be read; 'radhpc verify' names every fault")
     library = None
     if settings.neighbours and any(row.question is None for row in rows):
-        library = Library.build(training, encoder.answer, settings.neighbours, folder.parents[1], ranks, stop)
+        library = RetrievalIndex.build(training, encoder.reference, settings.neighbours, folder.parents[1], ranks, stop)
 
     def scored() -> Result:
         loss, tokens = (sum(batch[name] for batch in gathered) for name in ("loss", "tokens"))
@@ -120,10 +120,10 @@ def evaluate(
             {"loss": nats, **score(rows, scoring)}, baselines, rows, pictures, bad, held_out.split, scoring.missing()
         )
 
-    return beside(scored if ranks.first else None, ranks, stop) or Result({}, {}, [], [], [])
+    return run_in_background(scored if ranks.first else None, ranks, stop) or Result({}, {}, [], [], [])
 
 
-def _identity(weights: str, source: Source, settings: Evaluation) -> str:
+def _identity(weights: str, source: Source, settings: EvaluationSettings) -> str:
     """What the generated texts depend on, and nothing else: more studies or other scores do not change it."""
     names = ("max_new_tokens", "findings_question", "findings_vocabulary")
     asked = {**{name: getattr(settings, name) for name in names}, **settings.decoding()}
@@ -145,16 +145,22 @@ def _by_length(source: Source, numbers: Sequence[int], batch: int) -> list[list[
 
 
 def _answered(
-    engine: Engine, encoder: Encoder, source: Source, numbers: list[int], settings: Evaluation, ranks: Ranks, stop: Stop
+    engine: Engine,
+    encoder: StudyEncoder,
+    source: Source,
+    numbers: list[int],
+    settings: EvaluationSettings,
+    ranks: Ranks,
+    stop: Stop,
 ) -> Batch:
     """Generate for one batch of this rank, which may be empty, and measure its loss. Raises Interrupted."""
 
-    def read() -> tuple[list[Study], list[str], list[Encoded], list[tuple[str, str, Encoded]]]:
+    def read() -> tuple[list[DecodedStudy], list[str], list[EncodedStudy], list[tuple[str, str, EncodedStudy]]]:
         studies, bad = _read(source, numbers)
         prompts = [encoder.encode_prompt(key, sample.question, views, sample) for key, sample, views in studies]
         return studies, bad, prompts, list(_questions(encoder, studies, settings))
 
-    studies, bad, prompts, questions = beside(read, ranks, stop) or ([], [], [], [])
+    studies, bad, prompts, questions = run_in_background(read, ranks, stop) or ([], [], [], [])
     if settings.temperature is not None and numbers:
         torch.manual_seed(sampler.number("evaluation", numbers[0]) % (1 << 63))
     texts = generate(
@@ -171,24 +177,26 @@ def _answered(
             shares.setdefault(key, {})[name] = yes
     answered = [
         Row(
-            key, sample.patient, sample.study, sample.dataset, sample.question, encoder.answer(sample), text,
-            sample.labels, shares.get(key), thumbnail(views), head,
+            key, sample.patient, sample.study, sample.dataset, sample.question, encoder.reference(sample), text,
+            sample.labels, shares.get(key), encode_thumbnail(views), head,
         )
         for (key, sample, views), text, head in zip(studies, texts, heads, strict=True)
     ]  # fmt: skip
     return {"rows": [asdict(row) for row in answered], "bad": bad, "loss": loss, "tokens": tokens}
 
 
-def _questions(encoder: Encoder, studies: Sequence[Study], settings: Evaluation) -> Iterator[tuple[str, str, Encoded]]:
+def _questions(
+    encoder: StudyEncoder, studies: Sequence[DecodedStudy], settings: EvaluationSettings
+) -> Iterator[tuple[str, str, EncodedStudy]]:
     """Key, finding and prompt of each yes/no question about a study's labels."""
     if settings.findings_question is not None:
         for key, sample, views in studies:
             for name in sample.labels.get(settings.findings_vocabulary, ()) if sample.question is None else ():
                 question = settings.findings_question.replace("{finding}", name)
-                yield key, name, encoder.encode_prompt(key, question, encoder.in_order(views, sample))
+                yield key, name, encoder.encode_prompt(key, question, encoder.order_views(views, sample))
 
 
-def _read(source: Source, numbers: list[int]) -> tuple[list[Study], list[str]]:
+def _read(source: Source, numbers: list[int]) -> tuple[list[DecodedStudy], list[str]]:
     """The studies, and the keys of those that are damaged."""
     studies, bad = [], []
     for number in numbers:
@@ -201,7 +209,7 @@ def _read(source: Source, numbers: list[int]) -> tuple[list[Study], list[str]]:
 
 
 def _taught(
-    engine: Engine, encoder: Encoder, studies: list[Study], ranks: Ranks
+    engine: Engine, encoder: StudyEncoder, studies: list[DecodedStudy], ranks: Ranks
 ) -> tuple[float, int, list[dict[str, float] | None]]:
     """Summed loss and supervised tokens of this rank's batch, and the findings of each study by the multi-label head,
     where the stage trains one. All ranks make the same forward passes if any of them has studies.
@@ -212,7 +220,7 @@ def _taught(
     batch = encoder.batch(rows or [encoder.empty()])
     loss = engine.loss_sum(batch)
     # A head that no stage has taught yet may be there, too: for what comes later.
-    found = engine.findings(batch) if encoder.labelled else None
+    found = engine.predict_findings(batch) if encoder.labelled else None
     if not rows:
         return 0.0, 0, []
     names = encoder.tasks.findings.names
@@ -227,16 +235,17 @@ def _pictures(source: Source, numbers: list[int], rows: Sequence[Row], count: in
     studies, _ = _read(source, numbers[:count])
     told = {row.key: row for row in rows}
     return [
-        panel(views, {"Reference": told[key].reference, "Generated": told[key].generated}) for key, _, views in studies
+        study_panel(views, {"Reference": told[key].reference, "Generated": told[key].generated})
+        for key, _, views in studies
     ]
 
 
 def trivial(
-    encoder: Encoder, training: Source, rows: Sequence[Row], library: Library | None = None
+    encoder: StudyEncoder, training: Source, rows: Sequence[Row], library: RetrievalIndex | None = None
 ) -> dict[str, list[str]]:
     """What costs nothing: see scoring.trivial; and the report of the training study whose image is most alike."""
     some = sampler.permute(np.arange(min(BASELINE, len(training))), len(training), sampler.number("baseline"))
-    known = [(sample.question, encoder.answer(sample)) for sample in training.samples(np.sort(some))]
+    known = [(sample.question, encoder.reference(sample)) for sample in training.samples(np.sort(some))]
     texts = trivial_texts(rows, known)
     if library is not None and library.texts:
         near = library.nearest([row.thumbnail for row in rows])

@@ -6,15 +6,15 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from radhpc.data.collate import Encoded, Encoder
+from radhpc.data.collate import EncodedStudy, StudyEncoder
 from radhpc.distributed.ranks import Ranks
 from radhpc.engine.fsdp import Engine
 
 
 def generate(
     engine: Engine,
-    encoder: Encoder,
-    prompts: Sequence[Encoded],
+    encoder: StudyEncoder,
+    prompts: Sequence[EncodedStudy],
     batch: int,
     max_new_tokens: int,
     ranks: Ranks,
@@ -22,7 +22,7 @@ def generate(
     given_up: Callable[[], bool] = lambda: False,
     **decoding: Any,
 ) -> list[str]:
-    """The generated text of each of this rank's prompts (see Encoder.encode_prompt).
+    """The generated text of each of this rank's prompts (see StudyEncoder.encode_prompt).
 
     Ranks may hold different numbers of prompts: those with fewer take part in the last batches with empty ones. `check`
     is called before every batch with the prompts done so far, on all ranks alike, and may raise to end the work.
@@ -44,8 +44,8 @@ def generate(
 
 def likelihoods(
     engine: Engine,
-    encoder: Encoder,
-    prompts: Sequence[Encoded],
+    encoder: StudyEncoder,
+    prompts: Sequence[EncodedStudy],
     batch: int,
     answers: Sequence[Sequence[str]],
     ranks: Ranks,
@@ -65,7 +65,7 @@ def likelihoods(
     return found
 
 
-def _first_token(encoder: Encoder, text: str) -> int:
+def _first_token(encoder: StudyEncoder, text: str) -> int:
     return int(encoder.family.tokenizer(text, add_special_tokens=False)["input_ids"][0])
 
 

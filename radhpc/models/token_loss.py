@@ -88,7 +88,7 @@ class _LossHead:
         if self.labels is None:
             logits: torch.Tensor = own(hidden)
             return logits
-        shown = host_staging.values(self.labels)
+        shown = host_staging.host_values(self.labels)
         assert hidden.shape[:-1] == shown.shape, f"hidden states {tuple(hidden.shape)} for labels {shown.shape}"
         positions = np.flatnonzero(np.pad(shown[:, 1:] != IGNORE, ((0, 0), (0, 1))))
         index = torch.from_numpy(positions).to(hidden.device, non_blocking=True)

@@ -27,7 +27,7 @@ from radhpc.core.batch import IGNORE, Batch
 from radhpc.core.compat_torch import FakeTensorMode, buffer_table, fake_store, parameter_table
 from radhpc.core.errors import UserError
 from radhpc.core.recipe import Recipe, Stage
-from radhpc.data.collate import NEIGHBOUR_WORDS, Encoded, Encoder, conversation
+from radhpc.data.collate import NEIGHBOUR_WORDS, EncodedStudy, StudyEncoder, conversation
 from radhpc.data.source import Source
 from radhpc.data.stream import stage_samples, stage_steps
 from radhpc.distributed.ranks import Ranks
@@ -100,11 +100,11 @@ def _source(recipe: Recipe, stage: Stage) -> Source | None:
     return source
 
 
-def _encoder(recipe: Recipe, stage: Stage, family: models.ModelFamily) -> Encoder:
+def _encoder(recipe: Recipe, stage: Stage, family: models.ModelFamily) -> StudyEncoder:
     text, images, labelled = recipe.text_of(stage), recipe.images_of(stage), bool(stage.objective.clinical)
-    encoder = Encoder(family, text, images, recipe.findings, recipe.seed, labelled)
+    encoder = StudyEncoder(family, text, images, recipe.findings, recipe.seed, labelled)
     if text.neighbours:  # as long as can be
-        encoder.alike = lambda views, patient: ["opacity " * NEIGHBOUR_WORDS] * text.neighbours
+        encoder.retrieve = lambda views, patient: ["opacity " * NEIGHBOUR_WORDS] * text.neighbours
     return encoder
 
 
@@ -125,7 +125,7 @@ def _family(recipe: Recipe, source: Source | None, folder: Path) -> tuple[models
 
 
 def _stage(
-    recipe: Recipe, stage: Stage, source: Source | None, encoder: Encoder, world: int, stand_in: bool
+    recipe: Recipe, stage: Stage, source: Source | None, encoder: StudyEncoder, world: int, stand_in: bool
 ) -> StagePlan:
     size = min(stage.micro_batch or stage.batch, -(-stage.batch // world))
     rows, tokens, views = _largest_rows(recipe, source, encoder, size, stand_in)
@@ -140,7 +140,7 @@ def _stage(
         with mode, Allocations([*weights, *batch.values()], made_up_values=True) as memory:
             # From the second micro-batch of a step on, the gradients of the first are there, too.
             peak = trace(engine, [batch] * min(2, rounds), memory)
-        offloaded = engine.offloaded() if isinstance(engine, zero.ZeroEngine) else 0
+        offloaded = engine.offloaded_bytes() if isinstance(engine, zero.ZeroEngine) else 0
         length = len(source) if source is not None else None
         known = length if length is not None or stage.steps is None else 0  # a number of steps needs no length
         return StagePlan(
@@ -230,8 +230,8 @@ def _replace_tensors(model: nn.Module, mode: FakeTensorMode) -> None:
 
 
 def _largest_rows(
-    recipe: Recipe, source: Source | None, encoder: Encoder, size: int, stand_in: bool
-) -> tuple[list[Encoded], int, int]:
+    recipe: Recipe, source: Source | None, encoder: StudyEncoder, size: int, stand_in: bool
+) -> tuple[list[EncodedStudy], int, int]:
     """A micro-batch of samples that are each as long as the longest and have as many views as the one with most."""
     tokens, samples, limit = encoder.text.max_tokens, [], encoder.images.limit
     if source is None:
@@ -253,7 +253,7 @@ def _largest_rows(
     labels = ids.copy()
     labels[: prompt.length] = IGNORE
     shown = 1 if encoder.images.stitch else views
-    return [Encoded("", ids, labels, prompt.images)] * size, len(ids), shown
+    return [EncodedStudy("", ids, labels, prompt.images)] * size, len(ids), shown
 
 
 @contextmanager
@@ -266,4 +266,4 @@ def _pretended_group(world: int, deepspeed: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        zero.leave() if deepspeed else dist.destroy_process_group()
+        zero.destroy_process_group() if deepspeed else dist.destroy_process_group()

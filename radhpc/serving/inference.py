@@ -20,8 +20,8 @@ from PIL import Image
 from transformers.generation.streamers import TextStreamer
 
 from radhpc.core.errors import UserError
-from radhpc.core.recipe import Evaluation
-from radhpc.data.collate import Encoder
+from radhpc.core.recipe import EvaluationSettings
+from radhpc.data.collate import StudyEncoder
 from radhpc.engine.fsdp import Engine
 
 
@@ -29,11 +29,11 @@ from radhpc.engine.fsdp import Engine
 class Decoding:
     """How words are chosen: as an evaluation does it, and from which random numbers where it samples."""
 
-    evaluation: Evaluation
+    evaluation: EvaluationSettings
     seed: int = 0
 
     @classmethod
-    def of(cls, evaluation: Evaluation, seed: int = 0, **changes: Any) -> "Decoding":
+    def of(cls, evaluation: EvaluationSettings, seed: int = 0, **changes: Any) -> "Decoding":
         """As the recipe evaluates, but for `changes` that are not None. Raises UserError."""
         settings = evaluation.model_copy(update={name: value for name, value in changes.items() if value is not None})
         if settings.top_p is not None and settings.temperature is None:
@@ -48,7 +48,7 @@ class Decoding:
 
 def answers(
     engine: Engine,
-    encoder: Encoder,
+    encoder: StudyEncoder,
     studies: Sequence[Sequence[Image.Image]],
     question: str | None,
     settings: Decoding,
@@ -62,7 +62,7 @@ def answers(
 
 
 def stream(
-    engine: Engine, encoder: Encoder, views: Sequence[Image.Image], question: str | None, settings: Decoding
+    engine: Engine, encoder: StudyEncoder, views: Sequence[Image.Image], question: str | None, settings: Decoding
 ) -> Iterator[str]:
     """The text of one study, piece by piece as it is written; several beams come as one piece, at the end.
 
@@ -108,7 +108,9 @@ class _GivenUp(Exception):
     """Nobody reads on."""
 
 
-def _generate(engine: Engine, encoder: Encoder, rows: Sequence[Any], settings: Decoding, **more: Any) -> torch.Tensor:
+def _generate(
+    engine: Engine, encoder: StudyEncoder, rows: Sequence[Any], settings: Decoding, **more: Any
+) -> torch.Tensor:
     """(rows, new tokens)."""
     torch.manual_seed(settings.seed)
     batch, evaluation = encoder.batch(rows, left=True), settings.evaluation

@@ -14,7 +14,7 @@ import torch
 from radhpc.core.errors import UserError
 from radhpc.core.ledger import Ledger
 from radhpc.core.recipe import Stage
-from radhpc.data.stream import GivenUp, Step, Stream
+from radhpc.data.stream import Step, StopRequested, Stream
 from radhpc.distributed.ranks import Ranks
 from radhpc.distributed.stop import CAUSES, Interrupted, Stop
 from radhpc.engine.fsdp import Engine, StepReport, schedule
@@ -108,10 +108,10 @@ def train(
     before = time.perf_counter()
     traffic = stream.traffic()
     first = position.step  # slow: readers and kernels start
-    ranks.heart.beat(f"data of step {first + 1}", first, slow=True)
+    ranks.watchdog.beat(f"data of step {first + 1}", first, slow=True)
     begun, waited = time.perf_counter(), ranks.waited()
     for step in _or_given_up(stream, position):
-        ranks.heart.beat(f"step {position.step + 1}", position.step + 1, slow=position.step == first)
+        ranks.watchdog.beat(f"step {position.step + 1}", position.step + 1, slow=position.step == first)
         assert step.number == position.stage_step
         now_traffic = stream.traffic()
         here = [now_traffic[name] - traffic[name] for name in traffic]
@@ -142,7 +142,7 @@ def train(
         for hook in hooks:
             if position.step % hook.every == 0:
                 hook.call(position, report)
-        ranks.heart.beat(f"data of step {position.step + 1}")
+        ranks.watchdog.beat(f"data of step {position.step + 1}")
         begun, waited = time.perf_counter(), ranks.waited()
     assert position.stage_done
 
@@ -151,7 +151,7 @@ def _or_given_up(stream: Stream, position: Position) -> Iterator[Step]:
     """The steps; after a stream that has given up, an empty one in which the ranks agree to stop."""
     try:
         yield from stream
-    except GivenUp:
+    except StopRequested:
         yield Step(position.stage_step, [], [])
 
 

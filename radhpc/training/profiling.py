@@ -79,7 +79,7 @@ class Profiling:
         activities = [ProfilerActivity.CPU]
         if self.ranks.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
-        self.ranks.heart.beat("starting the profiler", slow=True)  # the first one loads its library
+        self.ranks.watchdog.beat("starting the profiler", slow=True)  # the first one loads its library
         self._first, self._left = first, steps
         self._profiler = profile(activities=activities, profile_memory=True)
         self._profiler.__enter__()
@@ -87,7 +87,7 @@ class Profiling:
 
     def _end(self, last: int | None) -> None:
         profiler, self._profiler = self._profiler, None
-        self.ranks.heart.beat("ending the profiler", slow=True)
+        self.ranks.watchdog.beat("ending the profiler", slow=True)
         profiler.__exit__(None, None, None)
         self._writer = threading.Thread(target=self._write, args=(profiler, self._first, last), daemon=True)
         self._writer.start()

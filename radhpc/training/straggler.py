@@ -70,7 +70,7 @@ class Stragglers:
         self._paces.clear()
         told = self.ranks.gather((node_name(), mine))
         found, own = slowest([host for host, _ in told], [pace for _, pace in told])
-        self.slowest, self.ranks.heart.seconds = found, own[self.ranks.rank]
+        self.slowest, self.ranks.watchdog.seconds = found, own[self.ranks.rank]
         self.board.scalars(position.step, {"speed/slowest_rank": float(found.rank), "speed/spread": found.ratio})
         if self.ranks.first and found.straggles:
             self._tell(position, found)

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from radhpc.core.image_decoding import decode
-from radhpc.core.manifest import Index, Manifest
+from radhpc.core.manifest import Manifest, SampleIndex
 from radhpc.core.sample import SPLITS, Sample
 from radhpc.storage.store import Store
 
@@ -24,7 +24,7 @@ _BACKGROUND, _CELL, _CAPTION = "#101114", "#1a1c20", "#a9b0ba"
 _GAP, _MARGIN, _LINE, _LETTERS = 10, 20, 22, 13  # pixels
 
 
-def choose_samples(index: Index, count: int = 48) -> list[int]:
+def choose_samples(index: SampleIndex, count: int = 48) -> list[int]:
     """Choose samples for a contact sheet: equally many of each split if possible, spread over its shards, ascending."""
     remaining = [index.of_split(split) for split in SPLITS]
     chosen: list[int] = []
@@ -35,7 +35,9 @@ def choose_samples(index: Index, count: int = 48) -> list[int]:
     return sorted(chosen)
 
 
-def load_pictures(store: Store, manifest: Manifest, index: Index, count: int = 48) -> list[tuple[str, Image.Image]]:
+def load_pictures(
+    store: Store, manifest: Manifest, index: SampleIndex, count: int = 48
+) -> list[tuple[str, Image.Image]]:
     """Load (caption, first image) of the samples that `choose_samples` returns, from finished shards."""
     captioned = []
     for row in choose_samples(index, count):

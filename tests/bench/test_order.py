@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from bench import order as measured
-from radhpc.core.recipe import Stream as StreamRecipe
-from radhpc.data.sampler import Order
-from radhpc.data.stream import Deal
+from radhpc.core.recipe import StreamSettings
+from radhpc.data.sampler import Sampler
+from radhpc.data.stream import BatchPlan
 from radhpc.storage.node_cache import BLOCK
 from tests.conftest import ROOT
 
-RECIPE = StreamRecipe.model_validate({"window": 4, "prefetch_megabytes": 16})
+RECIPE = StreamSettings.model_validate({"window": 4, "prefetch_megabytes": 16})
 
 
 def test_an_archive_in_its_own_order_is_no_shuffle() -> None:
@@ -47,7 +47,7 @@ def test_a_buffer_lets_nothing_out_before_it_came() -> None:
 
 def test_the_requests_of_a_rank_hold_its_samples() -> None:
     archive = measured.Archive(40 * measured.PER_SHARD)
-    numbers = Order([[measured.PER_SHARD] * 40], "key", 4, None).at(np.arange(600)).sample
+    numbers = Sampler([[measured.PER_SHARD] * 40], "key", 4, None).at(np.arange(600)).sample
     requests = measured.requested(archive, [numbers], RECIPE)
     for shard, start, stop in zip(*archive.bytes(numbers), strict=True):
         assert any(one.shard == shard and one.start <= start and stop <= one.stop for one in requests)
@@ -76,7 +76,7 @@ def test_a_cache_that_turns_all_away_fetches_what_is_wanted() -> None:
 
 def test_dealt_turns_are_the_batch() -> None:
     archive = measured.Archive(40 * measured.PER_SHARD)
-    deal = Deal(archive.samples, 96, 4, 3)
+    deal = BatchPlan(archive.samples, 96, 4, 3)
     numbers = np.random.default_rng(0).permutation(archive.samples)[:192]
     each = [measured.turns((numbers, archive.sizes(numbers)), deal, rank) for rank in range(3)]
     assert np.array_equal(np.sort(np.concatenate(each)), np.sort(numbers))
@@ -86,7 +86,7 @@ def test_dealt_turns_are_the_batch() -> None:
 @pytest.mark.parametrize("batch", [256, 4096])
 def test_the_simulated_requests_are_about_the_estimated(batch: int) -> None:
     archive = measured.Archive(400 * measured.PER_SHARD)
-    order = Order([[measured.PER_SHARD] * 400], "key", 64, None)
+    order = Sampler([[measured.PER_SHARD] * 400], "key", 64, None)
     (row,) = measured._asked(order, archive, 64, 1, 1, (batch,), 4096)
     assert row.requests == pytest.approx(row.estimate, rel=0.5)
     assert row.gigabytes == pytest.approx(row.wanted, rel=0.2)

@@ -12,7 +12,7 @@ from radhpc.core.errors import UserError
 from radhpc.core.manifest import MANIFEST
 from radhpc.core.recipe import Recipe, Stage, load
 from radhpc.core.sample import Report, Sample, View
-from radhpc.data.collate import IGNORE, Encoder
+from radhpc.data.collate import IGNORE, StudyEncoder
 from radhpc.data.source import BadSample, Source
 from radhpc.data.stream import Stream, stage_samples, stage_steps
 from radhpc.models.family import ModelFamily
@@ -38,7 +38,7 @@ def kind(tmp_path_factory: pytest.TempPathFactory, recipe: Recipe) -> ModelFamil
 
 
 def steps(
-    source: Source, encoder: Encoder, recipe: Recipe, stage: Stage, world: int, cursor: int = 0
+    source: Source, encoder: StudyEncoder, recipe: Recipe, stage: Stage, world: int, cursor: int = 0
 ) -> list[list[str]]:
     """The keys of each step over all ranks, sorted; fails where ranks differ in steps or micro-batches."""
     streams = [Stream(source, encoder, stage, 0, recipe.stream, 0, r, world, cursor) for r in range(world)]
@@ -61,7 +61,7 @@ def test_every_sample_of_an_epoch_once_for_any_topology_and_interruption(
     source: Source, kind: ModelFamily, recipe: Recipe, batch: int, micro: int | None, lives: list[tuple[int, int]]
 ) -> None:
     """Lives of any world size, each cut after some steps: together they are one epoch, in the order of one rank."""
-    encoder = Encoder(kind, recipe.text)
+    encoder = StudyEncoder(kind, recipe.text)
     given = {**recipe.stages[1].model_dump(), "epochs": 1, "batch": batch, "micro_batch": micro}
     stage = Stage.model_validate(given)
     done: list[list[str]] = []
@@ -75,12 +75,12 @@ def test_every_sample_of_an_epoch_once_for_any_topology_and_interruption(
 
 
 def test_what_is_supervised_is_the_answer_and_its_end(source: Source, kind: ModelFamily, recipe: Recipe) -> None:
-    encoder = Encoder(kind, recipe.text)
+    encoder = StudyEncoder(kind, recipe.text)
     rows, answers = [], []
     for n in range(6):
         key, sample, views = source.read(n)
         rows.append(encoder.encode(key, sample, views))
-        answers.append(encoder.answer(sample))
+        answers.append(encoder.reference(sample))
     batch = encoder.batch(rows)
     for ids, labels, mask, answer in zip(
         batch["input_ids"], batch["labels"], batch["attention_mask"], answers, strict=True
@@ -98,7 +98,7 @@ def test_a_study_without_text_teaches_nothing(kind: ModelFamily, recipe: Recipe)
     sample = Sample(
         dataset="d", patient="0" * 16, study="0" * 16, split="train", images=(View(width=9, height=9),), report=Report()
     )
-    row = Encoder(kind, recipe.text).encode("k", sample, [Image.new("L", (20, 20))])
+    row = StudyEncoder(kind, recipe.text).encode("k", sample, [Image.new("L", (20, 20))])
     assert row.supervised == 0
 
 
@@ -107,7 +107,7 @@ def test_a_question_is_asked_and_its_answer_taught(kind: ModelFamily, recipe: Re
         dataset="d", patient="0" * 16, study="0" * 16, split="train", images=(View(width=9, height=9),),
         question="Is there an effusion?", answer="No pleural effusion.",
     )  # fmt: skip
-    row = Encoder(kind, recipe.text).encode("k", sample, [Image.new("L", (20, 20))])
+    row = StudyEncoder(kind, recipe.text).encode("k", sample, [Image.new("L", (20, 20))])
     text = kind.tokenizer.decode(row.input_ids)
     assert "Is there an effusion?" in text
     assert kind.tokenizer.decode(row.labels[row.labels != IGNORE]).startswith("No pleural effusion.")
@@ -115,7 +115,7 @@ def test_a_question_is_asked_and_its_answer_taught(kind: ModelFamily, recipe: Re
 
 def test_long_texts_are_cut_and_said_so(kind: ModelFamily, recipe: Recipe, source: Source) -> None:
     text = recipe.text.model_copy(update={"max_tokens": 50})
-    row = Encoder(kind, text).encode(*source.read(0))
+    row = StudyEncoder(kind, text).encode(*source.read(0))
     assert row.cut
     assert len(row.input_ids) == 50
 
@@ -125,7 +125,7 @@ def test_collating_equals_transformers_own_processor(kind: ModelFamily, recipe: 
     from transformers import MllamaProcessor
     from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
-    encoder = Encoder(kind, recipe.text)
+    encoder = StudyEncoder(kind, recipe.text)
     studies = [source.read(n) for n in range(8)]
     assert {len(views) for _, _, views in studies} == {1, 2}
     rows = [encoder.encode_prompt(key, None, views) for key, _, views in studies]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from radhpc.data.input_check import doubts
+from radhpc.data.input_check import radiograph_warnings
 from radhpc.data.source import Source
 from shards.images.encoding import ImageSettings
 from shards.views import load_view
@@ -47,14 +47,15 @@ def drawn() -> dict[str, Image.Image]:
 
 @pytest.mark.parametrize("name", [*drawn(), "china", "flower", "gray china"])
 def test_what_is_no_radiograph_is_doubted(name: str) -> None:
-    assert doubts({**drawn(), **photographs()}[name])
+    assert radiograph_warnings({**drawn(), **photographs()}[name])
 
 
 def test_real_radiographs_are_not(real_notes: Path) -> None:
     files = sorted((real_notes / "images").glob("*.jpg"))
     assert len(files) >= 20
     for side in (1120, 224):
-        found = {path.name: doubts(load_view(path, ImageSettings(longest_side=side)).picture) for path in files}
+        settings = ImageSettings(longest_side=side)
+        found = {path.name: radiograph_warnings(load_view(path, settings).picture) for path in files}
         assert not any(found.values()), {name: why for name, why in found.items() if why}
 
 
@@ -62,16 +63,16 @@ def test_neither_are_phantoms(phantom_shards: Path) -> None:
     source = Source((str(phantom_shards),), "train")
     for number in range(len(source)):
         _, _, views = source.read(number)
-        assert [doubts(view) for view in views] == [[]] * len(views)
+        assert [radiograph_warnings(view) for view in views] == [[]] * len(views)
 
 
 def test_a_dicom_says_what_it_is() -> None:
     from pydicom.data import get_testdata_file
 
     ct = load_view(Path(str(get_testdata_file("CT_small.dcm"))), ImageSettings())
-    assert doubts(ct.picture, ct.modality) == ["its DICOM header says CT"]
+    assert radiograph_warnings(ct.picture, ct.modality) == ["its DICOM header says CT"]
     chest = get_testdata_file("RG1_UNCR.dcm", download=False)
     if chest is None:
         pytest.skip("pydicom-data is not installed")
     view = load_view(Path(str(chest)), ImageSettings())
-    assert doubts(view.picture, view.modality) == []
+    assert radiograph_warnings(view.picture, view.modality) == []

@@ -15,9 +15,9 @@ from hypothesis import given, settings, strategies as st
 
 from bench.corpus import make
 from radhpc.core.errors import UserError
-from radhpc.core.recipe import Cache, Optimizer, Stage, Stream as StreamRecipe
+from radhpc.core.recipe import CacheSettings, OptimizerSettings, Stage, StreamSettings
 from radhpc.data import prefetch
-from radhpc.data.source import Place, Raw, Source
+from radhpc.data.source import RawSample, SampleLocation, Source
 from radhpc.data.stream import Stream
 from radhpc.storage import object_store, store as stores
 from radhpc.storage.store import Store
@@ -39,7 +39,7 @@ class Row:
 class Digests:
     """A reader that keeps of each sample its name and the digest of its bytes."""
 
-    def read(self, raw: Raw) -> Row:
+    def read(self, raw: RawSample) -> Row:
         return Row(raw.key, hashlib.sha256(b"".join(bytes(data) for _, data in raw.members)).hexdigest())
 
     def empty(self) -> Row:
@@ -62,12 +62,12 @@ def upload(folder: Path, url: str) -> str:
     return url
 
 
-def stream(url: str, recipe: StreamRecipe, epochs: int = 1, cursor: int = 0, source: Source | None = None) -> Stream:
-    stage = Stage(name="s", epochs=epochs, batch=BATCH, train=(".*",), optimizer=Optimizer(learning_rate=1.0))
+def stream(url: str, recipe: StreamSettings, epochs: int = 1, cursor: int = 0, source: Source | None = None) -> Stream:
+    stage = Stage(name="s", epochs=epochs, batch=BATCH, train=(".*",), optimizer=OptimizerSettings(learning_rate=1.0))
     return Stream(source or Source((url,), "train"), Digests(), stage, 0, recipe, seed=0, cursor=cursor)
 
 
-def read(url: str, recipe: StreamRecipe, **options: Any) -> tuple[list[list[Row]], Stream]:
+def read(url: str, recipe: StreamSettings, **options: Any) -> tuple[list[list[Row]], Stream]:
     """The rows of every step, and the stream that gave them."""
     rows = stream(url, recipe, **options)
     try:
@@ -77,7 +77,7 @@ def read(url: str, recipe: StreamRecipe, **options: Any) -> tuple[list[list[Row]
     return steps, rows
 
 
-RECIPE = StreamRecipe(window=3, threads=2, prefetch=2, prefetch_megabytes=16, requests=8)
+RECIPE = StreamSettings(window=3, threads=2, prefetch=2, prefetch_megabytes=16, requests=8)
 
 
 @pytest.fixture
@@ -145,8 +145,8 @@ def test_bytes_that_are_wrong_in_the_store_are_told_from_a_bad_line(
     assert read(url, RECIPE, source=source)[0] == read(str(corpus), RECIPE)[0]
     assert source.traffic.retries == {"checksum": prefetch.FETCHES - 2}
 
-    place = source.places(np.asarray([0]))[0]
-    shard = source.parts[0].manifest.shards[place.shard].name
+    place = source.locate(np.asarray([0]))[0]
+    shard = source.datasets[0].manifest.shards[place.shard].name
     spoilt = tmp_path / shard
     data = bytearray((corpus / shard).read_bytes())
     data[place.start + place.members[1][1] + 99] ^= 1
@@ -174,13 +174,13 @@ def test_what_is_held_is_bounded(url: str, monkeypatch: pytest.MonkeyPatch) -> N
     """Also when nobody takes anything for a while, and when a sample is larger than all that may be held."""
     rows = stream(url, RECIPE, epochs=4)
     held = []
-    before = prefetch.Ahead._extend
+    before = prefetch.Prefetcher._extend
 
-    def extend(ahead: prefetch.Ahead) -> None:
+    def extend(ahead: prefetch.Prefetcher) -> None:
         before(ahead)
         held.append(ahead._held)
 
-    monkeypatch.setattr(prefetch.Ahead, "_extend", extend)
+    monkeypatch.setattr(prefetch.Prefetcher, "_extend", extend)
     try:
         for number, _ in enumerate(rows):
             if number == 3:
@@ -190,7 +190,7 @@ def test_what_is_held_is_bounded(url: str, monkeypatch: pytest.MonkeyPatch) -> N
     assert 0 < max(held) <= 16 << 20
     assert held[-1] == 0
     small = stream(url, RECIPE, epochs=1)
-    small.ahead._limit = 1
+    small.prefetcher._limit = 1
     try:
         assert sum(len(step.keys) for step in small) == SAMPLES
     finally:
@@ -264,7 +264,7 @@ def test_a_shard_replaced_under_way_is_noticed(url: str, corpus: Path) -> None:
         bad = {key: fault for step in rows for key, fault in step.bad}
     finally:
         rows.close()
-    index = source.parts[0].index
+    index = source.datasets[0].index
     assert set(bad) == {key.decode() for key in index.key[index.shard == 2]}
     assert all(name in fault and "checksum" in fault for fault in bad.values())
     Store(url).write(name, data[: len(data) // 2])
@@ -278,7 +278,7 @@ def test_a_shard_replaced_under_way_is_noticed(url: str, corpus: Path) -> None:
 
 
 def test_the_nodes_cache_saves_requests_and_is_checked(url: str, faults: Faults, corpus: Path, tmp_path: Path) -> None:
-    recipe = RECIPE.model_copy(update={"cache": Cache(folder=str(tmp_path / "cache"), gigabytes=0.1)})
+    recipe = RECIPE.model_copy(update={"cache": CacheSettings(folder=str(tmp_path / "cache"), gigabytes=0.1)})
     expected = read(str(corpus), recipe)[0]
     assert read(url, recipe)[0] == expected
     source = Source((url,), "train")
@@ -293,7 +293,7 @@ def test_the_nodes_cache_saves_requests_and_is_checked(url: str, faults: Faults,
     assert read(url, recipe, source=source)[0] == expected
     assert source.traffic.retries["checksum"] >= 1
     assert len(faults.requests) > before
-    assert stream(str(corpus), recipe).ahead.cache is None  # off for local data
+    assert stream(str(corpus), recipe).prefetcher.cache is None  # off for local data
 
 
 def test_a_network_file_system_is_read_ahead(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,7 +311,8 @@ PLACES = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 60), st.integers(1
 def test_every_sample_lies_in_its_span(found: list[tuple[int, int, int]], gap: int) -> None:
     unit = 100_000
     places = [
-        Place(n, str(n), 0, shard, at * unit, (at + size) * unit, ()) for n, (shard, at, size) in enumerate(found)
+        SampleLocation(n, str(n), 0, shard, at * unit, (at + size) * unit, ())
+        for n, (shard, at, size) in enumerate(found)
     ]
     wanted, each = prefetch.spans(places, gap)
     assert sum(span.left for span in wanted) == len(places)

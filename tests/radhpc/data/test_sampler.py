@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from radhpc.data.sampler import PERIOD, Order, permute, schedule
+from radhpc.data.sampler import PERIOD, Sampler, permute, schedule
 
 COUNTS = st.lists(st.integers(1, 40), min_size=1, max_size=30)
 WINDOW = st.none() | st.integers(1, 12)
@@ -39,7 +39,7 @@ def test_permutations_of_several_sizes_at_once_are_those_of_each() -> None:
 @given(counts=COUNTS, window=WINDOW, epochs=st.integers(1, 4))
 @settings(deadline=None)
 def test_each_sample_once_an_epoch(counts: list[int], window: int | None, epochs: int) -> None:
-    order = Order([counts], "key", window, None)
+    order = Sampler([counts], "key", window, None)
     n = len(order)
     drawn = order.at(np.arange(epochs * n))
     for epoch in range(epochs):
@@ -60,8 +60,8 @@ def test_any_cutting_gives_the_same_row(
 ) -> None:
     """Interrupted anywhere and gone on, however often, from a state that is one number."""
 
-    def order() -> Order:  # a new life remembers nothing
-        return Order(counts, "key", window, weights[: len(counts)] if len(counts) > 1 else None)
+    def order() -> Sampler:  # a new life remembers nothing
+        return Sampler(counts, "key", window, weights[: len(counts)] if len(counts) > 1 else None)
 
     whole = order().at(np.arange(start, start + length))
     edges = sorted({0, length, *(cut for cut in cuts if cut < length)})
@@ -93,7 +93,7 @@ def test_a_schedule_is_less_than_one_draw_away_from_its_shares(weights: list[flo
 def test_each_dataset_of_a_mixture_goes_through_epochs_of_its_own(
     counts: list[list[int]], window: int | None, weights: list[float]
 ) -> None:
-    order = Order(counts, "key", window, weights[: len(counts)])
+    order = Sampler(counts, "key", window, weights[: len(counts)])
     drawn = order.at(np.arange(600))
     first = 0
     for n, shards in enumerate(counts):
@@ -106,7 +106,7 @@ def test_each_dataset_of_a_mixture_goes_through_epochs_of_its_own(
 
 def test_epochs_seeds_and_stages_differ() -> None:
     def samples(key: str, epoch: int, window: int | None) -> list[int]:
-        return Order([[10] * 10], key, window, None).at(np.arange(100) + 100 * epoch).sample.tolist()
+        return Sampler([[10] * 10], key, window, None).at(np.arange(100) + 100 * epoch).sample.tolist()
 
     for window in (None, 3, 10):
         rows = [samples("0/0/hash", 0, window), samples("0/0/hash", 1, window), samples("1/0/hash", 0, window)]
@@ -117,7 +117,7 @@ def test_epochs_seeds_and_stages_differ() -> None:
 def test_a_block_takes_one_run_of_each_shard_of_the_window() -> None:
     """What an object store is read by: a block is as large as a shard and holds `window` runs of neighbours."""
     shards, samples, window = 50, 64, 8
-    order = Order([[samples] * shards], "key", window, None)
+    order = Sampler([[samples] * shards], "key", window, None)
     row = order.at(np.arange(shards * samples)).sample
     open_shards = []
     for block in row.reshape(shards, samples):
@@ -134,7 +134,7 @@ def test_a_block_takes_one_run_of_each_shard_of_the_window() -> None:
 def test_a_full_shuffle_puts_neighbours_far_apart() -> None:
     """The mean distance of neighbours is that of a random permutation, n / 3."""
     n = 10_000
-    row = Order([[100] * 100], "key", None, None).at(np.arange(n)).sample
+    row = Sampler([[100] * 100], "key", None, None).at(np.arange(n)).sample
     assert abs(np.abs(np.diff(row)).mean() / (n / 3) - 1) < 0.05
 
 
@@ -142,7 +142,7 @@ def test_a_full_shuffle_puts_neighbours_far_apart() -> None:
 def test_a_billion_samples_take_little_memory(window: int | None) -> None:
     counts = np.full(1_000_000, 1000)
     tracemalloc.start()
-    order = Order([counts], "key", window, None)
+    order = Sampler([counts], "key", window, None)
     drawn = order.at(np.asarray([0, 10**9 - 1, 10**9, 7 * 10**9 + 5]))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

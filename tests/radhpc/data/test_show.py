@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 from radhpc.core.errors import UserError
-from radhpc.core.recipe import Images, Recipe, load
+from radhpc.core.recipe import ImageSettings, Recipe, load
 from radhpc.core.sample import Report, Sample, View
-from radhpc.data.collate import Encoder
+from radhpc.data.collate import StudyEncoder
 from radhpc.data.source import Source
-from radhpc.data.stream import Stream, main, order_of
+from radhpc.data.stream import Stream, main, stage_sampler
 from radhpc.models.family import ModelFamily
 from radhpc.models.image_processors import stitch
 from tests.conftest import ROOT, TINY_RECIPE, tiny_family
@@ -58,7 +58,7 @@ def test_stitched_views_are_one_picture_for_training_and_generation(
     kind: ModelFamily, recipe: Recipe, views: int, limit: int | None
 ) -> None:
     """One image token, and the arrays of the picture that processors.stitch makes of the first views."""
-    encoder = Encoder(kind, recipe.text, Images(stitch=True, gap=7, views=limit))
+    encoder = StudyEncoder(kind, recipe.text, ImageSettings(stitch=True, gap=7, views=limit))
     key, sample, pictures = study(views)
     used = pictures[: limit or 4]
     whole = stitch(used, 7, len(used))
@@ -78,7 +78,7 @@ def test_stitched_views_are_one_picture_for_training_and_generation(
 def test_the_first_views_are_used_and_the_others_left_out(
     kind: ModelFamily, recipe: Recipe, views: int, limit: int | None, left: int
 ) -> None:
-    encoder = Encoder(kind, recipe.text, Images(views=limit))
+    encoder = StudyEncoder(kind, recipe.text, ImageSettings(views=limit))
     key, sample, pictures = study(views)
     wanted = kind.encode_images(pictures[:left])
     for row in (encoder.encode(key, sample, pictures), encoder.encode_prompt(key, "Why?", pictures)):
@@ -87,7 +87,7 @@ def test_the_first_views_are_used_and_the_others_left_out(
 
 
 def test_a_stream_stitches_what_it_trains_on(kind: ModelFamily, recipe: Recipe, source: Source) -> None:
-    encoder = Encoder(kind, recipe.text, Images(stitch=True))
+    encoder = StudyEncoder(kind, recipe.text, ImageSettings(stitch=True))
     stream = Stream(source, encoder, recipe.stages[1], 1, recipe.stream, recipe.seed)
     try:
         steps = list(stream)
@@ -105,7 +105,7 @@ def test_the_first_samples_are_shown_in_the_order_of_training(
     out = tmp_path / "shown"
     main([str(recipe_file), "text.max_tokens=40", "--stage", "adapt", "--show", "3", "--out", str(out)])
     said = capsys.readouterr().out
-    numbers = order_of(source, 1, recipe.stream, recipe.seed).at(np.arange(3)).sample
+    numbers = stage_sampler(source, 1, recipe.stream, recipe.seed).at(np.arange(3)).sample
     places = [said.index(key) for key in source.keys(numbers)]
     assert places == sorted(places)
     blocks = said.split("\n\n")[1:]

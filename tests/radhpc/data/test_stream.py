@@ -17,11 +17,11 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 
 from radhpc.core.files import write_atomically
-from radhpc.core.manifest import INDEX, MANIFEST, File, Manifest, Shard, sha256
-from radhpc.core.recipe import Optimizer, Stage, Stream as StreamRecipe
+from radhpc.core.manifest import INDEX, MANIFEST, FileEntry, Manifest, Shard, sha256
+from radhpc.core.recipe import OptimizerSettings, Stage, StreamSettings
 from radhpc.core.sample import SPLITS, Sample
-from radhpc.data.source import BadSample, Raw, Source
-from radhpc.data.stream import Deal, Step, Stream, order_of, stage_samples, stage_steps
+from radhpc.data.source import BadSample, RawSample, Source
+from radhpc.data.stream import BatchPlan, Step, Stream, stage_sampler, stage_samples, stage_steps
 from shards.execution.assembly import concatenate, index_of_shard
 from shards.execution.writer import write_shard
 
@@ -43,7 +43,7 @@ class Row:
 class Light:
     """A reader that keeps of each sample its name and its size."""
 
-    def read(self, raw: Raw) -> Row:
+    def read(self, raw: RawSample) -> Row:
         length = len(raw.members[0][1])
         return Row(raw.key, len(raw.members) - 1, length, length // 2)
 
@@ -95,7 +95,7 @@ def make(folder: Path, name: str, counts: Sequence[int], most_views: int) -> Pat
         splits=samples,
         patients=samples,
         shards=tuple(shards),
-        index=File(name=INDEX, size=len(columns), sha256=sha256(columns)),
+        index=FileEntry(name=INDEX, size=len(columns), sha256=sha256(columns)),
         build={},
         build_hash=sha256(b""),
     )
@@ -110,7 +110,7 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def stage_of(**given_: Any) -> Stage:
-    return Stage(name="s", train=(".*",), optimizer=Optimizer(learning_rate=1.0), **given_)
+    return Stage(name="s", train=(".*",), optimizer=OptimizerSettings(learning_rate=1.0), **given_)
 
 
 @dataclass(frozen=True)
@@ -151,9 +151,9 @@ class Data:
         urls = [str(folders[name]) for name in self.names]
         return dict(zip(urls, self.weights, strict=False)) if self.mix == "weights" else tuple(urls)
 
-    def recipe(self, life: Life | None = None) -> StreamRecipe:
+    def recipe(self, life: Life | None = None) -> StreamSettings:
         changes = {"threads": life.threads, "prefetch": life.prefetch} if life else {}
-        return StreamRecipe(window=self.window, temperature=2.0 if self.mix == "temperature" else None, **changes)
+        return StreamSettings(window=self.window, temperature=2.0 if self.mix == "temperature" else None, **changes)
 
     def stage(self, life: Life | None = None) -> Stage:
         micro = life.micro_batch if life else None
@@ -194,7 +194,7 @@ def lived(source: Source, data: Data, life: Life, done: int) -> list[list[Step]]
 
 def expected(source: Source, data: Data) -> list[list[str]]:
     """The keys of every global batch, position by position."""
-    stage, order = data.stage(), order_of(source, 0, data.recipe(), data.seed)
+    stage, order = data.stage(), stage_sampler(source, 0, data.recipe(), data.seed)
     count = stage_samples(stage, len(source))
     numbers = [int(order.at(np.asarray([position])).sample[0]) for position in range(count)]
     return [source.keys(np.asarray(numbers[at : at + data.batch])) for at in range(0, count, data.batch)]
@@ -248,7 +248,7 @@ def test_any_lives_on_any_ranks_train_on_the_batches_of_one(
 def test_the_longest_come_first_and_little_is_padded(datasets: dict[str, Path], data: Data, life: Life) -> None:
     """Never more than by dealing the batch as it comes: in views always, in tokens where all have as many views."""
     source = Source(data.shards(datasets), "train")
-    rows = {raw.key: Light().read(raw) for raw in source.raw(np.arange(len(source)))}
+    rows = {raw.key: Light().read(raw) for raw in source.read_raw(np.arange(len(source)))}
     for batch, ranks in zip(expected(source, data), lived(source, data, life, 0), strict=False):
         dealt = micro_batches(ranks)
         size = len(dealt[0])
@@ -273,7 +273,7 @@ class Tokens(Light):
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
 
-    def read(self, raw: Raw) -> Row:
+    def read(self, raw: RawSample) -> Row:
         text = Sample.model_validate_json(bytes(raw.members[0][1])).report.text()
         length = len(self.tokenizer(text)["input_ids"])
         return Row(raw.key, len(raw.members) - 1, length, length)
@@ -296,14 +296,14 @@ def test_of_real_wordings_little_is_padded(tmp_path: Path) -> None:
     reader = Tokens(AutoTokenizer.from_pretrained(tmp_path / "tokenizer"))
     batch, size = 64, 4
     stage = stage_of(epochs=1, batch=batch, micro_batch=size)
-    streams = [Stream(source, reader, stage, 0, StreamRecipe(), 0, rank, 2) for rank in range(2)]
+    streams = [Stream(source, reader, stage, 0, StreamSettings(), 0, rank, 2) for rank in range(2)]
     steps = list(zip(*streams, strict=True))[:-1]  # the last batch is filled up with empty slots
     for stream in streams:
         stream.close()
     dealt = [rows for ranks in steps for rows in micro_batches(list(ranks))]
     rows = {row.key: row for micro in dealt for row in micro}
     positions = np.arange(len(dealt) * size)
-    keys = source.keys(order_of(source, 0, StreamRecipe(), 0).at(positions).sample)
+    keys = source.keys(stage_sampler(source, 0, StreamSettings(), 0).at(positions).sample)
     unsorted = [[rows[key] for key in keys[at : at + size]] for at in range(0, len(keys), size)]
     for what, share in (("length", 1 / 2), ("views", 1 / 4)):
         needed = sum(getattr(row, what) for row in rows.values())
@@ -354,10 +354,10 @@ def broken(datasets: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
 def flip(folder: Path, which: int, bit: int) -> str:
     """Flip a bit of one member; returns the sample's key. The same bit twice would mend it, so it is set apart."""
     source = Source((str(folder),), "train")
-    index = source.parts[0].index
+    index = source.datasets[0].index
     member = which % len(index.offset)
     sample = int(np.searchsorted(index.first, member, "right")) - 1
-    with (folder / source.parts[0].manifest.shards[int(index.shard[sample])].name).open("r+b") as file:
+    with (folder / source.datasets[0].manifest.shards[int(index.shard[sample])].name).open("r+b") as file:
         at = int(index.offset[member]) + which % int(index.length[member])
         file.seek(at)
         (value,) = file.read(1)
@@ -368,7 +368,7 @@ def flip(folder: Path, which: int, bit: int) -> str:
 
 def is_flipped(source: Source, sample: int) -> bool:
     try:
-        list(source.raw(np.asarray([sample])))
+        list(source.read_raw(np.asarray([sample])))
     except BadSample:
         return True
     return False
@@ -377,7 +377,7 @@ def is_flipped(source: Source, sample: int) -> bool:
 def test_the_documented_example_of_a_deal() -> None:
     """Six samples, micro-batches of two, two ranks; and a last batch of three."""
     numbers, sizes = np.arange(6), np.asarray([[1, 5], [1, 9], [2, 1], [1, 7], [1, 6], [1, 8]])
-    deal = Deal(samples=9, batch=6, size=2, world=2)
+    deal = BatchPlan(samples=9, batch=6, size=2, world=2)
     assert deal.steps == 2
     assert [deal.numbers(numbers, sizes, rank).tolist() for rank in range(2)] == [[2, 1, 4, 0], [5, 3]]
     assert [deal.counts(0, rank) for rank in range(2)] == [[2, 2], [2, 0]]
@@ -386,8 +386,8 @@ def test_the_documented_example_of_a_deal() -> None:
 
 def row(source: Source, stage: int = 0, seed: int = 0, **changes: Any) -> list[str]:
     """The keys of the first 100 positions."""
-    recipe = StreamRecipe(**{"window": 3, **changes})
-    return source.keys(order_of(source, stage, recipe, seed).at(np.arange(100)).sample)
+    recipe = StreamSettings(**{"window": 3, **changes})
+    return source.keys(stage_sampler(source, stage, recipe, seed).at(np.arange(100)).sample)
 
 
 def test_the_order_depends_on_what_it_shall_and_on_nothing_else(datasets: dict[str, Path], tmp_path: Path) -> None:

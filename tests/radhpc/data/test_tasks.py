@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 
 from radhpc.core.errors import UserError
-from radhpc.core.recipe import Findings, Recipe, Text, load
+from radhpc.core.recipe import FindingsSettings, Recipe, TextSettings, load
 from radhpc.core.sample import Report, Sample, View
-from radhpc.data.collate import IGNORE, UNKNOWN, Encoder
-from radhpc.data.source import BadSample, Raw, Source
-from radhpc.data.tasks import OutsideTheSet, Tasks, check
+from radhpc.data.collate import IGNORE, UNKNOWN, StudyEncoder
+from radhpc.data.source import BadSample, RawSample, Source
+from radhpc.data.tasks import AnswerNotAllowed, Tasks, check
 from radhpc.models.family import ModelFamily
 from tests.conftest import TINY_RECIPE, tiny_family
 
@@ -35,7 +35,7 @@ def study(number: int = 0, **given: Any) -> Sample:
 
 
 def tasks(mixture: dict[str, Any] = MIXTURE, **findings: Any) -> Tasks:
-    return Tasks(Text(tasks=mixture), Findings(**findings), seed=0)
+    return Tasks(TextSettings(tasks=mixture), FindingsSettings(**findings), seed=0)
 
 
 LABELLED = {
@@ -46,48 +46,48 @@ LABELLED = {
 
 def test_the_task_is_a_function_of_study_and_epoch_by_weight() -> None:
     some = tasks()
-    asked = [some.of(study(number, **LABELLED), epoch) for number in range(400) for epoch in range(2)]
-    assert asked == [tasks().of(study(number, **LABELLED), epoch) for number in range(400) for epoch in range(2)]
+    asked = [some.draw(study(number, **LABELLED), epoch) for number in range(400) for epoch in range(2)]
+    assert asked == [tasks().draw(study(number, **LABELLED), epoch) for number in range(400) for epoch in range(2)]
     counts = Counter(one.task for one in asked if one)
     assert counts.keys() == {"report", "impression", "present", "rare"}
     assert 0.34 < counts["report"] / 800 < 0.46  # two of five
     assert any(asked[n] != asked[n + 1] for n in range(0, 800, 2)), "every epoch asks the same"
-    assert some.of(study()) is None
+    assert some.draw(study()) is None
 
 
 def test_each_kind_says_what_it_shall() -> None:
     some, known = tasks(), study(**LABELLED)
-    report = tasks({"report": MIXTURE["report"]}).of(study(**(LABELLED | {"language": "es"})))
+    report = tasks({"report": MIXTURE["report"]}).draw(study(**(LABELLED | {"language": "es"})))
     assert report == (
         "report",
         "Write Findings and Impression in Spanish.",
         "Findings: Clear lungs. Impression: Normal.",
     )
     assert "Cough" not in report.answer
-    present = tasks({"present": MIXTURE["present"]}).of(known)
+    present = tasks({"present": MIXTURE["present"]}).draw(known)
     assert present is not None
     assert present.answer == "Cardiomegaly, Fracture"
-    assert (
-        tasks({"present": MIXTURE["present"]}, uncertain="present").of(known)[2] == "Cardiomegaly, Pneumonia, Fracture"
-    )  # type: ignore[index]
+    as_present = tasks({"present": MIXTURE["present"]}, uncertain="present").draw(known)
+    assert as_present is not None
+    assert as_present.answer == "Cardiomegaly, Pneumonia, Fracture"
     nothing = study(labels={"chexpert": {"Edema": 0}})
-    assert tasks({"present": MIXTURE["present"]}).of(nothing)[2] == "none of them"  # type: ignore[index]
+    assert tasks({"present": MIXTURE["present"]}).draw(nothing)[2] == "none of them"  # type: ignore[index]
     rare = tasks({"rare": MIXTURE["rare"]})
-    asked = Counter(rare.of(study(number, **LABELLED))[1:] for number in range(300))  # type: ignore[index]
+    asked = Counter(rare.draw(study(number, **LABELLED))[1:] for number in range(300))  # type: ignore[index]
     assert asked.keys() == {("Is there Fracture? yes or no.", "yes"), ("Is there Edema? yes or no.", "no")}
     assert 110 < asked["Is there Fracture? yes or no.", "yes"] < 190  # as many of what is present as of what is not
-    assert some.usual(known) == some.of(known, 0) or some.usual(known)[0] == "report"  # type: ignore[index]
+    assert some.default(known) == some.draw(known, 0) or some.default(known)[0] == "report"  # type: ignore[index]
 
 
 def test_closed_questions_have_closed_answers() -> None:
     some = tasks()
-    closed = some.of(study(question="Is it big?", answer="Yes."))
+    closed = some.draw(study(question="Is it big?", answer="Yes."))
     assert closed == ("closed", "Is it big? Answer yes or no.", "yes")
-    assert some.of(study(question="Where?", answer="Left")) == ("open", "Where?", "Left")
+    assert some.draw(study(question="Where?", answer="Left")) == ("open", "Where?", "Left")
     alone = tasks({"closed": MIXTURE["closed"]})
-    with pytest.raises(OutsideTheSet, match="none of yes, no"):
-        alone.of(study(question="Is it big?", answer="maybe"))
-    assert alone.of(study(question="Where?", answer="Left", labels={"answer type": {"closed": 0}})) is None
+    with pytest.raises(AnswerNotAllowed, match="none of yes, no"):
+        alone.draw(study(question="Is it big?", answer="maybe"))
+    assert alone.draw(study(question="Where?", answer="Left", labels={"answer type": {"closed": 0}})) is None
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_closed_questions_have_closed_answers() -> None:
 )
 def test_a_task_that_cannot_be_is_refused(task: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words.replace("{", r"\{").replace("}", r"\}")):
-        Text(tasks={"one": task})
+        TextSettings(tasks={"one": task})
 
 
 @pytest.fixture(scope="module")
@@ -120,12 +120,12 @@ def kind(tmp_path_factory: pytest.TempPathFactory, recipe: Recipe) -> ModelFamil
 def test_exactly_the_answer_is_supervised(kind: ModelFamily, recipe: Recipe) -> None:
     """Of each kind of task: what is learnt decodes to the answer and the end token, what is not holds the image."""
     mixture = MIXTURE | {"rare": MIXTURE["rare"] | {"findings": ["Cardiomegaly", "Pleural Effusion"]}}
-    encoder = Encoder(kind, Text(tasks=mixture), recipe.images, recipe.findings, seed=0, labelled=True)
+    encoder = StudyEncoder(kind, TextSettings(tasks=mixture), recipe.images, recipe.findings, seed=0, labelled=True)
     source, seen = Source(recipe.shards, "train"), set()
-    for raw in (raw._replace(epoch=epoch) for epoch in range(4) for raw in source.raw(source_numbers(source))):
+    for raw in (raw._replace(epoch=epoch) for epoch in range(4) for raw in source.read_raw(source_numbers(source))):
         row = encoder.read(raw)
         sample = source_sample(raw)
-        asked = encoder.tasks.of(sample, raw.epoch)
+        asked = encoder.tasks.draw(sample, raw.epoch)
         assert asked is not None
         seen.add(asked.task)
         learnt = row.labels != IGNORE
@@ -154,8 +154,8 @@ def source_numbers(source: Source) -> Any:
     return np.arange(len(source))
 
 
-def source_sample(raw: Raw) -> Sample:
-    from radhpc.data.source import study as parsed
+def source_sample(raw: RawSample) -> Sample:
+    from radhpc.data.source import decode_study as parsed
 
     return parsed(raw)[1]
 
@@ -165,20 +165,20 @@ def test_bad_input_is_one_line(kind: ModelFamily, recipe: Recipe) -> None:
 
     text = recipe.text.model_copy(update={"max_tokens": 8})
     with pytest.raises(UserError, match=r"text.prompt: a prompt of \d+ tokens leaves no room .*max_tokens 8"):
-        Encoder(kind, text)
-    encoder = Encoder(kind, Text(tasks={"closed": MIXTURE["closed"]}, max_tokens=60))
+        StudyEncoder(kind, text)
+    encoder = StudyEncoder(kind, TextSettings(tasks={"closed": MIXTURE["closed"]}, max_tokens=60))
 
     @dataclass
     class Shard:
         sample: Sample
 
-        def raw(self) -> Raw:
+        def raw(self) -> RawSample:
             import io
 
             picture = io.BytesIO()
             Image.new("L", (9, 9)).save(picture, "PNG")
             described = self.sample.model_dump_json().encode()
-            return Raw("d-1", [("json", memoryview(described)), ("0.png", memoryview(picture.getvalue()))])
+            return RawSample("d-1", [("json", memoryview(described)), ("0.png", memoryview(picture.getvalue()))])
 
     words = len(kind.tokenizer("yes", add_special_tokens=False)["input_ids"])
     with pytest.raises(BadSample, match="the answer to a closed question is none of yes, no"):
@@ -191,7 +191,7 @@ def test_bad_input_is_one_line(kind: ModelFamily, recipe: Recipe) -> None:
 def test_a_stage_that_would_learn_nothing_is_refused(recipe: Recipe, phantom_shards: Path) -> None:
     source = Source(recipe.shards, "train")
     check(recipe, recipe.stages[0], source)
-    stage = recipe.stages[0].model_copy(update={"text": Text(sections=("other",))})
+    stage = recipe.stages[0].model_copy(update={"text": TextSettings(sections=("other",))})
     with pytest.raises(
         UserError, match=r"none of \d+ studies has what text.sections other would learn; they have findings"
     ):

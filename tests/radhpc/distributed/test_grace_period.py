@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from radhpc.core.run_folder import RunFolder
-from radhpc.distributed.grace_period import RESERVE, SAFETY, Longest, choose
+from radhpc.distributed.grace_period import RESERVE, SAFETY, RecentMaximum, choose
 from radhpc.distributed.stop import CAUSES, Interrupted, Stop
 
 seconds = st.floats(0, 1000)
@@ -51,8 +51,8 @@ def test_what_is_chosen_fits_and_more_time_never_chooses_less(
 
 
 def test_the_estimate_is_the_longest_of_the_last_few() -> None:
-    longest = Longest([9.0])
-    assert Longest().seconds == 0
+    longest = RecentMaximum([9.0])
+    assert RecentMaximum().seconds == 0
     for value in (1, 2, 3, 2):
         longest.add(value)
     assert longest.seconds == 9

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
 from radhpc.core.recipe import Recipe, load
-from radhpc.data.collate import Batch, Encoder
+from radhpc.data.collate import Batch, StudyEncoder
 from radhpc.data.source import Source
 from radhpc.distributed.ranks import Ranks
 from radhpc.engine import zero
@@ -47,7 +47,7 @@ class Life:
         self.recipe = load(folder / "tiny.yaml", [*SPECS[spec], *overrides])
         self.folder, self.ranks = folder, Ranks()
         self.family = models.family(self.recipe.model, str(folder / "tokenizer"))
-        encoder, source = Encoder(self.family, self.recipe.text), Source(self.recipe.shards, "train")
+        encoder, source = StudyEncoder(self.family, self.recipe.text), Source(self.recipe.shards, "train")
         self.rows = [encoder.encode(*source.read(n)) for n in range(4 * BATCH)]
         self.encoder = encoder
 
@@ -217,7 +217,7 @@ def peak(life: Life, name: str, stage: int) -> float:
     recipe, chosen = life.recipe, life.recipe.stages[stage]
     source = Source(recipe.shards, "train")
     family, _ = forecast._family(recipe, source, life.folder / f"{name}.tokenizer.{life.ranks.rank}")
-    encoder = Encoder(family, recipe.text, recipe.images)
+    encoder = StudyEncoder(family, recipe.text, recipe.images)
     rows, _, _ = forecast._largest_rows(recipe, source, encoder, chosen.micro_batch or 1, False)
     life.family, batch = family, encoder.batch(rows)
     engine = life.engine(stage)

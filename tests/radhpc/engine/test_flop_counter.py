@@ -7,12 +7,12 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
-from radhpc.engine.flop_counter import Meter, _needed, peak
+from radhpc.engine.flop_counter import FlopMeter, _needed, peak_flops
 from radhpc.hooks import by_node
 
 
 def counted(module: nn.Module, *inputs: torch.Tensor) -> float:
-    meter = Meter()
+    meter = FlopMeter()
     with meter.forward():
         module(*inputs)
     meter.close(1)
@@ -48,7 +48,7 @@ def test_it_is_what_torch_counts_of_both_passes() -> None:
         model(image).sum().backward()
     assert counted(model, image) == theirs.get_total_flops()
     query = torch.randn(1, 2, 6, 8, requires_grad=True)
-    meter = Meter()
+    meter = FlopMeter()
     with meter.forward():
         scaled_dot_product_attention(query, query, query)
     meter.close(1)
@@ -63,7 +63,7 @@ def test_attention_of_segments_counts_pairs_within_them() -> None:
 
 
 def test_a_meter_counts_once_and_knows_no_peak_of_a_cpu() -> None:
-    meter, layer, x = Meter(), nn.Linear(8, 8).requires_grad_(False), torch.randn(4, 8)
+    meter, layer, x = FlopMeter(), nn.Linear(8, 8).requires_grad_(False), torch.randn(4, 8)
     assert meter.speed(4, 1.0, None) == {}
     with meter.forward():
         layer(x)
@@ -75,15 +75,15 @@ def test_a_meter_counts_once_and_knows_no_peak_of_a_cpu() -> None:
         layer(x)
     assert meter.speed(4, 0.5, None) == pytest.approx({"teraflops_per_rank": 2 * 512 / 1e12})
     assert meter.speed(4, 0.5, 2048)["mfu"] == pytest.approx(0.5)
-    assert peak(torch.device("cpu"), torch.bfloat16) is None
+    assert peak_flops(torch.device("cpu"), torch.bfloat16) is None
 
 
 def test_compiled_layers_are_counted_by_a_pass_of_their_own_and_zeros_not_at_all() -> None:
     layer, x = nn.Linear(8, 8).requires_grad_(False), torch.randn(4, 8)
     for meter, wanted in (
-        (Meter(compiled=True), 128),
-        (Meter(engine="deepspeed"), None),
-        (Meter(quantised=True), None),
+        (FlopMeter(compiled=True), 128),
+        (FlopMeter(engine="deepspeed"), None),
+        (FlopMeter(quantised=True), None),
     ):
         with meter.forward():
             layer(x)

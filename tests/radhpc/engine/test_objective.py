@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from radhpc.core.recipe import Objective, Recipe, load
-from radhpc.data.collate import IGNORE, Batch, Encoded, Encoder
+from radhpc.core.recipe import ObjectiveSettings, Recipe, load
+from radhpc.data.collate import IGNORE, Batch, EncodedStudy, StudyEncoder
 from radhpc.data.source import Source
 from radhpc.distributed.ranks import Ranks
 from radhpc.engine.fsdp import Engine
@@ -83,8 +83,8 @@ def build(recipe: Recipe, kind: ModelFamily, ranks: Ranks) -> Engine:
     return Engine(model, recipe, stage.optimizer, kind.blocks, ranks, stage.objective)
 
 
-def rows(recipe: Recipe, kind: ModelFamily) -> tuple[Encoder, list[Encoded]]:
-    encoder = Encoder(kind, recipe.text, recipe.images, recipe.findings, recipe.seed, labelled=True)
+def rows(recipe: Recipe, kind: ModelFamily) -> tuple[StudyEncoder, list[EncodedStudy]]:
+    encoder = StudyEncoder(kind, recipe.text, recipe.images, recipe.findings, recipe.seed, labelled=True)
     source = Source(recipe.shards, "train")
     return encoder, [encoder.encode(*source.read(number)) for number in range(STUDIES)]
 
@@ -222,14 +222,14 @@ def test_the_contrastive_gradient_is_that_of_the_whole_batch(
 ) -> None:
     """In two passes over micro-batches, with dropout, against one backward pass through all at once, without."""
     recipe = tiny(folder, phantom_shards, "all")
-    recipe = recipe.model_copy(update={"stages": tuple(
-        stage.model_copy(update={"objective": Objective(contrastive=1.0, generation=0.0)}) for stage in recipe.stages
-    )})  # fmt: skip
+    contrastive = ObjectiveSettings(contrastive=1.0, generation=0.0)
+    stages = tuple(stage.model_copy(update={"objective": contrastive}) for stage in recipe.stages)
+    recipe = recipe.model_copy(update={"stages": stages})
     engine, (encoder, studies) = build(recipe, kind, Ranks()), rows(recipe, kind)
     engine.model.train()
     batch = encoder.batch(studies)
     heads, fusion = engine.model.heads, engine.model.model.fusion  # type: ignore[union-attr]
-    with fusion.prompted(prompt(batch)), heads.listening(batch) as heard:  # type: ignore[union-attr, operator]
+    with fusion.prompted(prompt(batch)), heads.capture(batch) as heard:  # type: ignore[union-attr, operator]
         engine.model(**inputs(batch))
         pairs = torch.stack([heard["image"], heard["text"]], dim=1)
     info_nce(pairs, torch.ones(STUDIES), 0.07).backward()
@@ -260,7 +260,7 @@ def test_an_evaluation_reports_the_plain_loss_of_the_tokens(
         logits = engine.model.eval()(**inputs(batch)).logits
     plain = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
     assert engine.loss_sum(batch) == pytest.approx(float(plain), rel=1e-6)
-    found = engine.findings(batch)
+    found = engine.predict_findings(batch)
     assert found is not None
     assert found.shape == (STUDIES, len(recipe.findings.names))
 
@@ -341,17 +341,17 @@ def test_training_without_saying_what_the_prompt_is_is_an_error() -> None:
 
 def test_sharpness_looks_for_the_worst_point_nearby() -> None:
     """Against the formula, on a function whose gradients can be written down."""
-    from radhpc.engine.sam import ascended
+    from radhpc.engine.sam import ascent_step
 
     weight = nn.Parameter(torch.tensor([3.0, -4.0]))
     (weight.square() / 2).sum().backward()
     before = weight.detach().clone()
-    with ascended({"w": weight}, 0.5, float(weight.grad.norm())):  # type: ignore[union-attr]
+    with ascent_step({"w": weight}, 0.5, float(weight.grad.norm())):  # type: ignore[union-attr]
         assert torch.allclose(weight.detach(), torch.tensor([3.3, -4.4]))
         assert weight.grad is None
         (weight.square() / 2).sum().backward()
     assert torch.equal(weight.detach(), before)
     assert torch.allclose(weight.grad, torch.tensor([3.3, -4.4]))  # type: ignore[arg-type]
-    with pytest.raises(KeyError), ascended({"w": weight}, 0.5, 1.0):
+    with pytest.raises(KeyError), ascent_step({"w": weight}, 0.5, 1.0):
         raise KeyError
     assert torch.equal(weight.detach(), before)

@@ -18,7 +18,7 @@ import torch
 
 from radhpc.core.recipe import Recipe, load
 from radhpc.core.sample import Report, Sample, View
-from radhpc.data.collate import Encoder
+from radhpc.data.collate import StudyEncoder
 from radhpc.distributed.ranks import Ranks
 from radhpc.engine.fsdp import Engine
 from radhpc.models import adapters, family as models
@@ -96,7 +96,7 @@ def test_the_loss_falls(name: str, smollm: Path) -> None:
     stage = next(stage for stage in chosen.stages if stage.lora)
     adapters.prepare(model, (stage.model_copy(update={"adapters": None}),), 0, lambda _: {}, seed=0)
     engine = Engine(model, chosen, stage.optimizer, family.blocks, Ranks())
-    encoder = Encoder(family, chosen.text, chosen.images)
+    encoder = StudyEncoder(family, chosen.text, chosen.images)
     rows = [encoder.encode(sample.key, sample, [view(64, 64, n)]) for n, sample in enumerate(reports(2 * BATCH))]
     batches = [encoder.batch(rows[:BATCH]), encoder.batch(rows[BATCH:])]
     losses = [

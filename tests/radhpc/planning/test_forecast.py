@@ -35,7 +35,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import numpy as np, torch
 from radhpc import adapters, plan, recipe as recipes
-from radhpc.data.collate import Encoder
+from radhpc.data.collate import StudyEncoder
 from radhpc.distributed.ranks import Ranks
 from radhpc.engine.fsdp import Engine
 from radhpc.data.source import Source
@@ -49,7 +49,7 @@ def step(overrides):
     source = Source(recipe.shards, "train")
     with tempfile.TemporaryDirectory() as folder:
         family, _ = plan._family(recipe, source, Path(folder))
-    encoder = Encoder(family, recipe.text, recipe.images)
+    encoder = StudyEncoder(family, recipe.text, recipe.images)
     rows, _, _ = plan._largest_rows(recipe, source, encoder, stage.micro_batch or 2, False)
     before = memory("VmRSS")
     model = family.build(0)
