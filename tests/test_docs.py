@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import pytest
 import typer
 import yaml
+from typer.testing import CliRunner
 
 from radhpc.cli import main as _main  # noqa: F401  (registers the verbs)
 from radhpc.cli.common import app
@@ -33,6 +34,7 @@ from tests.conftest import ROOT
 DOCS = ROOT / "docs"
 README = ROOT / "README.md"
 PAGES = [README, *sorted(page for page in DOCS.rglob("*.md") if page.parent.name != "measurements")]
+HABITS = [path for name in ("CONTRIBUTING", "SECURITY", "CHANGELOG") if (path := ROOT / f"{name}.md").exists()]
 SETTINGS = [*sorted((ROOT / "recipes").rglob("*.yaml")), *sorted((ROOT / "slurm" / "profiles").glob("*.yaml"))]
 # Files and profiles of the reader's own, which the pages speak of.
 OWN_FILES = {"mine.yaml", "my-first.yaml", "SWEEP/best.yaml", "RECIPE", "NAME", "~/a100.yaml", "FILE", "PROFILE"}
@@ -85,18 +87,17 @@ def verbs() -> Iterator[tuple[str, Any]]:
 
 
 def help_examples() -> Iterator[Command]:
-    for name, command in verbs():
-        epilog = str(command.epilog or "").partition(":")[2]
-        for example in re.split(r"(?<=\s)(?=radhpc )|\s{2,}|\n", epilog):
-            if example.strip():
-                yield Command(f"radhpc {name} --help", " ".join(example.split()))
+    for name, _ in verbs():
+        shown = CliRunner().invoke(app, [*name.split(), "--help"]).output
+        for line in split_commands("\n".join(re.split(r"^ Examples?:\s*$", shown, flags=re.M)[1:])):
+            yield Command(f"radhpc {name} --help", line)
 
 
 @cache
 def commands() -> list[Command]:
-    found = [Command(name_of(page), line) for page in PAGES for text in fences(page, "sh", "bash")
+    found = [Command(name_of(page), line) for page in PAGES + HABITS for text in fences(page, "sh", "bash")
              for line in split_commands(text)]  # fmt: skip
-    found += [Command(name_of(page), line) for page in PAGES for line in inline_code(page)]
+    found += [Command(name_of(page), line) for page in PAGES + HABITS for line in inline_code(page)]
     for path in SETTINGS:
         comment = re.match(r"(#.*\n)+", path.read_text(encoding="utf-8"))
         text = "\n".join(re.findall(r"^#   ((?:radhpc|python|    ).*)$", comment[0] if comment else "", re.M))
@@ -193,7 +194,8 @@ def check_values(verb: str, values: dict[str, Any]) -> None:
 
 
 def test_every_command_of_the_pages_can_be_typed() -> None:
-    assert len(commands()) > 120
+    assert len(commands()) > 200
+    assert len(list(help_examples())) > 20
     faults = []
     for command in commands():
         try:
@@ -287,7 +289,7 @@ def anchors(path: Path) -> set[str]:
 
 
 def test_links_lead_somewhere() -> None:
-    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+    for page in PAGES + HABITS:
         for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text(encoding="utf-8")):
             name, _, anchor = target.partition("#")
             other = (page.parent / name).resolve() if name else page
@@ -383,19 +385,22 @@ def test_the_readme_shows_the_tree_as_it_is() -> None:
 def literals() -> str:
     """All text of the product's strings, with ... where a value is put in."""
     parts = []
-    for package in ("radhpc", "slurm", "shards"):
-        for path in (ROOT / package).rglob("*.py"):
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                if isinstance(node, ast.JoinedStr):
-                    parts.append("".join(str(v.value) if isinstance(v, ast.Constant) else "..." for v in node.values))
-                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                    parts.append(node.value)
+    product = [path for package in ("radhpc", "slurm", "shards") for path in (ROOT / package).rglob("*.py")]
+    for path in [ROOT / "launch.py", *product]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts.append("".join(str(v.value) if isinstance(v, ast.Constant) else "..." for v in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                parts.append(node.value)
     return "\n".join(parts)
 
 
 def test_the_messages_of_the_troubleshooting_page_are_ours() -> None:
     text, makefile = literals(), (ROOT / "Makefile").read_text()
-    for row in re.findall(r"^\| (.*?) \|", (DOCS / "troubleshooting.md").read_text(), re.M):
+    rows = re.findall(r"^\| (.*?) \|", (DOCS / "troubleshooting.md").read_text(), re.M)
+    quickstart = re.findall(r"^(Done in .*|See it: .*)$", README.read_text(), re.M)
+    assert len(quickstart) == 2
+    for row in [*rows, *(f"`{re.sub(r'runs/[^ ]+', '...', line)}`" for line in quickstart)]:
         for message in re.findall(r"`([^`]+)`", row):
             for piece in re.split(r"'?\.\.\.'?|\(", message):
                 words = piece.strip(" ':;,?.")

@@ -57,7 +57,7 @@ def evaluate(
 
     run_folder, profile = RunFolder.open(run), profiles.load(on)
     settings = evaluation.settings_of(run_folder, overrides or [], samples)
-    with submit.environment(profile):  # it may hold the keys of an object store
+    with submit.profile_environment(profile):  # it may hold the keys of an object store
         checkpoint, weights = _check_evaluation(run_folder, split, shards or [], settings, against)
     chosen = any("conventions=" in change for change in overrides or [])
     job = evaluation.prepare(

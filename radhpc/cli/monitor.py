@@ -37,7 +37,7 @@ def status(
     steps that had to be repeated.
     """
     from slurm.monitoring.status import Statuses, find_runs
-    from slurm.sweep.study import Study, is_sweep
+    from slurm.sweep.study import SweepStudy, is_sweep
 
     if watch and (audit or as_json):
         raise UserError(f"--watch: not together with {'--audit' if audit else '--json'}")
@@ -48,11 +48,11 @@ def status(
         return
     sweeps = [path for path in runs or sorted(Path("runs").glob("*/")) if is_sweep(path)]
     if sweeps and not audit:
-        standings = [Study.open(path).standing() for path in sweeps]
+        standings = [SweepStudy.open(path).standing() for path in sweeps]
         rest = [path for path in runs or sorted(Path("runs").glob("*/")) if path not in sweeps]
         alone = Statuses(find_runs(rest, strict=bool(runs))).now() if rest else []
         if alone:
-            say(tables.Runs(alone), as_json)
+            say(tables.RunTable(alone), as_json)
         for standing in standings:
             say(tables.sweep(standing), as_json)
         emit(standings[0] if runs and len(runs) == 1 else {"runs": alone, "sweeps": standings}, as_json)
@@ -63,10 +63,10 @@ def status(
 
         results = [{"run": str(run.path), **run_audit(run)} for run in chosen]
         say(tables.audit(results), as_json)
-        console.print(*tables.verdicts(results), sep="\n", highlight=False, soft_wrap=True)
+        console.print(*tables.audit_sentences(results), sep="\n", highlight=False, soft_wrap=True)
     else:
         results = Statuses(chosen).now()
-        say(tables.Runs(results), as_json)
+        say(tables.RunTable(results), as_json)
     emit(results[0] if len(results) == 1 else {"runs": results}, as_json)
 
 

@@ -111,7 +111,7 @@ def doctor(
     from radhpc.core import recipe as recipes
     from slurm import profile as profiles
     from slurm.preflight import doctor as doctors
-    from slurm.preflight.probe import probe as run_probe
+    from slurm.preflight.probe import run_probe
 
     if (recipe or preempt_with) and not probe:
         raise UserError("--recipe and --preempt-with go with --probe")

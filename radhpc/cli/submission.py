@@ -57,12 +57,12 @@ def submit_job(
     as_json: bool = False,
 ) -> None:
     """Submit a job; an inline job runs now, and its error is raised here."""
-    from slurm.submit import environment, submit
+    from slurm.submit import profile_environment, submit
 
     job = submit(run, profile, current_code)
     announce(run, str(job.job_id))
     if profile.cluster == "inline":
-        with environment(profile):
+        with profile_environment(profile):
             error = job.exception()
         if error is not None:
             raise error

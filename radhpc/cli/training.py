@@ -147,12 +147,12 @@ def sweep(
     """
     from slurm import profile as profiles, trials
     from slurm.sweep import definition as sweeps
-    from slurm.sweep.study import Study
+    from slurm.sweep.study import SweepStudy
 
     profile, (wanted, base) = profiles.load(on), sweeps.load(sweep)
     for recipe in sweeps.distinct_data(wanted, base, sweep):
         check_data(recipe, recipe.evaluation.split)
-    study = Study.create(
+    study = SweepStudy.create(
         folder or trials.newest(Path("runs"), sweep.stem, wanted, base) or new_run(f"sweep-{sweep.stem}"), wanted, base
     )
     say(f"sweep {study.path}", as_json)
@@ -174,10 +174,10 @@ def stop(run: RunPath, as_json: Json = False) -> None:
     """Save at the next step and end for good; a job that is still queued is cancelled."""
     from radhpc.core.run_folder import RunFolder
     from slurm import scheduler, trials
-    from slurm.sweep.study import Study, is_sweep
+    from slurm.sweep.study import SweepStudy, is_sweep
 
     if is_sweep(run):
-        jobs = trials.stop(Study.open(run))
+        jobs = trials.stop(SweepStudy.open(run))
         say(f"{run}: {len(jobs)} job(s) were asked to stop; 'radhpc sweep' goes on", as_json)
         emit({"sweep": str(run.absolute()), "jobs": jobs}, as_json)
         return
@@ -233,7 +233,7 @@ def _choose_checkpoint(run: "RunFolder", profile: "Profile", as_json: bool) -> d
     from slurm import scheduler, submit
 
     scheduler.refuse_if_alive(run)
-    with submit.environment(profile):  # it may hold the keys of an object store
+    with submit.profile_environment(profile):  # it may hold the keys of an object store
         checkpoints = Checkpoints.of(run.path, run.recipe())
         name, skipped = checkpoints.newest()
     for torn, fault in skipped:

@@ -229,7 +229,7 @@ class StudyEncoder:
         views = self._shown(views)
         assert views, "the stream gives no study without an image"
         images = self.family.encode_images(views)
-        return images, self.family.place_images(self._prompt(prompt, len(views)), images)
+        return images, self.family.expand_image_tokens(self._prompt(prompt, len(views)), images)
 
     def _prompt(self, prompt: str, views: int) -> list[int]:
         if (prompt, views) not in self._known:

@@ -57,7 +57,7 @@ def tokenizer(recipe: Recipe, folder: Path) -> None:
     prompts = [task.prompt for stage in recipe.stages for task in recipe.text_of(stage).mixture().values()]
     tokenizers.train([template, *prompts, *recipe.findings.names], WORDS, folder)
     made = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    made.add_tokens([*getattr(kind, "IMAGE_TOKENS", ())[:1], *getattr(kind, "BESIDE_IMAGES", ())], special_tokens=True)
+    made.add_tokens([*getattr(kind, "IMAGE_TOKENS", ())[:1], *getattr(kind, "CHAT_TOKENS", ())], special_tokens=True)
     made.chat_template = template or made.chat_template
     made.save_pretrained(folder)
 

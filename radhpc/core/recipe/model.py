@@ -45,7 +45,7 @@ class ConnectorSettings(Section):
 
 
 class FusionSettings(Section):
-    """Hierarchical cross-modal fusion of the vision encoder's levels with the prompt: models/hcf.py."""
+    """Hierarchical cross-modal fusion of the vision encoder's levels with the prompt: radhpc/models/portable."""
 
     width: int = Field(1024, ge=1, description="of each level")
     heads: int = Field(16, ge=1, description="attention heads; they divide `width`")

@@ -229,7 +229,7 @@ def test_the_contrastive_gradient_is_that_of_the_whole_batch(
     engine.model.train()
     batch = encoder.batch(studies)
     heads, fusion = engine.model.heads, engine.model.model.fusion  # type: ignore[union-attr]
-    with fusion.prompted(prompt(batch)), heads.listening(batch) as heard:  # type: ignore[union-attr, operator]
+    with fusion.prompted(prompt(batch)), heads.capture(batch) as heard:  # type: ignore[union-attr, operator]
         engine.model(**inputs(batch))
         pairs = torch.stack([heard["image"], heard["text"]], dim=1)
     info_nce(pairs, torch.ones(STUDIES), 0.07).backward()
