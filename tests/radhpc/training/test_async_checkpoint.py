@@ -72,7 +72,7 @@ class SlowFolder(FolderStorage):
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> type[SlowFolder]:
     """All checkpoints of this test are written slowly."""
-    monkeypatch.setattr("radhpc.engine.checkpoint.Folder", SlowFolder)
+    monkeypatch.setattr("radhpc.engine.checkpoint.FolderStorage", SlowFolder)
     monkeypatch.setattr(SlowFolder, "spans", [])
     return SlowFolder
 
@@ -158,7 +158,7 @@ import sys
 from tests.radhpc.training.test_async_checkpoint import SlowFolder
 import radhpc.engine.checkpoint
 from radhpc import worker
-radhpc.engine.checkpoint.Folder = SlowFolder
+radhpc.engine.checkpoint.FolderStorage = SlowFolder
 SlowFolder.seconds = float(sys.argv[2])
 try:
     worker.run(sys.argv[1])
