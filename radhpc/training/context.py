@@ -28,7 +28,7 @@ from radhpc.distributed.ranks import Ranks
 from radhpc.distributed.stop import Stop
 from radhpc.engine import zero
 from radhpc.engine.checkpoint import Checkpoints, Cursor, sha256
-from radhpc.engine.fsdp import Engine, check
+from radhpc.engine.fsdp import Engine, check_support
 from radhpc.models import adapters, extra_modules, family as models, lazy_loading, tokenizer
 from radhpc.models.quantization import quantise
 
@@ -136,7 +136,7 @@ class Parts:
         family, recipe = self.family, self.recipe
         if not training and self.ranks.world == 1:
             recipe = recipe.model_copy(update={"engine": "single"})
-        check(recipe, self.ranks)
+        check_support(recipe, self.ranks)
         gc.collect()  # the engine of the stage before is full of cycles
         whole = any(each.lora is not None and each.lora.dora for each in recipe.stages)
         model = run_in_background(
