@@ -32,7 +32,7 @@ from radhpc.core.protocol import Event
 from radhpc.core.recipe import Recipe, load
 from radhpc.core.run_folder import RunFolder
 from radhpc.data.collate import IGNORE, TARGET_KEYS, Batch
-from radhpc.data.stream import Step, Stream
+from radhpc.data.stream import Step, Stream, StreamSettings
 from radhpc.distributed.ranks import Ranks
 from radhpc.distributed.stop import Stop
 from radhpc.engine.fsdp import Engine
@@ -81,7 +81,9 @@ class Bench:
         stage = self.recipe.stages[0]
         self.tokenizer = str(self.parts.family.tokenizer.name_or_path)
         stream = Stream(
-            self.parts.source(0, "train"), self.parts.encoder, stage, 0, self.recipe.stream, self.recipe.seed
+            self.parts.source(0, "train"),
+            self.parts.encoder,
+            StreamSettings(stage, 0, self.recipe.stream, self.recipe.seed),
         )
         self.steps = list(stream)
         stream.close()
@@ -371,7 +373,11 @@ def one_rank(folder: Path, engine: str, steps: int) -> None:
     ranks.barrier()
     parts = Parts(RunFolder.open(str(path)), here, ranks)
     stage = here.stages[0]
-    stream = Stream(parts.source(0, "train"), parts.encoder, stage, 0, here.stream, here.seed, ranks.rank, ranks.world)
+    stream = Stream(
+        parts.source(0, "train"),
+        parts.encoder,
+        StreamSettings(stage, 0, here.stream, here.seed, ranks.rank, ranks.world),
+    )
     ready = list(stream)
     stream.close()
     trained = parts.engine(0, ())

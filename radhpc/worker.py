@@ -25,7 +25,7 @@ from radhpc.core.protocol import Cause, CulpritRecord, Event, Outcome, OutcomeSt
 from radhpc.core.recipe import Recipe
 from radhpc.core.run_folder import RunFolder, step_of
 from radhpc.data import tasks
-from radhpc.data.stream import Stream, stage_samples, stage_steps
+from radhpc.data.stream import Stream, StreamSettings, stage_samples, stage_steps
 from radhpc.distributed.background import run_in_background, run_on_first
 from radhpc.distributed.malloc import keep_freed_memory
 from radhpc.distributed.ranks import Ranks, lost_peer
@@ -205,11 +205,11 @@ def _run_stage(
         # written over with this stage's untrained state when a signal comes before the first step.
         saving.start_at(position.step)
     evaluating, profiling = hooks.Evaluating(parts, engine, board, stop), Profiling(parts.run, ranks, board)
-    stream = Stream(
-        training, parts.encoder, stage, number, recipe.stream, recipe.seed,
-        ranks.rank, ranks.world, position.samples, pin=ranks.device.type == "cuda",
-        told=stop.poll,
+    settings = StreamSettings(
+        stage, number, recipe.stream, recipe.seed, ranks.rank, ranks.world, position.samples,
+        pin=ranks.device.type == "cuda",
     )  # fmt: skip
+    stream = Stream(training, parts.encoder, settings, should_stop=stop.poll)
     try:
         with Bar(stage.name, position.stage_steps, position.stage_step, "steps", not ranks.first) as bar:
             stragglers = Stragglers(parts.run, ranks, board)
@@ -301,7 +301,12 @@ def _agree_on_data(parts: Parts, steps: list[int]) -> None:
                     f"stage '{parts.recipe.stages[n].name}': rank {rank} sees other shards than rank {ranks.rank}: "
                     f"{theirs[n][1]} steps there, {steps[n]} here; all nodes must read the same manifests"
                 )
-    run_on_first(lambda: [parts.source(n, "train").check_sizes() for n in stages] and None, ranks, parts.stop)
+
+    def check_sizes() -> None:
+        for n in stages:
+            parts.source(n, "train").check_sizes()
+
+    run_on_first(check_sizes, ranks, parts.stop)
 
 
 def _quarantined(run: RunFolder) -> Callable[[str, str], None]:
