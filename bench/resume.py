@@ -22,7 +22,7 @@ from radhpc.core.files import write_atomically
 from radhpc.core.manifest import INDEX, MANIFEST, File, Index, Manifest, sha256
 from radhpc.core.recipe import Optimizer, Stage, Stream as StreamRecipe
 from radhpc.data.source import Source
-from radhpc.data.stream import Stream, StreamSettings
+from radhpc.data.stream import Stream, StreamSpec
 from radhpc.storage.store import Store
 
 BATCH, EPOCHS = 64, 3
@@ -80,7 +80,7 @@ def measure(quick: bool) -> tuple[dict[str, float], dict[str, float]]:
 
         def first(cursor: int) -> None:
             source.datasets[0].store.close()
-            stream = Stream(source, Pixels(), StreamSettings(stage, 0, RECIPE, SEED, cursor=cursor))
+            stream = Stream(source, Pixels(), StreamSpec(stage, 0, RECIPE, SEED, cursor=cursor))
             next(iter(stream))
             stream.close()
 
@@ -105,7 +105,7 @@ def measure(quick: bool) -> tuple[dict[str, float], dict[str, float]]:
 
 
 def _memory(source: Source, stage: Stage) -> tuple[float, float]:
-    stream = Stream(source, Unread(), StreamSettings(stage.model_copy(update={"epochs": 1}), 0, RECIPE, SEED))
+    stream = Stream(source, Unread(), StreamSpec(stage.model_copy(update={"epochs": 1}), 0, RECIPE, SEED))
     steps = stream.plan.steps
     seen = [_megabytes() for step in stream if step.number in (steps // 100, steps * 99 // 100)]
     stream.close()

@@ -32,7 +32,7 @@ from radhpc.core.protocol import Event
 from radhpc.core.recipe import Recipe, load
 from radhpc.core.run_folder import RunFolder
 from radhpc.data.collate import IGNORE, TARGET_KEYS, Batch
-from radhpc.data.stream import Step, Stream, StreamSettings
+from radhpc.data.stream import Step, Stream, StreamSpec
 from radhpc.distributed.ranks import Ranks
 from radhpc.distributed.stop import Stop
 from radhpc.engine.fsdp import Engine
@@ -83,7 +83,7 @@ class Bench:
         stream = Stream(
             self.parts.source(0, "train"),
             self.parts.encoder,
-            StreamSettings(stage, 0, self.recipe.stream, self.recipe.seed),
+            StreamSpec(stage, 0, self.recipe.stream, self.recipe.seed),
         )
         self.steps = list(stream)
         stream.close()
@@ -376,7 +376,7 @@ def one_rank(folder: Path, engine: str, steps: int) -> None:
     stream = Stream(
         parts.source(0, "train"),
         parts.encoder,
-        StreamSettings(stage, 0, here.stream, here.seed, ranks.rank, ranks.world),
+        StreamSpec(stage, 0, here.stream, here.seed, ranks.rank, ranks.world),
     )
     ready = list(stream)
     stream.close()

@@ -25,7 +25,7 @@ from radhpc.core.protocol import Cause, CulpritRecord, Event, Outcome, OutcomeSt
 from radhpc.core.recipe import Recipe
 from radhpc.core.run_folder import RunFolder, step_of
 from radhpc.data import tasks
-from radhpc.data.stream import Stream, StreamSettings, stage_samples, stage_steps
+from radhpc.data.stream import Stream, StreamSpec, stage_samples, stage_steps
 from radhpc.distributed.background import run_in_background, run_on_first
 from radhpc.distributed.malloc import keep_freed_memory
 from radhpc.distributed.ranks import Ranks, lost_peer
@@ -205,7 +205,7 @@ def _run_stage(
         # written over with this stage's untrained state when a signal comes before the first step.
         saving.start_at(position.step)
     evaluating, profiling = hooks.Evaluating(parts, engine, board, stop), Profiling(parts.run, ranks, board)
-    settings = StreamSettings(
+    settings = StreamSpec(
         stage, number, recipe.stream, recipe.seed, ranks.rank, ranks.world, position.samples,
         pin=ranks.device.type == "cuda",
     )  # fmt: skip

@@ -144,7 +144,7 @@ class BatchPlan:
 
 
 @dataclass(frozen=True)
-class StreamSettings:
+class StreamSpec:
     """The part of a stage that one rank streams, and how."""
 
     stage: Stage
@@ -164,7 +164,7 @@ class Stream:
         self,
         source: Source,
         encoder: SampleEncoder,
-        settings: StreamSettings,
+        settings: StreamSpec,
         should_stop: Callable[[], object] = lambda: False,
     ) -> None:
         """`should_stop`: whether the run has to stop. It is asked while data are slow to come; StopRequested is raised

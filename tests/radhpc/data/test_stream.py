@@ -21,7 +21,7 @@ from radhpc.core.manifest import INDEX, MANIFEST, File, Manifest, Shard, sha256
 from radhpc.core.recipe import Optimizer, Stage, Stream as StreamRecipe
 from radhpc.core.sample import SPLITS, Sample
 from radhpc.data.source import BadSample, RawSample, Source
-from radhpc.data.stream import BatchPlan, Step, Stream, StreamSettings, stage_sampler, stage_samples, stage_steps
+from radhpc.data.stream import BatchPlan, Step, Stream, StreamSpec, stage_sampler, stage_samples, stage_steps
 from shards.execution.assembly import concatenate, index_of_shard
 from shards.execution.writer import write_shard
 
@@ -181,7 +181,7 @@ def lived(source: Source, data: Data, life: Life, done: int) -> list[list[Step]]
     stage = data.stage(life)
     cursor = min(done * data.batch, stage_samples(stage, len(source)))
     streams = [
-        Stream(source, Light(), StreamSettings(stage, 0, data.recipe(life), data.seed, rank, life.world, cursor))
+        Stream(source, Light(), StreamSpec(stage, 0, data.recipe(life), data.seed, rank, life.world, cursor))
         for rank in range(life.world)
     ]
     try:
@@ -296,7 +296,7 @@ def test_of_real_wordings_little_is_padded(tmp_path: Path) -> None:
     reader = Tokens(AutoTokenizer.from_pretrained(tmp_path / "tokenizer"))
     batch, size = 64, 4
     stage = stage_of(epochs=1, batch=batch, micro_batch=size)
-    streams = [Stream(source, reader, StreamSettings(stage, 0, StreamRecipe(), 0, rank, 2)) for rank in range(2)]
+    streams = [Stream(source, reader, StreamSpec(stage, 0, StreamRecipe(), 0, rank, 2)) for rank in range(2)]
     steps = list(zip(*streams, strict=True))[:-1]  # the last batch is filled up with empty slots
     for stream in streams:
         stream.close()
