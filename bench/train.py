@@ -38,8 +38,11 @@ from radhpc.distributed.stop import Stop
 from radhpc.engine.fsdp import Engine
 from radhpc.models import adapters, family, token_loss
 from radhpc.planning.memory_trace import Allocations
-from radhpc.training.context import Parts
+from radhpc.training.context import open_context
+from radhpc.training.encoder_builder import build_encoder, build_family
+from radhpc.training.engine_builder import build_engine
 from radhpc.training.loop import Position, Quarantine, train
+from radhpc.training.sources import open_source
 from slurm.box import free_ports
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
@@ -77,14 +80,12 @@ class Bench:
     def __init__(self, folder: Path, steps: int) -> None:
         self.folder = folder
         self.recipe = recipe(folder, steps)
-        self.parts = Parts(run_folder(folder / "run", self.recipe), self.recipe, Ranks())
+        context = open_context(run_folder(folder / "run", self.recipe), self.recipe, Ranks())
         stage = self.recipe.stages[0]
-        self.tokenizer = str(self.parts.family.tokenizer.name_or_path)
-        stream = Stream(
-            self.parts.source(0, "train"),
-            self.parts.encoder,
-            StreamSpec(stage, 0, self.recipe.stream, self.recipe.seed),
-        )
+        self.family = build_family(context)
+        self.tokenizer = str(self.family.tokenizer.name_or_path)
+        training, encoder = open_source(context, 0, "train"), build_encoder(context, 0)
+        stream = Stream(training, encoder, StreamSpec(stage, 0, self.recipe.stream, self.recipe.seed))
         self.steps = list(stream)
         stream.close()
 
@@ -97,7 +98,7 @@ class Bench:
 
     def ours(self) -> tuple[Times, Times]:
         stage, ranks = self.recipe.stages[0], Ranks()
-        engine = Engine(self.model(), self.recipe, stage.optimizer, self.parts.family.blocks, ranks)
+        engine = Engine(self.model(), self.recipe, stage.optimizer, self.family.blocks, ranks)
         shutil.rmtree(self.folder / "ledger", ignore_errors=True)
         (self.folder / "ledger").mkdir()
         ready, losses = Ready(self.steps), Times()
@@ -371,16 +372,14 @@ def one_rank(folder: Path, engine: str, steps: int) -> None:
     if ranks.first:
         run_folder(path, here)
     ranks.barrier()
-    parts = Parts(RunFolder.open(str(path)), here, ranks)
+    context = open_context(RunFolder.open(str(path)), here, ranks)
     stage = here.stages[0]
-    stream = Stream(
-        parts.source(0, "train"),
-        parts.encoder,
-        StreamSpec(stage, 0, here.stream, here.seed, ranks.rank, ranks.world),
-    )
+    training, encoder = open_source(context, 0, "train"), build_encoder(context, 0)
+    spec = StreamSpec(stage, 0, here.stream, here.seed, ranks.rank, ranks.world)
+    stream = Stream(training, encoder, spec)
     ready = list(stream)
     stream.close()
-    trained = parts.engine(0, ())
+    trained, _ = build_engine(context, 0, ())
     seconds = []
     for step in ready:
         ranks.barrier()

@@ -19,15 +19,16 @@ from radhpc.core.protocol import Cause, Event
 from radhpc.core.run_folder import node_name
 from radhpc.core.sample import Split
 from radhpc.distributed.ranks import Ranks
-from radhpc.distributed.stop import Interrupted, Stop
+from radhpc.distributed.stop import Interrupted
 from radhpc.engine.flop_counter import peak_flops
-from radhpc.engine.fsdp import Engine
 from radhpc.evaluation import evaluate, report_page
 from radhpc.evaluation.scoring import CLASSIFIERS, classified
 from radhpc.models import adapters
 from radhpc.serving.export import write_adapter
-from radhpc.training.context import Parts
+from radhpc.training.context import RunContext, StageContext
+from radhpc.training.encoder_builder import build_encoder
 from radhpc.training.loop import Pace, Position, Report
+from radhpc.training.sources import open_source
 from radhpc.training.straggler import Stragglers
 
 log = logging.getLogger("radhpc")
@@ -36,45 +37,45 @@ log = logging.getLogger("radhpc")
 class Evaluating:
     """Evaluates a step once: a step whose scores are there is not evaluated again after a resume."""
 
-    def __init__(self, parts: Parts, engine: Engine, board: Board, stop: Stop) -> None:
-        self.parts, self.engine, self.board, self.stop = parts, engine, board, stop
+    def __init__(self, stage: StageContext) -> None:
+        self.stage, self.context, self.board = stage, stage.context, stage.board
 
     def __call__(self, position: Position, report: Report | None = None, split: Split | None = None) -> None:
-        parts = self.parts
-        parts.ranks.watchdog.beat("evaluating", slow=True)
-        split = split or parts.recipe.evaluation.split
-        folder = parts.run.path / "evaluation" / f"step-{position.step:06d}"
-        if parts.ranks.broadcast((folder / "scores.json").exists()):
+        context = self.context
+        context.ranks.watchdog.beat("evaluating", slow=True)
+        split = split or context.recipe.evaluation.split
+        folder = context.run.path / "evaluation" / f"step-{position.step:06d}"
+        if context.ranks.broadcast((folder / "scores.json").exists()):
             self._prune(position)
             return
-        held_out = parts.source(position.stage, split)
+        held_out = open_source(context, position.stage, split)
         if not len(held_out):
             log.info("no study in split '%s': nothing to evaluate", split)
             return
         started = time.perf_counter()
-        count = len(evaluate.chosen(held_out, parts.recipe.evaluation.samples))
-        with Bar(f"evaluate step {position.step}", count, unit="studies", hidden=not parts.ranks.first) as bar:
+        count = len(evaluate.chosen(held_out, context.recipe.evaluation.samples))
+        with Bar(f"evaluate step {position.step}", count, unit="studies", hidden=not context.ranks.first) as bar:
 
             def check(done: int) -> None:
-                parts.ranks.watchdog.beat("evaluating", slow=True)
-                self.stop.check(parts.ranks.max)
+                context.ranks.watchdog.beat("evaluating", slow=True)
+                context.stop.check(context.ranks.max)
                 bar.update(done)
 
-            training = parts.source(position.stage, "train")
+            training = open_source(context, position.stage, "train")
             result = evaluate.evaluate(
-                lambda: self.engine,
-                parts.encoder,
+                lambda: self.stage.engine,
+                build_encoder(context, position.stage),
                 held_out,
                 training,
-                parts.recipe.evaluation,
-                parts.ranks,
+                context.recipe.evaluation,
+                context.ranks,
                 folder,
                 f"step {position.step} of this run",
                 check,
-                self.stop,
+                context.stop,
             )
             bar.update(count)
-        if parts.ranks.first:
+        if context.ranks.first:
             evaluate.write(folder, result, position.step, split)
             report_page.write(folder, held_out)
             values = {f"evaluation/{name}": score["value"] for name, score in result.scores.items()}
@@ -87,32 +88,30 @@ class Evaluating:
             self.board.text(position.step, "evaluation/table", "\n".join(evaluate.table(result)))
             self.board.flush()
             seconds = round(time.perf_counter() - started, 1)
-            parts.run.record(
+            context.run.record(
                 Event.EVALUATED, step=position.step, split=split, samples=len(result.rows), seconds=seconds
             )
         self._prune(position)
 
     def _prune(self, position: Position) -> None:
         """End here, on all ranks, if the sweep says so; the last step of all is no place to end early."""
-        parts = self.parts
-        if parts.trial is None:
+        context = self.context
+        if context.trial is None:
             return
-        last = position.stage_done and position.stage == len(parts.recipe.stages) - 1
-        prune = parts.trial.should_prune(position.step) and not last if parts.ranks.first else False
-        if parts.ranks.broadcast(prune):
+        last = position.stage_done and position.stage == len(context.recipe.stages) - 1
+        prune = context.trial.should_prune(position.step) and not last if context.ranks.first else False
+        if context.ranks.broadcast(prune):
             raise Interrupted(Cause.PRUNED)
 
 
-def board_hook(
-    board: Board, parts: Parts, engine: Engine, restarted: bool = False
-) -> Callable[[Position, Report], None]:
+def board_hook(stage: StageContext, restarted: bool = False) -> Callable[[Position, Report], None]:
     """Curves of every step; the first point behind a restart is marked."""
-    life, ranks = parts.run.lives, parts.ranks
-    ceiling, kinds = peak_flops(ranks.device, engine.dtype), parts.encoder.loss_groups
+    context, engine, board = stage.context, stage.engine, stage.board
+    life, ranks, stage_name = context.run.lives, context.ranks, stage.settings.name
+    ceiling, kinds = peak_flops(ranks.device, engine.dtype), build_encoder(context, stage.number).loss_groups
 
     def write(position: Position, report: Report) -> None:
         nonlocal restarted
-        stage = parts.recipe.stages[position.stage].name
         marks = {f"by_stage/{RESTART}": report.engine.loss} if restarted else {}
         restarted = False
         by_group = zip(kinds, report.engine.by_group, strict=False)
@@ -124,7 +123,7 @@ def board_hook(
                 "train/gradient_norm": report.engine.gradient_norm,
                 "train/stage": position.stage,
                 "train/life": life,
-                f"by_stage/{stage}": report.engine.loss,
+                f"by_stage/{stage_name}": report.engine.loss,
                 **marks,
                 "speed/samples_per_second": report.samples / report.seconds,
                 "speed/tokens_per_second": report.tokens / report.seconds,
@@ -198,8 +197,9 @@ def by_node(told: Sequence[tuple[str, Mapping[str, float]]], many: int) -> dict[
 class GroupNorms:
     """The gradient's norm by group of the optimizer, before clipping, as curves. On all ranks: it has a collective."""
 
-    def __init__(self, engine: Engine, board: Board, parts: Parts) -> None:
-        self.board, self.ranks, self.every = board, parts.ranks, parts.recipe.board.every
+    def __init__(self, stage: StageContext) -> None:
+        engine, context = stage.engine, stage.context
+        self.board, self.ranks, self.every = stage.board, context.ranks, context.recipe.board.every
         self._names: list[str] = []
         self._squares: list[torch.Tensor] = []
         self._due = True
@@ -241,16 +241,16 @@ class Progress:
 
     WINDOW = 60.0  # seconds
 
-    def __init__(self, parts: Parts, bar: Bar, total_steps: int, stragglers: Stragglers) -> None:
-        self.parts, self.bar, self.total_steps, self.stragglers = parts, bar, total_steps, stragglers
+    def __init__(self, context: RunContext, bar: Bar, total_steps: int, stragglers: Stragglers) -> None:
+        self.context, self.bar, self.total_steps, self.stragglers = context, bar, total_steps, stragglers
         self._written = 0.0
         self._recent: deque[tuple[float, int, float]] = deque()  # after each step: time, its samples, its data wait
 
     def __call__(self, position: Position, report: Report) -> None:
         now = time.monotonic()
-        stage = self.parts.recipe.stages[position.stage].name
+        stage = self.context.recipe.stages[position.stage].name
         if not self._recent:
-            self.parts.run.record(Event.FIRST_STEP, stage=stage, step=position.step, seconds=round(report.seconds, 3))
+            self.context.run.record(Event.FIRST_STEP, stage=stage, step=position.step, seconds=round(report.seconds, 3))
             self._recent.append((now - report.seconds, 0, 0.0))
         self._recent.append((now, report.samples, report.wait_seconds))
         while len(self._recent) > 2 and self._recent[1][0] < now - self.WINDOW:
@@ -264,7 +264,7 @@ class Progress:
         loss = report.engine.loss
         self.bar.update(position.stage_step, f"loss {loss:.3f}  {rate:.0f} samples/s")
         slowest = self.stragglers.slowest
-        self.parts.run.write_progress(
+        self.context.run.write_progress(
             stage=stage,
             step=position.step,
             steps=self.total_steps,
@@ -272,20 +272,20 @@ class Progress:
             samples_per_second=round(rate, 2),
             step_seconds=round(seconds / steps, 4),
             data_wait=round(min(1.0, wait), 4),
-            world=self.parts.ranks.world,
-            device=self.parts.ranks.device.type,
+            world=self.context.ranks.world,
+            device=self.context.ranks.device.type,
             slowest=slowest and {"rank": slowest.rank, "host": slowest.host, "ratio": slowest.ratio},
         )
 
 
-def export_adapter(parts: Parts, engine: Engine, position: Position) -> None:
+def export_adapter(stage: StageContext) -> None:
     """Leave the stage's adapter where PEFT finds it."""
-    lora = parts.recipe.stages[position.stage].lora
+    lora, context = stage.settings.lora, stage.context
     if lora is None:
         return
-    weights = engine.weights()
-    if parts.ranks.first:
-        write_adapter(parts.run.path / "adapter", adapters.peft_config(lora), weights)
+    weights = stage.engine.weights()
+    if context.ranks.first:
+        write_adapter(context.run.path / "adapter", adapters.peft_config(lora), weights)
 
 
 def _memory(ranks: Ranks) -> float:

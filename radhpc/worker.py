@@ -16,7 +16,7 @@ import torch
 
 from radhpc import hooks
 from radhpc.core import environment, log as logs
-from radhpc.core.board import Board, Curves
+from radhpc.core.board import Board, WandbCurves
 from radhpc.core.errors import UserError, first_line
 from radhpc.core.files import FULL, read_json, write_atomically
 from radhpc.core.ledger import Ledger
@@ -36,10 +36,14 @@ from radhpc.engine.fsdp import Engine
 from radhpc.evaluation import job as evaluation_job
 from radhpc.training import compilation, stage_transition
 from radhpc.training.async_checkpoint import Ending, Saving
-from radhpc.training.context import Parts, Trial
+from radhpc.training.context import RunContext, StageContext, Trial, open_context
+from radhpc.training.encoder_builder import build_encoder
+from radhpc.training.engine_builder import build_engine, check_cursor
 from radhpc.training.loop import Hook, Position, Quarantine, train
 from radhpc.training.out_of_memory import out_of_memory
 from radhpc.training.profiling import Profiling
+from radhpc.training.retrieval_libraries import build_libraries
+from radhpc.training.sources import open_source
 from radhpc.training.straggler import Stragglers
 
 log = logging.getLogger("radhpc")
@@ -53,7 +57,7 @@ def run(path: str, stop: Stop | None = None, trial: Trial | None = None) -> Outc
     """
     run_dir = RunFolder.open(path)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    logs.start(rank, world)
+    logs.start_logging(rank, world)
     keep_freed_memory()
     if threads := os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(int(threads))
@@ -93,29 +97,33 @@ def _run(run: RunFolder, ranks: Ranks, stop: Stop, trial: Trial | None) -> Outco
         job = os.environ.get("SLURM_JOB_ID", "")
         nodes = os.environ.get("SLURM_JOB_NODELIST", socket.gethostname())
         run.record(Event.STARTED, life=life, job=job, world=ranks.world, engine=recipe.engine, nodes=nodes)
-        run.hold_back()
+        run.reserve_space()
     _agree_on_environment(run, recipe, ranks)
-    if run.evaluates is not None:
+    if run.evaluated_run is not None:
         return _evaluate(run, ranks, stop)
-    parts = Parts(run, recipe, ranks, stop, trial)
-    compilation.prepare(parts)
+    context = open_context(run, recipe, ranks, stop, trial)
+    compilation.prepare(context)
     position: Position | None = None
     try:
         lengths = (
-            run_in_background(lambda: [len(parts.source(n, "train")) for n in range(len(recipe.stages))], ranks, stop)
+            run_in_background(
+                lambda: [len(open_source(context, n, "train")) for n in range(len(recipe.stages))], ranks, stop
+            )
             or []
         )
         for n, length in enumerate(lengths):
             if not length:
                 raise UserError(f"stage '{recipe.stages[n].name}': no sample of split 'train' in its shards")
         steps = [stage_steps(stage, length) for stage, length in zip(recipe.stages, lengths, strict=True)]
-        _agree_on_data(parts, steps)
+        _agree_on_data(context, steps)
         for stage, number in zip(recipe.stages, range(len(steps)), strict=True):
-            run_on_first(lambda s=stage, n=number: tasks.check(recipe, s, parts.source(n, "train")), ranks, stop)
-        parts.find_neighbours()
-        cursor = _restore(parts, run, life, ranks)
+            run_on_first(
+                lambda s=stage, n=number: tasks.check(recipe, s, open_source(context, n, "train")), ranks, stop
+            )
+        build_libraries(context)
+        cursor = _restore(context, run, life, ranks)
         wandb = recipe.board.wandb if ranks.first else None
-        curves = Curves(wandb, run.path, life) if wandb is not None else None
+        curves = WandbCurves(wandb, run.path, life) if wandb is not None else None
         board = Board(run.path / "tensorboard" if ranks.first else None, cursor.step if cursor else 0, curves)
         board.layout([stage.name for stage in recipe.stages])
         board.event(cursor.step if cursor else 0, Event.RESUMED if cursor else Event.STARTED, _history(run))
@@ -138,17 +146,17 @@ def _run(run: RunFolder, ranks: Ranks, stop: Stop, trial: Trial | None) -> Outco
                 samples=here.samples if here else 0,
                 stage_samples=stage_samples(recipe.stages[number], lengths[number]),
             )
-            name = _run_stage(parts, position, here, lineage, board, ledger, quarantine, stop, sum(steps))
+            name = _run_stage(context, position, here, lineage, board, ledger, quarantine, stop, sum(steps))
             lineage, reached = (*lineage, name), position.step
         board.event(reached, Event.FINISHED, "all stages are done")
         board.end_session()
         board.close()
         if ranks.first:
             run.record(Event.FINISHED, step=reached)
-            run.give_back()
+            run.release_space()
         return Outcome(OutcomeState.FINISHED, step=reached)
     except Interrupted as interrupted:
-        ending: Ending = interrupted.ending or _before_training(parts, stop)
+        ending: Ending = interrupted.ending or _before_training(context, stop)
         step = position.step if position else ending.committed_step or 0
         pruned = interrupted.cause == Cause.PRUNED
         state = OutcomeState.PRUNED if pruned else OutcomeState.INTERRUPTED
@@ -172,14 +180,14 @@ def _evaluate(job: RunFolder, ranks: Ranks, stop: Stop) -> Outcome:
     return Outcome(OutcomeState.FINISHED, step=step)
 
 
-def _before_training(parts: Parts, stop: Stop) -> Ending:
+def _before_training(context: RunContext, stop: Stop) -> Ending:
     """Nothing is lost by an interruption of the start-up: the next life goes on from what is committed."""
-    steps = [step_of(name) for name in parts.checkpoints.committed()] if parts.ranks.first else []
+    steps = [step_of(name) for name in context.checkpoints.committed()] if context.ranks.first else []
     return Ending(max(steps, default=None), "last checkpoint", stop.margin, round(stop.waited, 3))
 
 
 def _run_stage(
-    parts: Parts,
+    context: RunContext,
     position: Position,
     cursor: Cursor | None,
     lineage: tuple[str, ...],
@@ -190,50 +198,52 @@ def _run_stage(
     total_steps: int,
 ) -> str:
     """Train one stage to its end; returns the name of its last checkpoint."""
-    recipe, ranks, number = parts.recipe, parts.ranks, position.stage
-    stage = recipe.stages[number]
-    engine = _loaded(parts, number, cursor, lineage, stop)
-    training = parts.source(number, "train")
-    parts.encoder.set_loss_groups([part.manifest.dataset for part in training.datasets])
-    compilation.warm_up(parts, engine, stage)
+    recipe, ranks, number = context.recipe, context.ranks, position.stage
+    engine, base_hash = _load_engine(context, number, cursor, lineage)
+    stage = StageContext(context, number, engine, base_hash, lineage, board)
+    training, encoder = open_source(context, number, "train"), build_encoder(context, number)
+    encoder.set_loss_groups([part.manifest.dataset for part in training.datasets])
+    compilation.warm_up(stage)
     stop.check(ranks.max)
-    _describe(engine, position, parts)
-    saving = Saving(parts, engine, board, stop, lineage)
-    saving.expect(number)
+    _describe(stage, position)
+    saving = Saving(stage)
+    saving.expect()
     if cursor is not None or number:
         # A stage begins where a checkpoint stands: its own, or the last one of the stage before, which must not be
         # written over with this stage's untrained state when a signal comes before the first step.
         saving.start_at(position.step)
-    evaluating, profiling = hooks.Evaluating(parts, engine, board, stop), Profiling(parts.run, ranks, board)
-    settings = StreamSpec(
-        stage, number, recipe.stream, recipe.seed, ranks.rank, ranks.world, position.samples,
+    evaluating, profiling = hooks.Evaluating(stage), Profiling(context.run, ranks, board)
+    spec = StreamSpec(
+        stage.settings, number, recipe.stream, recipe.seed, ranks.rank, ranks.world, position.samples,
         pin=ranks.device.type == "cuda",
     )  # fmt: skip
-    stream = Stream(training, parts.encoder, settings, should_stop=stop.poll)
+    stream = Stream(training, encoder, spec, should_stop=stop.poll)
     try:
-        with Bar(stage.name, position.stage_steps, position.stage_step, "steps", not ranks.first) as bar:
-            stragglers = Stragglers(parts.run, ranks, board)
-            calls = [Hook(1, stragglers), Hook(1, hooks.GroupNorms(engine, board, parts))]
+        with Bar(stage.settings.name, position.stage_steps, position.stage_step, "steps", not ranks.first) as bar:
+            stragglers = Stragglers(context.run, ranks, board)
+            calls = [Hook(1, stragglers), Hook(1, hooks.GroupNorms(stage))]
             calls.append(Hook(1, hooks.Nodes(board, ranks, stream.traffic)))
             calls.append(Hook(recipe.checkpoint.every, saving))
             if ranks.first:
-                calls.insert(0, Hook(recipe.board.every, hooks.board_hook(board, parts, engine, cursor is not None)))
-                calls.insert(1, Hook(1, hooks.Progress(parts, bar, total_steps, stragglers)))
+                calls.insert(0, Hook(recipe.board.every, hooks.board_hook(stage, cursor is not None)))
+                calls.insert(1, Hook(1, hooks.Progress(context, bar, total_steps, stragglers)))
                 calls.append(Hook(1, profiling))
             if (every := recipe.evaluation.every) is not None:
                 calls.append(Hook(every, evaluating))
                 if cursor is not None and position.step % every == 0 and not position.stage_done:
                     evaluating(position)  # that the interruption prevented, or nothing where the scores are there
-            train(stream, engine, stage, position, calls, ledger, quarantine, stop, ranks, recipe.seed)
+            train(stream, engine, stage.settings, position, calls, ledger, quarantine, stop, ranks, recipe.seed)
         saving.finish(position)
-        hooks.export_adapter(parts, engine, position)
-        if ranks.broadcast(_last_finished(parts.run) < number):
-            loss = stage_transition.probe(parts, engine, number)
+        hooks.export_adapter(stage)
+        if ranks.broadcast(_last_finished(context.run) < number):
+            loss = stage_transition.probe(context, engine, number)
             if ranks.first:
-                parts.run.record(Event.STAGE_FINISHED, stage=stage.name, number=number, step=position.step, loss=loss)
+                context.run.record(
+                    Event.STAGE_FINISHED, stage=stage.settings.name, number=number, step=position.step, loss=loss
+                )
         last = number == len(recipe.stages) - 1
         # A sweep chooses by its trials' scores, so that the test split is none of its business.
-        evaluating(position, split="test" if last and parts.trial is None else None)
+        evaluating(position, split="test" if last and context.trial is None else None)
     except Interrupted as interrupted:
         interrupted.ending = saving.interrupted(position)
         board.event(position.step, Event.INTERRUPTED, interrupted.cause)
@@ -247,20 +257,24 @@ def _run_stage(
     return name_of(position.step)
 
 
-def _loaded(parts: Parts, number: int, cursor: Cursor | None, lineage: tuple[str, ...], stop: Stop) -> Engine:
-    """The engine of a stage, as its own last checkpoint or the stages before it have left the model."""
-    ranks = parts.ranks
-    ranks.watchdog.beat(f"loading stage {parts.recipe.stages[number].name}", slow=True)
-    engine = parts.engine(number, lineage)
+def _load_engine(
+    context: RunContext, number: int, cursor: Cursor | None, lineage: tuple[str, ...]
+) -> tuple[Engine, str]:
+    """Return the engine of a stage, as its own last checkpoint or the stages before it have left the model, and the
+    hash of its base model.
+    """
+    ranks = context.ranks
+    ranks.watchdog.beat(f"loading stage {context.recipe.stages[number].name}", slow=True)
+    engine, base_hash = build_engine(context, number, lineage)
     if cursor is not None:
-        parts.check(cursor)
+        check_cursor(context, cursor, base_hash)
         name = name_of(cursor.step)
-        tensors = run_in_background(lambda: parts.checkpoints.tensors(name, moments=True), ranks, stop)
+        tensors = run_in_background(lambda: context.checkpoints.tensors(name, moments=True), ranks, context.stop)
         assert tensors is not None
         engine.load(tensors, cursor.stage_step)
     elif number:
-        stage_transition.check(parts, engine, number)
-    return engine
+        stage_transition.check(context, engine, number)
+    return engine, base_hash
 
 
 def _agree_on_environment(run: RunFolder, recipe: Recipe, ranks: Ranks) -> None:
@@ -290,23 +304,23 @@ def _agree_on_environment(run: RunFolder, recipe: Recipe, ranks: Ranks) -> None:
         run.record(Event.ENVIRONMENT_CHANGED, what=what)
 
 
-def _agree_on_data(parts: Parts, steps: list[int]) -> None:
+def _agree_on_data(context: RunContext, steps: list[int]) -> None:
     """Before step one: all ranks see the same manifests and so count the same steps, and no shard was cut."""
-    stages, ranks = range(len(steps)), parts.ranks
-    mine = [(parts.source(n, "train").hashes, steps[n]) for n in stages]
+    stages, ranks = range(len(steps)), context.ranks
+    mine = [(open_source(context, n, "train").hashes, steps[n]) for n in stages]
     for rank, theirs in enumerate(ranks.gather(mine)):
         for n in stages:
             if theirs[n] != mine[n]:
                 raise UserError(
-                    f"stage '{parts.recipe.stages[n].name}': rank {rank} sees other shards than rank {ranks.rank}: "
+                    f"stage '{context.recipe.stages[n].name}': rank {rank} sees other shards than rank {ranks.rank}: "
                     f"{theirs[n][1]} steps there, {steps[n]} here; all nodes must read the same manifests"
                 )
 
     def check_sizes() -> None:
         for n in stages:
-            parts.source(n, "train").check_sizes()
+            open_source(context, n, "train").check_sizes()
 
-    run_on_first(check_sizes, ranks, parts.stop)
+    run_on_first(check_sizes, ranks, context.stop)
 
 
 def _quarantined(run: RunFolder) -> Callable[[str, str], None]:
@@ -317,10 +331,10 @@ def _quarantined(run: RunFolder) -> Callable[[str, str], None]:
     return record
 
 
-def _own(parts: Parts, life: int) -> Checkpoints:
+def _own(context: RunContext, life: int) -> Checkpoints:
     """The run's checkpoints. An object store may still hold those of a run of the same name whose folder is gone."""
-    checkpoints = parts.checkpoints
-    if life == 1 and parts.recipe.checkpoint.url is not None and (others := checkpoints.names()):
+    checkpoints = context.checkpoints
+    if life == 1 and context.recipe.checkpoint.url is not None and (others := checkpoints.names()):
         raise UserError(
             f"{checkpoints.storage.where(others[0])}: a checkpoint of another run lies where this one will write; "
             "name another run folder with --run, or delete it"
@@ -328,28 +342,28 @@ def _own(parts: Parts, life: int) -> Checkpoints:
     return checkpoints
 
 
-def _restore(parts: Parts, run: RunFolder, life: int, ranks: Ranks) -> Cursor | None:
+def _restore(context: RunContext, run: RunFolder, life: int, ranks: Ranks) -> Cursor | None:
     """The cursor of the newest checkpoint that verifies, on all ranks; names those that were skipped."""
-    name, skipped = run_on_first(lambda: _own(parts, life).newest(), ranks, parts.stop)
+    name, skipped = run_on_first(lambda: _own(context, life).newest(), ranks, context.stop)
     if ranks.first:
         for torn, fault in skipped:
             log.warning("checkpoint %s is skipped: %s", torn, fault)
             run.record(Event.SKIPPED_CHECKPOINT, name=torn, fault=fault)
         if name is not None:
-            run.record(Event.RESUMED, checkpoint=name, step=parts.checkpoints.cursor(name).step)
-    return None if name is None else parts.checkpoints.cursor(name)
+            run.record(Event.RESUMED, checkpoint=name, step=context.checkpoints.cursor(name).step)
+    return None if name is None else context.checkpoints.cursor(name)
 
 
-def _describe(engine: Engine, position: Position, parts: Parts) -> None:
-    trained = engine.trainable
+def _describe(stage: StageContext, position: Position) -> None:
+    engine = stage.engine
     log.info(
         "stage %s: %s of %s parameters trained, steps %d to %d, %d rank(s)",
-        parts.recipe.stages[position.stage].name,
-        f"{trained:,}",
+        stage.settings.name,
+        f"{engine.trainable:,}",
         f"{engine.parameters:,}",
         position.stage_step,
         position.stage_steps,
-        parts.ranks.world,
+        stage.context.ranks.world,
     )
 
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import pytest
 
 from radhpc import worker
 from radhpc.core.errors import UserError
-from radhpc.core.ledger import consumed
+from radhpc.core.ledger import read_ledger
 from radhpc.core.recipe import load
 from radhpc.core.run_folder import RunFolder
 from radhpc.data.audit import audit
@@ -28,7 +29,8 @@ from radhpc.distributed.ranks import Ranks
 from radhpc.distributed.stop import Interrupted
 from radhpc.storage.store import Store
 from radhpc.training import loop
-from radhpc.training.context import Parts
+from radhpc.training.context import open_context
+from radhpc.training.sources import open_source
 from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(240)]
@@ -77,12 +79,12 @@ def test_a_mixture_on_s3_survives_a_killed_rank_and_other_ranks_exactly_once(
     run = tmp_path / "run"
     changes = [f"shards={{{urls[0]}: 2, {urls[1]}: 1}}", one_stage(steps=STEPS), "evaluation.samples=2"]
     launch("train", recipe_file, "--on", local_profile(3), "--run", run, *changes)
-    wait_for(lambda: any(step >= 9 for step in consumed(run / "ledger").steps))
+    wait_for(lambda: any(step >= 9 for step in read_ledger(run / "ledger").steps))
     job = RunFolder.open(run).job()
     assert job is not None
     rank_of(job, 1).send_signal(signal.SIGKILL)
     wait_for(lambda: not psutil.pid_exists(job["pid"]) or psutil.Process(job["pid"]).status() == "zombie")
-    assert max(consumed(run / "ledger").steps) < STEPS, "the run had ended before the rank was killed"
+    assert max(read_ledger(run / "ledger").steps) < STEPS, "the run had ended before the rank was killed"
     launch("resume", run, "--on", local_profile(2), "--watch")
 
     found = launch_json("status", run, "--audit")
@@ -155,7 +157,7 @@ def test_a_bad_sample_is_counted_once_over_epochs_and_lives(
     assert worker.run(str(run.path)).state == "interrupted"
     assert worker.run(str(run.path)).state == "finished"
     assert [event["key"] for event in run.events("quarantined")] == [place.key]
-    met = {step: keys for step, keys in consumed(run.path / "ledger").bad.items() if keys}
+    met = {step: keys for step, keys in read_ledger(run.path / "ledger").bad.items() if keys}
     assert list(met.values()) == [[place.key], [place.key]]
     assert min(met) <= 9 < 13 <= max(met), "once in each life"
     found = audit(run)
@@ -193,10 +195,10 @@ def test_ranks_that_see_other_manifests_do_not_start(recipe_file: Path, others: 
     run = RunFolder.create(tmp_path / "run", recipe)
     there = Source((str(others),), "train")
     theirs = [(there.hashes, stage_steps(stage, len(there))) for stage in recipe.stages]
-    parts = Parts(run, recipe, OtherNode(theirs))
-    steps = [stage_steps(stage, len(parts.source(n, "train"))) for n, stage in enumerate(recipe.stages)]
+    context = open_context(run, recipe, OtherNode(theirs))
+    steps = [stage_steps(stage, len(open_source(context, n, "train"))) for n, stage in enumerate(recipe.stages)]
     with pytest.raises(UserError, match="stage 'scratch': rank 1 sees other shards than rank 0: .*the same manifests"):
-        worker._agree_on_data(parts, steps)
-    parts.ranks = OtherNode([(parts.source(n, "train").hashes, count) for n, count in enumerate(steps)])
-    worker._agree_on_data(parts, steps)
+        worker._agree_on_data(context, steps)
+    ranks = OtherNode([(open_source(context, n, "train").hashes, count) for n, count in enumerate(steps)])
+    worker._agree_on_data(replace(context, ranks=ranks), steps)
     assert os.listdir(run.path / "checkpoints") == []

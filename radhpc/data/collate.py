@@ -15,7 +15,7 @@ from PIL import Image
 
 from radhpc.core.batch import IGNORE, Batch
 from radhpc.core.errors import UserError
-from radhpc.core.recipe import Findings, Images, Text
+from radhpc.core.recipe import FindingsSettings, ImageSettings, TextSettings
 from radhpc.core.sample import Sample
 from radhpc.data.source import BadSample, RawSample, decode_study
 from radhpc.data.tasks import AnswerNotAllowed, TaskExample, Tasks
@@ -62,9 +62,9 @@ class StudyEncoder:
     def __init__(
         self,
         family: ModelFamily,
-        text: Text,
-        images: Images = Images(),  # type: ignore[call-arg]  # noqa: B008
-        findings: Findings = Findings(),  # type: ignore[call-arg]  # noqa: B008
+        text: TextSettings,
+        images: ImageSettings = ImageSettings(),  # type: ignore[call-arg]  # noqa: B008
+        findings: FindingsSettings = FindingsSettings(),  # type: ignore[call-arg]  # noqa: B008
         seed: int = 0,
         labelled: bool = False,
     ) -> None:
@@ -72,7 +72,7 @@ class StudyEncoder:
         self.family, self.text, self.images, self.labelled = family, text, images, labelled
         self.tasks = Tasks(text, findings, seed)
         self.loss_groups: tuple[tuple[str, str], ...] = ()  # whose losses are told apart: set_loss_groups
-        # Views and patient -> reports of training studies that look alike, where the recipe wants them: context.py.
+        # Views and patient -> reports of similar training studies, where the recipe wants them: retrieval_libraries.py
         self.retrieve: Callable[[Sequence[Image.Image], str], list[str]] | None = None
         self._known: dict[tuple[str, int], list[int]] = {}  # the ids of the recipe's own prompts, by number of views
         for name, task in self.tasks.mixture.items():
@@ -229,7 +229,7 @@ class StudyEncoder:
         views = self._shown(views)
         assert views, "the stream gives no study without an image"
         images = self.family.encode_images(views)
-        return images, self.family.place_images(self._prompt(prompt, len(views)), images)
+        return images, self.family.expand_image_tokens(self._prompt(prompt, len(views)), images)
 
     def _prompt(self, prompt: str, views: int) -> list[int]:
         if (prompt, views) not in self._known:
@@ -242,7 +242,7 @@ class StudyEncoder:
         return list(self.family.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def conversation(sample: Sample, text: Text, findings: Findings = Findings()) -> str:  # type: ignore[call-arg]  # noqa: B008
+def conversation(sample: Sample, text: TextSettings, findings: FindingsSettings = FindingsSettings()) -> str:  # type: ignore[call-arg]  # noqa: B008
     """What a sample says, question and answer, as a tokenizer is trained on it."""
     asked = Tasks(text, findings, 0).default(sample)
     return f"{asked.prompt}\n{asked.answer}" if asked else sample.report.text()

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from radhpc.core.batch import Batch
 from radhpc.core.errors import UserError
-from radhpc.core.recipe import Objective as ObjectiveRecipe, Optimizer, Recipe
+from radhpc.core.recipe import ObjectiveSettings, OptimizerSettings, Recipe
 from radhpc.distributed import shard_layout
 from radhpc.distributed.ranks import Ranks
 from radhpc.engine import optimizers
@@ -66,10 +66,10 @@ class Engine(ForwardEngine):
         self,
         model: nn.Module,
         recipe: Recipe,
-        stage: Optimizer,
+        stage: OptimizerSettings,
         blocks: tuple[type, ...],
         ranks: Ranks,
-        objective: ObjectiveRecipe = ObjectiveRecipe(),  # type: ignore[call-arg]  # noqa: B008
+        objective: ObjectiveSettings = ObjectiveSettings(),  # type: ignore[call-arg]  # noqa: B008
     ) -> None:
         check_support(recipe, ranks)
         super().__init__(model, ranks, Objective(objective, model))

@@ -32,7 +32,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from radhpc.core.batch import IGNORE, Batch
-from radhpc.core.recipe import Objective as ObjectiveRecipe
+from radhpc.core.recipe import ObjectiveSettings
 from radhpc.data.collate import TARGET_KEYS, UNKNOWN
 from radhpc.distributed import shard_layout
 from radhpc.distributed.ranks import Ranks
@@ -86,7 +86,7 @@ class _Terms:
 class Objective:
     """The terms of one stage. The module's docstring says in which order to call it."""
 
-    def __init__(self, recipe: ObjectiveRecipe, model: nn.Module) -> None:
+    def __init__(self, recipe: ObjectiveSettings, model: nn.Module) -> None:
         self.recipe = recipe
         self._next_token = NextToken(recipe.label_smoothing)
         heads = getattr(model, "heads", None)
@@ -128,7 +128,7 @@ class Objective:
                 stack.enter_context(self._fusion.prompted(prompt))
             outputs: Mapping[str, torch.Tensor] = {}
             if self._heads is not None and (collecting or training):
-                outputs = stack.enter_context(self._heads.listening(batch))
+                outputs = stack.enter_context(self._heads.capture(batch))
             grouped = token_loss.GroupedLoss(batch["groups"]) if training and "groups" in batch else None
             loss = self._next_token(model, batch, grouped)
             if collecting:
@@ -147,7 +147,7 @@ class Objective:
             return None
         phase, self._phase = self._phase, Phase.IDLE
         try:
-            with self._heads.listening(batch) as outputs:
+            with self._heads.capture(batch) as outputs:
                 self(model, batch)  # listens to nothing itself
                 return outputs["findings"].sigmoid()
         finally:

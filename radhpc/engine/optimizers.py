@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from radhpc.core.errors import UserError
-from radhpc.core.recipe import Optimizer
+from radhpc.core.recipe import OptimizerSettings
 from radhpc.distributed.shard_layout import local_shard
 from radhpc.engine.state_layout import MOMENTS, SCALES
 from radhpc.models import compat_bitsandbytes
@@ -65,7 +65,7 @@ class ShardOptimizer(torch.optim.Optimizer):
 
 
 def parameter_groups(
-    trained: Mapping[str, nn.Parameter], shapes: Mapping[str, torch.Size], stage: Optimizer
+    trained: Mapping[str, nn.Parameter], shapes: Mapping[str, torch.Size], stage: OptimizerSettings
 ) -> list[dict[str, Any]]:
     """Group parameters by learning rate and by decay: the first matching entry of the stage's `groups` decides the
     rate. `shapes`: of the whole parameters, as an engine may leave empty tensors in their places.
@@ -89,7 +89,7 @@ def parameter_groups(
     return list(groups.values())
 
 
-def build(groups: list[dict[str, Any]], stage: Optimizer) -> torch.optim.Optimizer:
+def build(groups: list[dict[str, Any]], stage: OptimizerSettings) -> torch.optim.Optimizer:
     """Build the optimizer of a stage over groups as parameter_groups() makes them."""
     options: dict[str, Any] = {"lr": stage.learning_rate, "betas": stage.betas, "eps": stage.epsilon}
     if stage.kind == "adamw":
@@ -105,7 +105,7 @@ def build(groups: list[dict[str, Any]], stage: Optimizer) -> torch.optim.Optimiz
     return ShardOptimizer(kinds[stage.kind], groups, **options)
 
 
-def learning_rate_factor(stage: Optimizer, step: int, steps: int) -> float:
+def learning_rate_factor(stage: OptimizerSettings, step: int, steps: int) -> float:
     """Return the factor on the learning rate at a step (from 0) of a stage: a pure function, so that there is no state
     to save.
     """

@@ -15,14 +15,17 @@ from radhpc.core.errors import UserError
 from radhpc.core.files import read_json
 from radhpc.core.log import Bar
 from radhpc.core.protocol import Event
-from radhpc.core.recipe import Evaluation
+from radhpc.core.recipe import EvaluationSettings
 from radhpc.core.run_folder import EVALUATION, RunFolder
 from radhpc.data.source import Source
 from radhpc.distributed.background import run_in_background, run_on_first
 from radhpc.distributed.ranks import Ranks
 from radhpc.distributed.stop import Stop
 from radhpc.evaluation import evaluate, report_page, scoring
-from radhpc.training.context import Parts
+from radhpc.training.context import open_context
+from radhpc.training.encoder_builder import build_encoder
+from radhpc.training.engine_builder import restore_engine
+from radhpc.training.sources import open_source
 
 PROGRESS = 10.0  # seconds between two records of what is done: a life that leaves none has made no progress
 
@@ -31,16 +34,18 @@ def work(job: RunFolder, ranks: Ranks, stop: Stop) -> int:
     """Evaluate as the job's evaluation.json says; the step of the checkpoint. Raises UserError and Interrupted."""
     task: dict[str, Any] = ranks.broadcast(read_json(job.path / EVALUATION) if ranks.first else None)
     run = RunFolder.open(task["run"])
-    settings = Evaluation.model_validate(task["settings"])
-    parts = Parts(run, run.recipe(), ranks, stop)
+    settings = EvaluationSettings.model_validate(task["settings"])
+    context = open_context(run, run.recipe(), ranks, stop)
     name, folder = task["checkpoint"], job.path.parent
-    if fault := run_on_first(lambda: parts.checkpoints.verify(name), ranks, stop):
-        raise UserError(f"{parts.checkpoints.storage.where(name)}: {fault}; evaluate again for the newest one")
-    cursor = parts.checkpoints.cursor(name)
-    training = parts.source(cursor.stage, "train")
-    held_out = Source(task["shards"], task["split"]) if task["shards"] else parts.source(cursor.stage, task["split"])
+    if fault := run_on_first(lambda: context.checkpoints.verify(name), ranks, stop):
+        raise UserError(f"{context.checkpoints.storage.where(name)}: {fault}; evaluate again for the newest one")
+    cursor = context.checkpoints.cursor(name)
+    training = open_source(context, cursor.stage, "train")
     if task["shards"]:
+        held_out = Source(task["shards"], task["split"])
         Source(tuple(dict.fromkeys([*(part.url for part in training.datasets), *task["shards"]])), "train")  # no leak
+    else:
+        held_out = open_source(context, cursor.stage, task["split"])
     _refuse_unasked(run.path, held_out, training)
     judge = scoring.Scoring(settings, every_convention=task["every_convention"], device=str(ranks.device))
     run_on_first(lambda: judge.judges.hashes and None, ranks, stop)
@@ -59,8 +64,8 @@ def work(job: RunFolder, ranks: Ranks, stop: Stop) -> int:
 
         ranks.watchdog.beat("loading", slow=True)
         result = evaluate.evaluate(
-            lambda: parts.restored_engine(name)[0],
-            parts.encoder_of(cursor.stage),
+            lambda: restore_engine(context, name)[0],
+            build_encoder(context, cursor.stage),
             held_out,
             training,
             settings,

@@ -21,7 +21,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from radhpc.core import families
-from radhpc.core.recipe import Model, Recipe, Shards, read_yaml
+from radhpc.core.recipe import ModelSettings, Recipe, Shards, read_yaml
 from radhpc.models import tokenizer as tokenizers
 
 PUBLISHED = Path(str(files("radhpc.models.families"))) / "configurations"
@@ -29,13 +29,13 @@ PIXELS, VIEWS = 1120, 2  # each way, as shards.build shrinks to; a frontal view 
 WORDS = 2000  # entries at most: so many that each word of a prompt is one
 
 
-def published(model: Model) -> dict[str, Path]:
+def published(model: ModelSettings) -> dict[str, Path]:
     """The parts whose folder is not there, with the file that says what they look like."""
     files = {part: PUBLISHED / f"{Path(folder).name}.yaml" for part, folder in model.folders.items()}
     return {part: file for part, file in files.items() if not Path(model.folders[part]).exists() and file.exists()}
 
 
-def configured(model: Model, folder: Path) -> Model:
+def configured(model: ModelSettings, folder: Path) -> ModelSettings:
     """The same model, but for missing parts, which become folders with a config.json inside of `folder`."""
     found = dict(model.folders)
     for part, file in published(model).items():
@@ -57,7 +57,7 @@ def tokenizer(recipe: Recipe, folder: Path) -> None:
     prompts = [task.prompt for stage in recipe.stages for task in recipe.text_of(stage).mixture().values()]
     tokenizers.train([template, *prompts, *recipe.findings.names], WORDS, folder)
     made = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    made.add_tokens([*getattr(kind, "IMAGE_TOKENS", ())[:1], *getattr(kind, "BESIDE_IMAGES", ())], special_tokens=True)
+    made.add_tokens([*getattr(kind, "IMAGE_TOKENS", ())[:1], *getattr(kind, "CHAT_TOKENS", ())], special_tokens=True)
     made.chat_template = template or made.chat_template
     made.save_pretrained(folder)
 

@@ -80,7 +80,7 @@ class Demo:
         except UserError:
             placeholder, disabled = "This run has learnt no questions, only reports", "disabled"
         return template.substitute(
-            name=html.escape(self.reader.parts.recipe.name),
+            name=html.escape(self.reader.context.recipe.name),
             step=self.reader.cursor.step,
             placeholder=html.escape(placeholder),
             disabled=disabled,
@@ -96,10 +96,7 @@ class Demo:
             ((neighbours, far),) = self.reader.near([study])
             yield {"warnings": [*self.reader.warnings(study), *far, *([unlearnt] if unlearnt else [])]}
             shown = [{**vars(one), "picture": self._picture(one.number)} for one in neighbours]
-            yield {
-                "neighbours": shown,
-                "given": [] if question else self.reader.parts.encoder.neighbour_texts(study.views),
-            }
+            yield {"neighbours": shown, "given": [] if question else self.reader.encoder.neighbour_texts(study.views)}
             for piece in self.reader.stream(study, question):
                 yield {"text": piece}
         yield {"end": True}
@@ -108,7 +105,7 @@ class Demo:
         from radhpc.data.source import BadSample
 
         try:
-            _, _, views = self.reader.parts.source(self.reader.cursor.stage, "train").read(number)
+            _, _, views = self.reader.training.read(number)
         except BadSample:
             return None
         return data_url(views[0], 192)

@@ -1,7 +1,7 @@
 """A trained model as others read it: PEFT's adapter, or whole weights for plain transformers. Nothing of radhpc needed.
 
-    export(parts, out, merge=False)   # adapter_config.json, adapter_model.safetensors; base/ where the run changed it
-    export(parts, out, merge=True)    # config.json, model-*.safetensors, the adapters added in
+    export(context, out, merge=False)   # adapter_config.json, adapter_model.safetensors; base/ where the run changed it
+    export(context, out, merge=True)    # config.json, model-*.safetensors, the adapters added in
     check(out, ...)                   # a process that cannot import radhpc gives the same logits
 
 Beside the weights lie processor, tokenizer, generation settings, README.md (the model card) and example.py
@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import peft
@@ -37,15 +37,15 @@ from transformers.utils import logging
 from radhpc.core.compat_torch import module_table
 from radhpc.core.errors import UserError
 from radhpc.core.resources import folder as folder_of
-from radhpc.data.collate import TARGET_KEYS
+from radhpc.data.collate import TARGET_KEYS, StudyEncoder
 from radhpc.models import adapters
 from radhpc.models.adapters import Tensors
 from radhpc.models.image_processors import ClipImages
 from radhpc.serving.model_card import base_folder, card
 from radhpc.serving.templates.example import SETTINGS
-
-if TYPE_CHECKING:
-    from radhpc.training.context import Parts
+from radhpc.training.context import RunContext
+from radhpc.training.encoder_builder import build_encoder, build_family
+from radhpc.training.engine_builder import restore_engine
 
 SHARD = "5GB"  # the largest file of the weights
 HEADS = "heads.safetensors"
@@ -84,7 +84,7 @@ def write_adapter(folder: Path, config: peft.LoraConfig, weights: Tensors) -> No
         temporary.rename(folder)
 
 
-def export(parts: "Parts", out: Path, merge: bool = False, dtype: str | None = None) -> tuple[Exported, "Probe"]:
+def export(context: RunContext, out: Path, merge: bool = False, dtype: str | None = None) -> tuple[Exported, "Probe"]:
     """Write the newest checkpoint that verifies to `out`, a folder that is not there or empty.
 
     Returns what was written and the question that check() asks it, with this model's own answer. `dtype`: of the whole
@@ -92,14 +92,16 @@ def export(parts: "Parts", out: Path, merge: bool = False, dtype: str | None = N
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: there is something already; name a new folder")
-    engine, cursor = parts.restored_engine()
-    stage, model = parts.recipe.stages[cursor.stage], engine.model
+    engine, cursor = restore_engine(context)
+    stage, model = context.recipe.stages[cursor.stage], engine.model
     if stage.lora is None and not merge:
-        raise UserError(f"{parts.run.path}: stage '{stage.name}' has no adapters to export; say --merge for the whole")
-    modules = tuple(getattr(parts.family, "modules", ()))
+        raise UserError(
+            f"{context.run.path}: stage '{stage.name}' has no adapters to export; say --merge for the whole"
+        )
+    modules = tuple(getattr(build_family(context), "modules", ()))
     _check_class(model, modules)
-    kept = dtype or _dtype_of(parts)
-    probe = Probe.of(parts, engine)
+    kept = dtype or _dtype_of(context)
+    probe = Probe.of(build_encoder(context, cursor.stage), engine, context.recipe.precision)
     heads = module_table(model).pop("heads", None)
     temporary = out.with_name(f".{out.name}.writing")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -107,13 +109,13 @@ def export(parts: "Parts", out: Path, merge: bool = False, dtype: str | None = N
         temporary.mkdir(mode=0o700, parents=True)
         base: str | None = None
         if merge:
-            written = _write_whole(parts, _merged(model), temporary, kept)
+            written = _write_whole(context, _merged(model), temporary, kept)
         else:
             assert stage.lora is not None
             weights = {name: tensor for name, tensor in engine.weights().items() if ".lora_" in name}
-            whole = base_folder(parts.recipe.model)
+            whole = base_folder(context.recipe.model)
             also = any(".lora_" not in name and not name.startswith("heads.") for name in engine.trained)
-            changed = also or whole is None or base_was_changed(parts, cursor.stage)
+            changed = also or whole is None or base_was_changed(context, cursor.stage)
             base = "base" if changed else whole
             config = adapters.peft_config(stage.lora)
             config.base_model_name_or_path = "base" if changed else Path(str(base)).name
@@ -124,16 +126,16 @@ def export(parts: "Parts", out: Path, merge: bool = False, dtype: str | None = N
             written = sum(tensor.numel() for tensor in weights.values())
             if changed:
                 (temporary / "base").mkdir()
-                written += _write_whole(parts, _bare(model), temporary / "base", kept)
-        _write_beside(parts, temporary)
+                written += _write_whole(context, _bare(model), temporary / "base", kept)
+        _write_beside(context, build_encoder(context, cursor.stage), temporary)
         if heads is not None:
             kept_heads = {
                 name: tensor.detach().float().cpu().contiguous() for name, tensor in heads.state_dict().items()
             }
-            told = {"format": "pt", "findings": json.dumps(parts.recipe.findings.names)}
+            told = {"format": "pt", "findings": json.dumps(context.recipe.findings.names)}
             save_file(kept_heads, temporary / HEADS, told)
         exported = Exported(out, "model" if merge else "adapter", base, cursor.step, written, kept)
-        (temporary / "README.md").write_text(card(parts, cursor, exported.kind, base, kept), encoding="utf-8")
+        (temporary / "README.md").write_text(card(context, cursor, exported.kind, base, kept), encoding="utf-8")
         if out.exists():
             out.rmdir()
         temporary.rename(out)
@@ -143,14 +145,14 @@ def export(parts: "Parts", out: Path, merge: bool = False, dtype: str | None = N
     return exported, probe
 
 
-def base_was_changed(parts: "Parts", stage: int) -> bool:
+def base_was_changed(context: RunContext, stage: int) -> bool:
     """Whether the model below the last adapters is another than the recipe's weights: trained whole, or merged into."""
-    stages = parts.recipe.stages[: stage + 1]
+    stages = context.recipe.stages[: stage + 1]
     return any(s.train for s in stages) or any(s.adapters == "merge" for s in stages)
 
 
-def _dtype_of(parts: "Parts") -> str:
-    folder = base_folder(parts.recipe.model)
+def _dtype_of(context: RunContext) -> str:
+    folder = base_folder(context.recipe.model)
     if folder is None:
         return "float32"
     found = json.loads((Path(folder) / "config.json").read_text())
@@ -182,15 +184,15 @@ def _merged(model: nn.Module) -> nn.Module:
     return _bare(model)
 
 
-def _write_whole(parts: "Parts", model: nn.Module, folder: Path, dtype: str) -> int:
+def _write_whole(context: RunContext, model: nn.Module, folder: Path, dtype: str) -> int:
     """config.json and the weights, with the modules of the model that are not transformers' own beside them."""
-    settings = parts.recipe.evaluation
+    settings = context.recipe.evaluation
     generation = copy.deepcopy(model.generation_config)
     generation.max_new_tokens = settings.max_new_tokens
     model.generation_config = generation
     model.requires_grad_(False).to(getattr(torch, dtype))  # type: ignore[arg-type]
     logging.disable_progress_bar()
-    modules = getattr(parts.family, "modules", ())
+    modules = getattr(build_family(context), "modules", ())
     # transformers renames tensors of its own classes alone, when it loads them.
     model.save_pretrained(str(folder), max_shard_size=SHARD, save_original_format=not modules)  # type: ignore[operator]
     copy_modules(modules, folder)
@@ -243,9 +245,9 @@ def copy_modules(modules: Sequence[str], folder: Path) -> None:
             file.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _write_beside(parts: "Parts", folder: Path) -> None:
+def _write_beside(context: RunContext, encoder: StudyEncoder, folder: Path) -> None:
     """Processor, tokenizer, how to ask, and the file that shows it."""
-    family, weights = parts.family, base_folder(parts.recipe.model)
+    family, weights = build_family(context), base_folder(context.recipe.model)
     family.tokenizer.save_pretrained(str(folder))  # before the processor, whose chat template is the one that counts
     if hasattr(family, "processor"):
         processor = family.processor()
@@ -257,16 +259,18 @@ def _write_beside(parts: "Parts", folder: Path) -> None:
 
         AutoProcessor.from_pretrained(weights, local_files_only=True).save_pretrained(str(folder))
     else:
-        raise UserError(f"export: family '{parts.recipe.model.family}' has no processor that plain transformers reads")
+        raise UserError(
+            f"export: family '{context.recipe.model.family}' has no processor that plain transformers reads"
+        )
     images = getattr(family, "image_processor", None)
-    shown = parts.encoder.images
+    shown = encoder.images
     asking = {
-        "prompt": parts.encoder.tasks.default_prompt(),
+        "prompt": encoder.tasks.default_prompt(),
         "views": shown.limit,
         "stitch": shown.stitch,
         "gap": shown.gap,
         "square": images._background if isinstance(images, ClipImages) and images.fit == "pad" else None,
-        "max_new_tokens": parts.recipe.evaluation.max_new_tokens,
+        "max_new_tokens": context.recipe.evaluation.max_new_tokens,
     }
     (folder / SETTINGS).write_text(json.dumps(asking, indent=2) + "\n", encoding="utf-8")
     (folder / "example.py").write_bytes((files("radhpc.serving.templates") / "example.py").read_bytes())
@@ -281,16 +285,16 @@ class Probe:
     dtype: str  # of the computation
 
     @classmethod
-    def of(cls, parts: "Parts", engine: Any) -> "Probe":
+    def of(cls, encoder: StudyEncoder, engine: Any, precision: str) -> "Probe":
         picture = probe_picture()
-        encoder = copy.copy(parts.encoder)
+        encoder = copy.copy(encoder)
         encoder.retrieve = None  # whoever has no radhpc has no training studies to look up
         batch = encoder.batch([encoder.encode_prompt("", None, [picture])])
         inputs = {name: value for name, value in engine.to_device(batch).items() if name not in TARGET_KEYS}
         with torch.no_grad(), engine.autocast:
             logits = engine.model.eval()(**inputs).logits[0, -1].float().cpu()
         dtypes = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-        return cls(picture, logits, dtypes[parts.recipe.precision])
+        return cls(picture, logits, dtypes[precision])
 
 
 def probe_picture() -> Image.Image:

@@ -1,7 +1,7 @@
 """The training studies by what they look like: the model's vision features, pooled, and the nearest ones to a study.
 
-    build(parts, engine, cursor)                     # RUN/index/: vectors.npy, studies.json, index.json
-    index = Index.load(parts, cursor)
+    build(context, engine, cursor)                   # RUN/index/: vectors.npy, studies.json, index.json
+    index = Index.load(context, cursor)
     index.nearest(features(engine, encoder, [views])[0], 3)
 
 A vector is the mean of the vision encoder's last hidden states over patches, tiles and views, minus the mean of all
@@ -17,7 +17,7 @@ import logging
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,11 +29,11 @@ from radhpc.core.errors import UserError
 from radhpc.core.files import read_json, write_atomically
 from radhpc.data.collate import StudyEncoder
 from radhpc.data.source import BadSample, DecodedStudy
+from radhpc.engine.checkpoint import Cursor
 from radhpc.engine.fsdp import Engine
-
-if TYPE_CHECKING:
-    from radhpc.engine.checkpoint import Cursor
-    from radhpc.training.context import Parts
+from radhpc.training.context import RunContext
+from radhpc.training.encoder_builder import build_encoder
+from radhpc.training.sources import open_source
 
 log = logging.getLogger("radhpc")
 
@@ -84,16 +84,16 @@ def _pooled(states: torch.Tensor, inputs: Batch) -> torch.Tensor:
 
 
 def build(
-    parts: "Parts",
+    context: RunContext,
     engine: Engine,
-    cursor: "Cursor",
+    cursor: Cursor,
     samples: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> "Index":
     """Write the index of a checkpoint over the training split, or the first `samples` studies of a random order."""
     from radhpc.data import sampler
 
-    source = parts.source(cursor.stage, "train")
+    source, encoder = open_source(context, cursor.stage, "train"), build_encoder(context, cursor.stage)
     count = min(samples or len(source), len(source))
     numbers = np.sort(sampler.permute(np.arange(count), len(source), sampler.number("index")))
     vectors: list[Vectors] = []
@@ -108,19 +108,19 @@ def build(
                 log.warning("left out of the index: %s", error)
                 left_out += 1
         if studies:
-            vectors.append(features(engine, parts.encoder, [views for _, (_, _, views) in studies]))
+            vectors.append(features(engine, encoder, [views for _, (_, _, views) in studies]))
             described += [
-                {"key": key, "number": number, "text": parts.encoder.reference(sample)}
+                {"key": key, "number": number, "text": encoder.reference(sample)}
                 for number, (key, sample, _) in studies
             ]
         progress(min(start + 32, count), count)
     if not described:
-        raise UserError(f"{parts.run.path}: none of {count} training studies could be read")
+        raise UserError(f"{context.run.path}: none of {count} training studies could be read")
     raw = np.concatenate(vectors)
     centre = raw.mean(axis=0)
     around = raw - centre
-    folder = parts.run.path / "index"
-    temporary = parts.run.path / ".index.writing"
+    folder = context.run.path / "index"
+    temporary = context.run.path / ".index.writing"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(mode=0o700)
     np.save(temporary / "vectors.npy", around, allow_pickle=False)
@@ -165,9 +165,9 @@ class Index:
     about: dict[str, Any]
 
     @classmethod
-    def load(cls, parts: "Parts", cursor: "Cursor", required: bool = True) -> "Index | None":
+    def load(cls, context: RunContext, cursor: Cursor, required: bool = True) -> "Index | None":
         """That of this checkpoint; None where there is none. Raises UserError where one is `required`."""
-        folder = parts.run.path / "index"
+        folder = context.run.path / "index"
         about = read_json(folder / "index.json")
         fault = None
         if about is None:
@@ -176,7 +176,7 @@ class Index:
             fault = f"the index is of step {about['step']}, the newest checkpoint of step {cursor.step}"
         if fault is not None:
             if required:
-                raise UserError(f"{parts.run.path}: {fault}; make one: radhpc index {parts.run.path}")
+                raise UserError(f"{context.run.path}: {fault}; make one: radhpc index {context.run.path}")
             return None
         vectors = np.load(folder / "vectors.npy", mmap_mode="r", allow_pickle=False)
         centre = np.load(folder / "centre.npy", allow_pickle=False)

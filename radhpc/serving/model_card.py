@@ -5,16 +5,16 @@ Folders of the site where it was trained are named by their last part alone, so 
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from radhpc.core.files import read_json
 from radhpc.core.run_folder import by_step
-
-if TYPE_CHECKING:
-    from radhpc.engine.checkpoint import Cursor
-    from radhpc.training.context import Parts
+from radhpc.engine.checkpoint import Cursor
+from radhpc.training.context import RunContext
+from radhpc.training.encoder_builder import build_encoder, build_family
+from radhpc.training.sources import open_source
 
 # What the terms of an archive mean for a model that was trained on it; by the beginning of a dataset's name.
 REMINDERS = {
@@ -32,24 +32,23 @@ REMINDERS = {
 }
 
 
-def card(parts: "Parts", cursor: "Cursor", kind: str, base: str | None, dtype: str) -> str:
+def card(context: RunContext, cursor: Cursor, kind: str, base: str | None, dtype: str) -> str:
     """The card as Markdown, with the front matter that model hubs read."""
-    recipe = parts.recipe
+    recipe, prompt = context.recipe, build_encoder(context, cursor.stage).tasks.default_prompt()
     sections = [
         _front(recipe.model, kind),
         f"# {recipe.name}",
         "**Research use only. Not for clinical use:** nothing that this model writes was checked for the care of a "
         "patient.",
-        _what(parts, cursor, kind, base, dtype),
+        _what(context, cursor, kind, base, dtype),
         "## How to use it\n\n```\npython example.py frontal.png"
         f"{' --base FOLDER' if kind == 'adapter' and base != 'base' else ''}\n```\n\n"
-        f"What it is asked for a report: {parts.encoder.tasks.default_prompt()!r}."
-        f"{_code(parts)} {_images(parts, cursor)}",
-        "## Lineage\n\n" + _lineage(parts, cursor),
-        "## Data\n\n" + _data(parts, cursor),
-        "## Scores\n\n" + _scores(parts),
-        "## Terms\n\n" + _terms(parts, cursor),
-        "## Recipe\n\n```yaml\n" + _recipe(parts) + "```",
+        f"What it is asked for a report: {prompt!r}.{_code(context)} {_images(context, cursor)}",
+        "## Lineage\n\n" + _lineage(context, cursor),
+        "## Data\n\n" + _data(context, cursor),
+        "## Scores\n\n" + _scores(context),
+        "## Terms\n\n" + _terms(context, cursor),
+        "## Recipe\n\n```yaml\n" + _recipe(context) + "```",
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -73,8 +72,8 @@ def _front(model: Any, kind: str) -> str:
     return f"---\n{yaml.safe_dump(front, sort_keys=False)}---"
 
 
-def _what(parts: "Parts", cursor: "Cursor", kind: str, base: str | None, dtype: str) -> str:
-    model = parts.recipe.model
+def _what(context: RunContext, cursor: Cursor, kind: str, base: str | None, dtype: str) -> str:
+    model = context.recipe.model
     origin = f"the weights {' and '.join(origins(model))}" if origins(model) else "random weights"
     how = {
         "model": f"Whole weights in {dtype}, adapters added in.",
@@ -88,9 +87,9 @@ def _what(parts: "Parts", cursor: "Cursor", kind: str, base: str | None, dtype: 
     return f"A model of the family {model.family}, begun from {origin}; optimizer step {cursor.step}. {how}"
 
 
-def _images(parts: "Parts", cursor: "Cursor") -> str:
-    build = parts.source(cursor.stage, "train").datasets[0].manifest.build
-    side, images = build.get("longest_side"), parts.encoder.images
+def _images(context: RunContext, cursor: Cursor) -> str:
+    build = open_source(context, cursor.stage, "train").datasets[0].manifest.build
+    side, images = build.get("longest_side"), build_encoder(context, cursor.stage).images
     told = f"Images were shrunk to {side} pixels on their longest side by area averages and stored as 8 bits"
     told += ", those of more bits between their 0.5% and 99.5% percentiles or by the window of the file."
     if images.limit:
@@ -98,22 +97,22 @@ def _images(parts: "Parts", cursor: "Cursor") -> str:
     return told
 
 
-def _code(parts: "Parts") -> str:
+def _code(context: RunContext) -> str:
     """That classes travel as files, and heads beside."""
     told = ""
-    if modules := getattr(parts.family, "modules", ()):
+    if modules := getattr(build_family(context), "modules", ()):
         files = " and ".join(f"{name.rpartition('.')[2]}.py" for name in modules)
         told += f" Its classes are not all transformers' own: {files} hold the others, so load it with "
         told += "`trust_remote_code=True`, as example.py does; read them first."
-    if parts.recipe.heads:
+    if context.recipe.heads:
         told += " heads.safetensors keeps the heads of its objectives, which answers do not need."
     return told
 
 
-def _lineage(parts: "Parts", cursor: "Cursor") -> str:
+def _lineage(context: RunContext, cursor: Cursor) -> str:
     rows = ["| stage | steps | batch | trained whole | adapters | checkpoint |", "|---|---|---|---|---|---|"]
     names = (*cursor.lineage, f"step-{cursor.step:06d}")
-    for number, stage in enumerate(parts.recipe.stages[: cursor.stage + 1]):
+    for number, stage in enumerate(context.recipe.stages[: cursor.stage + 1]):
         lora = f"rank {stage.lora.rank}, alpha {stage.lora.alpha:g}" if stage.lora else ""
         if stage.adapters:
             lora += f" ({stage.adapters})"
@@ -122,35 +121,35 @@ def _lineage(parts: "Parts", cursor: "Cursor") -> str:
         rows.append(f"| {stage.name} | {length} | {stage.batch} | {whole} | {lora} | {names[number]} |")
     if not cursor.stage_done:
         rows.append(f"\nThe last stage was not at its end: {cursor.stage_step} of its steps were made.")
-    environment = read_json(parts.run.code / "environment.json") or {}
+    environment = read_json(context.run.code / "environment.json") or {}
     told = [f"recipe {cursor.recipe[:16]}", f"base {cursor.base[:16]}"]
     told += [f"manifest {data[:16]}" for data in cursor.data]
     if environment.get("code"):
         told.append(f"code {environment['code']}" + (f" (commit {c})" if (c := environment.get("commit")) else ""))
-    rows += ["", f"Hashes: {', '.join(told)}. The run began {parts.run.lives} time(s)."]
+    rows += ["", f"Hashes: {', '.join(told)}. The run began {context.run.lives} time(s)."]
     return "\n".join(rows)
 
 
-def _parts(parts: "Parts", cursor: "Cursor") -> dict[str, Any]:
+def _manifests(context: RunContext, cursor: Cursor) -> dict[str, Any]:
     """The manifests of all stages so far, each once."""
     found = {}
     for stage in range(cursor.stage + 1):
-        for part in parts.source(stage, "train").datasets:
+        for part in open_source(context, stage, "train").datasets:
             found[part.manifest.hash] = part
     return found
 
 
-def _data(parts: "Parts", cursor: "Cursor") -> str:
+def _data(context: RunContext, cursor: Cursor) -> str:
     rows = ["| dataset | train | validate | test | patients | manifest |", "|---|---|---|---|---|---|"]
-    for digest, part in _parts(parts, cursor).items():
+    for digest, part in _manifests(context, cursor).items():
         splits, patients = part.manifest.splits, sum(part.manifest.patients.values())
         counts = " | ".join(str(splits.get(split, 0)) for split in ("train", "validate", "test"))
         rows.append(f"| {part.manifest.dataset} | {counts} | {patients} | {digest[:16]} |")
     return "\n".join([*rows, "", "Trained on the split train alone. No patient is in two splits."])
 
 
-def _scores(parts: "Parts") -> str:
-    folders = sorted((parts.run.path / "evaluation").glob("step-*"), key=by_step)
+def _scores(context: RunContext) -> str:
+    folders = sorted((context.run.path / "evaluation").glob("step-*"), key=by_step)
     tables = [folder / "table.md" for folder in folders if (folder / "scores.json").exists()]
     if not tables:
         return "None: the run was not evaluated."
@@ -158,16 +157,16 @@ def _scores(parts: "Parts") -> str:
     return re.sub(r"^#+ (.*)$", r"\1:", tables[-1].read_text(encoding="utf-8").strip(), flags=re.M)
 
 
-def _terms(parts: "Parts", cursor: "Cursor") -> str:
+def _terms(context: RunContext, cursor: Cursor) -> str:
     lines = []
-    for name in origins(parts.recipe.model):
+    for name in origins(context.recipe.model):
         lines.append(f"{name}: the licence of these weights holds for what was made of them.")
         if "llama" in name.lower():
             lines[-1] += (
                 " Llama's wants 'Built with Llama' shown, 'Llama' at the beginning of the name and its acceptable use "
                 "policy kept, and Llama 3.2 Vision is not licensed to those domiciled in the European Union."
             )
-    for part in _parts(parts, cursor).values():
+    for part in _manifests(context, cursor).values():
         name = part.manifest.dataset
         known = next((text for start, text in REMINDERS.items() if name.startswith(start)), None)
         lines.append(known or f"{name}: read its terms before you pass the model on.")
@@ -175,7 +174,7 @@ def _terms(parts: "Parts", cursor: "Cursor") -> str:
     return "\n".join(f"- {line}" for line in dict.fromkeys(lines))
 
 
-def _recipe(parts: "Parts") -> str:
+def _recipe(context: RunContext) -> str:
     """The frozen recipe; a path of the site by its last part."""
 
     def bare(value: Any) -> Any:
@@ -187,4 +186,4 @@ def _recipe(parts: "Parts") -> str:
             return value.rstrip("/").rsplit("/", 1)[-1]
         return value
 
-    return str(yaml.safe_dump(bare(parts.recipe.model_dump(mode="json")), sort_keys=False, allow_unicode=True))
+    return str(yaml.safe_dump(bare(context.recipe.model_dump(mode="json")), sort_keys=False, allow_unicode=True))

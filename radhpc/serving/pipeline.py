@@ -1,6 +1,6 @@
 """What `generate` and `demo` share: a study goes in, a text comes out, with all that should make its reader doubt it.
 
-    reader = Reader(parts, Decoding.of(parts.recipe.evaluation))
+    reader = Reader(context, Decoding.of(context.recipe.evaluation))
     for answer in reader.read([Study("case 1", [picture])], question=None, batch=8):
         answer.text, answer.sections, answer.warnings, answer.neighbours
 
@@ -9,7 +9,7 @@ Enters: views of 8 bits as image_decoding.py decodes them, with the modality tha
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -19,9 +19,10 @@ from radhpc.data import sampler
 from radhpc.data.input_check import radiograph_warnings
 from radhpc.serving.feature_index import Index, Neighbour, features
 from radhpc.serving.inference import Decoding, answers, sections, stream
-
-if TYPE_CHECKING:
-    from radhpc.training.context import Parts
+from radhpc.training.context import RunContext
+from radhpc.training.encoder_builder import build_encoder
+from radhpc.training.engine_builder import restore_engine
+from radhpc.training.sources import open_source
 
 LOOKED_AT = 512  # training samples, to know whether any of them asks a question
 NO_RADIOGRAPH = "no radiograph, as it seems"
@@ -54,26 +55,28 @@ class Answer:
 class Reader:
     """The newest checkpoint of a run, loaded once."""
 
-    def __init__(self, parts: "Parts", decoding: Decoding, neighbours: int = 0) -> None:
+    def __init__(self, context: RunContext, decoding: Decoding, neighbours: int = 0) -> None:
         """`neighbours`: training studies to show with each answer. Raises UserError where there is no index of them."""
-        self.parts, self.decoding = parts, decoding
-        self.engine, self.cursor = parts.restored_engine()
+        self.context, self.decoding = context, decoding
+        self.engine, self.cursor = restore_engine(context)
+        self.encoder = build_encoder(context, self.cursor.stage)
+        self.training = open_source(context, self.cursor.stage, "train")
         self.neighbours = neighbours
-        self.index = Index.load(parts, self.cursor, required=neighbours > 0)
+        self.index = Index.load(context, self.cursor, required=neighbours > 0)
         self._asks: bool | None = None
 
     def check_question(self) -> str | None:
         """A warning where the run has learnt from reports alone. Raises UserError where it can know no question."""
         if self._asks is None:
-            source = self.parts.source(self.cursor.stage, "train")
+            source = self.training
             some = sampler.permute(np.arange(min(LOOKED_AT, len(source))), len(source), sampler.number("questions"))
             self._asks = any(sample.question for sample in source.samples(np.sort(some)))
         if self._asks:
             return None
-        if self.parts.recipe.model.weights is None:
+        if self.context.recipe.model.weights is None:
             raise UserError(
-                f"{self.parts.run.path}: no question was learnt: its training studies have reports alone; ask none, or "
-                "train a stage on question-answer shards"
+                f"{self.context.run.path}: no question was learnt: its training studies have reports alone; ask none, "
+                "or train a stage on question-answer shards"
             )
         return "the run has learnt from reports alone: what the model says to a question is what its weights brought"
 
@@ -85,7 +88,7 @@ class Reader:
             for doubt in radiograph_warnings(view, modality):
                 which = f"view {number}: " if len(study.views) > 1 else ""
                 told.append(f"{which}{NO_RADIOGRAPH}: {doubt}")
-        limit = self.parts.recipe.images.limit
+        limit = self.context.recipe.images.limit
         if limit is not None and len(study.views) > limit:
             told.append(f"the model sees the first {limit} of {len(study.views)} views: its recipe says images.views")
         return told
@@ -94,7 +97,7 @@ class Reader:
         """For each study the nearest training studies, if wanted, and a warning where none is near; by the index."""
         if self.index is None:
             return [([], []) for _ in studies]
-        vectors = features(self.engine, self.parts.encoder, [study.views for study in studies])
+        vectors = features(self.engine, self.encoder, [study.views for study in studies])
         found = []
         for vector in vectors:
             far = self.index.far(vector)
@@ -107,16 +110,14 @@ class Reader:
         unlearnt = self.check_question() if question else None
         for start in range(0, len(studies), batch):
             some = studies[start : start + batch]
-            texts = answers(
-                self.engine, self.parts.encoder, [study.views for study in some], question, self.decoding, batch
-            )
+            texts = answers(self.engine, self.encoder, [study.views for study in some], question, self.decoding, batch)
             for study, text, (neighbours, far) in zip(some, texts, self.near(some), strict=True):
                 warnings = [*self.warnings(study), *far, *([unlearnt] if unlearnt else [])]
-                given = [] if question else self.parts.encoder.neighbour_texts(study.views)
+                given = [] if question else self.encoder.neighbour_texts(study.views)
                 yield Answer(study.name, text, {} if question else sections(text), warnings, neighbours, given)
 
     def stream(self, study: Study, question: str | None = None) -> Iterator[str]:
         """The text alone, as it is written."""
         if question:
             self.check_question()
-        return stream(self.engine, self.parts.encoder, study.views, question, self.decoding)
+        return stream(self.engine, self.encoder, study.views, question, self.decoding)

@@ -1,1 +1,1 @@
-"""The parts of a stage, the loop, asynchronous checkpoints, compilation, profiling, stragglers."""
+"""The context of a run and its builders, the loop, asynchronous checkpoints, compilation, profiling, stragglers."""

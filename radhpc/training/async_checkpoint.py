@@ -12,16 +12,15 @@ import threading
 import time
 from dataclasses import dataclass
 
-from radhpc.core.board import Board
 from radhpc.core.errors import UserError
 from radhpc.core.protocol import Cause, Event
 from radhpc.distributed.grace_period import RESERVE, SAFETY, Plan, RecentMaximum, choose
-from radhpc.distributed.stop import CAUSES, Interrupted, Stop
+from radhpc.distributed.stop import CAUSES, Interrupted
 from radhpc.engine.checkpoint import Cursor, SaveCancelled
-from radhpc.engine.fsdp import Engine
 from radhpc.models.adapters import Tensors
-from radhpc.training.context import Parts
+from radhpc.training.context import StageContext
 from radhpc.training.loop import Position, Report
+from radhpc.training.sources import open_source
 
 log = logging.getLogger("radhpc")
 
@@ -61,26 +60,26 @@ class _Save(threading.Thread):
             pass
         except BaseException as error:  # for the main thread to raise
             self.problem = error
-            self._saving.stop.tell(Cause.SAVE_FAILED)
+            self._saving.stage.context.stop.tell(Cause.SAVE_FAILED)
         finally:
             self._tensors = {}
 
     def _write(self) -> None:
-        saving, cursor, parts = self._saving, self._cursor, self._saving.parts
-        _, size = parts.checkpoints.save(self._tensors, cursor, self.given_up)
+        saving, cursor, context = self._saving, self._cursor, self._saving.stage.context
+        _, size = context.checkpoints.save(self._tensors, cursor, self.given_up)
         saving.committed_step = cursor.step
         seconds = time.perf_counter() - self.started
         saving.writing.add(seconds)
         times = {**self._times, "seconds": self._times["blocked_seconds"] + seconds}
         rounded = {name: round(value, 3) for name, value in times.items()}
-        parts.run.record(Event.SAVED, step=cursor.step, stage=cursor.stage, bytes=size, **rounded)
+        context.run.record(Event.SAVED, step=cursor.step, stage=cursor.stage, bytes=size, **rounded)
         if self.given_up.is_set():
             return  # it landed after all, and nobody listens any more
-        saving.board.scalars(
+        saving.stage.board.scalars(
             cursor.step, {"checkpoint/megabytes": size / 1e6, **{f"checkpoint/{n}": s for n, s in times.items()}}
         )
         try:
-            parts.checkpoints.prune(parts.recipe.checkpoint.keep)
+            context.checkpoints.prune(context.recipe.checkpoint.keep)
         except UserError as error:  # the checkpoint stands, and the next one prunes again
             log.warning("old checkpoints stay for now: %s", error)
 
@@ -88,8 +87,8 @@ class _Save(threading.Thread):
 class Saving:
     """Writes checkpoints, says so, and deletes old ones. All ranks call each method alike."""
 
-    def __init__(self, parts: Parts, engine: Engine, board: Board, stop: Stop, lineage: tuple[str, ...]) -> None:
-        self.parts, self.engine, self.board, self.stop, self.lineage = parts, engine, board, stop, lineage
+    def __init__(self, stage: StageContext) -> None:
+        self.stage, self.ranks, self.stop = stage, stage.context.ranks, stage.context.stop
         self.saved_step = -1  # the newest one that was copied
         self.committed_step: int | None = None
         self._save: _Save | None = None
@@ -100,11 +99,11 @@ class Saving:
         """The run goes on from a checkpoint of this step, which must not be written over."""
         self.saved_step = self.committed_step = step
 
-    def expect(self, stage: int) -> None:
+    def expect(self) -> None:
         """Take the estimates from what saves of this stage took in earlier lives."""
-        if self.parts.ranks.first:
-            for event in self.parts.run.events(Event.SAVED):
-                if event["stage"] == stage:
+        if self.ranks.first:
+            for event in self.stage.context.run.events(Event.SAVED):
+                if event["stage"] == self.stage.number:
                     self.copying.add(event["copy_seconds"])
                     self.writing.add(event["seconds"] - event["blocked_seconds"])
 
@@ -114,14 +113,14 @@ class Saving:
         if not position.stage_done:  # the end of a stage saves by finish()
             self._begin(position)
             self._warn()
-            if not self.parts.recipe.checkpoint.asynchronous:
+            if not self.stage.context.recipe.checkpoint.asynchronous:
                 self._wait()
 
     def _warn(self) -> None:
         """Say once that a preemption will cost steps, while something can still be done about it."""
         grace = self.stop.grace
         need = RESERVE + SAFETY * (self.stepping.seconds + self.copying.seconds + self.writing.seconds)
-        if self.parts.ranks.first and grace is not None and need > grace and not self._warned:
+        if self.ranks.first and grace is not None and need > grace and not self._warned:
             self._warned = True
             log.warning(
                 "a step of %.1f s and a save of %.1f s do not fit into the grace of %.0f s: a preemption goes back to "
@@ -140,8 +139,8 @@ class Saving:
         """Copy the state, after the save before is done, and start to write."""
         if position.step == self.saved_step:
             return
-        parts, started = self.parts, time.perf_counter()
-        parts.ranks.watchdog.beat("saving", slow=True)
+        context, started = self.stage.context, time.perf_counter()
+        context.ranks.watchdog.beat("saving", slow=True)
         self._wait()
         free = time.perf_counter()
         if free - started > 1:
@@ -156,18 +155,18 @@ class Saving:
             stage_step=position.stage_step,
             samples=position.samples,
             stage_done=position.stage_done,
-            lineage=self.lineage,
-            recipe=parts.recipe.hash,
-            base=parts.base_hash,
-            data=parts.source(position.stage, "train").hashes,
-            world=parts.ranks.world,
-            engine=parts.recipe.engine,
+            lineage=self.stage.lineage,
+            recipe=context.recipe.hash,
+            base=self.stage.base_hash,
+            data=open_source(context, position.stage, "train").hashes,
+            world=context.ranks.world,
+            engine=context.recipe.engine,
         )
-        tensors = self.engine.state()
+        tensors = self.stage.engine.state()
         self.saved_step = position.step
         now = time.perf_counter()
         self.copying.add(now - free)
-        if parts.ranks.first:
+        if context.ranks.first:
             self._save = _Save(self, tensors, cursor, {"blocked_seconds": now - started, "copy_seconds": now - free})
             self._save.start()
 
@@ -176,15 +175,15 @@ class Saving:
 
         Raises UserError on all ranks when it failed, and Interrupted, with `poll`, when any is told to stop.
         """
-        with self.parts.ranks.watchdog.poll():
+        with self.ranks.watchdog.poll():
             while True:
                 if self._save is not None:
                     self._save.join(max(0.0, min(_POLL, until - time.monotonic())))
                 busy = self._save is not None and self._save.is_alive()
-                self.parts.ranks.watchdog.polling = not busy
+                self.ranks.watchdog.polling = not busy
                 failed = self._save is not None and not busy and self._save.problem is not None
                 flags = [float(busy), float(failed), float(time.monotonic() > until), float(self.stop.poll())]
-                any_busy, any_failed, over, code = self.parts.ranks.max(flags)
+                any_busy, any_failed, over, code = self.ranks.max(flags)
                 if any_failed:
                     self._fail()
                 if not any_busy:
@@ -198,7 +197,7 @@ class Saving:
     def _fail(self) -> None:
         """End all ranks in the same way."""
         problem = self._save.problem if self._save is not None else None
-        said = self.parts.ranks.broadcast((isinstance(problem, UserError), str(problem)))
+        said = self.ranks.broadcast((isinstance(problem, UserError), str(problem)))
         if problem is not None and not isinstance(problem, UserError):
             raise problem
         if said[0]:
@@ -207,7 +206,7 @@ class Saving:
 
     def interrupted(self, position: Position) -> Ending:
         """Commit what the grace allows, at a step boundary. Raises UserError when a save failed."""
-        ranks = self.parts.ranks
+        ranks = self.ranks
         negative, waited = ranks.max([-self.stop.left, self.stop.waited])
         left = -negative
         deadline = time.monotonic() + left

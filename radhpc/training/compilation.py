@@ -15,31 +15,32 @@ import torch
 
 from radhpc.core.compat_torch import disable_duck_shapes
 from radhpc.core.protocol import Event
-from radhpc.core.recipe import Stage
 from radhpc.data.source import BadSample
 from radhpc.distributed.background import run_in_background
-from radhpc.engine.fsdp import Engine
-from radhpc.training.context import Parts
+from radhpc.training.context import RunContext, StageContext
+from radhpc.training.encoder_builder import build_encoder
+from radhpc.training.sources import open_source
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 
-def prepare(parts: Parts) -> None:
+def prepare(context: RunContext) -> None:
     """Before the engine is built: where the compiler keeps what it makes, and what it may not take for granted."""
-    if parts.recipe.model.compile:
+    if context.recipe.model.compile:
         # torch would choose a place of its own.
-        os.environ.setdefault(CACHE, str(parts.run.folder("compiled")))
+        os.environ.setdefault(CACHE, str(context.run.folder("compiled")))
         # Else sizes that happen to be equal in the first batch are taken for one, and the next batch compiles anew.
         disable_duck_shapes()
 
 
-def warm_up(parts: Parts, engine: Engine, stage: Stage) -> None:
+def warm_up(stage: StageContext) -> None:
     """Compile the layers of a stage, if the recipe wants it; all ranks call it. Raises Interrupted on all."""
-    if not parts.recipe.model.compile:
+    context, engine, settings = stage.context, stage.engine, stage.settings
+    if not context.recipe.model.compile:
         return
-    ranks = parts.ranks
-    size = min(stage.micro_batch or stage.batch, -(-stage.batch // ranks.world))
-    batch = parts.encoder.batch([parts.encoder.empty()] * size)
+    ranks, encoder = context.ranks, build_encoder(context, stage.number)
+    size = min(settings.micro_batch or settings.batch, -(-settings.batch // ranks.world))
+    batch = encoder.batch([encoder.empty()] * size)
     started = time.perf_counter()
 
     def work() -> None:
@@ -47,25 +48,25 @@ def warm_up(parts: Parts, engine: Engine, stage: Stage) -> None:
             torch.cuda.set_device(ranks.device)  # of this thread
         engine.warm_up(batch)
 
-    ranks.watchdog.beat(f"compiling for stage {stage.name}", slow=True)
+    ranks.watchdog.beat(f"compiling for stage {settings.name}", slow=True)
     if ranks.world > 1 and ranks.device.type == "cpu":
         work()  # the engine's collectives and the agreements go over the same group, and must not mix
     else:
-        run_in_background(work, ranks, parts.stop)
+        run_in_background(work, ranks, context.stop)
     if engine.meter.supported:
-        _count(parts, engine, size)
+        _count(stage, size)
     if ranks.first:
-        parts.run.record(Event.COMPILED, stage=stage.name, seconds=round(time.perf_counter() - started, 1))
+        context.run.record(Event.COMPILED, stage=settings.name, seconds=round(time.perf_counter() - started, 1))
 
 
-def _count(parts: Parts, engine: Engine, size: int) -> None:
+def _count(stage: StageContext, size: int) -> None:
     """The operations of a step, by passes of their own through layers that are not compiled: inside of one that is
     there are no single operations to be seen. They leave nothing else.
     """
-    source = parts.source(parts.stage, "train")
+    source, encoder = open_source(stage.context, stage.number, "train"), build_encoder(stage.context, stage.number)
     rows = []
     for number in range(min(size, len(source))):
         with contextlib.suppress(BadSample):  # the stream names it
-            rows.append(parts.encoder.encode(*source.read(number)))
+            rows.append(encoder.encode(*source.read(number)))
     with torch.compiler.set_stance("force_eager"):
-        engine.warm_up(parts.encoder.batch(rows or [parts.encoder.empty()]), counted=True)
+        stage.engine.warm_up(encoder.batch(rows or [encoder.empty()]), counted=True)

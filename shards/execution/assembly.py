@@ -1,4 +1,4 @@
-"""The records of all shards -> the index and the manifest, with the proofs that the whole dataset holds."""
+"""Assembles the records of all shards into the index and the manifest, and asserts what must hold for all of them."""
 
 import io
 from collections import Counter
@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from radhpc.core.errors import UserError
-from radhpc.core.manifest import FINGERPRINTS, INDEX, File, Index, Manifest, Shard, sha256
+from radhpc.core.manifest import FINGERPRINTS, INDEX, FileEntry, Manifest, SampleIndex, Shard, sha256
 from radhpc.core.sample import SPLITS, Split
 from shards.execution.worker import ShardRecord
 from shards.execution.writer import SampleRow
@@ -22,9 +22,12 @@ def assemble(
     build_hash: str,
     skipped: Mapping[str, int],
 ) -> tuple[Manifest, dict[str, bytes]]:
-    """Return the manifest and the files it names, one record at a time in memory. Raises UserError without a sample."""
+    """Return the manifest and the files it names, with one record at a time in memory.
+
+    Raises UserError where no sample is left.
+    """
     shards: list[Shard] = []
-    parts: list[Index] = []
+    parts: list[SampleIndex] = []
     fingerprints: list[npt.NDArray[np.uint8]] = []
     for split, record in records:
         if record.shard:
@@ -53,24 +56,25 @@ def assemble(
 
 
 def fingerprints_of(record: ShardRecord) -> npt.NDArray[np.uint8]:
-    """The perceptual hashes of a shard's images: (images, 32)."""
+    """Return the perceptual hashes of a shard's images: (images, 32)."""
     return np.frombuffer(bytes.fromhex("".join(record.fingerprints)), np.uint8).reshape(-1, 32)
 
 
 def npy_bytes(array: npt.NDArray[Any]) -> bytes:
+    """Return the bytes of a .npy file."""
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()
 
 
-def _file_entry(name: str, data: bytes) -> File:
-    return File(name=name, size=len(data), sha256=sha256(data))
+def _file_entry(name: str, data: bytes) -> FileEntry:
+    return FileEntry(name=name, size=len(data), sha256=sha256(data))
 
 
-def index_of_shard(rows: Sequence[SampleRow], patients: Sequence[str], split: Split, shard: int) -> Index:
-    """The columns of one shard."""
+def index_of_shard(rows: Sequence[SampleRow], patients: Sequence[str], split: Split, shard: int) -> SampleIndex:
+    """Return the index of one shard: its number is `shard`."""
     members = [member for row in rows for member in row.members]
-    return Index(
+    return SampleIndex(
         key=np.array([row.key for row in rows], "S"),
         patient=np.array(patients, "S"),
         split=np.full(len(rows), SPLITS.index(split), np.uint8),
@@ -83,20 +87,20 @@ def index_of_shard(rows: Sequence[SampleRow], patients: Sequence[str], split: Sp
     )
 
 
-def concatenate(parts: list[Index]) -> Index:
-    """The columns of all shards, one behind the other."""
+def concatenate(parts: list[SampleIndex]) -> SampleIndex:
+    """Concatenate the indexes of all shards."""
     ends = np.cumsum([0, *(part.first[-1] for part in parts)])
     first = [part.first[:-1] + end for part, end in zip(parts, ends[:-1], strict=True)]
     columns = {
         name: np.concatenate([getattr(part, name) for part in parts])
-        for name in Index.__dataclass_fields__
+        for name in SampleIndex.__dataclass_fields__
         if name != "first"
     }
-    return Index(first=np.concatenate([*first, ends[-1:]]), **columns)
+    return SampleIndex(first=np.concatenate([*first, ends[-1:]]), **columns)
 
 
-def _assert_invariants(index: Index) -> None:
-    """What the listing has made sure of must hold in what was written."""
+def _assert_invariants(index: SampleIndex) -> None:
+    """Assert in the written index what the listing guarantees: unique keys, and one split for each patient."""
     assert len(np.unique(index.key)) == len(index), "a key twice"
     pairs = np.unique(np.rec.fromarrays([index.patient, index.split]))
     twice = [patient for patient, count in Counter(pairs["f0"].tolist()).items() if count > 1]

@@ -14,11 +14,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import launch
-from radhpc.cli.models import image_settings, parts_of
+from radhpc.cli.main import app
+from radhpc.cli.models import context_of, image_settings
 from radhpc.core.errors import UserError
 from radhpc.core.files import read_lines
 from radhpc.core.run_folder import RunFolder
+from radhpc.training.encoder_builder import build_encoder, build_family
+from radhpc.training.engine_builder import restore_engine
+from radhpc.training.sources import open_source
 from tests.browser import Browser, chromium
 from tests.conftest import ROOT, TINY_RECIPE, free_port
 from tests.waiting import wait_for
@@ -28,7 +31,7 @@ pytestmark = [pytest.mark.heavy, pytest.mark.timeout(300)]
 
 def call(*arguments: object) -> int:
     """launch.py in this process: its exit status. A mistake of the user raises UserError."""
-    return launch.app([*map(str, arguments)], standalone_mode=False) or 0
+    return app([*map(str, arguments)], standalone_mode=False) or 0
 
 
 def command(*arguments: object) -> list[str]:
@@ -145,7 +148,7 @@ def test_an_export_needs_no_radhpc(
         weights = load_file(out / "model.safetensors")
         name = next(name for name in weights if name.endswith("q_proj.weight") and "language_model" in name)
         save_file(weights | {name: weights[name] * 1.1}, out / "model.safetensors", {"format": "pt"})
-        _, probe = export(parts_of(run), tmp_path / "again", merge=True)
+        _, probe = export(context_of(run), tmp_path / "again", merge=True)
         with pytest.raises(UserError, match="its logits differ"):
             check(Exported(out, "model", None, 0, 0, "float32"), probe)
 
@@ -159,7 +162,7 @@ def test_an_adapter_on_given_weights_leaves_them_where_they_are(
     from radhpc.serving.export import export
 
     weights = tmp_path / "Tiny-Llama-Vision"
-    export(parts_of(run), weights, merge=True, dtype="bfloat16")
+    export(context_of(run), weights, merge=True, dtype="bfloat16")
     (tmp_path / "adapt.yaml").write_text(
         f"name: adapt\nshards: ['{phantom_shards}']\nmodel: {{weights: {weights}}}\nstages:\n"
         "  - {name: adapt, steps: 2, batch: 4, lora: {rank: 2, alpha: 4, targets: '.*language_model.*q_proj'},\n"
@@ -186,7 +189,7 @@ def test_a_module_travels_with_its_weights(tmp_path: Path) -> None:
     (tmp_path / "out" / "config.json").write_text('{"model_type": "llama"}')
     code = "import torch\nAUTO_MAP = {'AutoModel': 'Mine'}\nclass Mine(torch.nn.Module): ...\n"
     (tmp_path / "source" / "travelling.py").write_text(code)
-    (tmp_path / "source" / "clinging.py").write_text("from radhpc.core.recipe import Model\n")
+    (tmp_path / "source" / "clinging.py").write_text("from radhpc.core.recipe import ModelSettings\n")
     sys.path.insert(0, str(tmp_path / "source"))
     try:
         copy_modules(["travelling"], tmp_path / "out")
@@ -203,7 +206,7 @@ def test_weights_without_a_place_in_transformers_are_refused(run: Path, tmp_path
 
     from radhpc.serving.export import _check_class
 
-    model = parts_of(run).family.build(0)
+    model = build_family(context_of(run)).build(0)
     _check_class(model, ())
     model.connector = nn.Linear(2, 2)
     with pytest.raises(UserError, match=r"2 of the model's tensors, 'connector.bias' first"):
@@ -234,18 +237,19 @@ def test_a_study_gets_a_report_and_its_neighbours(
 def test_a_training_study_is_its_own_nearest(run: Path, phantom_shards: Path) -> None:
     from radhpc.serving.feature_index import Index, build, features
 
-    parts = parts_of(run)
-    engine, cursor = parts.restored_engine()
-    build(parts, engine, cursor)
-    index = Index.load(parts, cursor)
+    context = context_of(run)
+    engine, cursor = restore_engine(context)
+    encoder = build_encoder(context, cursor.stage)
+    build(context, engine, cursor)
+    index = Index.load(context, cursor)
     assert index is not None
-    key, _, views = parts.source(cursor.stage, "train").read(7)
-    (vector,) = features(engine, parts.encoder, [views])
+    key, _, views = open_source(context, cursor.stage, "train").read(7)
+    (vector,) = features(engine, encoder, [views])
     (nearest,) = index.nearest(vector, 1)
     assert (nearest.key, nearest.number) == (key, 7)
     assert nearest.similarity > 0.999
     assert index.far(vector) is None
-    assert "times as far" in str(index.far(features(engine, parts.encoder, [[Image.new("L", (56, 56), 255)]])[0]))
+    assert "times as far" in str(index.far(features(engine, encoder, [[Image.new("L", (56, 56), 255)]])[0]))
 
 
 def test_a_stream_says_what_the_whole_says(
@@ -304,8 +308,8 @@ def demo(run: Path) -> Iterator[Any]:
     from shards import views
 
     run_dir, target = image_settings(run)
-    parts = parts_of(run_dir.path)
-    reader = Reader(parts, Decoding.of(parts.recipe.evaluation), neighbours=2)
+    context = context_of(run_dir.path)
+    reader = Reader(context, Decoding.of(context.recipe.evaluation), neighbours=2)
     with Demo(reader, lambda data, name: views.load_view_bytes(data, name, target)) as page:
         thread = threading.Thread(target=page.serve)
         thread.start()
@@ -331,7 +335,7 @@ def test_the_page_reads_a_radiograph(run: Path, study: Path, photograph: Path, t
         from shards.views import load_study
 
         views, _ = load_study("", [study], image_settings(run)[1])
-        (text,) = answers(reader.engine, reader.parts.encoder, [views], None, reader.decoding)
+        (text,) = answers(reader.engine, reader.encoder, [views], None, reader.decoding)
         assert text.split()[-1] in browser.run("document.getElementById('text').textContent")
         assert browser.run("document.querySelectorAll('.neighbour img').length") == 2
         assert browser.run("document.querySelector('#views img').naturalWidth") == 56

@@ -41,9 +41,7 @@ def steps(
     source: Source, encoder: StudyEncoder, recipe: Recipe, stage: Stage, world: int, cursor: int = 0
 ) -> list[list[str]]:
     """The keys of each step over all ranks, sorted; fails where ranks differ in steps or micro-batches."""
-    streams = [
-        Stream(source, encoder, StreamSpec(stage, 0, recipe.stream, 0, r, world, cursor)) for r in range(world)
-    ]
+    streams = [Stream(source, encoder, StreamSpec(stage, 0, recipe.stream, 0, r, world, cursor)) for r in range(world)]
     rows = [list(stream) for stream in streams]
     for stream in streams:
         stream.close()

@@ -12,7 +12,10 @@ from radhpc.core.run_folder import RunFolder
 from radhpc.data.collate import IGNORE
 from radhpc.data.retrieval import RetrievalIndex, encode_thumbnail
 from radhpc.distributed.ranks import Ranks
-from radhpc.training.context import Parts
+from radhpc.training.context import RunContext, open_context
+from radhpc.training.encoder_builder import build_encoder
+from radhpc.training.retrieval_libraries import build_libraries, library_path
+from radhpc.training.sources import open_source
 from tests.conftest import TINY_MODEL
 
 pytestmark = pytest.mark.timeout(120)
@@ -38,9 +41,14 @@ def run(tmp_path_factory: pytest.TempPathFactory, phantom_shards: Path) -> RunFo
     return made
 
 
+def opened(run: RunFolder) -> RunContext:
+    return open_context(run, run.recipe(), Ranks())
+
+
 def test_each_study_gets_the_nearest_reports_of_other_patients(run: RunFolder) -> None:
-    parts = Parts(run, run.recipe(), Ranks())
-    source, encoder, tokenizer = parts.source(0, "train"), parts.encoder_of(0), parts.family.tokenizer
+    context = opened(run)
+    source, encoder = open_source(context, 0, "train"), build_encoder(context, 0)
+    tokenizer = encoder.family.tokenizer
     every = [source.read(number) for number in range(len(source))]
     pixels = np.asarray([thumbnail_pixels(views) for _, _, views in every])
     for number in (0, 7, len(source) - 1):
@@ -73,18 +81,18 @@ def thumbnail_pixels(views: object) -> "np.typing.NDArray[np.float64]":
 def test_a_resume_needs_the_same_library(run: RunFolder, tmp_path: Path) -> None:
     (event,) = run.events("neighbours")
     (path,) = (run.path / "neighbours" / "scratch").glob("neighbours-*.npz")
-    kept, parts = path.read_bytes(), Parts(run, run.recipe(), Ranks())
+    kept, context = path.read_bytes(), opened(run)
     path.unlink()
     with pytest.raises(UserError, match="missing; without it the model does not get the reports"):
-        parts.encoder_of(0)
-    parts.find_neighbours()
+        build_encoder(context, 0)
+    build_libraries(context)
     assert path.read_bytes() == kept, "it follows from the data alone"
     assert len(run.events("neighbours")) == 1
     library = RetrievalIndex.load(path)
     library.texts[0] += " And more."
     library._save(path)
     with pytest.raises(UserError, match="changed since stage 'scratch' began"):
-        Parts(run, run.recipe(), Ranks()).find_neighbours()
+        build_libraries(opened(run))
     path.write_bytes(kept)
     assert event["stage"] == "scratch"
 
@@ -99,12 +107,14 @@ def test_whoever_asks_sees_what_the_model_got(run: RunFolder) -> None:
     from radhpc.serving.inference import Decoding
     from radhpc.serving.pipeline import Reader, Study
 
-    parts = Parts(run, run.recipe(), Ranks())
-    reader = Reader(parts, Decoding.of(run.recipe().evaluation))
-    _, _, views = parts.source(0, "test").read(0)
+    context = opened(run)
+    reader = Reader(context, Decoding.of(run.recipe().evaluation))
+    _, _, views = open_source(context, 0, "test").read(0)
     (answer,) = reader.read([Study("one", views)])
-    assert answer.given == parts.encoder.neighbour_texts(views)
-    assert answer.given[0] == RetrievalIndex.load(parts._library(0)).most_similar(encode_thumbnail(views), 1, "")[0]
+    assert answer.given == build_encoder(context, 0).neighbour_texts(views)
+    assert (
+        answer.given[0] == RetrievalIndex.load(library_path(context, 0)).most_similar(encode_thumbnail(views), 1, "")[0]
+    )
 
 
 def test_the_page_is_told_what_the_model_got(run: RunFolder) -> None:
@@ -112,11 +122,11 @@ def test_the_page_is_told_what_the_model_got(run: RunFolder) -> None:
     from radhpc.serving.inference import Decoding
     from radhpc.serving.pipeline import Reader
 
-    parts = Parts(run, run.recipe(), Ranks())
-    reader = Reader(parts, Decoding.of(run.recipe().evaluation))
-    _, _, views = parts.source(0, "test").read(0)
+    context = opened(run)
+    reader = Reader(context, Decoding.of(run.recipe().evaluation))
+    _, _, views = open_source(context, 0, "test").read(0)
     with Demo(reader, lambda data, name: (views[0], None)) as demo:
         told = list(demo.read([{"data": "", "name": "one.png"}], None))
     (given,) = [piece["given"] for piece in told if "given" in piece]
-    assert given == parts.encoder.neighbour_texts(views[:1])
+    assert given == build_encoder(context, 0).neighbour_texts(views[:1])
     assert told[-1] == {"end": True}

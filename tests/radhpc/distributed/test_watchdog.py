@@ -23,7 +23,7 @@ import pytest
 
 from radhpc.core.errors import UserError
 from radhpc.core.files import read_json, read_lines
-from radhpc.core.ledger import consumed
+from radhpc.core.ledger import read_ledger
 from radhpc.core.recipe import load
 from radhpc.core.run_folder import RunFolder
 from radhpc.distributed.watchdog import EXIT_STATUS, Beat, Limits, Watchdog, describe, judge, read
@@ -95,9 +95,9 @@ def holding_the_lock() -> None:
 
 def long_pieces() -> None:
     """Longer than a step may take, and no hang: one rank loads, writes and scores while the other waits."""
+    from radhpc import worker
     from radhpc.engine.checkpoint import Checkpoints
     from radhpc.evaluation import evaluate
-    from radhpc.training.context import Parts
 
     def slow(owner: Any, name: str, of_rank: str) -> None:
         before, left = getattr(owner, name), [os.environ["RANK"] == of_rank]
@@ -109,7 +109,7 @@ def long_pieces() -> None:
 
         setattr(owner, name, call)
 
-    slow(Parts, "engine", "1")
+    slow(worker, "build_engine", "1")
     slow(Checkpoints, "save", "0")
     slow(evaluate, "trivial", "0")
 
@@ -221,7 +221,7 @@ def stacks(run: Path, rank: int) -> str:
 
 
 def step(run: Path) -> int:
-    return max(consumed(run / "ledger").steps, default=0)
+    return max(read_ledger(run / "ledger").steps, default=0)
 
 
 def test_a_stopped_rank_is_named_and_nothing_is_left(start: START, tmp_path: Path) -> None:

@@ -20,7 +20,10 @@ from radhpc.distributed.ranks import Ranks
 from radhpc.engine.fsdp import Engine
 from radhpc.evaluation import evaluate
 from radhpc.evaluation.generation import generate, likelihoods
-from radhpc.training.context import Parts
+from radhpc.training.context import RunContext, open_context
+from radhpc.training.encoder_builder import build_encoder
+from radhpc.training.engine_builder import restore_engine
+from radhpc.training.sources import open_source
 from slurm import evaluation
 from tests.conftest import TINY_MODEL
 
@@ -49,9 +52,9 @@ def run(tmp_path_factory: pytest.TempPathFactory, phantom_shards: Path) -> RunFo
 
 
 @pytest.fixture(scope="module")
-def parts(run: RunFolder) -> tuple[Parts, Engine]:
-    parts = Parts(run, run.recipe(), Ranks())
-    return parts, parts.restored_engine()[0]
+def restored(run: RunFolder) -> tuple[RunContext, Engine]:
+    context = open_context(run, run.recipe(), Ranks())
+    return context, restore_engine(context)[0]
 
 
 def prepared(run: RunFolder, split: str, *overrides: str, **more: Any) -> RunFolder:
@@ -140,7 +143,7 @@ def test_a_run_against_itself_differs_by_nothing(run: RunFolder, whole: dict[str
         run, "validate", "findings_question=Is there {finding}?", "findings_vocabulary=phantom", against=run.path
     )
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Parts, "restored_engine", lambda *_: pytest.fail("the model was loaded"))
+        patched.setattr("radhpc.evaluation.job.restore_engine", lambda *_: pytest.fail("the model was loaded"))
         assert worker.run(str(job.path)).state == "finished"
     found = read_json(job.path.parent / "scores.json")["comparison"]
     assert "paired bootstrap by patient" in found["test"]
@@ -148,27 +151,28 @@ def test_a_run_against_itself_differs_by_nothing(run: RunFolder, whole: dict[str
     assert "| r2gen_iu/bleu_1 | +0.000 |" in (job.path.parent / "table.md").read_text()
 
 
-def test_decoding_is_what_the_recipe_says(parts: tuple[Parts, Engine]) -> None:
+def test_decoding_is_what_the_recipe_says(restored: tuple[RunContext, Engine]) -> None:
     """Beams, sampling and penalties reach transformers; texts do not depend on the batch."""
-    built, engine = parts
-    source = built.source(0, "validate")
+    context, engine = restored
+    encoder = build_encoder(context, 0)
+    source = open_source(context, 0, "validate")
     studies = [source.read(n) for n in range(3)]
-    prompts = [built.encoder.encode_prompt(key, None, views) for key, _, views in studies]
+    prompts = [encoder.encode_prompt(key, None, views) for key, _, views in studies]
 
     def texts(batch: int, *overrides: str) -> list[str]:
-        settings = evaluation.settings_of(built.run, overrides, None)
-        return generate(engine, built.encoder, prompts, batch, 12, built.ranks, **settings.decoding())
+        settings = evaluation.settings_of(context.run, overrides, None)
+        return generate(engine, encoder, prompts, batch, 12, context.ranks, **settings.decoding())
 
     greedy = texts(3)
     assert texts(1) == greedy
     assert texts(2, "cache=static") == greedy
     beams = texts(3, "beams=3", "repetition_penalty=2.0", "length_penalty=2.0")
-    inputs = engine.to_device(built.encoder.batch(prompts[:1], left=True))
+    inputs = engine.to_device(encoder.batch(prompts[:1], left=True))
     del inputs["labels"]
     ids = engine.model.generate(
         **inputs, max_new_tokens=12, num_beams=3, repetition_penalty=2.0, length_penalty=2.0, do_sample=False
     )
-    alone = built.family.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    alone = encoder.family.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
     assert beams[0] == alone
     torch.manual_seed(0)
     sampled = texts(3, "temperature=1.5", "top_p=0.9")
@@ -177,13 +181,14 @@ def test_decoding_is_what_the_recipe_says(parts: tuple[Parts, Engine]) -> None:
     assert sampled != greedy
 
 
-def test_yes_and_no_share_the_likelihood(parts: tuple[Parts, Engine]) -> None:
-    built, engine = parts
-    _, _, views = built.source(0, "validate").read(0)
-    rows = [built.encoder.encode_prompt("", question, views) for question in ("Is there cardiomegaly?", "Nodule?")]
-    found = likelihoods(engine, built.encoder, rows, 1, evaluate.YES_NO, built.ranks)
+def test_yes_and_no_share_the_likelihood(restored: tuple[RunContext, Engine]) -> None:
+    context, engine = restored
+    encoder = build_encoder(context, 0)
+    _, _, views = open_source(context, 0, "validate").read(0)
+    rows = [encoder.encode_prompt("", question, views) for question in ("Is there cardiomegaly?", "Nodule?")]
+    found = likelihoods(engine, encoder, rows, 1, evaluate.YES_NO, context.ranks)
     assert all(sum(shares) == pytest.approx(1) for shares in found)
-    together = likelihoods(engine, built.encoder, rows, 2, evaluate.YES_NO, built.ranks)
+    together = likelihoods(engine, encoder, rows, 2, evaluate.YES_NO, context.ranks)
     assert [yes for yes, _ in together] == pytest.approx([yes for yes, _ in found], abs=1e-5)
 
 

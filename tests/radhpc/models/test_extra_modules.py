@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 
 from radhpc import worker
-from radhpc.cli.models import parts_of
+from radhpc.cli.models import context_of
 from radhpc.core.errors import UserError
 from radhpc.core.files import read_json, read_lines
 from radhpc.core.recipe import build, read_yaml
@@ -17,6 +17,9 @@ from radhpc.core.run_folder import RunFolder
 from radhpc.evaluation.evaluate import score
 from radhpc.evaluation.scoring import Scoring, load_rows
 from radhpc.serving.export import HEADS, check, export
+from radhpc.training.encoder_builder import build_encoder
+from radhpc.training.engine_builder import restore_engine
+from radhpc.training.sources import open_source
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.timeout(300)
@@ -63,14 +66,15 @@ def test_the_head_is_scored_beside_yes_and_no(run: Path) -> None:
 
 
 def test_the_head_says_the_same_alone(run: Path) -> None:
-    parts = parts_of(run)
-    engine, cursor = parts.restored_engine()
+    context = context_of(run)
+    engine, cursor = restore_engine(context)
+    encoder = build_encoder(context, cursor.stage)
     (folder,) = (run / "evaluation").glob("step-*")
     written = {row["key"]: row["head"] for row in read_lines(folder / "reports.jsonl")}
-    source = parts.source(cursor.stage, "test")
+    source = open_source(context, cursor.stage, "test")
     number = next(n for n in range(len(source)) if source.key(n) in written)
-    row = parts.encoder.encode(*source.read(number))
-    found = engine.predict_findings(parts.encoder.batch([row]))
+    row = encoder.encode(*source.read(number))
+    found = engine.predict_findings(encoder.batch([row]))
     assert found is not None
     assert list(written[source.key(number)].values()) == pytest.approx(found[0].tolist(), abs=2e-6)
 
@@ -94,12 +98,12 @@ def test_the_board_tells_datasets_tasks_operations_and_curves_apart(run: Path) -
 @pytest.mark.parametrize("merge", [False, True], ids=["adapter", "whole"])
 def test_the_fusion_travels_and_the_heads_are_kept(run: Path, tmp_path: Path, merge: bool) -> None:
     """Its example.py runs where radhpc cannot be imported; another gate of the fusion would be noticed."""
-    exported, probe = export(parts_of(run), tmp_path / "out", merge)
+    exported, probe = export(context_of(run), tmp_path / "out", merge)
     assert check(exported, probe) < 1e-4
     weights = exported.out if merge else exported.out / "base"
-    assert (weights / "hcf.py").exists()
+    assert (weights / "hierarchical_fusion.py").exists()
     config: dict[str, Any] = read_json(weights / "config.json")
-    assert config["auto_map"] == {"AutoModelForImageTextToText": "hcf.FusedMllama"}
+    assert config["auto_map"] == {"AutoModelForImageTextToText": "hierarchical_fusion.FusedMllama"}
     names = set(load_file(weights / "model.safetensors"))
     assert any(name.startswith("model.fusion.") for name in names)
     assert not any(name.startswith("heads.") for name in names)

@@ -34,7 +34,9 @@ import json, sys, tempfile
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np, torch
-from radhpc import adapters, plan, recipe as recipes
+from radhpc.core import recipe as recipes
+from radhpc.models import adapters
+from radhpc.planning import forecast as plan
 from radhpc.data.collate import StudyEncoder
 from radhpc.distributed.ranks import Ranks
 from radhpc.engine.fsdp import Engine

@@ -1,0 +1,57 @@
+"""Every module of the product can be the first that a process imports.
+
+The short form of `python -m bench.imports`: modules that need no PyTorch start from a bare interpreter, the others from
+one that has imported numpy and torch, and nothing else that could hide a fault.
+"""
+
+import subprocess
+import sys
+
+import pytest
+
+from bench.imports import import_first, modules
+from tests.conftest import ROOT
+
+FREE_ROOMS = ("slurm", "shards", "radhpc.core", "radhpc.storage", "radhpc.cli")
+FREE = [name for name in modules() if name.startswith(tuple(f"{room}." for room in FREE_ROOMS)) or name in FREE_ROOMS]
+
+
+def forked(names: list[str], *options: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.importing", "forked", *options, *names],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_all_packages_are_found() -> None:
+    names = modules()
+    assert len(names) > 200
+    assert {"radhpc.worker", "radhpc.core", "shards.build", "slurm.job"} <= set(names)
+
+
+def test_modules_that_need_no_torch() -> None:
+    forked(FREE)
+
+
+def test_modules_that_need_torch() -> None:
+    forked(sorted(set(modules()) - set(FREE)), "--loaded", "numpy,torch")
+
+
+def test_a_module_that_needs_another_one_first_is_named(tmp_path: object) -> None:
+    """The check itself fails where an import fails."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.importing", "forked", "radhpc.core.errors", "radhpc.core.no_such_module"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stdout.startswith("radhpc.core.no_such_module: ModuleNotFoundError")
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    "name", ["radhpc.worker", "radhpc.serving.pipeline", "radhpc.serving.demo", "radhpc.models.adapters"]
+)
+def test_entry_points_in_a_bare_interpreter(name: str) -> None:
+    """Where transformers comes before torch, as it does for whoever imports one of these first."""
+    assert import_first(name) == ""
