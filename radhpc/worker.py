@@ -25,7 +25,7 @@ from radhpc.core.protocol import Cause, CulpritRecord, Event, Outcome, OutcomeSt
 from radhpc.core.recipe import Recipe
 from radhpc.core.run_folder import RunFolder, step_of
 from radhpc.data import tasks
-from radhpc.data.stream import Stream, stage_samples, stage_steps
+from radhpc.data.stream import Stream, StreamSpec, stage_samples, stage_steps
 from radhpc.distributed.background import run_in_background, run_on_first
 from radhpc.distributed.malloc import keep_freed_memory
 from radhpc.distributed.ranks import Ranks, lost_peer
@@ -213,11 +213,11 @@ def _run_stage(
         # written over with this stage's untrained state when a signal comes before the first step.
         saving.start_at(position.step)
     evaluating, profiling = hooks.Evaluating(stage), Profiling(context.run, ranks, board)
-    stream = Stream(
-        training, encoder, stage.settings, number, recipe.stream, recipe.seed,
-        ranks.rank, ranks.world, position.samples, pin=ranks.device.type == "cuda",
-        told=stop.poll,
+    spec = StreamSpec(
+        stage.settings, number, recipe.stream, recipe.seed, ranks.rank, ranks.world, position.samples,
+        pin=ranks.device.type == "cuda",
     )  # fmt: skip
+    stream = Stream(training, encoder, spec, should_stop=stop.poll)
     try:
         with Bar(stage.settings.name, position.stage_steps, position.stage_step, "steps", not ranks.first) as bar:
             stragglers = Stragglers(context.run, ranks, board)

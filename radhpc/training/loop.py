@@ -17,7 +17,8 @@ from radhpc.core.recipe import Stage
 from radhpc.data.stream import Step, StopRequested, Stream
 from radhpc.distributed.ranks import Ranks
 from radhpc.distributed.stop import CAUSES, Interrupted, Stop
-from radhpc.engine.fsdp import Engine, StepReport, schedule
+from radhpc.engine.fsdp import Engine, StepReport
+from radhpc.engine.optimizers import learning_rate_factor
 
 NAMED = 20  # bad samples in the message that ends a run
 
@@ -120,7 +121,7 @@ def train(
         supervised = agreed.supervised
         # Random numbers are a function of the step: nothing to save, and what ran in between leaves no trace.
         torch.manual_seed(_seed(seed, position.stage, position.stage_step, ranks.rank))
-        factor = schedule(stage.optimizer, position.stage_step, position.stage_steps)
+        factor = learning_rate_factor(stage.optimizer, position.stage_step, position.stage_steps)
         done = engine.step(step.micro_batches, supervised, factor, lambda: stop.check(ranks.max))
         position.step += 1
         position.stage_step += 1
