@@ -25,7 +25,7 @@ import psutil  # type: ignore[import-untyped]
 from PIL import Image
 
 from bench import report
-from radhpc.core.manifest import INDEX, MANIFEST, File, Index, Manifest, Shard, sha256
+from radhpc.core.manifest import INDEX, MANIFEST, FileEntry, Manifest, SampleIndex, Shard, sha256
 from radhpc.core.sample import SPLITS
 from radhpc.storage.store import Store
 from shards.build import build
@@ -263,7 +263,7 @@ def manifest(folder: Path, size: Size) -> Measured:
     rng = np.random.default_rng(0)
     digits = np.char.mod("%016x", rng.integers(1 << 62, size=count)).astype("S16")
     lengths = np.where(np.arange(2 * count) % 2, 150_000, 700)
-    index = Index(
+    index = SampleIndex(
         key=np.char.add(b"padchest-", digits),
         patient=digits[rng.integers(count, size=count)],
         split=rng.choice(len(SPLITS), count, p=(0.8, 0.1, 0.1)).astype(np.uint8),
@@ -286,7 +286,7 @@ def manifest(folder: Path, size: Size) -> Measured:
         splits=dict.fromkeys(SPLITS, 1),
         patients=dict.fromkeys(SPLITS, 1),
         shards=tuple(shards),
-        index=File(name=INDEX, size=len(data), sha256=sha256(data)),
+        index=FileEntry(name=INDEX, size=len(data), sha256=sha256(data)),
         build={},
         build_hash="0" * 64,
     )

@@ -34,7 +34,7 @@ from typing import Any
 from bench import report
 from bench.chaos import hasten, losses, urgent, wait
 from radhpc.core.files import read_lines
-from radhpc.core.ledger import consumed
+from radhpc.core.ledger import read_ledger
 from radhpc.core.protocol import Event
 from radhpc.core.run_folder import RunFolder
 from slurm import box, scheduler
@@ -119,10 +119,10 @@ class Radhpc(System):
         return str(json.loads(done.stdout.splitlines()[-1])["job"])
 
     def made(self, run: Path) -> dict[int, list[str]]:
-        return consumed(run / "ledger").steps
+        return read_ledger(run / "ledger").steps
 
     def again(self, run: Path) -> int:
-        return sum(consumed(run / "ledger").replayed.values())
+        return sum(read_ledger(run / "ledger").replayed.values())
 
     def losses(self, run: Path) -> dict[int, float]:
         wait(lambda: bool(RunFolder(run).events(Event.FINISHED)), 120, "radhpc does not finish")

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from radhpc.core.files import write_atomically
-from radhpc.core.manifest import INDEX, MANIFEST, File, Manifest, Shard, sha256
+from radhpc.core.manifest import INDEX, MANIFEST, FileEntry, Manifest, Shard, sha256
 from radhpc.core.sample import SPLITS, Sample
 from shards.execution.assembly import concatenate, index_of_shard
 from shards.execution.writer import write_shard
@@ -56,7 +56,7 @@ def make(
         splits=counts,
         patients=counts,
         shards=tuple(shards),
-        index=File(name=INDEX, size=len(columns), sha256=sha256(columns)),
+        index=FileEntry(name=INDEX, size=len(columns), sha256=sha256(columns)),
         build=build,
         build_hash=sha256(repr(build).encode()),
     )

@@ -35,7 +35,7 @@ from typing import Annotated, Any
 import typer
 
 from radhpc.core.errors import UserError
-from radhpc.core.files import alone, own_folder
+from radhpc.core.files import exclusive, private_folder
 from slurm.box import ENVIRONMENT, free_ports
 
 START_SECONDS = 90
@@ -129,7 +129,7 @@ def up(folder: str | Path | None = None, port: int | None = None) -> dict[str, A
         raise UserError(f"Ceph is not installed (no {', '.join(missing)}): {wanted}")
     place = _place(folder)
     place.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with alone(place):
+    with exclusive(place):
         found = status(place)
         if found["state"] == "broken":
             raise UserError(f"{place}: {found['problem']}; first: python -m bench.gateway down --folder {place}")
@@ -156,7 +156,7 @@ def missing_daemons() -> list[str]:
 def down(folder: str | Path | None = None) -> dict[str, Any]:
     """End every process of the gateway, whatever state it is in, and remove its folder with all that was stored."""
     place = _place(folder)
-    with alone(place) if place.exists() else contextlib.nullcontext():
+    with exclusive(place) if place.exists() else contextlib.nullcontext():
         _stop(place)
         if (place / "gateway.json").exists():  # else it is somebody's folder, not a gateway's
             shutil.rmtree(place)
@@ -200,7 +200,7 @@ def _endpoint(port: int) -> str:
 
 
 def _place(folder: str | Path | None) -> Path:
-    return own_folder(Path(folder or _default_folder()), 200)  # ceph.conf gives $ # ; and quotes a meaning
+    return private_folder(Path(folder or _default_folder()), 200)  # ceph.conf gives $ # ; and quotes a meaning
 
 
 def _default_folder() -> Path:

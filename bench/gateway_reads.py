@@ -19,10 +19,10 @@ from pathlib import Path
 from bench import corpus, report
 from bench.gateway import Gateway
 from bench.stream import SEED, STAGE, Pixels, Row
-from radhpc.core.recipe import Stream as StreamRecipe
+from radhpc.core.recipe import StreamSettings
 from radhpc.data.source import RawSample, Source
 from radhpc.data.stream import Stream
-from radhpc.storage.object_store import client
+from radhpc.storage.object_store import connect
 from radhpc.storage.store import Store
 
 NOTES = """\
@@ -41,7 +41,7 @@ class Unread(Pixels):
 
 def ways(url: str, names: list[str], sizes: dict[str, int]) -> dict[str, Callable[[], None]]:
     """Every way to read all shards with obstore alone."""
-    store = client(url, retried=True)
+    store = connect(url, retried=True)
 
     def streamed(name: str) -> None:
         for piece in store.get(name).stream():
@@ -86,9 +86,9 @@ def measure(quick: bool) -> tuple[dict[str, float], dict[str, float]]:
         sources: list[Source] = []
         stage = STAGE.model_copy(update={"epochs": EPOCHS})
         for requests in (8, 64):
-            recipe = StreamRecipe.model_validate({"threads": 1, "requests": requests})
+            recipe = StreamSettings.model_validate({"threads": 1, "requests": requests})
 
-            def ours(recipe: StreamRecipe = recipe) -> None:
+            def ours(recipe: StreamSettings = recipe) -> None:
                 sources.append(Source((url,), "train"))
                 stream = Stream(sources[-1], Unread(), stage, 0, recipe, SEED)
                 assert sum(len(step.keys) for step in stream) == EPOCHS * len(sources[-1])

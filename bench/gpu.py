@@ -25,7 +25,7 @@ from torch import nn
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 
 from bench import report
-from radhpc.core.recipe import Lora, Recipe, load
+from radhpc.core.recipe import LoraSettings, Recipe, load
 from radhpc.data.collate import IGNORE, Batch
 from radhpc.distributed.ranks import Ranks
 from radhpc.engine.flop_counter import PEAKS
@@ -141,7 +141,7 @@ def ours(
     model, recipe = setting.model(attention.NAME, skip), setting.recipe(*more)
     if recipe.model.quantise is not None:
         quantise(model, Family.blocks, ())
-    adapters.attach(model, Lora(rank=16, alpha=16, targets=targets), 0)
+    adapters.attach(model, LoraSettings(rank=16, alpha=16, targets=targets), 0)
     adapters.choose_trained(model, recipe.stages[1].model_copy(update={"train": ()}))
     engine = Engine(model, recipe, recipe.stages[1].optimizer, Family.blocks, Ranks())
 
@@ -350,19 +350,19 @@ def kernels(setting: Setting) -> dict[str, float]:
         ) -> list[torch.Tensor]:
             leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in (q, k, v)]
             tokens = [leaf.transpose(1, 2).flatten(0, 1).index_select(0, packed.queries) for leaf in leaves]
-            found = call(*tokens, packed, causal, size**-0.5, 0.0)
+            found = call(*tokens, packed, attention.Options(size**-0.5, causal=causal))
             found.backward(outward[seen].to(dtype))
             return [found.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
-        exact = run(attention._by_shape, torch.float64)
+        exact = run(attention.sdpa_by_length, torch.float64)
 
         def error(found: list[torch.Tensor], exact: list[torch.Tensor] = exact) -> float:
             return max(float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(found, exact, strict=True))
 
         kind = "causal" if causal else "whole"
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            figures[f"error of attention, {kind}, math"] = error(run(attention._by_shape, setting.dtype))
-        for kernel in attention.candidates(setting.device, setting.dtype, size, dropout=False):
+            figures[f"error of attention, {kind}, math"] = error(run(attention.sdpa_by_length, setting.dtype))
+        for kernel in attention.usable_kernels(setting.device, setting.dtype, size, dropout=False):
             figures[f"error of attention, {kind}, {kernel.name}"] = error(run(kernel.call, setting.dtype))
     return figures
 

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 from bench import corpus, peers, report
 from radhpc.core.errors import UserError, first_line
-from radhpc.core.recipe import Stage, Stream as StreamRecipe
+from radhpc.core.recipe import Stage, StreamSettings
 from radhpc.data.source import RawSample, Source
 from radhpc.data.stream import Stream
 
@@ -199,7 +199,7 @@ def _ours(
     length = {"epochs": 1} if source.weights is None else {"steps": 2 * STOP}
     optimizer = {"learning_rate": 1.0}
     stage = Stage.model_validate({"name": "bench", "batch": BATCH, "train": (".*",), "optimizer": optimizer} | length)
-    recipe = StreamRecipe.model_validate({"threads": life.workers, **options})
+    recipe = StreamSettings.model_validate({"threads": life.workers, **options})
     stream = Stream(source, Keys(), stage, 0, recipe, SEED, rank, life.world, cursor)
     try:
         for number, step in enumerate(stream):

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import report
-from radhpc.core.recipe import Stream as StreamRecipe
+from radhpc.core.recipe import StreamSettings
 from radhpc.data import prefetch
 from radhpc.data.sampler import Positions, Sampler
 from radhpc.data.source import RawSample, SampleLocation
@@ -322,7 +322,7 @@ class _Shards:
         return SimpleNamespace(name=str(number))
 
 
-def requested(archive: Archive, ranks: Sequence[Positions], recipe: StreamRecipe) -> list[Request]:
+def requested(archive: Archive, ranks: Sequence[Positions], recipe: StreamSettings) -> list[Request]:
     """What the real Prefetcher of each rank asks for these turns, the ranks side by side."""
     requests: list[Request] = []
     source = cast(Any, Simulated(archive, requests))
@@ -411,7 +411,7 @@ def _asked(
     order: Sampler, archive: Archive, window: int | None, nodes: int, ranks: int, batches: Sequence[int], least: int
 ) -> list[Row]:
     """One topology: a row for each batch, and for each state of a node cache. `least`: turns of each rank."""
-    recipe, world = StreamRecipe.model_validate({"window": window}), nodes * ranks
+    recipe, world = StreamSettings.model_validate({"window": window}), nodes * ranks
     deals = [BatchPlan(archive.samples, batch, min(MICRO_BATCH, -(-batch // world)), world) for batch in batches]
     some = [0, world // 2 + 3] if nodes > 1 else list(range(ranks))  # without a cache, ranks are alike
     start = archive.samples // 2 // max(batches) * max(batches)
@@ -491,7 +491,7 @@ def decisions(archive: Archive) -> dict[str, float]:
     store = SimpleNamespace(folder=None, on_local_disk=False)
     manifest = SimpleNamespace(shards=shards, samples=archive.samples)
     source = cast(Any, SimpleNamespace(datasets=[SimpleNamespace(store=store, manifest=manifest)]))
-    recipe = StreamRecipe.model_validate({"cache": {"folder": "unused", "gigabytes": KEPT}})
+    recipe = StreamSettings.model_validate({"cache": {"folder": "unused", "gigabytes": KEPT}})
     return {
         f"node cache used, {nodes:,} nodes, {passes} passes": float(
             prefetch._through_cache(source, recipe, 1 / nodes, passes)[0]
@@ -505,7 +505,7 @@ def startup(quick: bool) -> dict[str, float]:
     """Seconds of one core until a rank of 8,000 has planned its first look-ahead, all of which precedes its first
     sample: positions times the measured cost of order, sizes and deal.
     """
-    archive, recipe = Archive(ARCHIVE), StreamRecipe.model_validate({})
+    archive, recipe = Archive(ARCHIVE), StreamSettings.model_validate({})
     order = Sampler([[PER_SHARD] * archive.shards], f"seed {SEED}", recipe.window, None)
     deal = BatchPlan(archive.samples, 8000, 1, 1000 * RANKS)
     order.at(np.arange(1))

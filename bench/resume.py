@@ -19,14 +19,14 @@ from bench import corpus, report
 from bench.gateway_reads import Unread
 from bench.stream import SEED, Pixels
 from radhpc.core.files import write_atomically
-from radhpc.core.manifest import INDEX, MANIFEST, File, Index, Manifest, sha256
-from radhpc.core.recipe import Optimizer, Stage, Stream as StreamRecipe
+from radhpc.core.manifest import INDEX, MANIFEST, FileEntry, Manifest, SampleIndex, sha256
+from radhpc.core.recipe import OptimizerSettings, Stage, StreamSettings
 from radhpc.data.source import Source
 from radhpc.data.stream import Stream
 from radhpc.storage.store import Store
 
 BATCH, EPOCHS = 64, 3
-RECIPE = StreamRecipe.model_validate({"threads": 2})
+RECIPE = StreamSettings.model_validate({"threads": 2})
 NOTES = """\
 first batch: 64 samples of up to 512 px, decoded, out of the page cache; manifest and index are loaded before.
 memory: RssAnon of the process at the 1st and the 99th percentile of an epoch, samples read and checked, not decoded."""
@@ -55,13 +55,13 @@ def large(folder: Path, tars: Path, copies: int) -> Path:
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     joined["first"] = np.append(joined["first"], copies * len(index.suffix))
     same = {name: np.tile(getattr(index, name), copies) for name in ("split", "suffix", "offset", "length", "crc32c")}
-    columns = Index(**joined, **same).to_bytes()
+    columns = SampleIndex(**joined, **same).to_bytes()
     write_atomically(folder / INDEX, columns)
     changed = {
         "samples": manifest.samples * copies,
         "splits": {name: count * copies for name, count in manifest.splits.items()},
         "shards": tuple(shards),
-        "index": File(name=INDEX, size=len(columns), sha256=sha256(columns)),
+        "index": FileEntry(name=INDEX, size=len(columns), sha256=sha256(columns)),
     }
     write_atomically(folder / MANIFEST, manifest.model_copy(update=changed).to_bytes())
     return folder
@@ -69,7 +69,9 @@ def large(folder: Path, tars: Path, copies: int) -> Path:
 
 def measure(quick: bool) -> tuple[dict[str, float], dict[str, float]]:
     """Ratios and figures."""
-    stage = Stage(name="bench", epochs=EPOCHS, batch=BATCH, train=(".*",), optimizer=Optimizer(learning_rate=1.0))
+    stage = Stage(
+        name="bench", epochs=EPOCHS, batch=BATCH, train=(".*",), optimizer=OptimizerSettings(learning_rate=1.0)
+    )
     with tempfile.TemporaryDirectory(prefix="radhpc-bench-") as folder:
         tars = corpus.make(Path(folder) / "tars", 1000 if quick else 20_000, 250 if quick else 1000)
         started = time.perf_counter()

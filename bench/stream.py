@@ -29,7 +29,7 @@ from bench import corpus, peers, report
 from radhpc.core.errors import UserError
 from radhpc.core.image_decoding import decode
 from radhpc.core.manifest import Manifest
-from radhpc.core.recipe import Stage, Stream as StreamRecipe
+from radhpc.core.recipe import Stage, StreamSettings
 from radhpc.data.source import RawSample, Source
 from radhpc.data.stream import Stream, stage_sampler
 from radhpc.distributed.malloc import keep_freed_memory
@@ -51,7 +51,7 @@ THREADS = 2
 PIECE, PIECES = 3000, 7  # samples that the decoder alone and the stream take in turn, and how often
 LIMIT = 300  # seconds of one measurement
 SEED = 7
-RECIPE = StreamRecipe.model_validate({"threads": THREADS})
+RECIPE = StreamSettings.model_validate({"threads": THREADS})
 STAGE = Stage.model_validate(
     {"name": "bench", "epochs": 1, "batch": 64, "train": (".*",), "optimizer": {"learning_rate": 1.0}}
 )

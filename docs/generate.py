@@ -162,13 +162,11 @@ def commands() -> str:
         "run, such as `runs/quickstart-20261122-101500`.",
         "",
     ]
-    for panel in ("Training", "Before queueing", "Data", "Looking on", "A trained model", *panels):
-        members = panels.pop(panel, [])
-        if members:
-            page += [f"## {panel}\n", "| verb | does |", "|---|---|"]
-            for name, command in members:
-                page.append(f"| `{name}` | {cell(str(command.help).split(chr(10) * 2)[0])} |")
-            page.append("")
+    for panel, members in panels.items():
+        page += [f"## {panel}\n", "| verb | does |", "|---|---|"]
+        for name, command in members:
+            page.append(f"| `{name}` | {cell(str(command.help).split(chr(10) * 2)[0])} |")
+        page.append("")
     page += [
         "## Where a job runs\n",
         "`--on inline` trains in this process, `--on local` on ranks of this machine, and any other name or file is a "
@@ -189,7 +187,8 @@ def benchmarks() -> str:
     page = [made_from("docs/measurements/"), "# Benchmarks\n"]
     page += [
         "Each measurement is one command, `python -m bench.NAME`; `make bench` runs most of them. "
-        "Below stands what was measured, on which machine and when. Ratios were taken in turns on the same machine.",
+        "Below stands what was measured and on what; ratios were taken in turns on the same machine. "
+        "`python docs/generate.py --record NAME` runs one of them and keeps its figures here, with machine and date.",
         "",
     ]
     for text in sorted(MEASUREMENTS.glob("*.md")):
@@ -202,11 +201,21 @@ def benchmarks() -> str:
 
 
 def recorded(name: str, record: Mapping[str, Any]) -> list[str]:
-    """The table of one measurement that --record kept."""
-    rows = {**record["ratios"], **record["figures"]}
+    """The tables of one measurement that --record kept; figures named ROW/COLUMN become one table."""
     lines = [f"Recorded on {record['date']} by `{record['command']}` on {record['machine']}:", ""]
-    lines += ["| measured | value |", "|---|---|"]
-    return lines + [f"| {cell(key)} | {value:.4g} |" for key, value in rows.items()]
+    figures = record["figures"]
+    grid = {key: value for key, value in figures.items() if key.count("/") == 1}
+    single = {**record["ratios"], **{key: value for key, value in figures.items() if key not in grid}}
+    if single:
+        lines += ["| measured | value |", "|---|---|"]
+        lines += [f"| {cell(key)} | {value:.4g} |" for key, value in single.items()] + [""]
+    if grid:
+        columns = list(dict.fromkeys(key.split("/")[1] for key in grid))
+        lines += [f"| | {' | '.join(map(cell, columns))} |", f"|---|{'---|' * len(columns)}"]
+        for row in dict.fromkeys(key.split("/")[0] for key in grid):
+            values = [f"{grid[key]:.4g}" if (key := f"{row}/{column}") in grid else "" for column in columns]
+            lines.append(f"| {cell(row)} | {' | '.join(values)} |")
+    return lines
 
 
 def record(name: str) -> None:

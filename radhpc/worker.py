@@ -16,7 +16,7 @@ import torch
 
 from radhpc import hooks
 from radhpc.core import environment, log as logs
-from radhpc.core.board import Board, Curves
+from radhpc.core.board import Board, WandbCurves
 from radhpc.core.errors import UserError, first_line
 from radhpc.core.files import FULL, read_json, write_atomically
 from radhpc.core.ledger import Ledger
@@ -66,7 +66,7 @@ def run(path: str, stop: Stop | None = None, trial: Trial | None = None) -> Outc
     """
     folder = RunFolder.open(path)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    logs.start(rank, world)
+    logs.start_logging(rank, world)
     keep_freed_memory()
     if threads := os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(int(threads))
@@ -103,7 +103,7 @@ def _run(run: RunFolder, ranks: Ranks, stop: Stop, trial: Trial | None) -> Outco
     recipe = run.recipe()
     life = _record_start(run, recipe, ranks)
     _agree_on_environment(run, recipe, ranks)
-    if run.evaluates is not None:
+    if run.evaluated_run is not None:
         return _evaluate(run, ranks, stop)
     context = open_context(run, recipe, ranks, stop, trial)
     compilation.prepare(context)
@@ -270,7 +270,7 @@ def _record_start(run: RunFolder, recipe: Recipe, ranks: Ranks) -> int:
         job = os.environ.get("SLURM_JOB_ID", "")
         nodes = os.environ.get("SLURM_JOB_NODELIST", socket.gethostname())
         run.record(Event.STARTED, life=life, job=job, world=ranks.world, engine=recipe.engine, nodes=nodes)
-        run.hold_back()
+        run.reserve_space()
     return life
 
 
@@ -281,7 +281,7 @@ def _record_finish(context: RunContext, board: Board, step: int) -> Outcome:
     board.close()
     if context.ranks.first:
         context.run.record(Event.FINISHED, step=step)
-        context.run.give_back()
+        context.run.release_space()
     return Outcome(OutcomeState.FINISHED, step=step)
 
 
@@ -321,7 +321,7 @@ def _open_recorders(context: RunContext, life: int, cursor: Cursor | None) -> Re
     run, recipe, ranks, trial = context.run, context.recipe, context.ranks, context.trial
     step = cursor.step if cursor else 0
     wandb = recipe.board.wandb if ranks.first else None
-    curves = Curves(wandb, run.path, life) if wandb is not None else None
+    curves = WandbCurves(wandb, run.path, life) if wandb is not None else None
     board = Board(run.path / "tensorboard" if ranks.first else None, step, curves)
     board.layout([stage.name for stage in recipe.stages])
     board.event(step, Event.RESUMED if cursor else Event.STARTED, _history(run))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from radhpc.core.files import write_atomically
-from radhpc.core.manifest import INDEX, MANIFEST, Index, Manifest
+from radhpc.core.manifest import INDEX, MANIFEST, Manifest, SampleIndex
 from radhpc.core.sample import Split
 from shards import duplicates
 from shards.execution.assembly import assemble
@@ -123,7 +123,7 @@ def _finish(
     reasons = Counter(skip.reason for skip in skipped)
     manifest, files = assemble(name, records(), recipe, recipe_hash(recipe), reasons)
     files[CARD] = render_card(manifest, summary, [skip.told() for skip in skipped], told).encode()
-    files[SHEET] = contact_sheet(load_pictures(output.store, manifest, Index.from_bytes(files[INDEX])))
+    files[SHEET] = contact_sheet(load_pictures(output.store, manifest, SampleIndex.from_bytes(files[INDEX])))
     if named:
         lines = [json.dumps({"key": key, "attribution": text}) + "\n" for key, text in named]
         files[ATTRIBUTION] = "".join(lines).encode()

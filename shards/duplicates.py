@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from radhpc.core.errors import UserError
-from radhpc.core.manifest import FINGERPRINTS, Index, Manifest
+from radhpc.core.manifest import FINGERPRINTS, Manifest, SampleIndex
 from radhpc.core.sample import SPLITS, Split
 from radhpc.storage.store import Store
 from shards.images.perceptual_hash import LIMIT, near
@@ -55,7 +55,7 @@ def load(url: str) -> ImageHashes:
     return hashes_of(store, manifest, manifest.load_index(store))
 
 
-def hashes_of(store: Store, manifest: Manifest, index: Index) -> ImageHashes:
+def hashes_of(store: Store, manifest: Manifest, index: SampleIndex) -> ImageHashes:
     """The images of shards whose index is at hand. Raises UserError."""
     if manifest.fingerprints is None:
         raise UserError(f"{store.url}: has no {FINGERPRINTS}; build it again")

@@ -18,7 +18,7 @@ import numpy as np
 from awscrt.checksums import crc32c
 
 from radhpc.core.errors import UserError
-from radhpc.core.manifest import FINGERPRINTS, INDEX, MANIFEST, Index, Manifest, Shard, sha256
+from radhpc.core.manifest import FINGERPRINTS, INDEX, MANIFEST, Manifest, SampleIndex, Shard, sha256
 from radhpc.core.sample import Sample, Split
 from radhpc.storage.store import Store
 from shards.execution.assembly import concatenate, fingerprints_of, index_of_shard, npy_bytes
@@ -140,7 +140,7 @@ def _refuse_another(
 
 def _index(store: Store, manifest: Manifest) -> bytes:
     """The index, from the shards themselves."""
-    parts: list[Index] = []
+    parts: list[SampleIndex] = []
     for number, shard in enumerate(manifest.shards):
         data = store.read(shard.name)
         assert sha256(data) == shard.sha256, "verify found this shard whole"

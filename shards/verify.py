@@ -20,7 +20,7 @@ from awscrt.checksums import crc32c
 from pydantic import ValidationError
 
 from radhpc.core.errors import UserError, first_line
-from radhpc.core.manifest import FINGERPRINTS, MANIFEST, Index, Manifest, Member, Shard
+from radhpc.core.manifest import FINGERPRINTS, MANIFEST, Manifest, Member, SampleIndex, Shard
 from radhpc.core.sample import SPLITS, Sample
 from radhpc.storage.store import Store
 from shards import duplicates
@@ -104,7 +104,7 @@ def verify_apart(url: str, other: str) -> list[ShardFault]:
     return [ShardFault(FINGERPRINTS, None, None, text) for text in texts]
 
 
-def _check_fingerprints(store: Store, manifest: Manifest, index: Index) -> Iterator[ShardFault]:
+def _check_fingerprints(store: Store, manifest: Manifest, index: SampleIndex) -> Iterator[ShardFault]:
     """No image stands in two splits, unless the build was told to leave such images in."""
     if manifest.fingerprints is None:
         return
@@ -117,7 +117,7 @@ def _check_fingerprints(store: Store, manifest: Manifest, index: Index) -> Itera
         yield from (ShardFault(FINGERPRINTS, None, None, text) for text in duplicates.leaks(images))
 
 
-def _check_counts(manifest: Manifest, index: Index) -> Iterator[ShardFault]:
+def _check_counts(manifest: Manifest, index: SampleIndex) -> Iterator[ShardFault]:
     """The manifest's counts and the proofs that need no shard."""
 
     def fault(text: str) -> ShardFault:
@@ -182,7 +182,7 @@ def _check_subset(store: Store, manifest: Manifest) -> Iterator[ShardFault]:
 
 
 def _check_shard(
-    store: Store, manifest: Manifest, index: Index, number: int, samples: list[int]
+    store: Store, manifest: Manifest, index: SampleIndex, number: int, samples: list[int]
 ) -> Iterator[ShardFault]:
     """One tar: its size and checksum, then each member, then what lies between and behind them."""
     shard = manifest.shards[number]
@@ -215,7 +215,7 @@ def _check_file(store: Store, shard: Shard) -> Iterator[ShardFault]:
 
 
 def _check_member(
-    store: Store, manifest: Manifest, index: Index, sample: int, member: Member, end: int
+    store: Store, manifest: Manifest, index: SampleIndex, sample: int, member: Member, end: int
 ) -> Iterator[ShardFault]:
     """One file in a tar; `end` is where the one before it ends, and so where its header must start."""
     name = manifest.shards[member.shard].name
@@ -244,7 +244,7 @@ def _check_member(
         yield fault(f"no {suffix.upper()}")
 
 
-def _check_description(data: bytes, index: Index, sample: int) -> Iterator[str]:
+def _check_description(data: bytes, index: SampleIndex, sample: int) -> Iterator[str]:
     """The JSON of a sample must be one of ours, and say of it what the index says."""
     try:
         described = Sample.model_validate_json(data)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from radhpc.core.errors import UserError
-from radhpc.core.files import append, read_lines
+from radhpc.core.files import append_line, read_lines
 from radhpc.core.image_decoding import decode as decode_member
 from shards.images.decoding import decode, load
 from shards.images.encoding import ImageSettings, encode
@@ -92,7 +92,7 @@ def append_answers(out: Path, answers: Sequence[Mapping[str, Any]]) -> None:
         if size and os.pread(descriptor, 1, size - 1) != b"\n":  # a line that a kill has cut
             os.ftruncate(descriptor, out.read_bytes().rfind(b"\n") + 1)
         for answer in answers:
-            append(descriptor, json.dumps(answer).encode() + b"\n")
+            append_line(descriptor, json.dumps(answer).encode() + b"\n")
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

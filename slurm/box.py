@@ -28,7 +28,7 @@ from typing import Annotated, Any
 import typer
 
 from radhpc.core.errors import UserError
-from radhpc.core.files import alone, own_folder
+from radhpc.core.files import exclusive, private_folder
 
 START_SECONDS = 30
 PACKAGES = {"munged": "munge", "slurmctld": "slurm-wlm", "slurmd": "slurm-wlm", "scontrol": "slurm-wlm"}
@@ -53,7 +53,7 @@ def up(
     place = _place(folder)
     address = _loopback_address()
     place.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with alone(place):
+    with exclusive(place):
         found = status(place)
         if found["state"] == "broken":
             raise UserError(f"{place}: {found['problem']}; first: python -m slurm.box down --folder {place}")
@@ -78,7 +78,7 @@ def up(
 def down(folder: str | Path | None = None) -> dict[str, Any]:
     """Cancel the jobs, end every process of the box whatever state it is in, and remove its folder."""
     place = _place(folder)
-    with alone(place) if place.exists() else contextlib.nullcontext():
+    with exclusive(place) if place.exists() else contextlib.nullcontext():
         _stop(place)
         if (place / "box.json").exists():  # else it is somebody's folder, not a box's
             shutil.rmtree(place)
@@ -115,7 +115,7 @@ def status(folder: str | Path | None = None) -> dict[str, Any]:
 
 def _place(folder: str | Path | None) -> Path:
     # slurm.conf knows no quotes and expands %; the path of a socket in the folder may have 107 characters.
-    return own_folder(Path(folder or "/tmp/radhpc-box"), 70)
+    return private_folder(Path(folder or "/tmp/radhpc-box"), 70)
 
 
 def _loopback_address() -> str:

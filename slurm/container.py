@@ -32,15 +32,15 @@ def check(container: Container) -> None:
         raise UserError(f"container.{key}: {image}: no such file; jobs must see the image under this path")
 
 
-def needs(run: RunFolder) -> list[str]:
+def required_binds(run: RunFolder) -> list[str]:
     """The binds that a run asks for by itself: its folder, and what its recipe names on local paths."""
     inputs = _inputs(run.recipe()) + _of_evaluation(run) if run.recipe_path.exists() else []  # a probe has none
-    folder = (run.evaluates or run).path  # an evaluation's job lies in the folder of the run, and writes there
+    folder = (run.evaluated_run or run).path  # an evaluation's job lies in the folder of the run, and writes there
     found = {path for path in inputs if path.startswith("/") and not Path(path).is_relative_to(folder)}
     return [_bind(str(folder)), *(f"{_bind(path)}:ro" for path in sorted(found))]
 
 
-def python(profile: Profile, binds: list[str], folder: Path) -> str:
+def python_command(profile: Profile, binds: list[str], folder: Path) -> str:
     """The shell words that start a rank's Python in the container; `folder`: the working directory inside."""
     container = profile.container
     assert container is not None
@@ -52,7 +52,7 @@ def python(profile: Profile, binds: list[str], folder: Path) -> str:
     return shlex.join([*words, *container.options, container.apptainer or "", container.python])
 
 
-def srun(profile: Profile, binds: list[str], folder: Path, code: Path) -> list[str]:
+def srun_options(profile: Profile, binds: list[str], folder: Path, code: Path) -> list[str]:
     """Options of srun: pyxis has all of its own there."""
     container = profile.container
     if container is None or not container.pyxis:

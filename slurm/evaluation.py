@@ -13,12 +13,12 @@ from pathlib import Path
 
 from radhpc.core.errors import UserError
 from radhpc.core.files import write_atomically
-from radhpc.core.recipe import Evaluation, override
+from radhpc.core.recipe import EvaluationSettings, override
 from radhpc.core.run_folder import EVALUATION, RunFolder
 from slurm import scheduler
 
 
-def settings_of(run: RunFolder, overrides: Sequence[str], samples: int | None) -> Evaluation:
+def settings_of(run: RunFolder, overrides: Sequence[str], samples: int | None) -> EvaluationSettings:
     """The evaluation section of a run's recipe, with changes such as `beams=3`; all studies unless told otherwise."""
     section = run.recipe().evaluation
     return override(section, overrides, "evaluation").model_copy(update={"samples": samples, "images": 0})
@@ -30,7 +30,7 @@ def prepare(
     weights: str,
     split: str,
     shards: Sequence[str],
-    settings: Evaluation,
+    settings: EvaluationSettings,
     against: Path | None,
     every_convention: bool = True,
 ) -> RunFolder:

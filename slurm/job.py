@@ -15,20 +15,20 @@ from radhpc.core.protocol import Event
 from radhpc.core.run_folder import RunFolder
 from slurm import compat_submitit, requeue
 from slurm.monitoring import logs
-from slurm.sweep.study import Trial
+from slurm.sweep.study import SweepTrial
 
 
 def main(run: str) -> Any:
     """Run one rank. Raises UserError inline; elsewhere it ends the process with status 2 after one line."""
-    inside = join(RunFolder(run))
+    inside = join_ranks(RunFolder(run))
     from radhpc.distributed.stop import Stop
 
     try:
         with Stop() as stop:  # what comes while PyTorch is imported must not meet submitit's handlers
-            with no_garbage():
+            with without_garbage_collection():
                 import radhpc.worker  # the one import of what needs torch, inside the job
 
-            trial = Trial.of(run)
+            trial = SweepTrial.of(run)
             outcome = radhpc.worker.run(run, stop, trial)
             if trial is not None and os.environ.get("RANK", "0") == "0":
                 trial.close()
@@ -44,7 +44,7 @@ def main(run: str) -> Any:
 
 
 @contextlib.contextmanager
-def no_garbage() -> Iterator[None]:
+def without_garbage_collection() -> Iterator[None]:
     """What is imported here stays until the process ends, and is never searched for garbage.
 
     PyTorch and transformers make half a million objects: without searching them a rank starts 10% sooner. The same
@@ -60,13 +60,13 @@ def no_garbage() -> Iterator[None]:
 
 def probe(folder: str) -> None:
     """Run one rank of `doctor --probe`."""
-    join()
+    join_ranks()
     import radhpc.probe
 
     radhpc.probe.run(folder)
 
 
-def join(run: RunFolder | None = None) -> bool:
+def join_ranks(run: RunFolder | None = None) -> bool:
     """Set the variables by which PyTorch's ranks find each other; whether this is a job at all. A run's life begins."""
     environment = submitit.JobEnvironment() if compat_submitit.in_job() else None
     if environment is not None:
@@ -78,8 +78,8 @@ def join(run: RunFolder | None = None) -> bool:
             WORLD_SIZE=str(environment.num_tasks),
             LOCAL_RANK=str(environment.local_rank),
             LOCAL_WORLD_SIZE=str(max(1, environment.num_tasks // environment.num_nodes)),
-            MASTER_ADDR=address(environment.hostnames[0]),
-            MASTER_PORT=str(port(environment.raw_job_id)),
+            MASTER_ADDR=master_address(environment.hostnames[0]),
+            MASTER_PORT=str(master_port(environment.raw_job_id)),
         )
     return environment is not None
 
@@ -87,12 +87,12 @@ def join(run: RunFolder | None = None) -> bool:
 def _begin(run: RunFolder, environment: submitit.JobEnvironment) -> None:
     """Record that a life begins, long before "started", for which all ranks and their libraries must be there."""
     if "SLURM_JOB_ID" in os.environ:
-        requeue.account_for_the_dead(run)
+        requeue.record_unseen_end(run)
     nodes = os.environ.get("SLURM_JOB_NODELIST", socket.gethostname())
     run.record(Event.STARTING, job=environment.job_id, world=environment.num_tasks, nodes=nodes)
 
 
-def address(first_host: str) -> str:
+def master_address(first_host: str) -> str:
     """Where rank 0 is reached: the first node's name, or where that does not resolve the address srun was called on."""
     try:
         socket.getaddrinfo(first_host, None)
@@ -101,7 +101,7 @@ def address(first_host: str) -> str:
         return os.environ.get("SLURM_LAUNCH_NODE_IPADDR", first_host)
 
 
-def port(job_id: str) -> int:
+def master_port(job_id: str) -> int:
     """A port that two jobs on one node hardly share, below the range from which systems pick their own."""
     lives = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     return 12000 + (int(job_id) * 7 + lives) % 20000

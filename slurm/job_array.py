@@ -20,13 +20,13 @@ from radhpc.core.files import write_atomically
 from radhpc.core.run_folder import RunFolder
 from slurm import container, frozen_code, precheck
 from slurm.profile import Profile
-from slurm.submit import environment, explain, rank_python, setup_lines, site_parameters
+from slurm.submit import profile_environment, rank_python, refusals_as_user_errors, setup_lines, site_parameters
 
 OWNER = "array"  # file in the folder: the id of the array that works for it
 
 
 @dataclass(frozen=True)
-class Array:
+class JobArray:
     """A job array in the queue."""
 
     id: str
@@ -51,13 +51,13 @@ class Array:
 
 def submit(
     profile: Profile, folder: Path, name: str, function: Callable[[Any], Any], arguments: Sequence[Any]
-) -> Array:
+) -> JobArray:
     """Submit one call per argument. Raises UserError where the site refuses."""
     if profile.cluster != "slurm":
         raise UserError(f"a job array needs a profile of cluster 'slurm', not '{profile.cluster}'")
     owner = folder / OWNER
     if owner.exists():
-        Array(owner.read_text().strip(), profile.environment).cancel()
+        JobArray(owner.read_text().strip(), profile.environment).cancel()
     frozen = folder / f"code-{frozen_code.current()}"  # by its hash: elements of an older array may still import theirs
     frozen_code.freeze(frozen)
     binds = [f"{folder}:{folder}"]
@@ -68,18 +68,18 @@ def submit(
         "ntasks_per_node": 1,
         "array_parallelism": len(arguments),
         "additional_parameters": {"requeue": True, **profile.sbatch},
-        "srun_args": [*container.srun(profile, binds, folder, frozen), *profile.srun],
+        "srun_args": [*container.srun_options(profile, binds, folder, frozen), *profile.srun],
         "setup": setup_lines(profile, frozen),
     }
     one = profile.model_copy(update={"nodes": 1, "tasks_per_node": 1})  # of each element
     precheck.refuse(RunFolder(folder), one, parameters, len(arguments))
-    with environment(profile), explain():
+    with profile_environment(profile), refusals_as_user_errors():
         try:
             executor = submitit.SlurmExecutor(folder / "logs", python=rank_python(profile, folder, binds))
         except RuntimeError as error:
             raise UserError("srun is not found: submit from a login node of the cluster") from error
         executor.update_parameters(**parameters)
         jobs = executor.map_array(function, arguments)
-    array = Array(str(jobs[0].job_id).split("_")[0], profile.environment)
+    array = JobArray(str(jobs[0].job_id).split("_")[0], profile.environment)
     write_atomically(owner, array.id.encode(), 0o600)
     return array

@@ -32,7 +32,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from radhpc.core.files import insist, read_json
+from radhpc.core.files import read_json, write_with_reserve
 from radhpc.core.protocol import JOB_BEGINNINGS, LIFE_BEGINNINGS, REQUEUE_VERDICTS, Cause, Event, OutcomeState
 from radhpc.core.run_folder import RunFolder
 from slurm import compat_submitit, scheduler
@@ -48,50 +48,50 @@ _LOSSES = (Event.NODE_LOST, Event.RANK_LOST, Event.HUNG)
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Decision:
     """Why a life ended and what follows."""
 
     cause: Event
-    comes_back: bool
+    requeue: bool
     why: str = ""
     nodes: tuple[str, ...] = ()  # that were lost, or on which a rank hung
-    fingerprint: str = ""  # of a crash
+    crash_signature: str = ""  # of a crash
     gave_up: str = ""  # why a cause that may come back does not
 
 
 @dataclass(frozen=True)
-class Past:
+class History:
     """What the events of a run tell of its lives since it was last submitted, up to the one that has just ended."""
 
     fruitless: int = 0  # lives in a row that left no new checkpoint, this one included
     losses: int = 0  # of a rank, a node or patience since the last new checkpoint, before this life's end
     crashes: int = 0
-    fingerprints: frozenset[str] = frozenset()  # of the crashes since the last new checkpoint
+    crash_signatures: frozenset[str] = frozenset()  # of the crashes since the last new checkpoint
     nodes: Mapping[str, int] = field(default_factory=dict)  # how often each was lost or hung, in the whole run
 
 
-def past(events: Iterable[Mapping[str, Any]]) -> Past:
+def history(events: Iterable[Mapping[str, Any]]) -> History:
     """Read a run's events when a life has ended and its end is not recorded yet."""
     best, progress = -1, False
     fruitless = losses = crashes = 0
-    fingerprints: set[str] = set()
+    signatures: set[str] = set()
     nodes: Counter[str] = Counter()
     for event in events:
         name = event["event"]
         if name == Event.SAVED and event["step"] > best:
             best, progress = event["step"], True
-            losses, fingerprints = 0, set()
+            losses, signatures = 0, set()
         elif name == Event.SUBMITTED:  # a person has looked at it
             fruitless = losses = crashes = 0
-            fingerprints, progress = set(), False
+            signatures, progress = set(), False
         elif name in REQUEUE_VERDICTS:
             fruitless, progress = 0 if progress else fruitless + 1, False
             losses += name in _LOSSES
             if name == Event.CRASHED:
                 crashes += 1
-                fingerprints.add(event.get("fingerprint", ""))
+                signatures.add(event.get("fingerprint", ""))
             nodes.update(event.get("nodes", ()))
-    return Past(0 if progress else fruitless + 1, losses, crashes, frozenset(fingerprints), dict(nodes))
+    return History(0 if progress else fruitless + 1, losses, crashes, frozenset(signatures), dict(nodes))
 
 
 def decide(
@@ -100,20 +100,20 @@ def decide(
     world: int,
     exit_status: int,
     profile: Profile,
-    before: Past = Past(),
+    history: History = History(),
     restarts: int = 0,
     down: Sequence[str] = (),
-) -> Verdict:
+) -> Decision:
     """The policy, as a pure function.
 
     `job`: fields of scontrol; `ends`: what the ranks wrote on their way out; `restarts`: how often SLURM had started
     the job again before this life; `down`: nodes of the job that do not answer.
     """
-    verdict = _cause(job, ends, world, exit_status, restarts, tuple(down))
-    if not verdict.comes_back:
-        return verdict
-    refusal = _refusal(verdict, profile, before)
-    return replace(verdict, comes_back=refusal is None, gave_up=refusal or "")
+    decision = _cause(job, ends, world, exit_status, restarts, tuple(down))
+    if not decision.requeue:
+        return decision
+    refusal = _refusal(decision, profile, history)
+    return replace(decision, requeue=refusal is None, gave_up=refusal or "")
 
 
 def _cause(
@@ -123,68 +123,68 @@ def _cause(
     exit_status: int,
     restarts: int,
     down: tuple[str, ...],
-) -> Verdict:
+) -> Decision:
     """Why the life ended, and whether such a life may come back at all."""
     states = {end["state"] for end in ends.values()}
     causes = {end["cause"] for end in ends.values() if end["state"] == OutcomeState.INTERRUPTED}
     preempted = job.get("PreemptTime", "None") != "None"
     if states == {OutcomeState.FINISHED} and len(ends) == world:
-        return Verdict(Event.FINISHED, False)
+        return Decision(Event.FINISHED, False)
     if len(ends) == world and states == {OutcomeState.PRUNED}:
-        return Verdict(Event.PRUNED, False)
+        return Decision(Event.PRUNED, False)
     if job.get("JobState") in ("COMPLETING", "CANCELLED"):
         if int(job.get("Restarts", "0")) > restarts:
             why = "SLURM has put the job back into the queue by itself"
-            return Verdict(Event.NODE_LOST if down else Event.PREEMPTED, True, why, down)
+            return Decision(Event.NODE_LOST if down else Event.PREEMPTED, True, why, down)
         # scancel. A requeue would succeed at this moment, and bring a cancelled job back; PreemptTime may be set.
-        return Verdict(Event.CANCELLED, False)
+        return Decision(Event.CANCELLED, False)
     if Cause.STOP in causes:
-        return Verdict(Event.STOPPED, False)
+        return Decision(Event.STOPPED, False)
     for state, cause in _FAULTS.items():
         said = [end for _, end in sorted(ends.items()) if end["state"] == state]
         if not said:
             continue
         why = said[0]["cause"]
         if cause == Event.CRASHED:
-            return Verdict(Event.CRASHED, True, why, fingerprint=fingerprint(said[0].get("traceback", "")))
+            return Decision(Event.CRASHED, True, why, crash_signature=crash_signature(said[0].get("traceback", "")))
         if cause == Event.HUNG:
             # A rank that never started has no host.
             hosts = {one["host"] for one in said[0].get("culprits", ())} - {""}
-            return Verdict(Event.HUNG, True, why, tuple(sorted(hosts)))
-        return Verdict(Event.FAILED, False, why)
+            return Decision(Event.HUNG, True, why, tuple(sorted(hosts)))
+        return Decision(Event.FAILED, False, why)
     if states == {OutcomeState.INTERRUPTED} and len(ends) == world:
-        return Verdict(Event.PREEMPTED if preempted or Cause.SIGUSR2 not in causes else Event.TIME_LIMIT, True)
+        return Decision(Event.PREEMPTED if preempted or Cause.SIGUSR2 not in causes else Event.TIME_LIMIT, True)
     if preempted:
-        return Verdict(Event.PREEMPTED, True, "before all ranks had saved")
+        return Decision(Event.PREEMPTED, True, "before all ranks had saved")
     missing = [str(rank) for rank in range(world) if rank not in ends]
     named = f"rank{'s' * (len(missing) > 1)} {', '.join(missing[:8])}{' and others' * (len(missing) > 8)}"
     why = f"{named} of {world} ended without a word, exit status {exit_status}"
     return (
-        Verdict(Event.NODE_LOST, True, f"{', '.join(down)}: {why}", down)
+        Decision(Event.NODE_LOST, True, f"{', '.join(down)}: {why}", down)
         if down
-        else Verdict(Event.RANK_LOST, True, why)
+        else Decision(Event.RANK_LOST, True, why)
     )
 
 
-def _refusal(verdict: Verdict, profile: Profile, before: Past) -> str | None:
+def _refusal(decision: Decision, profile: Profile, history: History) -> str | None:
     """Why a life that may come back shall not, or None."""
     if not profile.requeue:
         return "the profile says requeue: false"
-    if before.fruitless >= profile.lives_without_progress:
-        return f"{before.fruitless} lives in a row have left no new checkpoint (lives_without_progress)"
-    if verdict.cause == Event.TIME_LIMIT and before.fruitless:
+    if history.fruitless >= profile.lives_without_progress:
+        return f"{history.fruitless} lives in a row have left no new checkpoint (lives_without_progress)"
+    if decision.cause == Event.TIME_LIMIT and history.fruitless:
         return f"the time limit of {profile.minutes} minutes came before a new checkpoint; allow more minutes"
-    if verdict.cause in _LOSSES and before.losses >= profile.retries:
-        return f"{before.losses + 1} losses without a new checkpoint (retries: {profile.retries})"
-    if verdict.cause == Event.CRASHED:
-        if verdict.fingerprint in before.fingerprints:
+    if decision.cause in _LOSSES and history.losses >= profile.retries:
+        return f"{history.losses + 1} losses without a new checkpoint (retries: {profile.retries})"
+    if decision.cause == Event.CRASHED:
+        if decision.crash_signature in history.crash_signatures:
             return "it has crashed at the same place since the last new checkpoint"
-        if before.crashes >= profile.crash_retries:
-            return f"{before.crashes + 1} crashes (crash_retries: {profile.crash_retries})"
+        if history.crashes >= profile.crash_retries:
+            return f"{history.crashes + 1} crashes (crash_retries: {profile.crash_retries})"
     return None
 
 
-def fingerprint(traceback: str) -> str:
+def crash_signature(traceback: str) -> str:
     """What two crashes at the same place share: the calls and the kind of the error, not what it says of numbers."""
     calls = re.findall(r'^ *File "(.+?)", line (\d+), in (.+)$', traceback, re.MULTILINE)
     places = [f"{'/'.join(Path(file).parts[-2:])}:{line}:{function}" for file, line, function in calls]
@@ -192,18 +192,20 @@ def fingerprint(traceback: str) -> str:
     return hashlib.sha256("\n".join([*places, *kinds[-1:]]).encode()).hexdigest()[:12]
 
 
-def excluded(job: Mapping[str, str], verdict: Verdict, before: Past, profile: Profile, usable: Sequence[str]) -> str:
+def excluded_nodes(
+    job: Mapping[str, str], decision: Decision, history: History, profile: Profile, usable: Sequence[str]
+) -> str:
     """The job's new list of nodes to stay away from, or "" where nothing changes.
 
     `usable`: nodes of its partition that could run it. None is left out if too few would remain.
     """
     named = set(scheduler.hostnames(job.get("ExcNodeList", "(null)").replace("(null)", "")))
-    losses = Counter(before.nodes) + Counter(verdict.nodes)
+    losses = Counter(history.nodes) + Counter(decision.nodes)
     bad = named | {node for node, count in losses.items() if count >= profile.node_losses}
     return ",".join(sorted(bad)) if bad > named and len(set(usable) - bad) >= profile.least_nodes else ""
 
 
-def account_for_the_dead(run: RunFolder) -> None:
+def record_unseen_end(run: RunFolder) -> None:
     """At the start of a life: record the end of the one before, where the batch script was killed with its ranks.
 
     Nobody has submitted the run since, so it is this very job that SLURM has started again.
@@ -214,14 +216,14 @@ def account_for_the_dead(run: RunFolder) -> None:
     last = events[-1]
     nodes = scheduler.hostnames(last.get("nodes", ""))
     since = datetime.fromisoformat(last["time"])
-    gone = tuple(node for node in nodes if scheduler.restarted(node, since))
+    gone = tuple(node for node in nodes if scheduler.node_restarted(node, since))
     if gone:
         run.record(Event.NODE_LOST, job=last["job"], why="and with it whoever could have said so", nodes=gone)
     else:
         run.record(Event.PREEMPTED, job=last["job"], why="the batch script was killed before it could say so")
 
 
-def tried_before(events: Sequence[dict[str, Any]], job_id: str) -> tuple[list[dict[str, Any]], list[str]]:
+def split_earlier_attempt(events: Sequence[dict[str, Any]], job_id: str) -> tuple[list[dict[str, Any]], list[str]]:
     """The events without what a first attempt at this decision recorded before it failed, and the names of that."""
     begun = max((n for n, event in enumerate(events) if event["event"] in JOB_BEGINNINGS), default=0)
     mine = [event for event in events[begun:] if event["event"] in REQUEUE_VERDICTS and event.get("job") == job_id]
@@ -235,40 +237,42 @@ def main(run_path: str, exit_status: int) -> None:
     job_id = os.environ["SLURM_JOB_ID"]
 
     def record(event: Event, **details: Any) -> None:
-        insist(run.reserve("decision"), lambda: run.record(event, **details))
+        write_with_reserve(run.reserve_path("decision"), lambda: run.record(event, **details))
 
     ends = {rank: read_json(path) for rank, path in run.end_paths().items()}
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    earlier, recorded = tried_before(run.events(), job_id)
-    job, before = scheduler.own_job(job_id), past(earlier)
-    down = scheduler.down(os.environ.get("SLURM_JOB_NODELIST", ""))
+    earlier, recorded = split_earlier_attempt(run.events(), job_id)
+    job, before = scheduler.own_job(job_id), history(earlier)
+    down = scheduler.down_nodes(os.environ.get("SLURM_JOB_NODELIST", ""))
     world = int(os.environ["SLURM_JOB_NUM_NODES"]) * profile.tasks_per_node  # of this life: `nodes` may be a range
-    verdict = decide(job, ends, world, exit_status, profile, before, restarts, down)
+    decision = decide(job, ends, world, exit_status, profile, before, restarts, down)
     step = max((end["step"] for end in ends.values()), default=0)
-    if verdict.cause not in (Event.FINISHED, Event.PRUNED, *recorded):
-        more: dict[str, Any] = {"nodes": verdict.nodes} if verdict.nodes else {}
-        more |= {"fingerprint": verdict.fingerprint} if verdict.fingerprint else {}
-        record(verdict.cause, job=job_id, step=step, why=verdict.why, **more)
+    if decision.cause not in (Event.FINISHED, Event.PRUNED, *recorded):
+        more: dict[str, Any] = {"nodes": decision.nodes} if decision.nodes else {}
+        more |= {"fingerprint": decision.crash_signature} if decision.crash_signature else {}
+        record(decision.cause, job=job_id, step=step, why=decision.why, **more)
     with contextlib.suppress(OSError):  # the log may lie on a full disk
-        print(f"slurm.requeue: {verdict.cause} {verdict.why} {verdict.gave_up}".rstrip(), file=sys.stderr, flush=True)
-    if verdict.gave_up and profile.requeue:
-        record(Event.GAVE_UP, job=job_id, after=verdict.cause, why=verdict.gave_up)
+        print(
+            f"slurm.requeue: {decision.cause} {decision.why} {decision.gave_up}".rstrip(), file=sys.stderr, flush=True
+        )
+    if decision.gave_up and profile.requeue:
+        record(Event.GAVE_UP, job=job_id, after=decision.cause, why=decision.gave_up)
     put_back = int(job.get("Restarts", "0")) > restarts
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     name = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else job_id
-    if not verdict.comes_back:
-        if put_back and verdict.gave_up:
+    if not decision.requeue:
+        if put_back and decision.gave_up:
             scheduler.cancel({"id": name})
         return
     compat_submitit.remove_partial_results(run.path / "logs")
-    record(Event.REQUEUED, job=job_id, cause=verdict.cause)
+    record(Event.REQUEUED, job=job_id, cause=decision.cause)
     if not put_back and (refused := scheduler.requeue(name)):
         record(Event.FAILED, job=job_id, why=f"scontrol requeue: {refused}")
         return
     # Only a job that does not run can be told to stay away from a node. The requeue has sent this script a SIGTERM,
     # which it ignores; SIGKILL follows after KillWait.
-    away = excluded(job, verdict, before, profile, scheduler.usable(job.get("Partition", "")))
-    if away and scheduler.stay_away(name, away):
+    away = excluded_nodes(job, decision, before, profile, scheduler.usable_nodes(job.get("Partition", "")))
+    if away and scheduler.exclude_nodes(name, away):
         record(Event.EXCLUDED, job=job_id, nodes=away.split(","))
 
 

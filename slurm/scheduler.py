@@ -31,7 +31,7 @@ _PAUSES = (1, 2, 4, 8, 16)  # seconds between questions that must be answered
 
 def show_job(job_id: str, environment: dict[str, str] | None = None) -> dict[str, str]:
     """The fields of `scontrol show job`, such as JobState and PreemptTime; empty where the job is forgotten."""
-    return fields(_asked(["scontrol", "show", "job", "--oneliner", job_id], environment))
+    return fields(_output(["scontrol", "show", "job", "--oneliner", job_id], environment))
 
 
 def own_job(job_id: str) -> dict[str, str]:
@@ -58,26 +58,26 @@ def requeue(name: str) -> str:
 
 def hostnames(nodes: str) -> list[str]:
     """`node[1-2]` -> node1, node2."""
-    return _asked(["scontrol", "show", "hostnames", nodes]).split() if nodes else []
+    return _output(["scontrol", "show", "hostnames", nodes]).split() if nodes else []
 
 
-def down(nodes: str) -> list[str]:
+def down_nodes(nodes: str) -> list[str]:
     """Those of `node[1-2]` that are down, or that the controller cannot reach (a star after the state)."""
     lines = (
-        _asked(["sinfo", "--noheader", "--Node", f"--nodes={nodes}", "--format=%N %T"]).splitlines() if nodes else []
+        _output(["sinfo", "--noheader", "--Node", f"--nodes={nodes}", "--format=%N %T"]).splitlines() if nodes else []
     )
     return sorted({name for name, found in map(str.split, lines) if found.startswith("down") or found.endswith("*")})
 
 
-def usable(partition: str) -> list[str]:
+def usable_nodes(partition: str) -> list[str]:
     """The nodes of a partition that jobs can run on, now or later."""
-    lines = _asked(["sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N %T"]).splitlines()
+    lines = _output(["sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N %T"]).splitlines()
     return sorted({name for name, found in map(str.split, lines) if re.match(r"idle|mix|alloc|comp|plan", found)})
 
 
-def restarted(node: str, since: datetime) -> bool:
+def node_restarted(node: str, since: datetime) -> bool:
     """Whether a node is down, or its slurmd was started after `since`."""
-    found = fields(_asked(["scontrol", "show", "node", "--oneliner", node]))
+    found = fields(_output(["scontrol", "show", "node", "--oneliner", node]))
     if found.get("State", "").startswith("DOWN") or found.get("State", "").endswith("*"):
         return True
     with contextlib.suppress(KeyError, ValueError):  # "None" for one that has never answered
@@ -85,7 +85,7 @@ def restarted(node: str, since: datetime) -> bool:
     return False
 
 
-def stay_away(job_id: str, nodes: str) -> bool:
+def exclude_nodes(job_id: str, nodes: str) -> bool:
     """Tell a job that waits, or is about to, which nodes not to run on; whether it was accepted."""
     done = subprocess.run(
         ["scontrol", "update", f"JobId={job_id}", f"ExcNodeList={nodes}"], capture_output=True, check=False
@@ -93,7 +93,7 @@ def stay_away(job_id: str, nodes: str) -> bool:
     return done.returncode == 0
 
 
-def _asked(command: list[str], environment: dict[str, str] | None = None) -> str:
+def _output(command: list[str], environment: dict[str, str] | None = None) -> str:
     """What one of SLURM's commands prints; nothing where it fails or is not there."""
     variables = {**os.environ, **(environment or {})}
     try:
@@ -119,7 +119,7 @@ def state(job: dict[str, Any] | None) -> str:
 
 
 @dataclass(frozen=True)
-class Found:
+class QueueEntry:
     """What is known of a run's job."""
 
     state: str = ""  # PENDING, RUNNING, ...; one that has ended stays for some minutes; "" where it is forgotten
@@ -133,53 +133,55 @@ class Found:
         return self.state in _LIVING
 
 
-def states(jobs: Sequence[dict[str, Any] | None]) -> list[Found]:
+def queue_entries(jobs: Sequence[dict[str, Any] | None]) -> list[QueueEntry]:
     """`state` and more of many jobs (what job.json holds), by one squeue for each cluster that they are on."""
-    clusters: dict[frozenset[tuple[str, str]], dict[str, Found]] = {}
+    clusters: dict[frozenset[tuple[str, str]], dict[str, QueueEntry]] = {}
     for job in jobs:
         if job is not None and job["cluster"] == "slurm":
-            clusters.setdefault(_variables(job), {})[job["id"]] = Found()
+            clusters.setdefault(_variables(job), {})[job["id"]] = QueueEntry()
     for variables, found in clusters.items():
         found.update(_squeue(list(found), dict(variables)))
-    return [_found(job, clusters) for job in jobs]
+    return [_entry(job, clusters) for job in jobs]
 
 
-def _found(job: dict[str, Any] | None, clusters: dict[frozenset[tuple[str, str]], dict[str, Found]]) -> Found:
+def _entry(job: dict[str, Any] | None, clusters: dict[frozenset[tuple[str, str]], dict[str, QueueEntry]]) -> QueueEntry:
     if job is None:
-        return Found()
+        return QueueEntry()
     if job["cluster"] == "slurm":
         return clusters[_variables(job)][job["id"]]
     if job.get("host") != socket.gethostname():
-        return Found(problem=f"its ranks are on host {job.get('host')} and cannot be seen from here")
-    return Found("RUNNING" if process_alive(job) else "")
+        return QueueEntry(problem=f"its ranks are on host {job.get('host')} and cannot be seen from here")
+    return QueueEntry("RUNNING" if process_alive(job) else "")
 
 
 def _variables(job: dict[str, Any]) -> frozenset[tuple[str, str]]:
     return frozenset(job.get("environment", {}).items())
 
 
-_PATIENCE = 15  # seconds; a busy controller may take some, and squeue itself tries for a minute
+_TIMEOUT = 15  # seconds; a busy controller may take some, and squeue itself tries for a minute
 _FIELDS = ("JobArrayID", "State", "exit_code", "StartTime", "Reason")
 
 
-def _squeue(ids: list[str], environment: dict[str, str]) -> dict[str, Found]:
+def _squeue(ids: list[str], environment: dict[str, str]) -> dict[str, QueueEntry]:
     """What squeue says of these jobs; those it has forgotten are left out."""
     command = ["squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(ids)}"]
     command.append("--Format=" + ",".join(f"{field}:|" for field in _FIELDS))
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_PATIENCE, check=False, env={**os.environ, **environment}
+            command, capture_output=True, text=True, timeout=_TIMEOUT, check=False, env={**os.environ, **environment}
         )
     except FileNotFoundError:
-        return dict.fromkeys(ids, Found(problem="squeue is not found: look from a login node of its cluster"))
+        return dict.fromkeys(ids, QueueEntry(problem="squeue is not found: look from a login node of its cluster"))
     except subprocess.TimeoutExpired:
-        return dict.fromkeys(ids, Found(problem=f"the scheduler does not answer within {_PATIENCE} s"))
+        return dict.fromkeys(ids, QueueEntry(problem=f"the scheduler does not answer within {_TIMEOUT} s"))
     if done.returncode and "Invalid job id" not in done.stderr:
         said = done.stderr.strip().splitlines()
-        return dict.fromkeys(ids, Found(problem=f"the scheduler does not answer: {said[-1] if said else 'squeue'}"))
+        return dict.fromkeys(
+            ids, QueueEntry(problem=f"the scheduler does not answer: {said[-1] if said else 'squeue'}")
+        )
     rows = [line.split("|", len(_FIELDS) - 1) for line in done.stdout.splitlines() if line.count("|") >= len(_FIELDS)]
     return {
-        job.strip(): Found(state, reason.rstrip("|"), _time(start), _status(code))
+        job.strip(): QueueEntry(state, reason.rstrip("|"), _time(start), _status(code))
         for job, state, code, start, reason in rows
     }
 

@@ -45,10 +45,10 @@ def submit(run: RunFolder, profile: Profile, current_code: bool = False) -> subm
         frozen_code.check_profile(run.code, run.path / "profile.yaml")
     run.clear_stop()
     try:
-        run.hold_back()
+        run.reserve_space()
     except OSError as error:
         raise UserError(f"{run.path}: {error.strerror}") from error
-    with starting(run, profile), explain():
+    with submission_environment(run, profile), refusals_as_user_errors():
         job = executor(run, profile).submit(slurm_job.main, str(run.path))
     pid = os.getpid() if profile.cluster == "inline" else int(job.job_id) if profile.cluster == "local" else None
     owner: dict[str, Any] = {"cluster": profile.cluster, "id": str(job.job_id), "host": socket.gethostname()}
@@ -71,7 +71,7 @@ def executor(run: RunFolder, profile: Profile) -> submitit.Executor:
         if profile.container is not None:
             raise UserError("an inline profile has no container, its job runs in this process: use cluster 'local'")
         return submitit.DebugExecutor(folder)
-    python = rank_python(profile, run.path, container.needs(run) if profile.container else [])
+    python = rank_python(profile, run.path, container.required_binds(run) if profile.container else [])
     if profile.cluster == "local":
         if profile.container is not None and profile.container.pyxis:
             raise UserError("container.pyxis belongs to srun: a local profile takes container.apptainer")
@@ -100,7 +100,7 @@ def host_python(profile: Profile) -> str:
 
 def rank_python(profile: Profile, folder: Path, binds: list[str]) -> str:
     """The shell words for a rank's Python; `folder` and `binds` are for a container (slurm/container.py)."""
-    return container.python(profile, binds, folder) if profile.container else host_python(profile)
+    return container.python_command(profile, binds, folder) if profile.container else host_python(profile)
 
 
 def setup_lines(profile: Profile, frozen: Path) -> list[str]:
@@ -119,7 +119,7 @@ def slurm_parameters(run: RunFolder, profile: Profile, python: str, frozen: Path
     """
     frozen = frozen or run.code
     decide = f"{python} -m slurm.requeue {shlex.quote(str(run.path))} $status"
-    binds = container.needs(run) if profile.container else []
+    binds = container.required_binds(run) if profile.container else []
     fixed: dict[str, Any] = {"ntasks_per_node": profile.tasks_per_node}
     elastic, more, tasks = _elastic(profile) if profile.least_nodes < profile.most_nodes else (fixed, {}, [])
     gpus: dict[str, Any] = {}
@@ -140,7 +140,7 @@ def slurm_parameters(run: RunFolder, profile: Profile, python: str, frozen: Path
         },
         "srun_args": [
             "--kill-on-bad-exit=1",  # no GPU waits for a dead peer
-            *container.srun(profile, binds, run.path, frozen),
+            *container.srun_options(profile, binds, run.path, frozen),
             *profile.srun,
         ],
         "setup": [
@@ -195,7 +195,7 @@ def site_parameters(profile: Profile) -> dict[str, Any]:
 
 
 @contextmanager
-def explain() -> Iterator[None]:
+def refusals_as_user_errors() -> Iterator[None]:
     """Turn a scheduler's refusal into one line."""
     try:
         yield
@@ -204,7 +204,7 @@ def explain() -> Iterator[None]:
 
 
 @contextmanager
-def apart(run: RunFolder) -> Iterator[None]:
+def detached_output(run: RunFolder) -> Iterator[None]:
     """What the processes started in here inherit: their output goes to the run's logs, so that nobody waits for the end
     of a pipe that they hold; and Ctrl-C passes submitit's controller by, which would kill the ranks before they save.
     """
@@ -224,19 +224,19 @@ def apart(run: RunFolder) -> Iterator[None]:
 
 
 @contextmanager
-def starting(run: RunFolder, profile: Profile) -> Iterator[None]:
+def submission_environment(run: RunFolder, profile: Profile) -> Iterator[None]:
     """What submission happens in: the profile's variables, and for local ranks the code they import."""
     if profile.cluster != "local":
-        with environment(profile):
+        with profile_environment(profile):
             yield
         return
     inside = {**frozen_code.variables(run.code), **container.variables(profile.container, run.code)}
-    with environment(profile, inside), apart(run):
+    with profile_environment(profile, inside), detached_output(run):
         yield
 
 
 @contextmanager
-def environment(profile: Profile, more: dict[str, str] | None = None) -> Iterator[None]:
+def profile_environment(profile: Profile, more: dict[str, str] | None = None) -> Iterator[None]:
     """The profile's variables, for submitit's own calls of sbatch and for the processes it starts."""
     threads = profile.threads or profile.cpus_per_task
     limits = {

@@ -24,9 +24,15 @@ from radhpc.core.recipe import Recipe
 from radhpc.core.run_folder import RunFolder
 from slurm import compat_submitit, frozen_code, job as slurm_job, precheck, profile as profiles, scheduler
 from slurm.profile import Profile
-from slurm.submit import environment, explain, host_python, slurm_parameters, submit as submit_run
+from slurm.submit import (
+    host_python,
+    profile_environment,
+    refusals_as_user_errors,
+    slurm_parameters,
+    submit as submit_run,
+)
 from slurm.sweep.definition import Sweep
-from slurm.sweep.study import Study
+from slurm.sweep.study import SweepStudy
 
 ENDED = 3  # exit status of `python -m slurm.trials` where there is nothing left to train
 _ANY = "/the-run-folder-of-this-element"  # in the one batch script of all; no shell would quote it
@@ -35,10 +41,10 @@ _ANY = "/the-run-folder-of-this-element"  # in the one batch script of all; no s
 def newest(runs: Path, name: str, sweep: Sweep, base: Recipe) -> Path | None:
     """The newest folder in `runs` of this very sweep: the command, said again, goes on with it."""
     found = sorted((path.parent for path in runs.glob(f"sweep-{name}-*/sweep.yaml")), key=lambda path: path.name)
-    return next((path for path in reversed(found) if not Study(path).difference(sweep, base)), None)
+    return next((path for path in reversed(found) if not SweepStudy(path).difference(sweep, base)), None)
 
 
-def due(study: Study) -> list[int]:
+def due(study: SweepStudy) -> list[int]:
     """The trials that a job shall be given: those without one that never began, failed or were cancelled.
 
     Not those that `radhpc stop` has ended: a user's word.
@@ -53,7 +59,7 @@ def due(study: Study) -> list[int]:
     ]
 
 
-def submit(study: Study, profile: Profile) -> str | None:
+def submit(study: SweepStudy, profile: Profile) -> str | None:
     """Submit what is due to SLURM. Returns the array's id, None where nothing is due."""
     numbers = due(study)
     if not numbers:
@@ -69,7 +75,7 @@ def submit(study: Study, profile: Profile) -> str | None:
     precheck.refuse(RunFolder(study.path), profile, parameters, len(numbers))
     write_atomically(frozen, profile.to_yaml(), 0o600)
     frozen_code.freeze(study.path / "code", same_python=profile.python is None)
-    with environment(profile), explain():
+    with profile_environment(profile), refusals_as_user_errors():
         try:
             executor = submitit.SlurmExecutor(study.path / "logs", python=python)
         except RuntimeError as error:
@@ -86,7 +92,7 @@ def submit(study: Study, profile: Profile) -> str | None:
     return str(jobs[0].job_id).split("_")[0]
 
 
-def stop(study: Study) -> list[str]:
+def stop(study: SweepStudy) -> list[str]:
     """Cancel the jobs of all trials that wait or run: those save and end, and come back when the sweep is submitted
     again. Returns the jobs' ids.
     """
@@ -99,14 +105,14 @@ def stop(study: Study) -> list[str]:
     return [str(job["id"]) for job, _ in jobs.values()]
 
 
-def run_here(study: Study, profile: Profile, say: Any) -> bool:
+def run_here(study: SweepStudy, profile: Profile, say: Any) -> bool:
     """Work off what is due one after the other, on this machine; returns whether it was not interrupted."""
     for number in due(study):
         run = study.prepare(number)
         say(f"trial {run.path.name}")
         job = submit_run(run, profile)
         if profile.cluster == "inline":
-            with environment(profile):
+            with profile_environment(profile):
                 error = job.exception()
             if error is not None:
                 say(f"trial {run.path.name} failed: {first_line(error)}")
@@ -130,7 +136,9 @@ def _wait(run: RunFolder) -> bool:
         return False
 
 
-def _array_parameters(study: Study, profile: Profile, python: str, numbers: list[int], frozen: Path) -> dict[str, Any]:
+def _array_parameters(
+    study: SweepStudy, profile: Profile, python: str, numbers: list[int], frozen: Path
+) -> dict[str, Any]:
     """What submitit shall put into the batch script: that of one run, with the run a variable of the shell."""
     parameters = slurm_parameters(RunFolder(_ANY), profile, python, study.path / "code")
     for part in ("setup", "teardown"):
@@ -162,7 +170,7 @@ def _own(run: RunFolder, owner: dict[str, Any], profile: Profile) -> None:
     run.record(Event.SUBMITTED, job=owner["id"], cluster="slurm", nodes=profile.nodes, world=profile.world)
 
 
-def _stopped_by_user(study: Study, number: int) -> bool:
+def _stopped_by_user(study: SweepStudy, number: int) -> bool:
     events = RunFolder(study.run_path(number)).events(
         Event.STOPPED, Event.CANCELLED, Event.INTERRUPTED, Event.SUBMITTED
     )
@@ -171,7 +179,7 @@ def _stopped_by_user(study: Study, number: int) -> bool:
 
 def main(folder: str, number: int, frozen: str) -> int:
     """In the batch script of an element, before its ranks start."""
-    study = Study.open(folder)
+    study = SweepStudy.open(folder)
     study.settle()
     run = study.prepare(number)
     if study.state(number, "")[0] in (RunState.FINISHED, RunState.PRUNED):

@@ -3,6 +3,7 @@
     python -m tests.importing forked [--loaded A,B] MODULE ...   # import each in a child that has only these loaded
     python -m tests.importing without-torch MODULE ...           # import all; the first that loads PyTorch is named
     python -m tests.importing help                               # the command's help, without PyTorch
+    python -I tests/importing.py origins MODULE ...              # print the file that each comes from, one a line
 
 Each prints one line per fault and ends with status 1 where there is one.
 """
@@ -55,9 +56,15 @@ def help_without_torch() -> int:
     return len(HEAVY & set(sys.modules))
 
 
+def origins(modules: list[str]) -> int:
+    for module in modules:
+        print(importlib.import_module(module).__file__)
+    return 0
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["forked", "without-torch", "help"])
+    parser.add_argument("what", choices=["forked", "without-torch", "help", "origins"])
     parser.add_argument("module", nargs="*")
     parser.add_argument("--loaded", type=lambda names: names.split(","), default=[])
     arguments = parser.parse_intermixed_args()
@@ -65,6 +72,8 @@ def main() -> None:
         failures = forked(arguments.module, arguments.loaded)
     elif arguments.what == "without-torch":
         failures = without_torch(arguments.module)
+    elif arguments.what == "origins":
+        failures = origins(arguments.module)
     else:
         failures = help_without_torch()
     sys.exit(1 if failures else 0)

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import pytest
 import typer
 import yaml
+from typer.testing import CliRunner
 
 from radhpc.cli import main as _main  # noqa: F401  (registers the verbs)
 from radhpc.cli.common import app
@@ -33,6 +34,7 @@ from tests.conftest import ROOT
 DOCS = ROOT / "docs"
 README = ROOT / "README.md"
 PAGES = [README, *sorted(page for page in DOCS.rglob("*.md") if page.parent.name != "measurements")]
+HABITS = [path for name in ("CONTRIBUTING", "SECURITY", "CHANGELOG") if (path := ROOT / f"{name}.md").exists()]
 SETTINGS = [*sorted((ROOT / "recipes").rglob("*.yaml")), *sorted((ROOT / "slurm" / "profiles").glob("*.yaml"))]
 # Files and profiles of the reader's own, which the pages speak of.
 OWN_FILES = {"mine.yaml", "my-first.yaml", "SWEEP/best.yaml", "RECIPE", "NAME", "~/a100.yaml", "FILE", "PROFILE"}
@@ -85,18 +87,17 @@ def verbs() -> Iterator[tuple[str, Any]]:
 
 
 def help_examples() -> Iterator[Command]:
-    for name, command in verbs():
-        epilog = str(command.epilog or "").partition(":")[2]
-        for example in re.split(r"(?<=\s)(?=radhpc )|\s{2,}|\n", epilog):
-            if example.strip():
-                yield Command(f"radhpc {name} --help", " ".join(example.split()))
+    for name, _ in verbs():
+        shown = CliRunner().invoke(app, [*name.split(), "--help"]).output
+        for line in split_commands("\n".join(re.split(r"^ Examples?:\s*$", shown, flags=re.M)[1:])):
+            yield Command(f"radhpc {name} --help", line)
 
 
 @cache
 def commands() -> list[Command]:
-    found = [Command(name_of(page), line) for page in PAGES for text in fences(page, "sh", "bash")
+    found = [Command(name_of(page), line) for page in PAGES + HABITS for text in fences(page, "sh", "bash")
              for line in split_commands(text)]  # fmt: skip
-    found += [Command(name_of(page), line) for page in PAGES for line in inline_code(page)]
+    found += [Command(name_of(page), line) for page in PAGES + HABITS for line in inline_code(page)]
     for path in SETTINGS:
         comment = re.match(r"(#.*\n)+", path.read_text(encoding="utf-8"))
         text = "\n".join(re.findall(r"^#   ((?:radhpc|python|    ).*)$", comment[0] if comment else "", re.M))
@@ -111,7 +112,9 @@ def check_line(line: str) -> None:
         check_verb(words[1:])
     elif words[0] == "make":
         targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
-        assert set(words[1:]) <= targets, words[1:]
+        assert {word for word in words[1:] if "=" not in word} <= targets, words[1:]
+        variables = {word.partition("=")[0] for word in words[1:] if "=" in word}
+        assert variables <= set(re.findall(r"^([A-Z]+) \?=", (ROOT / "Makefile").read_text(), re.M)), variables
     elif words[:2] == ["python", "-m"]:
         check_module(words[2], [word for word in words[3:] if word.startswith("--")])
     elif words[0] == "cp":
@@ -191,7 +194,8 @@ def check_values(verb: str, values: dict[str, Any]) -> None:
 
 
 def test_every_command_of_the_pages_can_be_typed() -> None:
-    assert len(commands()) > 120
+    assert len(commands()) > 200
+    assert len(list(help_examples())) > 20
     faults = []
     for command in commands():
         try:
@@ -285,7 +289,7 @@ def anchors(path: Path) -> set[str]:
 
 
 def test_links_lead_somewhere() -> None:
-    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+    for page in PAGES + HABITS:
         for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text(encoding="utf-8")):
             name, _, anchor = target.partition("#")
             other = (page.parent / name).resolve() if name else page
@@ -342,7 +346,7 @@ def tracked(*patterns: str) -> list[Path]:
 
 def test_nobody_is_told_to_install_from_an_index() -> None:
     """The name is on no index, so whoever registered it there could run code here."""
-    told = re.compile(r"pip3? install (?!.*(--no-index|--find-links|-e )).*\bradhpc\b|['\"]radhpc\[")
+    told = re.compile(r"pip3? install (?!.*(--no-index|--find-links|-e )).*\bradhpc\b|['\"]radhpc\[[a-z,]+\]")
     for path in tracked("*.py", "*.md", "*.yaml", "*.yml", "*.cfg", "*.toml", "*.def", "Makefile"):
         if path != Path(__file__).resolve():
             fault = told.search(path.read_text(encoding="utf-8"))
@@ -356,7 +360,7 @@ def test_the_installed_command_is_what_is_shown(path: Path) -> None:
 
 def test_paths_and_modules_in_the_pages_exist() -> None:
     groups = {"radhpc.families", "radhpc.datasets"}
-    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+    for page in PAGES:
         text = page.read_text(encoding="utf-8")
         for path in re.findall(r"(?<![\w/.])(?:radhpc|slurm|shards|bench|tests|recipes|containers)/[\w/]+\.\w+", text):
             assert (ROOT / path).exists(), f"{name_of(page)}: {path}"

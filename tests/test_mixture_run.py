@@ -19,7 +19,7 @@ import pytest
 
 from radhpc import worker
 from radhpc.core.errors import UserError
-from radhpc.core.ledger import consumed
+from radhpc.core.ledger import read_ledger
 from radhpc.core.recipe import load
 from radhpc.core.run_folder import RunFolder
 from radhpc.data.audit import audit
@@ -79,12 +79,12 @@ def test_a_mixture_on_s3_survives_a_killed_rank_and_other_ranks_exactly_once(
     run = tmp_path / "run"
     changes = [f"shards={{{urls[0]}: 2, {urls[1]}: 1}}", one_stage(steps=STEPS), "evaluation.samples=2"]
     launch("train", recipe_file, "--on", local_profile(3), "--run", run, *changes)
-    wait_for(lambda: any(step >= 9 for step in consumed(run / "ledger").steps))
+    wait_for(lambda: any(step >= 9 for step in read_ledger(run / "ledger").steps))
     job = RunFolder.open(run).job()
     assert job is not None
     rank_of(job, 1).send_signal(signal.SIGKILL)
     wait_for(lambda: not psutil.pid_exists(job["pid"]) or psutil.Process(job["pid"]).status() == "zombie")
-    assert max(consumed(run / "ledger").steps) < STEPS, "the run had ended before the rank was killed"
+    assert max(read_ledger(run / "ledger").steps) < STEPS, "the run had ended before the rank was killed"
     launch("resume", run, "--on", local_profile(2), "--watch")
 
     found = launch_json("status", run, "--audit")
@@ -157,7 +157,7 @@ def test_a_bad_sample_is_counted_once_over_epochs_and_lives(
     assert worker.run(str(run.path)).state == "interrupted"
     assert worker.run(str(run.path)).state == "finished"
     assert [event["key"] for event in run.events("quarantined")] == [place.key]
-    met = {step: keys for step, keys in consumed(run.path / "ledger").bad.items() if keys}
+    met = {step: keys for step, keys in read_ledger(run.path / "ledger").bad.items() if keys}
     assert list(met.values()) == [[place.key], [place.key]]
     assert min(met) <= 9 < 13 <= max(met), "once in each life"
     found = audit(run)

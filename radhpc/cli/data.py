@@ -1,11 +1,11 @@
-"""Raw archives to shards: build, verify."""
+"""Turn raw archives into shards: build, verify."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from radhpc.cli.common import Json, app, emit, one_of, pairs, say
+from radhpc.cli.common import DATA, Json, emit, one_of, pairs, say, verb
 from radhpc.core.errors import UserError
 from radhpc.core.log import Bar, console
 from shards.datasets import registry
@@ -15,61 +15,73 @@ if TYPE_CHECKING:
     from shards.settings import BuildResult, BuildSettings
 
 
-@app.command(
-    rich_help_panel="Data",
-    epilog="Examples: radhpc build image_text --raw /data/cxr_notes --out runs/cxr-shards   "
-    "radhpc build padchest --raw /data/padchest --out s3://bucket/padchest --on a100_preemptible --balance",
+@verb(
+    DATA,
+    "radhpc build image_text --raw /data/cxr_notes --out runs/cxr-shards",
+    "radhpc build padchest --raw /data/padchest --out s3://bucket/padchest \\\n  --on a100_preemptible --balance",
 )
 def build(
     dataset: Annotated[
         str,
-        typer.Argument(help=f"One of {', '.join(registry.names())}. Without --out: what it reads, and its options."),
+        typer.Argument(
+            metavar="DATASET",
+            help=f"One of {', '.join(registry.names())}. Without --out: print what it reads, and its options.",
+        ),
     ],
-    out: Annotated[str | None, typer.Option(help="Folder or URL (s3://...) for shards, manifest and card.")] = None,
-    raw: Annotated[Path | None, typer.Option(help="The archive as it was distributed: a folder or its table.")] = None,
-    options: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Options of the dataset.")
+    out: Annotated[
+        str | None, typer.Option(help="Folder or URL (s3://...) to write shards, manifest and card to.")
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes; default: one per core.", min=1)] = None,
+    raw: Annotated[Path | None, typer.Option(help="The archive as it was distributed: a folder, or its table.")] = None,
+    options: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Options of the dataset.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Worker processes; default: one per core.", min=1)] = None,
     on: Annotated[
-        str, typer.Option("--on", metavar="PROFILE", help="Where: this machine, or a SLURM array by a profile.")
+        str,
+        typer.Option(
+            "--on", metavar="PROFILE", help="Where to build: on this machine, or in a SLURM job array by a profile."
+        ),
     ] = "local",
-    jobs: Annotated[int, typer.Option(help="Elements of the SLURM array.", min=1)] = 8,
+    jobs: Annotated[int, typer.Option(help="Jobs of the SLURM array.", min=1)] = 8,
     longest_side: Annotated[int, typer.Option(help="Larger images are shrunk to this many pixels.", min=16)] = 1120,
     quality: Annotated[int, typer.Option(help="JPEG quality.", min=50, max=100)] = 95,
     image_format: Annotated[
         str, typer.Option("--format", help="jpeg (8 bits), or 16 bits without loss: png16, jxl16.")
     ] = "jpeg",
     split: Annotated[
-        str, typer.Option(help="Ratios of train, validate, test where the archive has no split.")
+        str, typer.Option(help="Shares of train, validate and test, where the archive has no splits.")
     ] = "0.8,0.1,0.1",
     duplicates: Annotated[
-        str, typer.Option(help="Images that another split has, too: drop their studies, or only report them.")
+        str, typer.Option(help="Studies whose images are in another split, too: drop them, or only report them.")
     ] = "drop",
     apart_from: Annotated[
-        list[str] | None, typer.Option(help="Shards whose other splits must not be repeated here, either.")
+        list[str] | None,
+        typer.Option(help="Other shards that must not share patients or images across splits with these."),
     ] = None,
     shard_samples: Annotated[int, typer.Option(help="Studies per shard.", min=1)] = 1000,
-    max_skipped: Annotated[str, typer.Option(help="Broken studies above which the build fails: 12, or 1%.")] = "1%",
+    max_skipped: Annotated[str, typer.Option(help="How many broken studies the build tolerates: 12, or 1%.")] = "1%",
     work: Annotated[
-        Path | None, typer.Option(help="Private folder for the time of the build; all nodes see it.")
+        Path | None, typer.Option(help="Private folder for temporary files; all nodes must see it.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace shards that were built otherwise.")] = False,
-    balance: Annotated[bool, typer.Option("--balance", help="Also make the subset URL#balanced: see above.")] = False,
-    cap: Annotated[str, typer.Option(help="Balance: studies of a cluster that stay; a count or a quantile.")] = "50%",
-    rare: Annotated[float, typer.Option(help="Balance: labels rarer than this share are all kept.")] = 0.01,
+    force: Annotated[bool, typer.Option("--force", help="Replace shards that were built with other settings.")] = False,
+    balance: Annotated[bool, typer.Option("--balance", help="Also make the subset URL#balanced (see above).")] = False,
+    cap: Annotated[
+        str, typer.Option(help="With --balance: most studies to keep of a cluster; a count or a quantile.")
+    ] = "50%",
+    rare: Annotated[
+        float, typer.Option(help="With --balance: keep all studies with a label rarer than this share.")
+    ] = 0.01,
     vocabulary: Annotated[
-        str | None, typer.Option(help="Balance: labels that count; default: chexpert, or the largest.")
+        str | None, typer.Option(help="With --balance: the labels to look at; default: chexpert, or the largest.")
     ] = None,
     embeddings: Annotated[
-        Path | None, typer.Option(help="Balance: .npz of your own vectors, key and vector, instead of TF-IDF.")
+        Path | None, typer.Option(help="With --balance: an .npz of your own vectors (key, vector) instead of TF-IDF.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Turn a raw archive into tar shards with a manifest and a card. A build that was interrupted goes on where it was.
+    """Turn a raw archive into tar shards with a manifest and a card. An interrupted build continues where it stopped.
 
-    Whatever is left out is named. Identifiers become salted hashes, texts are scrubbed of dates, names and numbers.
-    --balance clusters the reports and keeps a few of each cluster, all that are like no other, and all rare labels.
+    Every study that is left out is named. Identifiers become salted hashes; dates, names and numbers are removed from
+    texts.
+    --balance clusters the reports and keeps a few of each cluster, all outliers, and all studies with rare labels.
     """
     from shards.build import BuildSettings
     from shards.reports.tables import build_lines
@@ -103,21 +115,24 @@ def build(
     emit(made, as_json)
 
 
-@app.command(
-    rich_help_panel="Data",
-    epilog="Examples: radhpc verify runs/cxr-shards   radhpc verify runs/cxr-shards --repair --raw /data/cxr_notes",
+@verb(
+    DATA,
+    "radhpc verify runs/cxr-shards",
+    "radhpc verify runs/cxr-shards --repair --raw /data/cxr_notes",
 )
 def verify(
     urls: Annotated[
-        list[str], typer.Argument(metavar="URL...", help="Shards; several are also held against each other.")
+        list[str], typer.Argument(metavar="URL", help="Shards; several are also checked against each other.")
     ],
-    repair: Annotated[bool, typer.Option("--repair", help="Build broken shards again, to the same bytes.")] = False,
-    raw: Annotated[Path | None, typer.Option(help="The raw archive, for --repair.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes of --repair; default: one per core.", min=1)] = None,
+    repair: Annotated[bool, typer.Option("--repair", help="Rebuild broken shards, byte for byte.")] = False,
+    raw: Annotated[Path | None, typer.Option(help="The raw archive, with --repair.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Worker processes of --repair; default: one per core.", min=1)
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Reread every shard against the manifest: sizes, checksums, members, keys, identifiers; no patient and no picture
-    in two splits.
+    """Check every shard against the manifest: sizes, checksums, members, keys, identifiers, and that no patient and no
+    image is in two splits.
     """
     from shards.reports.tables import verification_lines
     from shards.verify import verify_all
@@ -155,7 +170,7 @@ def build_shards(
 
 
 def _array(on: str, jobs: int, out: str, settings: "BuildSettings") -> "TaskRunner | None":
-    """How a SLURM array works off the shards; None where this machine does."""
+    """Return how a SLURM array builds the shards; None where this machine does."""
     from slurm import profile as profiles
 
     profile = profiles.load(on)
@@ -185,5 +200,5 @@ def _ratios(text: str) -> tuple[float, float, float]:
     try:
         train, validate, test = (float(part) for part in text.split(","))
     except ValueError as error:
-        raise UserError(f"--split {text}: three numbers are wanted, such as 0.8,0.1,0.1") from error
+        raise UserError(f"--split {text}: allowed are three numbers, such as 0.8,0.1,0.1") from error
     return train, validate, test

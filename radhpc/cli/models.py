@@ -1,4 +1,4 @@
-"""What a trained model is worth, and how people meet it: evaluate, generate, demo, index, export."""
+"""Use trained models: evaluate, generate, demo, index, export."""
 
 import contextlib
 import sys
@@ -8,57 +8,60 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from radhpc.cli.common import Json, On, RunPath, app, emit, from_elsewhere, one_of, say
+from radhpc.cli.common import MODELS, Json, On, RunPath, emit, from_elsewhere, one_of, say, verb
 from radhpc.cli.submission import submit_job
 from radhpc.core.errors import UserError
-from radhpc.core.log import Bar, console, start as start_log
+from radhpc.core.log import Bar, console, start_logging
 from slurm.monitoring import tables
 
 if TYPE_CHECKING:
-    from radhpc.core.recipe import Evaluation
+    from radhpc.core.recipe import EvaluationSettings
     from radhpc.core.run_folder import RunFolder
     from radhpc.training.context import RunContext
     from shards.images.encoding import ImageSettings
 
 
-@app.command(
-    rich_help_panel="A trained model",
-    epilog="Examples: radhpc evaluate runs/quickstart-20261122-101500 --split test   "
-    "radhpc evaluate RUN beams=3 scorers.chexbert=/weights/chexbert --against OTHER --on a100_preemptible",
+@verb(
+    MODELS,
+    "radhpc evaluate runs/quickstart-20261122-101500 --split test",
+    "radhpc evaluate RUN beams=3 scorers.chexbert=/weights/chexbert \\\n  --against OTHER --on a100_preemptible",
 )
 def evaluate(
     run: RunPath,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe's evaluation, such as beams=3."),
+        typer.Argument(metavar="KEY=VALUE", help="Changes to the recipe's evaluation, such as beams=3."),
     ] = None,
-    split: Annotated[str, typer.Option(help="train, validate or test.")] = "test",
-    samples: Annotated[int | None, typer.Option(help="Studies; default: all of the split.", min=1)] = None,
+    split: Annotated[str, typer.Option(help="The split to evaluate on: train, validate or test.")] = "test",
+    samples: Annotated[int | None, typer.Option(help="How many studies; default: all of the split.", min=1)] = None,
     against: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="Also test the difference to this run, evaluated before.")
+        Path | None,
+        typer.Option(metavar="RUN", help="Also test the difference to this run, which was evaluated before."),
     ] = None,
     shards: Annotated[
-        list[str] | None, typer.Option(help="Other shards than the run's: another hospital's, or questions.")
+        list[str] | None,
+        typer.Option(help="Evaluate on these shards instead of the run's: another hospital's, or questions."),
     ] = None,
     on: On = "inline",
     as_json: Json = False,
 ) -> None:
-    """Generate for held-out studies with the newest checkpoint, and score beside trivial baselines.
+    """Generate reports for held-out studies with the newest checkpoint, and score them next to trivial baselines.
 
-    On all ranks of a profile; said again after a preemption, or with more studies, it goes on with what is missing.
+    Runs on all ranks of a profile. Called again after a preemption, or for more studies, it generates only what is
+    missing.
     Every score carries its convention or the hash of its weights, and an interval over patients.
     """
     from radhpc.core.files import read_json
     from radhpc.core.run_folder import RunFolder
     from slurm import evaluation, profile as profiles, submit
 
-    run_dir, profile = RunFolder.open(run), profiles.load(on)
-    settings = evaluation.settings_of(run_dir, overrides or [], samples)
-    with submit.environment(profile):  # it may hold the keys of an object store
-        checkpoint, weights = _check_evaluation(run_dir, split, shards or [], settings, against)
+    run_folder, profile = RunFolder.open(run), profiles.load(on)
+    settings = evaluation.settings_of(run_folder, overrides or [], samples)
+    with submit.profile_environment(profile):  # it may hold the keys of an object store
+        checkpoint, weights = _check_evaluation(run_folder, split, shards or [], settings, against)
     chosen = any("conventions=" in change for change in overrides or [])
     job = evaluation.prepare(
-        run_dir, checkpoint, weights, split, shards or [], settings, against, every_convention=not chosen
+        run_folder, checkpoint, weights, split, shards or [], settings, against, every_convention=not chosen
     )
     submit_job(job, profile, True, lambda job_dir, number: None, as_json=as_json)
     folder = job.path.parent
@@ -66,41 +69,50 @@ def evaluate(
     say(tables.scores(scores), as_json)
     say(f"written to {folder}; to look at: {folder / 'report.html'}", as_json)
     keys = ("step", "split", "samples", "scores", "baselines", "missing", "comparison")
-    emit({"run": str(run_dir.path), **{key: scores[key] for key in keys if key in scores}}, as_json)
+    emit({"run": str(run_folder.path), **{key: scores[key] for key in keys if key in scores}}, as_json)
 
 
-@app.command(
-    rich_help_panel="A trained model",
-    epilog="Examples: radhpc generate RUN --image frontal.dcm --image lateral.png --stream   "
+@verb(
+    MODELS,
+    "radhpc generate RUN --image frontal.dcm --image lateral.png --stream",
     "radhpc generate RUN --folder cases/ --out reports.jsonl",
 )
 def generate(
     run: RunPath,
     image: Annotated[
-        list[Path] | None, typer.Option(help="JPEG, PNG or DICOM; several are views of one study.")
+        list[Path] | None, typer.Option(help="A JPEG, PNG or DICOM file; several are views of one study.")
     ] = None,
     folder: Annotated[
-        Path | None, typer.Option(help="Each image in it is a study, each subfolder a study of several views.")
+        Path | None,
+        typer.Option(help="A folder of studies: each image is one, each subfolder is one with several views."),
     ] = None,
-    question: Annotated[str | None, typer.Option(help="Ask this instead of for a report.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Default: the recipe's.", min=1)] = None,
-    beams: Annotated[int | None, typer.Option(help="Search this many texts at a time.", min=1)] = None,
-    temperature: Annotated[float | None, typer.Option(help="Sample words; below 1 the likelier.", min=1e-3)] = None,
-    top_p: Annotated[float | None, typer.Option(help="Sample among the likeliest of this share.", max=1.0)] = None,
-    seed: Annotated[int, typer.Option(help="Of the sampling.", min=0)] = 0,
+    question: Annotated[str | None, typer.Option(help="Answer this question instead of writing a report.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Longest text, in tokens; default: the recipe's.", min=1)
+    ] = None,
+    beams: Annotated[int | None, typer.Option(help="Beams of a beam search.", min=1)] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="Sample words at this temperature; below 1, likelier words more often.", min=1e-3),
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample among the likeliest words with this share of the probability.", max=1.0)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.", min=0)] = 0,
     retrieve: Annotated[
-        int, typer.Option(help="Show so many training studies that look alike; needs `radhpc index`.", min=0)
+        int, typer.Option(help="Show this many similar training studies; needs `radhpc index`.", min=0)
     ] = 0,
-    batch: Annotated[int, typer.Option(help="Studies of --folder at a time.", min=1)] = 8,
+    batch: Annotated[int, typer.Option(help="With --folder: studies per batch.", min=1)] = 8,
     out: Annotated[
-        Path | None, typer.Option(help="Append each answer to this file as a JSON line; what it has is not repeated.")
+        Path | None,
+        typer.Option(help="Append each answer to this file as a JSON line; studies that it already has are skipped."),
     ] = None,
-    stream: Annotated[bool, typer.Option("--stream", help="Print words as they are written.")] = False,
+    stream: Annotated[bool, typer.Option("--stream", help="Print words as they are generated.")] = False,
     as_json: Json = False,
 ) -> None:
     """Write a report, or an answer, for one study or a folder of them. Research use only, not for clinical use.
 
-    What does not look like a radiograph gets a warning beside its text.
+    Images that do not look like radiographs get a warning.
     """
     if (image is None) == (folder is None):
         raise UserError("give either --image, once or more, or --folder")
@@ -108,12 +120,12 @@ def generate(
         raise UserError("--stream: goes with --image alone, without --json and --out")
     from shards import views
 
-    run_dir, target = image_settings(run)
+    run_folder, target = image_settings(run)
     studies = views.find_studies(folder) if folder else {" ".join(map(str, image or [])): image or []}
     told = views.read_answers(out, studies) if out else {}
     if not folder:  # one broken image of one study: before the model is loaded
         views.load_study("", next(iter(studies.values())), target)
-    context = context_of(run_dir.path)
+    context = context_of(run_folder.path)
     from radhpc.serving.inference import Decoding
     from radhpc.serving.pipeline import Reader, Study
 
@@ -152,28 +164,30 @@ def generate(
             tables.answer(result, Console(highlight=False), heading=folder is not None)
     one = results[0] if not folder and results else {}
     shown = {"studies": results, "broken": broken, "told_before": len(told)} if folder or not results else {}
-    emit({"run": str(run_dir.path), **one, **shown}, as_json)
+    emit({"run": str(run_folder.path), **one, **shown}, as_json)
     raise typer.Exit(1 if broken else 0)
 
 
-@app.command(
-    rich_help_panel="A trained model",
-    epilog="Example: radhpc demo runs/quickstart-20261122-101500 --retrieve 3",
-)
+@verb(MODELS, "radhpc demo runs/quickstart-20261122-101500 --retrieve 3")
 def demo(
     run: RunPath,
-    port: Annotated[int, typer.Option(help="On this machine alone; 0: any that is free.", min=0, max=65535)] = 0,
+    port: Annotated[int, typer.Option(help="Port on this machine's loopback; 0: any free port.", min=0, max=65535)] = 0,
     retrieve: Annotated[
-        int, typer.Option(help="Show so many training studies that look alike; needs `radhpc index`.", min=0)
+        int, typer.Option(help="Show this many similar training studies; needs `radhpc index`.", min=0)
     ] = 0,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Default: the recipe's.", min=1)] = None,
-    beams: Annotated[int | None, typer.Option(help="Several come as a whole, not word by word.", min=1)] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Longest text, in tokens; default: the recipe's.", min=1)
+    ] = None,
+    beams: Annotated[
+        int | None,
+        typer.Option(help="Beams of a beam search; with several, texts appear as a whole, not word by word.", min=1),
+    ] = None,
 ) -> None:
-    """A web page on this machine alone: drop a radiograph, read the report, ask. Research use only."""
+    """Serve a web page on this machine only: drop a radiograph, read its report, ask questions. Research use only."""
     from shards import views
 
-    run_dir, target = image_settings(run)
-    context = context_of(run_dir.path)
+    run_folder, target = image_settings(run)
+    context = context_of(run_folder.path)
     from radhpc.serving.demo import Demo
     from radhpc.serving.inference import Decoding
     from radhpc.serving.pipeline import Reader
@@ -189,10 +203,10 @@ def demo(
             say("ended", False)
 
 
-@app.command(rich_help_panel="A trained model", epilog="Example: radhpc index runs/quickstart-20261122-101500")
+@verb(MODELS, "radhpc index runs/quickstart-20261122-101500")
 def index(
     run: RunPath,
-    samples: Annotated[int | None, typer.Option(help="Studies; default: all of split train.", min=2)] = None,
+    samples: Annotated[int | None, typer.Option(help="How many studies; default: all of split train.", min=2)] = None,
     as_json: Json = False,
 ) -> None:
     """Index the training studies by the model's vision features, for `generate --retrieve` and `demo`."""
@@ -208,25 +222,24 @@ def index(
     emit({"run": str(context.run.path), **{key: made.about[key] for key in ("step", "studies", "left_out")}}, as_json)
 
 
-@app.command(
-    rich_help_panel="A trained model",
-    epilog="Example: radhpc export runs/quickstart-20261122-101500 --out my-model --merge --check",
-)
+@verb(MODELS, "radhpc export RUN --out my-model --merge --check")
 def export(
     run: RunPath,
-    out: Annotated[Path, typer.Option(help="A folder that is not there yet.")],
-    merge: Annotated[bool, typer.Option("--merge", help="Whole weights, adapters added in; default: PEFT.")] = False,
+    out: Annotated[Path, typer.Option(help="The folder to write; it must not exist yet.")],
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Write full weights with the adapters merged; default: an adapter for PEFT.")
+    ] = False,
     check: Annotated[
-        bool, typer.Option("--check", help="Load it without radhpc in another process, and compare the logits.")
+        bool, typer.Option("--check", help="Load the export without radhpc in another process, and compare the logits.")
     ] = False,
     dtype: Annotated[
-        str | None, typer.Option(help="Of whole weights: float32, bfloat16 or float16; default: as the base.")
+        str | None, typer.Option(help="Data type of full weights: float32, bfloat16 or float16; default: the base's.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write the newest checkpoint as an adapter for PEFT, or as whole weights that plain transformers loads.
+    """Write the newest checkpoint as an adapter for PEFT, or as full weights that plain transformers loads.
 
-    Processor, tokenizer, generation settings, a model card and an example lie beside them.
+    Processor, tokenizer, generation settings, a model card and an example are written next to it.
     """
     if dtype is not None:
         one_of("--dtype", dtype, ("float32", "bfloat16", "float16"))
@@ -235,7 +248,7 @@ def export(
 
     with contextlib.redirect_stdout(sys.stderr):  # libraries that saving imports, such as deepspeed, say something
         written, probe = exports.export(context, out.absolute(), merge, dtype)
-    what = {"model": "whole weights", "adapter": f"an adapter for PEFT on {written.base}"}[written.kind]
+    what = {"model": "full weights", "adapter": f"an adapter for PEFT on {written.base}"}[written.kind]
     say(f"{written.out}: {what}, {written.parameters:,} parameters of step {written.step}; see README.md", as_json)
     difference = exports.check(written, probe) if check else None
     if difference is not None:
@@ -245,9 +258,9 @@ def export(
 
 
 def _check_evaluation(
-    run: "RunFolder", split: str, shards: list[str], settings: "Evaluation", against: Path | None
+    run: "RunFolder", split: str, shards: list[str], settings: "EvaluationSettings", against: Path | None
 ) -> tuple[str, str]:
-    """Say here what would otherwise fail in the job. The name and the identity of the newest checkpoint."""
+    """Check here what would otherwise fail in the job. Return the name and the identity of the newest checkpoint."""
     from radhpc.core.manifest import Manifest
     from radhpc.core.sample import SPLITS
     from radhpc.engine.checkpoint import Checkpoints
@@ -282,12 +295,12 @@ def context_of(path: Path) -> "RunContext":
     from radhpc.distributed.ranks import Ranks
     from radhpc.training.context import open_context
 
-    start_log()
+    start_logging()
     return open_context(run, run.recipe(), Ranks())
 
 
 def image_settings(path: Path) -> tuple["RunFolder", "ImageSettings"]:
-    """What the images were made into that a run was trained on."""
+    """Return the run and the size and format of the images that it was trained on."""
     from radhpc.core.manifest import Manifest
     from radhpc.core.run_folder import RunFolder
     from radhpc.storage.store import Store

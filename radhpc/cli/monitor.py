@@ -1,4 +1,4 @@
-"""Where everything stands: status, logs, board, profile."""
+"""Monitor runs: status, logs, board, profile."""
 
 import sys
 from pathlib import Path
@@ -7,28 +7,37 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from radhpc.cli.common import Json, RunPath, app, emit, from_elsewhere, say
+from radhpc.cli.common import MONITORING, Json, RunPath, emit, from_elsewhere, say, verb
 from radhpc.core.errors import UserError
 from radhpc.core.log import console
 from slurm.monitoring import tables
 
 
-@app.command(rich_help_panel="Looking on", epilog="Examples: radhpc status   radhpc status runs/* --watch")
+@verb(
+    MONITORING,
+    "radhpc status",
+    "radhpc status runs/* --watch",
+)
 def status(
-    runs: Annotated[list[Path] | None, typer.Argument(metavar="[RUN]...", help="Default: all in runs/.")] = None,
+    runs: Annotated[
+        list[Path] | None, typer.Argument(metavar="RUN", help="Run folders or sweeps; default: all in runs/.")
+    ] = None,
     audit: Annotated[
-        bool, typer.Option("--audit", help="Prove which samples were trained on, epoch by epoch.")
+        bool,
+        typer.Option(
+            "--audit", help="List which samples were trained on, epoch by epoch, and whether each exactly once."
+        ),
     ] = False,
-    watch: Annotated[bool, typer.Option("--watch", help="Keep the table up to date, until Ctrl-C.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Refresh the table until Ctrl-C.")] = False,
     as_json: Json = False,
 ) -> None:
-    """State and why, stage, step, loss, speed, time left, age of the last checkpoint, restarts, goodput, GPU-hours.
+    """Show state and reason, stage, step, loss, speed, time left, last checkpoint's age, restarts, goodput, GPU-hours.
 
-    Goodput is the share of the ranks' time in which steps were made that still count; lost hours went into start-up and
-    into steps that were made again.
+    Goodput is the share of the ranks' time spent on steps that still count; lost hours went into start-up and into
+    steps that had to be repeated.
     """
     from slurm.monitoring.status import Statuses, find_runs
-    from slurm.sweep.study import Study, is_sweep
+    from slurm.sweep.study import SweepStudy, is_sweep
 
     if watch and (audit or as_json):
         raise UserError(f"--watch: not together with {'--audit' if audit else '--json'}")
@@ -39,11 +48,11 @@ def status(
         return
     sweeps = [path for path in runs or sorted(Path("runs").glob("*/")) if is_sweep(path)]
     if sweeps and not audit:
-        standings = [Study.open(path).standing() for path in sweeps]
+        standings = [SweepStudy.open(path).standing() for path in sweeps]
         rest = [path for path in runs or sorted(Path("runs").glob("*/")) if path not in sweeps]
         alone = Statuses(find_runs(rest, strict=bool(runs))).now() if rest else []
         if alone:
-            say(tables.Runs(alone), as_json)
+            say(tables.RunTable(alone), as_json)
         for standing in standings:
             say(tables.sweep(standing), as_json)
         emit(standings[0] if runs and len(runs) == 1 else {"runs": alone, "sweeps": standings}, as_json)
@@ -54,36 +63,43 @@ def status(
 
         results = [{"run": str(run.path), **run_audit(run)} for run in chosen]
         say(tables.audit(results), as_json)
-        console.print(*tables.verdicts(results), sep="\n", highlight=False, soft_wrap=True)
+        console.print(*tables.audit_sentences(results), sep="\n", highlight=False, soft_wrap=True)
     else:
         results = Statuses(chosen).now()
-        say(tables.Runs(results), as_json)
+        say(tables.RunTable(results), as_json)
     emit(results[0] if len(results) == 1 else {"runs": results}, as_json)
 
 
-@app.command(
-    rich_help_panel="Looking on",
-    epilog="Examples: radhpc logs RUN   radhpc logs RUN --rank 3 --follow",
+@verb(
+    MONITORING,
+    "radhpc logs RUN",
+    "radhpc logs RUN --rank 3 --follow",
 )
 def logs(
     run: RunPath,
-    rank: Annotated[int | None, typer.Option(help="Only this one; default: rank 0, and errors of all.", min=0)] = None,
-    follow: Annotated[bool, typer.Option("--follow", help="Go on with what is printed, until the job ends.")] = False,
-    life: Annotated[int | None, typer.Option(help="Only this start of the job, from 1; default: all.", min=1)] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Only this rank; default: rank 0, and the errors of all ranks.", min=0)
+    ] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Keep printing new lines until the job ends.")] = False,
+    life: Annotated[
+        int | None, typer.Option(help="Only this start of the job, counted from 1; default: all.", min=1)
+    ] = None,
 ) -> None:
-    """What the job printed; of a failed run first the traceback that matters."""
+    """Print what the job printed; of a failed run, first the traceback of the rank that failed first."""
     from radhpc.core.run_folder import RunFolder
     from slurm.monitoring.logs import show
 
     show(RunFolder.open(run), Console(highlight=False), rank, life, follow)
 
 
-@app.command(rich_help_panel="Looking on", epilog="Example: radhpc board runs/quickstart-20261122-101500")
+@verb(MONITORING, "radhpc board runs/quickstart-20261122-101500")
 def board(
-    runs: Annotated[list[Path] | None, typer.Argument(metavar="[RUN]...", help="Default: all in runs/.")] = None,
-    port: Annotated[int, typer.Option(help="On this machine alone.", min=1, max=65535)] = 6006,
+    runs: Annotated[
+        list[Path] | None, typer.Argument(metavar="RUN", help="Run folders or sweeps; default: all in runs/.")
+    ] = None,
+    port: Annotated[int, typer.Option(help="Port on this machine's loopback.", min=1, max=65535)] = 6006,
 ) -> None:
-    """Open TensorBoard over these runs, on loopback."""
+    """Serve TensorBoard for these runs on this machine's loopback."""
     import socket
     import subprocess
     import tempfile
@@ -119,14 +135,14 @@ def board(
     raise typer.Exit(ended.returncode)
 
 
-@app.command(rich_help_panel="Looking on", epilog="Example: radhpc profile runs/padchest-20261122-101500")
+@verb(MONITORING, "radhpc profile runs/padchest-20261122-101500")
 def profile(
     run: RunPath,
-    steps: Annotated[int, typer.Option(help="So many of the next ones.", min=1, max=1000)] = 10,
+    steps: Annotated[int, typer.Option(help="How many of the next steps.", min=1, max=1000)] = 10,
     wait: Annotated[float, typer.Option(help="Seconds to wait for the trace.", min=0)] = 600,
     as_json: Json = False,
 ) -> None:
-    """A profiler's trace of the next steps of the living job, and the operators that take longest."""
+    """Trace the next steps of the running job with a profiler, and list the operators that take longest."""
     from radhpc.core.run_folder import RunFolder
     from slurm.monitoring import profiling
 

@@ -1,35 +1,34 @@
-"""What is known before anything waits in a queue: plan, weights, doctor."""
+"""Check before submitting: plan, weights, doctor."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from radhpc.cli.common import Json, On, Overrides, RecipePath, app, emit, say
+from radhpc.cli.common import PREFLIGHT, Json, On, Overrides, RecipePath, emit, say, verb
 from radhpc.core.errors import UserError
 from radhpc.core.log import Bar
 from slurm.monitoring import tables
 
 
-@app.command(
-    rich_help_panel="Before queueing",
-    epilog="Example: radhpc plan recipes/image_text.yaml stages.adapt.micro_batch=2 --on a100_preemptible",
-)
+@verb(PREFLIGHT, "radhpc plan image_text stages.adapt.micro_batch=2 --on a100_preemptible")
 def plan(
     recipe: RecipePath,
     overrides: Overrides = None,
     on: On = "inline",
-    like: Annotated[Path | None, typer.Option(help="An earlier run, whose samples/s tell the hours.")] = None,
-    samples_per_second: Annotated[
-        float | None, typer.Option(help="Over all ranks, where you know it: tells the hours.", min=1e-6)
+    like: Annotated[
+        Path | None, typer.Option(help="An earlier run whose samples/s are used to estimate the hours.")
     ] = None,
-    run: Annotated[Path, typer.Option(help="Where the run will lie: how fast is a save there?")] = Path("runs"),
+    samples_per_second: Annotated[
+        float | None, typer.Option(help="Known samples/s over all ranks, used to estimate the hours.", min=1e-6)
+    ] = None,
+    run: Annotated[Path, typer.Option(help="Where the run will be: its write speed is measured.")] = Path("runs"),
     as_json: Json = False,
 ) -> None:
-    """Before queueing: memory per GPU, steps and hours, size and time of a checkpoint against the grace.
+    """Estimate memory per GPU, steps and hours, and whether a checkpoint can be saved within the grace period.
 
-    The model's real step is traced without values, so that a large one takes a minute and no memory. Weights and shards
-    may be missing: it says what stands in for them. Exit status 1 where it cannot fit.
+    The model's real training step is traced without values: a large model takes a minute and no memory. Weights and
+    shards may be missing; the output says what was assumed instead. Exit status 1 if it cannot fit.
     """
     from radhpc.core import recipe as recipes
     from radhpc.core.run_folder import RunFolder
@@ -51,18 +50,20 @@ def plan(
     raise typer.Exit(0 if result["fits"] else 1)
 
 
-@app.command(rich_help_panel="Before queueing", epilog="Example: radhpc weights recipes/gla.yaml --online")
+@verb(PREFLIGHT, "radhpc weights gla --online")
 def weights(
     recipe: RecipePath,
     overrides: Overrides = None,
-    online: Annotated[bool, typer.Option("--online", help="Download what is missing; else nothing ever is.")] = False,
+    online: Annotated[
+        bool, typer.Option("--online", help="Download what is missing; without this, nothing ever is.")
+    ] = False,
     convert: Annotated[bool, typer.Option("--convert", help="Write pytorch_model*.bin as safetensors.")] = False,
-    hashes: Annotated[bool, typer.Option(help="Read every byte and compare its sha256, where it is known.")] = True,
+    hashes: Annotated[bool, typer.Option(help="Read every file and compare its sha256 where it is known.")] = True,
     as_json: Json = False,
 ) -> None:
-    """The files of a recipe's model: where they lie, whether they are whole, and what to put where if they are not.
+    """Check the weights of a recipe's model: where the files are, whether they are intact, and what is missing.
 
-    A hash is known from FILE.sha256 or SHA256SUMS beside the files, or from the hub's own cache. Exit status 1 where
+    Hashes are read from FILE.sha256 or SHA256SUMS next to the files, or from the hub's own cache. Exit status 1 if
     something is missing or damaged.
     """
     from radhpc.core import recipe as recipes
@@ -84,30 +85,33 @@ def weights(
     raise typer.Exit(0 if result["ok"] else 1)
 
 
-@app.command(
-    rich_help_panel="Before queueing",
-    epilog="Example: radhpc doctor --on a100_preemptible --probe --recipe recipes/image_text.yaml",
+@verb(
+    PREFLIGHT, "radhpc doctor --on a100_preemptible", "radhpc doctor --on a100_preemptible --probe --recipe image_text"
 )
 def doctor(
     on: On = "inline",
-    probe: Annotated[bool, typer.Option("--probe", help="Submit a job of two minutes that measures on nodes.")] = False,
-    recipe: Annotated[Path | None, typer.Option(help="With --probe: read from the shards of this recipe.")] = None,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Submit a job of two minutes that measures on the nodes.")
+    ] = False,
+    recipe: Annotated[
+        Path | None, typer.Option(help="With --probe: also measure reading the shards of this recipe.")
+    ] = None,
     preempt_with: Annotated[
         str | None,
-        typer.Option(metavar="PARTITION", help="With --probe: preempt it by a second job in this partition."),
+        typer.Option(metavar="PARTITION", help="With --probe: preempt the probe by a second job in this partition."),
     ] = None,
-    run: Annotated[Path, typer.Option(help="Where runs will lie.")] = Path("runs"),
+    run: Annotated[Path, typer.Option(help="Where runs will be.")] = Path("runs"),
     as_json: Json = False,
 ) -> None:
-    """Will a signal arrive before a job is killed, do ranks see each other, and what to ask the administrators for.
+    """Check the cluster: do signals arrive before a kill, do ranks see each other, what to ask the administrators for.
 
-    Reads what SLURM says of itself. With --probe it also submits a two-minute job of all the profile's ranks: their
-    all-reduce, clocks, scontrol, free space, the store's speed, and which signals come after how long.
+    Reads SLURM's configuration. With --probe it also submits a two-minute job of all the profile's ranks, which
+    measures their all-reduce, clocks, scontrol, free space, the store's speed, and which signals arrive when.
     """
     from radhpc.core import recipe as recipes
     from slurm import profile as profiles
     from slurm.preflight import doctor as doctors
-    from slurm.preflight.probe import probe as run_probe
+    from slurm.preflight.probe import run_probe
 
     if (recipe or preempt_with) and not probe:
         raise UserError("--recipe and --preempt-with go with --probe")

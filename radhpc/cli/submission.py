@@ -1,4 +1,4 @@
-"""A job is checked, submitted and followed: what train, resume, sweep and evaluate have in common."""
+"""Check, submit and follow a job: what train, resume, sweep and evaluate share."""
 
 import time
 from collections.abc import Callable
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def check_engine(recipe: "Recipe", profile: "Profile") -> None:
-    """Say here what the ranks would say: too many of them, or a library that is missing in the Python they share."""
+    """Raise UserError here for what would fail on the ranks: too many of them, or a library that is not installed."""
     if recipe.engine == "single" and profile.world > 1:
         raise UserError(
             f"engine 'single' on {profile.world} ranks: allowed are fsdp and deepspeed, or a profile with one task"
@@ -29,7 +29,7 @@ def check_engine(recipe: "Recipe", profile: "Profile") -> None:
 
 
 def check_data(recipe: "Recipe", *also: str) -> None:
-    """Say here, in seconds, what would otherwise fail in the queue; `also` names further splits that are needed."""
+    """Raise UserError here, in seconds, for data that would fail in the queue; `also`: further splits needed."""
     from radhpc.core.manifest import Manifest
     from radhpc.data import tasks
     from radhpc.data.source import Source
@@ -56,26 +56,27 @@ def submit_job(
     current_code: bool = False,
     as_json: bool = False,
 ) -> None:
-    """Submit; an inline job runs now, and its error is this command's."""
-    from slurm.submit import environment, submit
+    """Submit a job; an inline job runs now, and its error is raised here."""
+    from slurm.submit import profile_environment, submit
 
     job = submit(run, profile, current_code)
     announce(run, str(job.job_id))
     if profile.cluster == "inline":
-        with environment(profile):
+        with profile_environment(profile):
             error = job.exception()
         if error is not None:
             raise error
         outcome = job.result()
         if outcome.state == OutcomeState.INTERRUPTED:
-            again = "say the same again" if run.evaluates else f"radhpc resume {run.path}"
-            say(f"interrupted by {outcome.cause} at step {outcome.step}; go on: {again}", as_json)
+            again = "call 'radhpc evaluate' again" if run.evaluated_run else f"radhpc resume {run.path}"
+            say(f"interrupted by {outcome.cause} at step {outcome.step}; to continue: {again}", as_json)
             raise typer.Exit(1)
     elif watch:
         watch_job(run, as_json)
 
 
 def announce(run: "RunFolder", job: str, as_json: bool) -> None:
+    """Print the run's folder and the job's id."""
     say(f"run {run.path}\njob {job}", as_json)
 
 

@@ -1,4 +1,4 @@
-"""A recipe to a job, and everything that becomes of it: quickstart, train, resume, sweep, stop."""
+"""Turn recipes into jobs and control them: quickstart, train, resume, sweep, stop."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from radhpc.cli.common import Json, On, Overrides, RecipePath, RunPath, app, emit, new_run, say
+from radhpc.cli.common import TRAINING, Json, On, Overrides, RecipePath, RunPath, emit, new_run, say, verb
 from radhpc.cli.data import build_shards
 from radhpc.cli.submission import announce, check_data, check_engine, submit_job
 from radhpc.core.errors import UserError
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from slurm.profile import Profile
 
 
-@app.command(rich_help_panel="Training", epilog="Example: radhpc quickstart")
+@verb(TRAINING, "radhpc quickstart")
 def quickstart(
-    run: Annotated[Path | None, typer.Option(help="Folder of the run; default: runs/quickstart-DATE.")] = None,
-    studies: Annotated[int, typer.Option(help="Phantom studies to draw.", min=200)] = 3000,
+    run: Annotated[Path | None, typer.Option(help="The run's folder; default: runs/quickstart-DATE.")] = None,
+    studies: Annotated[int, typer.Option(help="How many phantom studies to draw.", min=200)] = 3000,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
@@ -40,12 +40,12 @@ def quickstart(
     shards = path.with_name(path.name + "-shards")
     options = {"studies": str(studies), "two_views": "0.15", "size": "128"}
     build_shards("phantom", None, str(shards), options, BuildSettings(longest_side=112))
-    run_dir = start_run(Path("quickstart"), [f"shards=[{shards}]", *(overrides or [])], "inline", path)
-    folder = max((run_dir.path / "evaluation").glob("step-*"), key=by_step)
+    run_folder = start_run(Path("quickstart"), [f"shards=[{shards}]", *(overrides or [])], "inline", path)
+    folder = max((run_folder.path / "evaluation").glob("step-*"), key=by_step)
     scores = read_json(folder / "scores.json")
     name = "findings_macro_f1"
     result = {
-        "run": str(run_dir.path),
+        "run": str(run_folder.path),
         "seconds": round(time.perf_counter() - started, 1),
         "macro_f1": scores["scores"][name]["value"],
         # What knows nothing of the image. The report of the training radiograph that is most alike stands apart: drawn
@@ -58,91 +58,101 @@ def quickstart(
     for line in (folder / "reports.jsonl").read_text().splitlines()[:3]:
         report = json.loads(line)
         say(f"\n[bold]reference[/] {report['reference']}\n[bold]generated[/] {report['generated']}", as_json)
-    say(f"\nDone in {result['seconds']:.0f} s. The run: {run_dir.path}", as_json)
-    say(f"See it: {folder / 'report.html'} in a browser; radhpc board {run_dir.path}", as_json)
-    say(f"Meet it: radhpc index {run_dir.path}, then demo {run_dir.path} --retrieve 3", as_json)
+    say(f"\nDone in {result['seconds']:.0f} s. The run: {run_folder.path}", as_json)
+    say(f"See it: {folder / 'report.html'} in a browser, or radhpc board {run_folder.path}", as_json)
+    say(f"Try it: radhpc index {run_folder.path} && radhpc demo {run_folder.path} --retrieve 3", as_json)
     emit(result, as_json)
 
 
-@app.command(
-    rich_help_panel="Training",
-    epilog="Example: radhpc train recipes/image_text.yaml stages.adapt.steps=100 --on box --watch",
+@verb(
+    TRAINING,
+    "radhpc train quickstart --on local --watch",
+    "radhpc train recipes/image_text.yaml stages.adapt.steps=100 --on box --watch",
 )
 def train(
     recipe: RecipePath,
     overrides: Overrides = None,
     on: On = "inline",
-    run: Annotated[Path | None, typer.Option(help="Folder of the run; default: runs/NAME-DATE.")] = None,
-    engine: Annotated[str | None, typer.Option(help="fsdp, deepspeed or single; as engine=.")] = None,
-    stages: Annotated[str | None, typer.Option(help="Of the recipe, by number or name: 2,3; default: all.")] = None,
+    run: Annotated[Path | None, typer.Option(help="The run's folder; default: runs/NAME-DATE.")] = None,
+    engine: Annotated[str | None, typer.Option(help="fsdp, deepspeed or single; the same as engine=.")] = None,
+    stages: Annotated[
+        str | None, typer.Option(help="Train only these stages, by number or name: 2,3; default: all.")
+    ] = None,
     origin: Annotated[
-        Path | None, typer.Option("--from", metavar="RUN", help="The run that has trained the stages before those.")
+        Path | None, typer.Option("--from", metavar="RUN", help="The run that has trained the stages before these.")
     ] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Follow the job until it ends.")] = False,
     as_json: Json = False,
 ) -> None:
     """Validate and freeze a recipe, check its data, and submit it. Prints the run's folder and the job's id."""
     changes = [*(overrides or []), *([f"engine={engine}"] if engine else [])]
-    run_dir = start_run(
+    run_folder = start_run(
         recipe, changes, on, run, watch, lambda run, job: announce(run, job, as_json), stages=stages, origin=origin
     )
-    emit({"run": str(run_dir.path), "job": (run_dir.job() or {}).get("id")}, as_json)
+    emit({"run": str(run_folder.path), "job": (run_folder.job() or {}).get("id")}, as_json)
 
 
-@app.command(rich_help_panel="Training", epilog="Example: radhpc resume runs/quickstart-20261122-101500 --on local")
+@verb(TRAINING, "radhpc resume runs/quickstart-20261122-101500 --on local")
 def resume(
     run: RunPath,
-    on: Annotated[str | None, typer.Option("--on", metavar="PROFILE", help="Default: the profile it ran on.")] = None,
+    on: Annotated[
+        str | None, typer.Option("--on", metavar="PROFILE", help="Where to run; default: the profile it ran on.")
+    ] = None,
     current_code: Annotated[
-        bool, typer.Option("--current-code", help="Replace the code that the run was submitted with by today's.")
+        bool,
+        typer.Option("--current-code", help="Replace the code that the run was submitted with by the installed one."),
     ] = False,
-    engine: Annotated[str | None, typer.Option(help="Go on under fsdp, deepspeed or single.")] = None,
+    engine: Annotated[str | None, typer.Option(help="Continue with another engine: fsdp, deepspeed or single.")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Follow the job until it ends.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Go on from the newest checkpoint that verifies, on the same or another number of ranks, with the same code."""
+    """Continue from the newest intact checkpoint, on the same or another number of ranks, with the run's own code."""
     from radhpc.core.run_folder import RunFolder
     from slurm import profile as profiles
 
-    run_dir = RunFolder.open(run)
-    if run_dir.events() and run_dir.events()[-1]["event"] == Event.FINISHED:
+    run_folder = RunFolder.open(run)
+    if run_folder.events() and run_folder.events()[-1]["event"] == Event.FINISHED:
         raise UserError(f"{run}: the run is finished; evaluate or generate with it, or train a new one")
-    if run_dir.events(Event.PRUNED):
+    if run_folder.events(Event.PRUNED):
         raise UserError(f"{run}: its sweep has ended the run early; train {run}/recipe.yaml as a run of its own")
-    frozen = run_dir.path / "profile.yaml"
+    frozen = run_folder.path / "profile.yaml"
     profile = profiles.load(on or (str(frozen) if frozen.exists() else "inline"))
-    recipe = run_dir.recipe() if engine is None else run_dir.recipe().under(engine, run_dir.recipe_path)
+    recipe = run_folder.recipe() if engine is None else run_folder.recipe().under(engine, run_folder.recipe_path)
     check_engine(recipe, profile)
-    chosen = _choose_checkpoint(run_dir, profile, as_json)
-    run_dir.change_engine(recipe.engine)
-    submit_job(run_dir, profile, watch, lambda run, job: announce(run, job, as_json), current_code)
-    emit({"run": str(run_dir.path), "job": (run_dir.job() or {}).get("id"), **chosen}, as_json)
+    chosen = _choose_checkpoint(run_folder, profile, as_json)
+    run_folder.change_engine(recipe.engine)
+    submit_job(run_folder, profile, watch, lambda run, job: announce(run, job, as_json), current_code)
+    emit({"run": str(run_folder.path), "job": (run_folder.job() or {}).get("id"), **chosen}, as_json)
 
 
-@app.command(rich_help_panel="Training", epilog="Example: radhpc sweep recipes/sweeps/quickstart.yaml --on local")
+@verb(TRAINING, "radhpc sweep recipes/sweeps/quickstart.yaml --on local")
 def sweep(
-    sweep: Annotated[Path, typer.Argument(help="A YAML file, such as those in recipes/sweeps/.")],
+    sweep: Annotated[
+        Path, typer.Argument(metavar="SWEEP", help="A YAML file, or a sweep that 'radhpc recipes' lists.")
+    ],
     on: On = "inline",
     folder: Annotated[
         Path | None,
         typer.Option(
-            "--sweep", metavar="DIR", help="Its folder; default: the newest of this sweep in runs/, or a new one."
+            "--sweep",
+            metavar="DIR",
+            help="The sweep's folder; default: the newest of this sweep in runs/, or a new one.",
         ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Train a recipe many times with other values of its keys: one job array, each trial a run that may be preempted.
+    """Train a recipe with many values of its keys: a job array in which each trial is a run that may be preempted.
 
-    Said again, it submits what is missing, failed or was cancelled, and nothing else.
+    Called again, it submits only the trials that are missing, failed or were cancelled.
     """
     from slurm import profile as profiles, trials
     from slurm.sweep import definition as sweeps
-    from slurm.sweep.study import Study
+    from slurm.sweep.study import SweepStudy
 
     profile, (wanted, base) = profiles.load(on), sweeps.load(sweep)
     for recipe in sweeps.distinct_data(wanted, base, sweep):
         check_data(recipe, recipe.evaluation.split)
-    study = Study.create(
+    study = SweepStudy.create(
         folder or trials.newest(Path("runs"), sweep.stem, wanted, base) or new_run(f"sweep-{sweep.stem}"), wanted, base
     )
     say(f"sweep {study.path}", as_json)
@@ -159,29 +169,29 @@ def sweep(
     raise typer.Exit(0 if whole and not failed else 1)
 
 
-@app.command(rich_help_panel="Training")
+@verb(TRAINING, "radhpc stop runs/quickstart-20261122-101500")
 def stop(run: RunPath, as_json: Json = False) -> None:
-    """Save at the next step and end for good; a job that still waits in the queue is taken out of it."""
+    """Save at the next step and end for good; a job that is still queued is cancelled."""
     from radhpc.core.run_folder import RunFolder
     from slurm import scheduler, trials
-    from slurm.sweep.study import Study, is_sweep
+    from slurm.sweep.study import SweepStudy, is_sweep
 
     if is_sweep(run):
-        jobs = trials.stop(Study.open(run))
+        jobs = trials.stop(SweepStudy.open(run))
         say(f"{run}: {len(jobs)} job(s) were asked to stop; 'radhpc sweep' goes on", as_json)
         emit({"sweep": str(run.absolute()), "jobs": jobs}, as_json)
         return
-    run_dir = RunFolder.open(run)
-    job = run_dir.job()
+    run_folder = RunFolder.open(run)
+    job = run_folder.job()
     state = scheduler.state(job)
     if not state or job is None:
         raise UserError(f"{run}: no living job to stop")
-    run_dir.request_stop()
+    run_folder.request_stop()
     if state == "PENDING":
         scheduler.cancel(job)
-        run_dir.record(Event.STOPPED, cause=Cause.TAKEN_OUT)
+        run_folder.record(Event.STOPPED, cause=Cause.TAKEN_OUT)
     say(f"{run}: job {job['id']} ({state.lower()}) was asked to stop", as_json)
-    emit({"run": str(run_dir.path), "job": job["id"]}, as_json)
+    emit({"run": str(run_folder.path), "job": job["id"]}, as_json)
 
 
 def start_run(
@@ -218,12 +228,12 @@ def start_run(
 
 
 def _choose_checkpoint(run: "RunFolder", profile: "Profile", as_json: bool) -> dict[str, Any]:
-    """Say before anything is submitted from which checkpoint the run will go on, and which are skipped and why."""
+    """Print, before anything is submitted, from which checkpoint the run continues, and which are skipped and why."""
     from radhpc.engine.checkpoint import Checkpoints
     from slurm import scheduler, submit
 
     scheduler.refuse_if_alive(run)
-    with submit.environment(profile):  # it may hold the keys of an object store
+    with submit.profile_environment(profile):  # it may hold the keys of an object store
         checkpoints = Checkpoints.of(run.path, run.recipe())
         name, skipped = checkpoints.newest()
     for torn, fault in skipped:

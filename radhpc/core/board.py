@@ -16,20 +16,20 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from radhpc.core.errors import UserError, first_line
-from radhpc.core.recipe import Wandb
+from radhpc.core.recipe import WandbSettings
 
 _EVENTS = "events.out.tfevents."  # followed by the time, in ten digits, and who wrote it
 RESTART = "restart"  # the name of the marks in by_stage/, beside those of stages
 
 
-class Curves:
+class WandbCurves:
     """One life's curves for Weights & Biases, in files under RUN/wandb and, if online, on its server.
 
     The lives of a run are a group there. What a life has written behind the step that the next one starts from stays
     in the first one's curve alone, as nothing that was sent can be taken back.
     """
 
-    def __init__(self, settings: Wandb, run: Path, life: int) -> None:
+    def __init__(self, settings: WandbSettings, run: Path, life: int) -> None:
         """Raises UserError where W&B refuses, such as without a key when online."""
         import wandb
 
@@ -62,7 +62,7 @@ class Curves:
 class Board:
     """The event file of one life of a run. On ranks other than 0 give no folder: every call does nothing."""
 
-    def __init__(self, folder: Path | None, resumed_at: int = 0, curves: Curves | None = None) -> None:
+    def __init__(self, folder: Path | None, resumed_at: int = 0, curves: WandbCurves | None = None) -> None:
         self._writer: Any = None
         self._curves = curves
         self._session_end: Any = None  # of a trial of a sweep
@@ -171,7 +171,7 @@ def _in_order(folder: Path) -> None:
             (folder / name).rename(folder / f"{_EVENTS}{number:010d}.{name.split('.', 4)[-1]}")
 
 
-def panel(images: Sequence[Image.Image], texts: dict[str, str], height: int = 320) -> npt.NDArray[np.uint8]:
+def study_panel(images: Sequence[Image.Image], texts: dict[str, str], height: int = 320) -> npt.NDArray[np.uint8]:
     """Draw a study: its views side by side, and titled texts beside them. Returns (height, width, 3) in 0..255."""
     font, bold = ImageFont.load_default(20), ImageFont.load_default(21)  # to be read where TensorBoard shrinks it
     views = [image.convert("RGB").resize((round(image.width * height / image.height), height)) for image in images]

@@ -68,7 +68,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
-def insist(reserve: Path, write: Callable[[], None]) -> None:
+def write_with_reserve(reserve: Path, write: Callable[[], None]) -> None:
     """Call `write`; where the disk or the quota is full, give up the reserve and call it again. Raises OSError."""
     try:
         write()
@@ -79,7 +79,7 @@ def insist(reserve: Path, write: Callable[[], None]) -> None:
         write()
 
 
-def append(descriptor: int, line: bytes) -> None:
+def append_line(descriptor: int, line: bytes) -> None:
     """Append a line, or nothing: half of one, as a full disk would leave it, is taken back. Raises OSError."""
     written = os.write(descriptor, line)
     if written < len(line):
@@ -87,7 +87,7 @@ def append(descriptor: int, line: bytes) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def own_folder(folder: Path, longest: int) -> Path:
+def private_folder(folder: Path, longest: int) -> Path:
     """A folder, there or not, that only this user may fill, with a plain path of at most `longest` characters.
 
     Nothing is touched. Raises UserError in the words of --folder.
@@ -101,7 +101,7 @@ def own_folder(folder: Path, longest: int) -> Path:
 
 
 @contextlib.contextmanager
-def alone(place: Path) -> Iterator[None]:
+def exclusive(place: Path) -> Iterator[None]:
     """Keep two commands from working in one folder at the same time. Raises UserError."""
     descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
     try:

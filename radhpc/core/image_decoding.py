@@ -64,7 +64,7 @@ def _sixteen_bits(codec: Callable[[Any], npt.NDArray[Any]], view: View | None) -
 
     pixels = codec(imagecodecs)
     if pixels.dtype == np.uint16:
-        pixels = show(pixels, view.window if view and view.window else (0.0, 65535.0))
+        pixels = lookup_window(pixels, view.window if view and view.window else (0.0, 65535.0))
     return Image.fromarray(pixels)
 
 
@@ -75,12 +75,12 @@ def _any(data: bytes | memoryview) -> Image.Image:
     return image
 
 
-def show(values: npt.NDArray[Any], window: tuple[float, float]) -> npt.NDArray[np.uint8]:
+def lookup_window(values: npt.NDArray[Any], window: tuple[float, float]) -> npt.NDArray[np.uint8]:
     """16-bit values through a window, as the View says it: the pixels that a JPEG of the same image was made of."""
-    return ramp(np.arange(1 << 16), window).take(values)
+    return scale_window(np.arange(1 << 16), window).take(values)
 
 
-def ramp(values: npt.NDArray[Any], window: tuple[float, float]) -> npt.NDArray[np.uint8]:
+def scale_window(values: npt.NDArray[Any], window: tuple[float, float]) -> npt.NDArray[np.uint8]:
     """Values of any kind through a window of (black, white): 0 to 255, all black where the two are equal."""
     black, white = window
     if black == white:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from radhpc.core.files import append, read_lines
+from radhpc.core.files import append_line, read_lines
 
 
 class Ledger:
@@ -28,14 +28,14 @@ class Ledger:
     def append(self, stage: int, step: int, keys: list[str], bad: list[tuple[str, str]]) -> None:
         """Record one step: global step number (from 1), keys trained on, and those that could not be read, and why."""
         line = json.dumps({"stage": stage, "step": step, "keys": keys, "bad": bad}) + "\n"
-        append(self._descriptor, line.encode())
+        append_line(self._descriptor, line.encode())
 
     def close(self) -> None:
         os.close(self._descriptor)
 
 
 @dataclass
-class Consumed:
+class ConsumedSamples:
     """What the weights have seen, and what was trained on in vain."""
 
     steps: dict[int, list[str]] = field(default_factory=dict)  # keys of each step, in sorted order
@@ -44,7 +44,7 @@ class Consumed:
     replayed: dict[int, int] = field(default_factory=dict)  # how often a step was trained before it counted
 
 
-def consumed(folder: Path, up_to: int | None = None) -> Consumed:
+def read_ledger(folder: Path, up_to: int | None = None) -> ConsumedSamples:
     """Read all lives: per step the last life that trained it counts. `up_to`: ignore later steps."""
     lives: dict[int, dict[int, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))  # step -> life -> lines
     for path in sorted(folder.glob("life-*.rank-*.jsonl")):
@@ -53,7 +53,7 @@ def consumed(folder: Path, up_to: int | None = None) -> Consumed:
         for line in read_lines(path):
             if up_to is None or line["step"] <= up_to:
                 lives[line["step"]][int(match[1])].append(line)
-    result = Consumed()
+    result = ConsumedSamples()
     for step in sorted(lives):
         last = lives[step][max(lives[step])]
         result.steps[step] = sorted(key for line in last for key in line["keys"])

@@ -24,7 +24,7 @@ console = Console(stderr=True, highlight=False)
 log = logging.getLogger("radhpc")
 
 
-def start(rank: int = 0, world: int = 1) -> None:
+def start_logging(rank: int = 0, world: int = 1) -> None:
     """Send radhpc's log to standard error: everything of rank 0, warnings of the others."""
     handler = logging.StreamHandler(sys.stderr)
     who = f" rank {rank}" if world > 1 else ""

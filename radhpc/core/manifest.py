@@ -34,7 +34,7 @@ FINGERPRINTS = "fingerprints.npy"
 _QUESTIONS = 16  # to a store at a time
 
 
-class Reader(Protocol):
+class ManifestStore(Protocol):
     """What the manifest needs of a store."""
 
     url: str
@@ -45,7 +45,7 @@ class Reader(Protocol):
     def size(self, name: str) -> int: ...
 
 
-class File(BaseModel):
+class FileEntry(BaseModel):
     """A file beside the manifest."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -55,7 +55,7 @@ class File(BaseModel):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
-class Shard(File):
+class Shard(FileEntry):
     """One tar."""
 
     samples: int = Field(gt=0)
@@ -73,7 +73,7 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Index:
+class SampleIndex:
     """Columns over samples (n) and over members (m); the members of a sample stand together."""
 
     key: npt.NDArray[np.bytes_]  # (n,)
@@ -105,12 +105,12 @@ class Index:
         """The positions of a split's samples, ascending."""
         return np.flatnonzero(self.split == SPLITS.index(split))  # type: ignore[arg-type]
 
-    def take(self, rows: npt.NDArray[np.int64]) -> "Index":
+    def take(self, rows: npt.NDArray[np.int64]) -> "SampleIndex":
         """The index of some of the samples, in the order of `rows`."""
         counts = np.diff(self.first)[rows]
         ends = np.cumsum(counts)
         members = np.repeat(self.first[rows] - (ends - counts), counts) + np.arange(counts.sum())
-        return Index(
+        return SampleIndex(
             key=self.key[rows],
             patient=self.patient[rows],
             split=self.split[rows],
@@ -128,7 +128,7 @@ class Index:
         return buffer.getvalue()
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> "Index":
+    def from_bytes(cls, data: bytes) -> "SampleIndex":
         with np.load(io.BytesIO(data), allow_pickle=False) as columns:
             return cls(**{name: columns[name] for name in cls.__dataclass_fields__})
 
@@ -144,11 +144,13 @@ class Manifest(BaseModel):
     splits: dict[str, int] = Field(description="samples per split")
     patients: dict[str, int] = Field(description="patients per split")
     shards: tuple[Shard, ...] = Field(min_length=1)
-    index: File
+    index: FileEntry
     build: dict[str, Any] = Field(description="how it was built: reader, image and split settings, versions")
     build_hash: str = Field(description="sha256 of `build`, to tell one build from another")
     skipped: dict[str, int] = Field(default_factory=dict, description="samples left out, by reason")
-    fingerprints: File | None = Field(default=None, description="perceptual hashes, a row of 32 bytes for each image")
+    fingerprints: FileEntry | None = Field(
+        default=None, description="perceptual hashes, a row of 32 bytes for each image"
+    )
     subset_of: str | None = Field(default=None, description="of a subset: the hash of the manifest it was taken from")
 
     def to_bytes(self) -> bytes:
@@ -161,7 +163,7 @@ class Manifest(BaseModel):
         return sha256(self.to_bytes())
 
     @classmethod
-    def load(cls, store: Reader) -> "Manifest":
+    def load(cls, store: ManifestStore) -> "Manifest":
         """Read and validate the manifest of all samples, or of the store's subset.
 
         Raises UserError where there is none, where it is not one of ours, and where the shards that a subset was
@@ -183,7 +185,7 @@ class Manifest(BaseModel):
         return subset
 
     @classmethod
-    def _read(cls, store: Reader, name: str, missing: str) -> "Manifest":
+    def _read(cls, store: ManifestStore, name: str, missing: str) -> "Manifest":
         try:
             return cls.model_validate_json(store.read(name))
         except FileNotFoundError as error:
@@ -193,20 +195,20 @@ class Manifest(BaseModel):
             where = ".".join(map(str, what["loc"])) or "the file"
             raise UserError(f"{store.url}/{name}: {where}: {what['msg']}") from error
 
-    def load_index(self, store: Reader) -> Index:
+    def load_index(self, store: ManifestStore) -> SampleIndex:
         """Read the columns and check them against the manifest."""
         data = self._read_file(store, self.index)
         try:
-            return Index.from_bytes(data)
+            return SampleIndex.from_bytes(data)
         except (ValueError, KeyError) as error:
             raise UserError(f"{store.url}/{self.index.name}: {first_line(error)}") from error
 
-    def load_fingerprints(self, store: Reader) -> npt.NDArray[np.uint8]:
+    def load_fingerprints(self, store: ManifestStore) -> npt.NDArray[np.uint8]:
         """The perceptual hashes of all images, (images, 32), in the order of the index; checked by their sha256."""
         assert self.fingerprints is not None, "shards without fingerprints"
         return np.asarray(np.load(io.BytesIO(self._read_file(store, self.fingerprints)), allow_pickle=False))
 
-    def _read_file(self, store: Reader, file: File) -> bytes:
+    def _read_file(self, store: ManifestStore, file: FileEntry) -> bytes:
         try:
             data = store.read(file.name)
         except FileNotFoundError as error:
@@ -215,7 +217,7 @@ class Manifest(BaseModel):
             raise UserError(f"{store.url}/{file.name}: does not match {_file(store)} (sha256 differs)")
         return data
 
-    def check_sizes(self, store: Reader) -> None:
+    def check_sizes(self, store: ManifestStore) -> None:
         """Compare each shard's size with the manifest: seconds for thousands of shards, before any is read."""
 
         def check(shard: Shard) -> None:
@@ -234,7 +236,7 @@ class Manifest(BaseModel):
                 pass
 
 
-def _file(store: Reader) -> str:
+def _file(store: ManifestStore) -> str:
     return MANIFEST if store.subset is None else f"{store.subset}.json"
 
 

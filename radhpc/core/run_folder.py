@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from radhpc.core.errors import UserError, nearest
-from radhpc.core.files import append, insist, read_json, read_lines, write_atomically
+from radhpc.core.files import append_line, read_json, read_lines, write_atomically, write_with_reserve
 from radhpc.core.protocol import END_FILES, CulpritRecord, Event, Outcome, RankEnd, end_file, rank_of
 from radhpc.core.recipe import Recipe, load
 
@@ -90,7 +90,7 @@ class RunFolder:
             self.record(Event.ENGINE_CHANGED, was=was, engine=name)
 
     @property
-    def evaluates(self) -> "RunFolder | None":
+    def evaluated_run(self) -> "RunFolder | None":
         """The run that a job evaluates whose folder this is; None for a run."""
         task = read_json(self.path / EVALUATION)
         return None if task is None else RunFolder(task["run"])
@@ -111,25 +111,25 @@ class RunFolder:
         line = json.dumps({"time": now(), "event": Event(event), **details}) + "\n"
         descriptor = os.open(self.path / "events.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:
-            append(descriptor, line.encode())
+            append_line(descriptor, line.encode())
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
 
-    def hold_back(self) -> None:
+    def reserve_space(self) -> None:
         """Keep some of the disk for the last words of a life that fills it up. Raises OSError where it is full."""
         for who in _SPEAKERS:
-            if not self.reserve(who).exists():
+            if not self.reserve_path(who).exists():
                 # Random, as some file systems compress.
-                write_atomically(self.reserve(who), os.urandom(_RESERVE), 0o600)
+                write_atomically(self.reserve_path(who), os.urandom(_RESERVE), 0o600)
 
-    def give_back(self) -> None:
-        """The end of hold_back: nothing is left to be said."""
+    def release_space(self) -> None:
+        """The end of reserve_space: nothing is left to be said."""
         for who in _SPEAKERS:
-            self.reserve(who).unlink(missing_ok=True)
+            self.reserve_path(who).unlink(missing_ok=True)
 
-    def reserve(self, who: Speaker) -> Path:
-        """For files.insist: of the ranks, and of slurm.requeue, which decides behind them."""
+    def reserve_path(self, who: Speaker) -> Path:
+        """The file for write_with_reserve: of the ranks, or of slurm.requeue, which decides after them."""
         return self.folder("logs") / f"reserve.{who}"
 
     def events(self, *names: Event) -> list[dict[str, Any]]:
@@ -158,7 +158,9 @@ class RunFolder:
             "host": node_name(), "traceback": trace, "culprits": list(culprits),
         }  # fmt: skip
         self.folder("logs")
-        insist(self.reserve("ranks"), lambda: write_atomically(self.end_path(rank), json.dumps(end).encode(), 0o600))
+        write_with_reserve(
+            self.reserve_path("ranks"), lambda: write_atomically(self.end_path(rank), json.dumps(end).encode(), 0o600)
+        )
 
     # Who owns it
 

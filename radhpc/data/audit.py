@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from radhpc.core.errors import UserError
-from radhpc.core.ledger import consumed
+from radhpc.core.ledger import read_ledger
 from radhpc.core.protocol import Event
 from radhpc.core.recipe import Recipe
 from radhpc.core.run_folder import RunFolder
@@ -26,7 +26,7 @@ def audit(run: RunFolder) -> dict[str, Any]:
     recipe = run.recipe()
     if not recipe.stream.audit:
         raise UserError(f"{run.recipe_path}: stream.audit: false, so that the run keeps no ledger; allowed is true")
-    seen = consumed(run.path / "ledger")
+    seen = read_ledger(run.path / "ledger")
     epochs = []
     # What was taken over from another run was trained on there.
     first = max((event["step"] for event in run.events(Event.TAKEN_OVER)), default=0) + 1

@@ -15,7 +15,7 @@ from PIL import Image
 
 from radhpc.core.batch import IGNORE, Batch
 from radhpc.core.errors import UserError
-from radhpc.core.recipe import Findings, Images, Text
+from radhpc.core.recipe import FindingsSettings, ImageSettings, TextSettings
 from radhpc.core.sample import Sample
 from radhpc.data.source import BadSample, RawSample, decode_study
 from radhpc.data.tasks import AnswerNotAllowed, TaskExample, Tasks
@@ -62,9 +62,9 @@ class StudyEncoder:
     def __init__(
         self,
         family: ModelFamily,
-        text: Text,
-        images: Images = Images(),  # type: ignore[call-arg]  # noqa: B008
-        findings: Findings = Findings(),  # type: ignore[call-arg]  # noqa: B008
+        text: TextSettings,
+        images: ImageSettings = ImageSettings(),  # type: ignore[call-arg]  # noqa: B008
+        findings: FindingsSettings = FindingsSettings(),  # type: ignore[call-arg]  # noqa: B008
         seed: int = 0,
         labelled: bool = False,
     ) -> None:
@@ -229,7 +229,7 @@ class StudyEncoder:
         views = self._shown(views)
         assert views, "the stream gives no study without an image"
         images = self.family.encode_images(views)
-        return images, self.family.place_images(self._prompt(prompt, len(views)), images)
+        return images, self.family.expand_image_tokens(self._prompt(prompt, len(views)), images)
 
     def _prompt(self, prompt: str, views: int) -> list[int]:
         if (prompt, views) not in self._known:
@@ -242,7 +242,7 @@ class StudyEncoder:
         return list(self.family.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def conversation(sample: Sample, text: Text, findings: Findings = Findings()) -> str:  # type: ignore[call-arg]  # noqa: B008
+def conversation(sample: Sample, text: TextSettings, findings: FindingsSettings = FindingsSettings()) -> str:  # type: ignore[call-arg]  # noqa: B008
     """What a sample says, question and answer, as a tokenizer is trained on it."""
     asked = Tasks(text, findings, 0).default(sample)
     return f"{asked.prompt}\n{asked.answer}" if asked else sample.report.text()

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from radhpc.core.manifest import Shard
-from radhpc.core.recipe import Stream as StreamRecipe
+from radhpc.core.recipe import StreamSettings
 from radhpc.data.sampler import Positions
 from radhpc.data.source import BadSample, Dataset, RawSample, SampleLocation, Source
 from radhpc.storage.node_cache import NodeCache
@@ -79,7 +79,7 @@ class Prefetcher:
     """Reads the samples of `turns` ahead. take() may be called from many threads, for turns about in their order."""
 
     def __init__(
-        self, source: Source, turns: Iterator[Positions], recipe: StreamRecipe, world: int = 1, passes: float = 1.0
+        self, source: Source, turns: Iterator[Positions], recipe: StreamSettings, world: int = 1, passes: float = 1.0
     ) -> None:
         """`world`: ranks that share the samples; `passes`: over the data, by all of them together."""
         self._source, self._turns = source, turns
@@ -244,13 +244,13 @@ def _content(part: Dataset, shard: Shard) -> str:
     return f"{part.store.url}/{shard.name} {shard.sha256}"
 
 
-def _open_cache(recipe: StreamRecipe) -> NodeCache:
+def _open_cache(recipe: StreamSettings) -> NodeCache:
     assert recipe.cache is not None
     folder = Path(os.path.expanduser(os.path.expandvars(recipe.cache.folder)))
     return NodeCache(folder, int(recipe.cache.gigabytes * 1e9))
 
 
-def _through_cache(source: Source, recipe: StreamRecipe, share: float, passes: float) -> list[bool]:
+def _through_cache(source: Source, recipe: StreamSettings, share: float, passes: float) -> list[bool]:
     """For each dataset, whether its blocks go through the node's cache: where that makes the node fetch less.
 
     Through the cache every block is fetched whole, once, and what was not kept again in each pass. Without it, the

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 
 from radhpc.core.errors import UserError, first_line
 from radhpc.core.image_decoding import decode
-from radhpc.core.manifest import Index, Manifest
+from radhpc.core.manifest import Manifest, SampleIndex
 from radhpc.core.sample import Sample
 from radhpc.data.sampler import Positions
 from radhpc.storage.store import Store, Traffic
@@ -67,7 +67,7 @@ class Dataset:
     url: str
     store: Store
     manifest: Manifest
-    index: Index
+    index: SampleIndex
     rows: Positions
 
     def shard_samples(self) -> Positions:
@@ -258,7 +258,7 @@ def decode_study(raw: RawSample) -> DecodedStudy:
     return raw.key, sample, views
 
 
-def _refuse_leak(url: str, index: Index, patients: dict[bytes, tuple[str, int]]) -> None:
+def _refuse_leak(url: str, index: SampleIndex, patients: dict[bytes, tuple[str, int]]) -> None:
     """Promise 7: no patient in two splits, across all the folders of a recipe."""
     for patient, split in set(zip(index.patient.tolist(), index.split.tolist(), strict=True)):
         where = patients.setdefault(patient, (url, split))

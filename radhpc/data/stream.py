@@ -37,7 +37,7 @@ import numpy.typing as npt
 from radhpc.core.batch import IGNORE
 from radhpc.core.errors import UserError
 from radhpc.core.files import write_atomically
-from radhpc.core.recipe import Recipe, Stage, Stream as StreamRecipe, load
+from radhpc.core.recipe import Recipe, Stage, StreamSettings, load
 from radhpc.core.sample import SPLITS, Split
 from radhpc.data.prefetch import Prefetcher
 from radhpc.data.sampler import Positions, Sampler
@@ -92,7 +92,7 @@ def stage_steps(stage: Stage, length: int) -> int:
     return -(-stage_samples(stage, length) // stage.batch)
 
 
-def stage_sampler(source: Source, stage_number: int, recipe: StreamRecipe, seed: int) -> Sampler:
+def stage_sampler(source: Source, stage_number: int, recipe: StreamSettings, seed: int) -> Sampler:
     """The order of a stage: a pure function of seed, stage, manifests, window and weights. Raises UserError."""
     shards, weights = [part.shard_samples() for part in source.datasets], source.weights
     if weights is None and recipe.temperature is None:
@@ -147,7 +147,7 @@ class Stream:
         reader: Reader,
         stage: Stage,
         stage_number: int,
-        recipe: StreamRecipe,
+        recipe: StreamSettings,
         seed: int,
         rank: int = 0,
         world: int = 1,

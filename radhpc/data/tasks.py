@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from radhpc.core.errors import UserError
-from radhpc.core.recipe import Findings, Recipe, Stage, Task, Text
+from radhpc.core.recipe import FindingsSettings, Recipe, Stage, TaskSettings, TextSettings
 from radhpc.core.sample import Sample
 from radhpc.data.source import Source
 
@@ -42,7 +42,7 @@ class TaskExample(NamedTuple):
 class Tasks:
     """The tasks of a stage."""
 
-    def __init__(self, text: Text, findings: Findings, seed: int) -> None:
+    def __init__(self, text: TextSettings, findings: FindingsSettings, seed: int) -> None:
         self.mixture, self.findings, self._seed = text.mixture(), findings, seed
 
     def draw(self, sample: Sample, epoch: int = 0) -> TaskExample | None:
@@ -90,7 +90,7 @@ class Tasks:
             return self._questions(sample, questions)
         return {name: task.weight for name, task in self.mixture.items() if self._serves(task, sample)}
 
-    def _questions(self, sample: Sample, questions: dict[str, Task]) -> dict[str, float]:
+    def _questions(self, sample: Sample, questions: dict[str, TaskSettings]) -> dict[str, float]:
         answer = _folded(sample.answer or "")
         closed = {n: t for n, t in questions.items() if t.answers and answer in map(_folded, t.answers)}
         fitting = closed or {name: task for name, task in questions.items() if not task.answers}
@@ -102,7 +102,7 @@ class Tasks:
             raise AnswerNotAllowed(f"the answer to a closed question is none of {allowed}")
         return {name: task.weight for name, task in fitting.items()}
 
-    def _serves(self, task: Task, sample: Sample) -> bool:
+    def _serves(self, task: TaskSettings, sample: Sample) -> bool:
         match task.kind:
             case "report":
                 return bool(sample.report.text(_sections(task)))
@@ -135,7 +135,7 @@ class Tasks:
                 yes, no = task.answers or ("yes", "no")
                 return TaskExample(name, self._prompt(task, language, {"finding": finding}), yes if there else no)
 
-    def _finding(self, task: Task, sample: Sample, epoch: int) -> tuple[str, bool]:
+    def _finding(self, task: TaskSettings, sample: Sample, epoch: int) -> tuple[str, bool]:
         """The finding that a study is asked about: one that is present, `positive` of the time."""
         wanted = set(task.findings or self.findings.names)
         known = {finding: there for finding, there in self.known_findings(sample).items() if finding in wanted}
@@ -146,7 +146,7 @@ class Tasks:
         finding = chosen[int(self._number(sample, epoch, "finding") * len(chosen))]
         return finding, known[finding]
 
-    def _prompt(self, task: Task, language: str, said: dict[str, str]) -> str:
+    def _prompt(self, task: TaskSettings, language: str, said: dict[str, str]) -> str:
         answers = task.answers or (("yes", "no") if task.kind == "finding" else ())
         return task.prompt.format(
             **{
@@ -202,7 +202,7 @@ def _offers(samples: Iterable[Sample]) -> set[str]:
     return found
 
 
-def _sections(task: Task) -> tuple[str, ...]:
+def _sections(task: TaskSettings) -> tuple[str, ...]:
     return task.sections or ("findings", "impression")
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from radhpc.core import formats
 from radhpc.core.errors import UserError
 from radhpc.core.run_folder import step_of
-from radhpc.storage.checkpoint_storage import Bucket, Buffer, Folder, Storage
+from radhpc.storage.checkpoint_storage import Buffer, CheckpointStorage, FolderStorage, ObjectStorage
 from radhpc.storage.store import PART
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def name_of(step: int) -> str:
 class Checkpoints:
     """The checkpoints of one run. One process writes; any may read."""
 
-    def __init__(self, storage: Storage) -> None:
+    def __init__(self, storage: CheckpointStorage) -> None:
         self.storage = storage
 
     @classmethod
@@ -72,9 +72,9 @@ class Checkpoints:
         """Those of a run folder: in it, or under its name where checkpoint.url points."""
         url = recipe.checkpoint.url
         if url is not None:
-            return cls(Bucket(f"{url.rstrip('/')}/{run.name}"))
+            return cls(ObjectStorage(f"{url.rstrip('/')}/{run.name}"))
         (run / "checkpoints").mkdir(mode=0o700, exist_ok=True)
-        return cls(Folder(run / "checkpoints"))
+        return cls(FolderStorage(run / "checkpoints"))
 
     def save(self, tensors: "Tensors", cursor: Cursor, given_up: threading.Event | None = None) -> tuple[str, int]:
         """Write and commit; the name and the bytes. Raises UserError, or SaveCancelled soon after `given_up` is set. In
@@ -196,7 +196,7 @@ class Checkpoints:
         """The parameters of a checkpoint, with Adam's moments or without."""
         from safetensors.torch import load, load_file
 
-        if isinstance(self.storage, Folder):
+        if isinstance(self.storage, FolderStorage):
             tensors: Tensors = load_file(self.storage.path / name / _STATE)
         else:
             tensors = load(self._read(name, _STATE))
@@ -208,7 +208,7 @@ class Checkpoints:
 
 def read_cursor(path: Path) -> Cursor:
     """That of one checkpoint in a folder."""
-    return Checkpoints(Folder(path.parent)).cursor(path.name)
+    return Checkpoints(FolderStorage(path.parent)).cursor(path.name)
 
 
 _DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}

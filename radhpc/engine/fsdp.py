@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 
 from radhpc.core.batch import Batch
 from radhpc.core.errors import UserError
-from radhpc.core.recipe import Objective as ObjectiveRecipe, Optimizer, Recipe
+from radhpc.core.recipe import ObjectiveSettings, OptimizerSettings, Recipe
 from radhpc.data.collate import TARGET_KEYS
 from radhpc.distributed import shard_layout
 from radhpc.distributed.host_staging import keep_host_values
@@ -68,10 +68,10 @@ class Engine:
         self,
         model: nn.Module,
         recipe: Recipe,
-        stage: Optimizer,
+        stage: OptimizerSettings,
         blocks: tuple[type, ...],
         ranks: Ranks,
-        objective: ObjectiveRecipe = ObjectiveRecipe(),  # type: ignore[call-arg]  # noqa: B008
+        objective: ObjectiveSettings = ObjectiveSettings(),  # type: ignore[call-arg]  # noqa: B008
     ) -> None:
         check(recipe, ranks)
         self.model, self.ranks, self._objective = model, ranks, Objective(objective, model)
@@ -434,7 +434,7 @@ def check(recipe: Recipe, ranks: Ranks) -> None:
         raise UserError(f"precision: bf16: {name} cannot compute in it; allowed here are fp16 and fp32")
 
 
-def schedule(stage: Optimizer, step: int, steps: int) -> float:
+def schedule(stage: OptimizerSettings, step: int, steps: int) -> float:
     """The factor on the learning rate at a step (from 0) of a stage: a pure function, so there is no state to save."""
     if step < stage.warmup_steps:
         return (step + 1) / stage.warmup_steps
@@ -461,7 +461,7 @@ def _shard(model: nn.Module, blocks: tuple[type, ...], ranks: Ranks, dtype: torc
             ranks.time(module)
 
 
-def groups(trained: dict[str, nn.Parameter], stage: Optimizer) -> list[dict[str, Any]]:
+def groups(trained: dict[str, nn.Parameter], stage: OptimizerSettings) -> list[dict[str, Any]]:
     """Parameter groups by learning rate and by decay: the first matching entry of `groups` decides the rate."""
     found: dict[str, dict[str, Any]] = {}
     matched = dict.fromkeys((group.match for group in stage.groups), 0)

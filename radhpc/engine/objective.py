@@ -24,7 +24,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from radhpc.core.batch import IGNORE, Batch
-from radhpc.core.recipe import Objective as ObjectiveRecipe
+from radhpc.core.recipe import ObjectiveSettings
 from radhpc.data.collate import TARGET_KEYS, UNKNOWN
 from radhpc.distributed import shard_layout
 from radhpc.distributed.ranks import Ranks
@@ -52,7 +52,7 @@ class NextToken:
 class Objective:
     """The terms of one stage."""
 
-    def __init__(self, recipe: ObjectiveRecipe, model: nn.Module) -> None:
+    def __init__(self, recipe: ObjectiveSettings, model: nn.Module) -> None:
         self.recipe = recipe
         self._next_token = NextToken(recipe.label_smoothing)
         heads = getattr(model, "heads", None)
@@ -91,7 +91,7 @@ class Objective:
                 prompt = batch["attention_mask"].bool() & (batch["labels"] == IGNORE)
                 stack.enter_context(self._fusion.prompted(prompt))
             terms = self._begun and (looking or torch.is_grad_enabled())
-            heard = stack.enter_context(self._heads.listening(batch)) if self._heads is not None and terms else {}
+            heard = stack.enter_context(self._heads.capture(batch)) if self._heads is not None and terms else {}
             grouped = token_loss.GroupedLoss(batch["groups"]) if terms and not looking and "groups" in batch else None
             loss = self._next_token(model, batch, grouped)
             if looking:
@@ -112,7 +112,7 @@ class Objective:
             return None
         begun, self._begun = self._begun, False
         try:
-            with self._heads.listening(batch) as heard:
+            with self._heads.capture(batch) as heard:
                 self(model, batch)  # listens to nothing itself
                 return heard["findings"].sigmoid()
         finally:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from radhpc.core.recipe import Optimizer
+from radhpc.core.recipe import OptimizerSettings
 from radhpc.models import compat_bitsandbytes
 from radhpc.models.compat_bitsandbytes import MOMENT_BLOCK
 
@@ -61,7 +61,7 @@ class ShardOptimizer(torch.optim.Optimizer):
             parameter.grad = None
 
 
-def build(groups: list[dict[str, Any]], stage: Optimizer) -> torch.optim.Optimizer:
+def build(groups: list[dict[str, Any]], stage: OptimizerSettings) -> torch.optim.Optimizer:
     """The optimizer of a stage."""
     options: dict[str, Any] = {"lr": stage.learning_rate, "betas": stage.betas, "eps": stage.epsilon}
     if stage.kind == "adamw":

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from radhpc.core.board import panel
+from radhpc.core.board import study_panel
 from radhpc.core.errors import UserError
 from radhpc.core.files import write_atomically
-from radhpc.core.recipe import Evaluation
+from radhpc.core.recipe import EvaluationSettings
 from radhpc.data import sampler
 from radhpc.data.collate import EncodedStudy, StudyEncoder
 from radhpc.data.retrieval import RetrievalIndex, encode_thumbnail
@@ -65,7 +65,7 @@ def evaluate(
     encoder: StudyEncoder,
     held_out: Source,
     training: Source,
-    settings: Evaluation,
+    settings: EvaluationSettings,
     ranks: Ranks,
     folder: Path,
     identity: str,
@@ -123,7 +123,7 @@ def evaluate(
     return run_in_background(scored if ranks.first else None, ranks, stop) or Result({}, {}, [], [], [])
 
 
-def _identity(weights: str, source: Source, settings: Evaluation) -> str:
+def _identity(weights: str, source: Source, settings: EvaluationSettings) -> str:
     """What the generated texts depend on, and nothing else: more studies or other scores do not change it."""
     names = ("max_new_tokens", "findings_question", "findings_vocabulary")
     asked = {**{name: getattr(settings, name) for name in names}, **settings.decoding()}
@@ -149,7 +149,7 @@ def _answered(
     encoder: StudyEncoder,
     source: Source,
     numbers: list[int],
-    settings: Evaluation,
+    settings: EvaluationSettings,
     ranks: Ranks,
     stop: Stop,
 ) -> Batch:
@@ -186,7 +186,7 @@ def _answered(
 
 
 def _questions(
-    encoder: StudyEncoder, studies: Sequence[DecodedStudy], settings: Evaluation
+    encoder: StudyEncoder, studies: Sequence[DecodedStudy], settings: EvaluationSettings
 ) -> Iterator[tuple[str, str, EncodedStudy]]:
     """Key, finding and prompt of each yes/no question about a study's labels."""
     if settings.findings_question is not None:
@@ -235,7 +235,8 @@ def _pictures(source: Source, numbers: list[int], rows: Sequence[Row], count: in
     studies, _ = _read(source, numbers[:count])
     told = {row.key: row for row in rows}
     return [
-        panel(views, {"Reference": told[key].reference, "Generated": told[key].generated}) for key, _, views in studies
+        study_panel(views, {"Reference": told[key].reference, "Generated": told[key].generated})
+        for key, _, views in studies
     ]
 
 

@@ -15,7 +15,7 @@ from radhpc.core.errors import UserError
 from radhpc.core.files import read_json
 from radhpc.core.log import Bar
 from radhpc.core.protocol import Event
-from radhpc.core.recipe import Evaluation
+from radhpc.core.recipe import EvaluationSettings
 from radhpc.core.run_folder import EVALUATION, RunFolder
 from radhpc.data.source import Source
 from radhpc.distributed.background import run_in_background, run_on_first
@@ -34,7 +34,7 @@ def work(job: RunFolder, ranks: Ranks, stop: Stop) -> int:
     """Evaluate as the job's evaluation.json says; the step of the checkpoint. Raises UserError and Interrupted."""
     task: dict[str, Any] = ranks.broadcast(read_json(job.path / EVALUATION) if ranks.first else None)
     run = RunFolder.open(task["run"])
-    settings = Evaluation.model_validate(task["settings"])
+    settings = EvaluationSettings.model_validate(task["settings"])
     context = open_context(run, run.recipe(), ranks, stop)
     name, folder = task["checkpoint"], job.path.parent
     if fault := run_on_first(lambda: context.checkpoints.verify(name), ranks, stop):

@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from radhpc.core.files import append, read_lines, write_atomically
+from radhpc.core.files import append_line, read_lines, write_atomically
 
 Batch = dict[str, Any]
 
@@ -40,7 +40,7 @@ class Generated:
         """Keep a batch: whole and on the disk, or not at all. Raises OSError."""
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:
-            append(descriptor, json.dumps(batch).encode() + b"\n")
+            append_line(descriptor, json.dumps(batch).encode() + b"\n")
             os.fsync(descriptor)
         finally:
             os.close(descriptor)

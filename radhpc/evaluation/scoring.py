@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from radhpc.core.errors import UserError
 from radhpc.core.files import read_json, read_lines
-from radhpc.core.recipe import Evaluation
+from radhpc.core.recipe import EvaluationSettings
 from radhpc.evaluation.metrics import answers, bootstrap, conventions, findings, text
 from radhpc.evaluation.metrics.conventions import Measure
 from radhpc.evaluation.metrics.scorers import Judges
@@ -74,7 +74,7 @@ class Row:
 class Scoring:
     """How rows are scored, and what is missing for it."""
 
-    def __init__(self, settings: Evaluation, every_convention: bool = False, device: str = "cpu") -> None:
+    def __init__(self, settings: EvaluationSettings, every_convention: bool = False, device: str = "cpu") -> None:
         """`every_convention`: all that papers use, and METEOR; otherwise those of the settings."""
         self.settings = settings
         self.conventions = tuple(conventions.CONVENTIONS) if every_convention else settings.conventions

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import peft
 import torch
@@ -19,7 +20,7 @@ from torch import nn
 
 from radhpc.core.compat_torch import has_forward_hooks
 from radhpc.core.errors import UserError, first_line
-from radhpc.core.recipe import Lora, Stage
+from radhpc.core.recipe import LoraSettings, Stage
 from radhpc.models.lazy_loading import modify
 
 Tensors = dict[str, torch.Tensor]
@@ -31,7 +32,7 @@ _A, _B, _MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector
 class Adapter:
     """Trained adapters of an earlier stage."""
 
-    lora: Lora
+    lora: LoraSettings
     tensors: Tensors  # canonical name -> (rank, in) for lora_A, (out, rank) for lora_B, (out,) for DoRA's magnitude
 
     def layers(self) -> list[str]:
@@ -134,7 +135,7 @@ def prepare(
     choose_trained(model, stage)
 
 
-def attach(model: nn.Module, lora: Lora, seed: int) -> None:
+def attach(model: nn.Module, lora: LoraSettings, seed: int) -> None:
     """Put fresh adapters on the layers that the recipe names. A is random by the seed, B zero: nothing changes yet."""
     config = peft_config(lora)
     torch.manual_seed(seed)
@@ -144,8 +145,9 @@ def attach(model: nn.Module, lora: Lora, seed: int) -> None:
         raise UserError(f"lora.targets: '{lora.targets}': {first_line(error)}") from error
 
 
-def peft_config(lora: Lora) -> peft.LoraConfig:
-    alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
+def peft_config(lora: LoraSettings) -> peft.LoraConfig:
+    # PEFT computes with fractions, too, whatever its annotation says; whole numbers are written as such.
+    alpha: Any = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
     return peft.LoraConfig(
         r=lora.rank,
         lora_alpha=alpha,
@@ -157,7 +159,7 @@ def peft_config(lora: Lora) -> peft.LoraConfig:
     )
 
 
-def grow(model: nn.Module, lora: Lora, before: Adapter) -> None:
+def grow(model: nn.Module, lora: LoraSettings, before: Adapter) -> None:
     """Continue earlier adapters at ranks that are no smaller, and on further layers, without changing the function.
 
     The old rows of A and columns of B are copied, B times the ratio of the old scale to the new one; new rows of A stay

@@ -28,10 +28,10 @@ MOMENTS = (MomentNames("state1", "qmap1", "absmax1"), MomentNames("state2", "qma
 
 
 def pack(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, Any]:
-    """Quantize a float32 weight to NF4 with quantized scales; return numbers of type `dtype`, and the scales.
+    """Quantise a float32 weight to NF4 with quantised scales; return numbers of type `dtype`, and the scales.
 
     Wraps bitsandbytes.functional.quantize_4bit, whose second result is a QuantState. When it is gone:
-    bitsandbytes.nn.Params4bit quantizes on its way to the device, and keeps `quant_state`.
+    bitsandbytes.nn.Params4bit quantises on its way to the device, and keeps `quant_state`.
     """
     from bitsandbytes.functional import quantize_4bit
 
@@ -42,9 +42,9 @@ def pack(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, Any]:
 
 
 def unpack(packed: torch.Tensor, scales: Any, dtype: torch.dtype) -> torch.Tensor:
-    """Return the weight that pack() quantized, in a type: bitsandbytes.functional.dequantize_4bit.
+    """Return the weight that pack() packed, in a type: bitsandbytes.functional.dequantize_4bit.
 
-    The type is QuantState.dtype. When that is gone: dequantize to float32 and convert.
+    The type is QuantState.dtype. When that is gone: dequantise to float32 and convert.
     """
     from bitsandbytes.functional import dequantize_4bit
 

@@ -1,4 +1,4 @@
-"""What a model family is, and how the one that a recipe names is found (radhpc/core/families.py)."""
+"""Define what a model family is, and load the one that a recipe names (radhpc/core/families.py)."""
 
 import importlib
 from collections.abc import Callable, Sequence
@@ -10,73 +10,74 @@ import torch
 from PIL import Image
 
 from radhpc.core import families
-from radhpc.core.recipe import Model
+from radhpc.core.recipe import ModelSettings
 from radhpc.models import weights
 
 Arrays = dict[str, npt.NDArray[Any]]
-# (what makes a part without values, its folder, its name) -> the part; None where its folder must be read at once.
+# (function that makes a component without values, its folder, its key such as ".text") -> the component with lazy
+# parameters; None where its folder must be read at once.
 Load = Callable[[Callable[[], Any], str, str], Any]
 
 
-class Taps(NamedTuple):
-    """Where a model's features are, for objectives that need more than its answers. A family that has them says so by
-    a method `taps(model)`; those without it learn by generation alone.
+class FeaturePoints(NamedTuple):
+    """The modules whose outputs are a model's features, for objectives that need more than its answers. A family that
+    has them has a method `feature_points(model)`; the others are trained by generation only.
     """
 
-    image: torch.nn.Module  # gives image tokens
-    text: torch.nn.Module  # gives (batch, length, width) of what is said, before any of it has met an image
-    last: torch.nn.Module  # is called behind both, in each forward pass
+    image: torch.nn.Module  # returns image tokens
+    text: torch.nn.Module  # returns (batch, length, width) of the text, before any of it has seen an image
+    last: torch.nn.Module  # is called after both, in each forward pass
     width: int
     pool: Callable[[torch.Tensor, dict[str, torch.Tensor]], torch.Tensor]  # image tokens, batch -> (batch, width)
 
 
 class ModelFamily(Protocol):
-    """What the rest of radhpc needs to know of a kind of model."""
+    """The interface of a kind of model to the rest of radhpc."""
 
     tokenizer: Any
     blocks: tuple[type[torch.nn.Module], ...]  # the layers that are sharded and recomputed one by one
 
     def build(self, seed: int, load: "Load | None" = None) -> torch.nn.Module:
-        """The whole model on the CPU, in float32 and in evaluation mode. `load`: for what is put together from several
-        folders, how each is read, where not at once.
+        """Build the whole model on the CPU, in float32 and in evaluation mode. `load`: makes a component of a model of
+        several folders with lazy parameters.
         """
         ...
 
     def build_empty(self) -> torch.nn.Module:
-        """The same without values, on the meta device; of a local folder it needs the configuration alone."""
+        """Build the model without values, on the meta device; of a local folder it needs only the configuration."""
         ...
 
     def finish(self, model: torch.nn.Module) -> torch.nn.Module:
-        """A model of build_empty() that has got a folder's values, made ready as build() does."""
+        """Make a model of build_empty() ready as build() does, once it has a folder's values."""
         ...
 
     def processor(self) -> Any:
-        """transformers' own processor, which `export` lays beside the weights."""
+        """Return the transformers processor that `export` saves with the weights."""
         ...
 
     def prompt(self, text: str, images: int) -> str:
-        """The chat-formatted prompt for a number of images, up to where the answer begins."""
+        """Return the chat-formatted prompt for a number of images, up to where the answer begins."""
         ...
 
-    def place_images(self, ids: list[int], images: Arrays) -> list[int]:
-        """A prompt's token ids, with as many image tokens as its images take positions in the text."""
+    def expand_image_tokens(self, ids: list[int], images: Arrays) -> list[int]:
+        """Return a prompt's token ids, with as many image tokens as its images take positions in the text."""
         ...
 
     def encode_images(self, images: Sequence[Image.Image]) -> Arrays:
-        """One study's views as arrays, each with the views as its first axis."""
+        """Return one study's views as arrays, each with the views as its first axis."""
         ...
 
     def show_images(self, images: Arrays) -> list[Image.Image]:
-        """encode_images turned back: the views of one study as the model sees them."""
+        """Invert encode_images: return the views of one study as the model sees them."""
         ...
 
     def collate_images(self, studies: Sequence[Arrays], input_ids: npt.NDArray[np.int64]) -> dict[str, torch.Tensor]:
-        """The image inputs of a batch, given its padded token ids of shape (batch, length)."""
+        """Return the image inputs of a batch, given its padded token ids of shape (batch, length)."""
         ...
 
 
-def family(model: Model, tokenizer_folder: str) -> ModelFamily:
-    """Load a family's file and bind it to a recipe's model and tokenizer."""
+def family(model: ModelSettings, tokenizer_folder: str) -> ModelFamily:
+    """Import a family's module and create the family for a recipe's model and tokenizer."""
     weights.check_architecture(model)
     module = importlib.import_module(families.entry(model.family).module)
     if model.attention == "auto":

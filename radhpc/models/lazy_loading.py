@@ -25,7 +25,7 @@ from torch import nn
 
 from radhpc.core.compat_torch import FakeTensor, buffer_table, parameter_table
 from radhpc.core.errors import UserError
-from radhpc.core.recipe import Model
+from radhpc.core.recipe import ModelSettings
 from radhpc.distributed import shard_layout
 from radhpc.distributed.ranks import Ranks
 from radhpc.models import compat_transformers as compat
@@ -81,7 +81,7 @@ def modify(parameter: torch.Tensor, modification: Modification) -> None:
         source.modifications.append(modification)
 
 
-def build(family: ModelFamily, recipe: Model, seed: int, eager: bool = False) -> nn.Module:
+def build(family: ModelFamily, recipe: ModelSettings, seed: int, eager: bool = False) -> nn.Module:
     """Build the base model on the CPU: with random values as the family makes them, or with lazy parameters of a local
     folder.
 

@@ -1,6 +1,6 @@
-"""A byte-pair tokenizer trained on reports, for models that start from random weights.
+"""Train a byte-pair tokenizer on reports, for models that start from random weights.
 
-It has Llama 3's special tokens and chat layout, so that nothing downstream knows which of the two it reads.
+It has Llama 3's special tokens and chat layout, so that nothing downstream has to distinguish the two.
 """
 
 from collections.abc import Iterable
@@ -27,7 +27,7 @@ _CHAT_TEMPLATE = (
 
 
 def train(texts: Iterable[str], vocabulary: int, folder: Path) -> None:
-    """Train on the texts and save. The image token comes last: it has no row in Mllama's output head."""
+    """Train a tokenizer on texts and save it. The image token comes last: it has no row in Mllama's output head."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -38,7 +38,7 @@ def train(texts: Iterable[str], vocabulary: int, folder: Path) -> None:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    fast = PreTrainedTokenizerFast(
+    fast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         bos_token="<|begin_of_text|>",
         eos_token="<|eot_id|>",

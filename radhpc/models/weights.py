@@ -19,7 +19,7 @@ from typing import Any
 from radhpc.core import families
 from radhpc.core.errors import UserError, first_line
 from radhpc.core.files import read_json
-from radhpc.core.recipe import HUB, Model, Recipe
+from radhpc.core.recipe import HUB, ModelSettings, Recipe
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 INDEX = "model.safetensors.index.json"
@@ -54,7 +54,7 @@ def check(recipe: Recipe) -> None:
             raise UserError(f"text.max_tokens {longest}: the model's context is {context} tokens")
 
 
-def check_architecture(model: Model) -> None:
+def check_architecture(model: ModelSettings) -> None:
     """Raise UserError where a folder is not there or is that of another kind of model; only config.json is read."""
     known = families.entry(model.family).components
     told = ", ".join("a folder" if part == "model" else f"weights.{part}" for part in known)
@@ -86,7 +86,7 @@ def listing(recipe: Recipe, hashes: bool = True) -> list[File]:
     return [file for part, path in recipe.model.folders.items() for file in _files(part, Path(path), hashes)]
 
 
-def missing(model: Model) -> list[tuple[str, str, Path | None]]:
+def missing(model: ModelSettings) -> list[tuple[str, str, Path | None]]:
     """What to download: part, hub id, and the folder where the recipe wants it; None: the hub's own cache."""
     found: list[tuple[str, str, Path | None]] = []
     for part, path in model.folders.items():
@@ -217,7 +217,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _config(model: Model, part: str, folder: Path) -> dict[str, Any]:
+def _config(model: ModelSettings, part: str, folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
         found = read_json(path)
@@ -231,11 +231,11 @@ def _config(model: Model, part: str, folder: Path) -> dict[str, Any]:
     return dict(found)
 
 
-def _key(model: Model, part: str) -> str:
+def _key(model: ModelSettings, part: str) -> str:
     return "model.weights" if part == "model" else f"model.weights.{part}"
 
 
-def _put(model: Model, part: str) -> str:
+def _put(model: ModelSettings, part: str) -> str:
     """What to do about weights that are not there."""
     path = model.folders[part]
     usual = families.entry(model.family).components[part].hub
@@ -247,7 +247,7 @@ def _put(model: Model, part: str) -> str:
     )
 
 
-def _check_image_token(model: Model, part: str, folder: Path, wanted: tuple[str, ...]) -> None:
+def _check_image_token(model: ModelSettings, part: str, folder: Path, wanted: tuple[str, ...]) -> None:
     """As far as files of JSON tell; a tokenizer.model alone is looked into when the model is built."""
     if not wanted or not (path := folder / "tokenizer.json").exists():
         return
@@ -258,7 +258,7 @@ def _check_image_token(model: Model, part: str, folder: Path, wanted: tuple[str,
         )
 
 
-def _context(model: Model) -> int | None:
+def _context(model: ModelSettings) -> int | None:
     """Tokens that the language model has positions for."""
     part = next((part for part in ("text", "model") if part in model.folders), None)
     if part is not None:

@@ -21,7 +21,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from radhpc.core import families
-from radhpc.core.recipe import Model, Recipe, Shards, read_yaml
+from radhpc.core.recipe import ModelSettings, Recipe, Shards, read_yaml
 from radhpc.models import tokenizer as tokenizers
 
 PUBLISHED = Path(str(files("radhpc.models.families"))) / "configurations"
@@ -29,13 +29,13 @@ PIXELS, VIEWS = 1120, 2  # of each side, to which shards.build shrinks; a fronta
 WORDS = 2000  # entries at most: enough for each word of a prompt to be one
 
 
-def published_configurations(model: Model) -> dict[str, Path]:
+def published_configurations(model: ModelSettings) -> dict[str, Path]:
     """Return the parts of a model whose folder is missing, each with the file of its published configuration."""
     files = {part: PUBLISHED / f"{Path(folder).name}.yaml" for part, folder in model.folders.items()}
     return {part: file for part, file in files.items() if not Path(model.folders[part]).exists() and file.exists()}
 
 
-def fill_missing_folders(model: Model, folder: Path) -> Model:
+def fill_missing_folders(model: ModelSettings, folder: Path) -> ModelSettings:
     """Return the model with folders inside of `folder`, which hold a config.json alone, for its missing parts."""
     folders = dict(model.folders)
     for part, file in published_configurations(model).items():
@@ -57,7 +57,7 @@ def write_tokenizer(recipe: Recipe, folder: Path) -> None:
     prompts = [task.prompt for stage in recipe.stages for task in recipe.text_of(stage).mixture().values()]
     tokenizers.train([template, *prompts, *recipe.findings.names], WORDS, folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    image_tokens = [*getattr(family, "IMAGE_TOKENS", ())[:1], *getattr(family, "BESIDE_IMAGES", ())]
+    image_tokens = [*getattr(family, "IMAGE_TOKENS", ())[:1], *getattr(family, "CHAT_TOKENS", ())]
     tokenizer.add_tokens(image_tokens, special_tokens=True)
     tokenizer.chat_template = template or tokenizer.chat_template
     tokenizer.save_pretrained(folder)

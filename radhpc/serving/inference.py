@@ -20,7 +20,7 @@ from PIL import Image
 from transformers.generation.streamers import TextStreamer
 
 from radhpc.core.errors import UserError
-from radhpc.core.recipe import Evaluation
+from radhpc.core.recipe import EvaluationSettings
 from radhpc.data.collate import StudyEncoder
 from radhpc.engine.fsdp import Engine
 
@@ -29,11 +29,11 @@ from radhpc.engine.fsdp import Engine
 class Decoding:
     """How words are chosen: as an evaluation does it, and from which random numbers where it samples."""
 
-    evaluation: Evaluation
+    evaluation: EvaluationSettings
     seed: int = 0
 
     @classmethod
-    def of(cls, evaluation: Evaluation, seed: int = 0, **changes: Any) -> "Decoding":
+    def of(cls, evaluation: EvaluationSettings, seed: int = 0, **changes: Any) -> "Decoding":
         """As the recipe evaluates, but for `changes` that are not None. Raises UserError."""
         settings = evaluation.model_copy(update={name: value for name, value in changes.items() if value is not None})
         if settings.top_p is not None and settings.temperature is None:

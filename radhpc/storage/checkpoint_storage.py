@@ -22,7 +22,7 @@ from radhpc.storage.store import PART, Store
 Buffer = bytes | memoryview
 
 
-class Storage(Protocol):
+class CheckpointStorage(Protocol):
     """Named checkpoints of a few files each. Errors are OSError (FileNotFoundError where a file is not there) or, from
     an object store, UserError.
     """
@@ -60,7 +60,7 @@ class Storage(Protocol):
         ...
 
 
-class Folder:
+class FolderStorage:
     """A folder of a file system."""
 
     def __init__(self, path: Path) -> None:
@@ -113,7 +113,7 @@ class Folder:
         return self.path / f".{name}.writing"
 
 
-class Bucket:
+class ObjectStorage:
     """A prefix of an object store."""
 
     def __init__(self, url: str) -> None:

@@ -69,7 +69,7 @@ Fetch = Callable[[int, int], bytes | memoryview]  # bytes [start, stop) of the f
 
 
 @dataclass
-class Counts:
+class CacheCounts:
     """What one cache did since it was opened, in this process. A block wanted is either a hit or a miss."""
 
     hits: int = 0  # blocks found in the folder
@@ -112,7 +112,7 @@ class NodeCache:
         """Raises UserError for a limit that is too small, and for a folder that cannot be made or is another user's."""
         if limit < MINIMUM:
             raise UserError(f"stream.cache.gigabytes: {limit / 1e9:g}; allowed are {MINIMUM / 1e9:g} or more")
-        self.counts = Counts()
+        self.counts = CacheCounts()
         self._sets, self._ways = max(1, limit // (WAYS * BLOCK)), min(WAYS, limit // BLOCK)
         self._folder, self._root = folder, folder / "v1"
         self._since = time.time()  # blocks used later are in use

@@ -63,7 +63,7 @@ class Backoff:
         self.attempts += 1
 
 
-def client(url: str, retried: bool) -> Any:
+def connect(url: str, retried: bool) -> Any:
     """obstore's client for a URL. `retried`: by obstore itself; else every failure is told. Raises UserError."""
     import obstore.store
 
@@ -102,7 +102,7 @@ _HOPE = (
 )  # fmt: skip
 
 
-def hope(error: Exception, answered: bool) -> str | None:
+def retry_cause(error: Exception, answered: bool) -> str | None:
     """Why a request may succeed another time, or None. `answered`: whether the store has granted one before."""
     import obstore.exceptions as refusals
 
@@ -120,7 +120,7 @@ def hope(error: Exception, answered: bool) -> str | None:
     return cause
 
 
-def said(error: Exception) -> str:
+def error_summary(error: Exception) -> str:
     """The gist of obstore's long messages: what the server said, else the innermost cause."""
     text = first_line(error)
     if found := re.search(r"<Code>(.*?)</Code>(?:<Message>(.*?)</Message>)?", str(error)):

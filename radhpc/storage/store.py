@@ -58,13 +58,13 @@ class Store:
 
     @cached_property
     def _remote(self) -> Any:
-        return object_store.client(self.url, retried=True)
+        return object_store.connect(self.url, retried=True)
 
     def _ranges(self) -> Any:
         """The client of ranged reads, which are repeated here, not by obstore, so that they are counted."""
         with self._lock:
             if self._client is None:
-                self._client = object_store.client(self.url, retried=False)
+                self._client = object_store.connect(self.url, retried=False)
             return self._client
 
     def read(self, name: str) -> bytes:
@@ -85,6 +85,7 @@ class Store:
         if length <= 0:
             return memoryview(b"")
         backoff = object_store.Backoff(given_up or threading.Event())
+        cause: str | None
         while True:
             with self._explain(name):
                 try:
@@ -96,23 +97,23 @@ class Store:
                     size = self.size(name)
                     if size < offset + length and len(data) == max(0, size - offset):
                         return memoryview(data)
-                    cause, said = "short", f"{len(data)} of {length} bytes came"
+                    cause, message = "short", f"{len(data)} of {length} bytes came"
                 except FileNotFoundError:
                     raise
                 except Exception as error:
                     self.traffic.add(requests=1)
-                    hope = object_store.hope(error, self._answered)
-                    if hope is None or backoff.over:
+                    cause = object_store.retry_cause(error, self._answered)
+                    if cause is None or backoff.over:
                         raise
-                    cause, said = hope, object_store.said(error)
+                    message = object_store.error_summary(error)
                     if cause == "expired":
                         with self._lock:
                             self._client = None  # the next one asks for keys anew
             if backoff.over:
-                raise UserError(f"{self.url}/{name}: the store does not answer as it should ({said})")
+                raise UserError(f"{self.url}/{name}: the store does not answer as it should ({message})")
             self.traffic.add(retry=cause)
             if backoff.attempts in (3, 6):
-                log.warning("%s/%s: %s; trying again", self.url, name, said)
+                log.warning("%s/%s: %s; trying again", self.url, name, message)
             backoff.wait()
 
     def mapped(self, name: str, size: int) -> memoryview | None:
@@ -211,7 +212,7 @@ class Store:
         except (refusals.BaseError, PermissionError) as error:
             denied = isinstance(error, (PermissionError, refusals.PermissionDeniedError, refusals.UnauthenticatedError))
             hint = "check the credentials in the environment" if denied else "the store does not answer as it should"
-            raise UserError(f"{self.url}/{name}: {hint} ({object_store.said(error)})") from error
+            raise UserError(f"{self.url}/{name}: {hint} ({object_store.error_summary(error)})") from error
 
     def _descriptor(self, name: str) -> int:
         with self._lock:

@@ -16,7 +16,7 @@ from awscrt.checksums import crc32c
 from pydantic import ValidationError
 
 from radhpc.core.errors import UserError, first_line, nearest
-from radhpc.core.manifest import Index, Manifest
+from radhpc.core.manifest import Manifest, SampleIndex
 from radhpc.core.sample import Sample
 from radhpc.storage.store import Store
 
@@ -37,7 +37,7 @@ class TrainingStudies:
 
 
 def read_studies(
-    store: Store, manifest: Manifest, index: Index, rows: Ints, vocabulary: str | None, progress: BalanceProgress
+    store: Store, manifest: Manifest, index: SampleIndex, rows: Ints, vocabulary: str | None, progress: BalanceProgress
 ) -> TrainingStudies:
     """Read the descriptions, but no image. The labels are those of one vocabulary, by default the one most used.
 
@@ -76,7 +76,7 @@ def _learnt_text(sample: Sample) -> str:
     return "\n".join(filter(None, (sample.question, sample.answer) if sample.question else sections))
 
 
-def _read_samples(store: Store, manifest: Manifest, index: Index, rows: Ints) -> Iterator[Sample]:
+def _read_samples(store: Store, manifest: Manifest, index: SampleIndex, rows: Ints) -> Iterator[Sample]:
     """Yield the samples in the order of the rows, read by several threads. Raises UserError for a damaged shard."""
 
     def load(row: int) -> Sample:

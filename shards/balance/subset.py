@@ -30,7 +30,7 @@ from dataclasses import asdict
 import numpy as np
 
 from radhpc.core.errors import UserError
-from radhpc.core.manifest import File, Index, Manifest, sha256
+from radhpc.core.manifest import FileEntry, Manifest, SampleIndex, sha256
 from radhpc.core.sample import SPLITS
 from radhpc.storage.store import Store
 from shards.balance import picture
@@ -125,7 +125,7 @@ def balance(
 
 
 def _subset_manifest(
-    manifest: Manifest, index: Index, settings: BalanceSettings, result: BalanceResult
+    manifest: Manifest, index: SampleIndex, settings: BalanceSettings, result: BalanceResult
 ) -> tuple[Manifest, bytes]:
     """Return the manifest of the subset and the bytes of its index."""
     data = index.to_bytes()
@@ -148,7 +148,7 @@ def _subset_manifest(
             "samples": len(index),
             "splits": {split: len(index.of_split(split)) for split in SPLITS},
             "patients": patients,
-            "index": File(name=f"{settings.name}.npz", size=len(data), sha256=sha256(data)),
+            "index": FileEntry(name=f"{settings.name}.npz", size=len(data), sha256=sha256(data)),
             "build": recipe,
             "build_hash": sha256(json.dumps(recipe, sort_keys=True).encode()),
             "skipped": skipped,

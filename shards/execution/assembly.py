@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from radhpc.core.errors import UserError
-from radhpc.core.manifest import FINGERPRINTS, INDEX, File, Index, Manifest, Shard, sha256
+from radhpc.core.manifest import FINGERPRINTS, INDEX, FileEntry, Manifest, SampleIndex, Shard, sha256
 from radhpc.core.sample import SPLITS, Split
 from shards.execution.worker import ShardRecord
 from shards.execution.writer import SampleRow
@@ -24,7 +24,7 @@ def assemble(
 ) -> tuple[Manifest, dict[str, bytes]]:
     """Return the manifest and the files it names, one record at a time in memory. Raises UserError without a sample."""
     shards: list[Shard] = []
-    parts: list[Index] = []
+    parts: list[SampleIndex] = []
     fingerprints: list[npt.NDArray[np.uint8]] = []
     for split, record in records:
         if record.shard:
@@ -63,14 +63,14 @@ def npy_bytes(array: npt.NDArray[Any]) -> bytes:
     return buffer.getvalue()
 
 
-def _file_entry(name: str, data: bytes) -> File:
-    return File(name=name, size=len(data), sha256=sha256(data))
+def _file_entry(name: str, data: bytes) -> FileEntry:
+    return FileEntry(name=name, size=len(data), sha256=sha256(data))
 
 
-def index_of_shard(rows: Sequence[SampleRow], patients: Sequence[str], split: Split, shard: int) -> Index:
+def index_of_shard(rows: Sequence[SampleRow], patients: Sequence[str], split: Split, shard: int) -> SampleIndex:
     """The columns of one shard."""
     members = [member for row in rows for member in row.members]
-    return Index(
+    return SampleIndex(
         key=np.array([row.key for row in rows], "S"),
         patient=np.array(patients, "S"),
         split=np.full(len(rows), SPLITS.index(split), np.uint8),
@@ -83,19 +83,19 @@ def index_of_shard(rows: Sequence[SampleRow], patients: Sequence[str], split: Sp
     )
 
 
-def concatenate(parts: list[Index]) -> Index:
+def concatenate(parts: list[SampleIndex]) -> SampleIndex:
     """The columns of all shards, one behind the other."""
     ends = np.cumsum([0, *(part.first[-1] for part in parts)])
     first = [part.first[:-1] + end for part, end in zip(parts, ends[:-1], strict=True)]
     columns = {
         name: np.concatenate([getattr(part, name) for part in parts])
-        for name in Index.__dataclass_fields__
+        for name in SampleIndex.__dataclass_fields__
         if name != "first"
     }
-    return Index(first=np.concatenate([*first, ends[-1:]]), **columns)
+    return SampleIndex(first=np.concatenate([*first, ends[-1:]]), **columns)
 
 
-def _assert_invariants(index: Index) -> None:
+def _assert_invariants(index: SampleIndex) -> None:
     """What the listing has made sure of must hold in what was written."""
     assert len(np.unique(index.key)) == len(index), "a key twice"
     pairs = np.unique(np.rec.fromarrays([index.patient, index.split]))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from radhpc.core.image_decoding import ramp
+from radhpc.core.image_decoding import scale_window
 from shards.images.raw_image import Window
 
 PERCENTILES = (0.5, 99.5)
@@ -26,9 +26,9 @@ def apply_window(pixels: npt.NDArray[Any], window: Window | None = None) -> tupl
         window = percentile_window(pixels)
     if span := _table_range(pixels):
         lowest, length = span
-        table = ramp(np.arange(lowest, lowest + length), window)
+        table = scale_window(np.arange(lowest, lowest + length), window)
         return table.take(pixels if lowest == 0 else pixels.astype(np.int64) - lowest), window
-    return ramp(pixels, window), window
+    return scale_window(pixels, window), window
 
 
 def percentile_window(pixels: npt.NDArray[Any]) -> Window:

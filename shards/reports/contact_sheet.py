@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from radhpc.core.image_decoding import decode
-from radhpc.core.manifest import Index, Manifest
+from radhpc.core.manifest import Manifest, SampleIndex
 from radhpc.core.sample import SPLITS, Sample
 from radhpc.storage.store import Store
 
@@ -24,7 +24,7 @@ _BACKGROUND, _CELL, _CAPTION = "#101114", "#1a1c20", "#a9b0ba"
 _GAP, _MARGIN, _LINE, _LETTERS = 10, 20, 22, 13  # pixels
 
 
-def choose_samples(index: Index, count: int = 48) -> list[int]:
+def choose_samples(index: SampleIndex, count: int = 48) -> list[int]:
     """Positions of samples for a contact sheet: as many of each split as may be, evenly along its shards, ascending."""
     remaining = [index.of_split(split) for split in SPLITS]
     chosen: list[int] = []
@@ -35,7 +35,9 @@ def choose_samples(index: Index, count: int = 48) -> list[int]:
     return sorted(chosen)
 
 
-def load_pictures(store: Store, manifest: Manifest, index: Index, count: int = 48) -> list[tuple[str, Image.Image]]:
+def load_pictures(
+    store: Store, manifest: Manifest, index: SampleIndex, count: int = 48
+) -> list[tuple[str, Image.Image]]:
     """(caption, first image) of the samples that `choose` names, from finished shards."""
     found = []
     for row in choose_samples(index, count):

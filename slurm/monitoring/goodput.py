@@ -22,7 +22,7 @@ from typing import Any
 
 from radhpc.core.protocol import LIFE_BEGINNINGS, LIFE_ENDS, Event
 
-_GROWS = {"start-up": "lost", "steps": "useful", "way out": "beside"}  # by what a life is doing
+_GROWS = {"start-up": "lost", "steps": "useful", "way out": "overhead"}  # by what a life is doing
 Events = Sequence[dict[str, Any]]
 
 
@@ -44,12 +44,12 @@ class Life:
 
 
 @dataclass
-class Account:
-    """Rank-seconds of a run: used = useful + lost + beside."""
+class TimeAccount:
+    """Rank-seconds of a run: used = useful + lost + overhead."""
 
     useful: float = 0.0
     lost: float = 0.0
-    beside: float = 0.0  # evaluation, blocking saves, and the way out
+    overhead: float = 0.0  # evaluation, blocking saves, and the way out
     lives: list[Life] = field(default_factory=list)
     # Where the last life may still be going on: what its time goes into since the last event ("" where it is over), and
     # what of `lost` was not: steps that no checkpoint held by then.
@@ -58,9 +58,9 @@ class Account:
 
     @property
     def used(self) -> float:
-        return self.useful + self.lost + self.beside
+        return self.useful + self.lost + self.overhead
 
-    def living(self, now: float) -> "Account":
+    def living(self, now: float) -> "TimeAccount":
         """The same at `now`, where the last life still lives: its steps count until they are lost."""
         if not self.growing:  # the last life is over, though perhaps another is in the queue
             return self
@@ -113,13 +113,13 @@ def restarts(events: Events) -> Counter[str]:
     return account(events).restarts
 
 
-def account(events: Events, now: float | None = None) -> Account:
+def account(events: Events, now: float | None = None) -> TimeAccount:
     """Share out the time of all lives; `now` where the last one still lives: its steps count until they are lost.
 
     A step that no checkpoint holds is lost once its life is over.
     """
     marked = any(event["event"] == Event.FIRST_STEP for event in events)  # runs of an earlier release have none
-    books = _Books()
+    books = _Bookkeeper()
     events = _one_start(events)
     books.account.lives = _lives(events)
     begun = iter(books.account.lives)
@@ -156,12 +156,12 @@ def _one_start(events: Events) -> list[dict[str, Any]]:
     return rows
 
 
-class _Books:
+class _Bookkeeper:
     """A cursor moves along the events; all time that it passes goes into exactly one account."""
 
     def __init__(self) -> None:
         self.life: Life | None = None
-        self.account = Account()
+        self.account = TimeAccount()
         self.kept: list[tuple[int, float]] = []  # (step of the checkpoint, rank-seconds of the steps before it)
         self.pending = 0.0  # of steps that no checkpoint holds yet
         self.mode = "start-up"  # or "steps", "way out"
@@ -179,7 +179,7 @@ class _Books:
             self.account.lost += self.pending
             self.pending, self.life = 0.0, None
 
-    def total(self) -> Account:
+    def total(self) -> TimeAccount:
         self.account.useful = sum(seconds for _, seconds in self.kept)
         return self.account
 
@@ -196,10 +196,10 @@ class _Books:
             took = event.get("seconds", 0.0)
             self.pass_until(at - took)
             self.keep(event["step"])
-            self.pass_beside(at - took + event.get("blocked_seconds", took))
+            self.pass_overhead(at - took + event.get("blocked_seconds", took))
         elif name == Event.EVALUATED:
             self.pass_until(at - event.get("seconds", 0.0))
-            self.pass_beside(at)
+            self.pass_overhead(at)
         elif name == Event.STAGE_FINISHED:
             self.pass_until(at)
             self.mode = "start-up"  # of the next stage
@@ -228,12 +228,12 @@ class _Books:
         if self.mode == "steps":
             self.pending += length
         elif self.mode == "way out":
-            self.account.beside += length
+            self.account.overhead += length
         else:
             self.account.lost += length
 
-    def pass_beside(self, at: float) -> None:
-        self.account.beside += self._move(at)
+    def pass_overhead(self, at: float) -> None:
+        self.account.overhead += self._move(at)
 
     def _move(self, at: float) -> float:
         """Rank-seconds from the cursor to `at`; a clock that was set back does not move it."""

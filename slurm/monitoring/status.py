@@ -21,8 +21,8 @@ from radhpc.core.protocol import JOB_BEGINNINGS, LIFE_BEGINNINGS, LIFE_ENDS, Eve
 from radhpc.core.run_folder import RunFolder, by_step
 from slurm import scheduler
 from slurm.monitoring import goodput, logs, pending_reasons
-from slurm.monitoring.goodput import Account as Books, Life
-from slurm.scheduler import Found
+from slurm.monitoring.goodput import Life, TimeAccount
+from slurm.scheduler import QueueEntry
 
 _WAITING = {"PENDING", "REQUEUED", "CONFIGURING", "REQUEUE_HOLD", "SPECIAL_EXIT"}
 # Causes that are named even where there were none.
@@ -51,7 +51,7 @@ class _Digest:
     stepped: bool = False  # a step was made since then
     saved: dict[str, Any] | None = None  # the last save
     evaluation: dict[str, Any] | None = None
-    books: Books = field(default_factory=Books)
+    books: TimeAccount = field(default_factory=TimeAccount)
 
     @classmethod
     def of(cls, key: str, run: RunFolder) -> "_Digest":
@@ -78,7 +78,7 @@ class _Digest:
     def from_json(cls, data: dict[str, Any]) -> "_Digest":
         books = data.pop("books")
         lives = [Life(**life) for life in books.pop("lives")]
-        return cls(**data, books=Books(**books, lives=lives))
+        return cls(**data, books=TimeAccount(**books, lives=lives))
 
 
 class _Digests:
@@ -141,7 +141,7 @@ class Statuses:
     def __init__(self, runs: Sequence[RunFolder], queue_seconds: float = 0.0) -> None:
         self.queue_seconds = queue_seconds
         self._read = [_Read(run) for run in runs]
-        self._found: list[Found] = []
+        self._entries: list[QueueEntry] = []
         self._jobs: list[dict[str, Any] | None] = []
         self._asked = float("-inf")
         self._digests = _Digests()
@@ -155,11 +155,11 @@ class Statuses:
         jobs = [read.job for read in self._read]
         if jobs != self._jobs or time.monotonic() - self._asked >= self.queue_seconds:
             self._jobs, self._asked = jobs, time.monotonic()
-            self._found = scheduler.states([None if _has_finished(read) else read.job for read in self._read])
+            self._entries = scheduler.queue_entries([None if _has_finished(read) else read.job for read in self._read])
         now = time.time()
         return [
-            _describe(read, Found() if _has_finished(read) else found, now)
-            for read, found in zip(self._read, self._found, strict=True)
+            _describe(read, QueueEntry() if _has_finished(read) else found, now)
+            for read, found in zip(self._read, self._entries, strict=True)
         ]
 
 
@@ -168,9 +168,9 @@ def _has_finished(read: _Read) -> bool:
     return read.digest.newest == Event.FINISHED and "process_start" not in (read.job or {})
 
 
-def _describe(read: _Read, found: Found, now: float) -> dict[str, Any]:
+def _describe(read: _Read, entry: QueueEntry, now: float) -> dict[str, Any]:
     progress = read.progress
-    state, why = _state(read, found)
+    state, why = _state(read, entry)
     living = state == RunState.RUNNING
     books = read.digest.books.living(now) if living else read.digest.books
     lives = books.lives
@@ -186,7 +186,7 @@ def _describe(read: _Read, found: Found, now: float) -> dict[str, Any]:
         "state": state,
         "cause": "" if last is None else last.get("cause") or last.get("why") or last["event"],
         "why": why,
-        "starts_in_seconds": round(max(0.0, found.start - now)) if state == RunState.PENDING and found.start else None,
+        "starts_in_seconds": round(max(0.0, entry.start - now)) if state == RunState.PENDING and entry.start else None,
         "stage": progress.get("stage"),
         "step": progress.get("step", 0),
         "steps": progress.get("steps"),
@@ -207,35 +207,35 @@ def _describe(read: _Read, found: Found, now: float) -> dict[str, Any]:
     }
 
 
-def _state(read: _Read, found: Found) -> tuple[RunState, str]:
+def _state(read: _Read, entry: QueueEntry) -> tuple[RunState, str]:
     """The state of a run and the reason."""
-    if found.living:
-        if found.state in _WAITING:
-            return RunState.PENDING, pending_reasons.words(found.reason)
-        return RunState.RUNNING, "" if found.state in ("RUNNING", "COMPLETING") else f"SLURM says {found.state.lower()}"
+    if entry.living:
+        if entry.state in _WAITING:
+            return RunState.PENDING, pending_reasons.words(entry.reason)
+        return RunState.RUNNING, "" if entry.state in ("RUNNING", "COMPLETING") else f"SLURM says {entry.state.lower()}"
     if end := read.digest.end_since:
         state = LIFE_ENDS[end["event"]]
         why = end.get("why") or end.get("cause") or end["event"]
         return state, "" if state == RunState.FINISHED else str(why).replace("_", " ")
     started = read.digest.begun in LIFE_BEGINNINGS
-    if found.problem:
+    if entry.problem:
         return (
             RunState.RUNNING if started else RunState.PENDING,
-            f"{found.problem}; this is what the run's own files say",
+            f"{entry.problem}; this is what the run's own files say",
         )
     if read.job is None:
         return RunState.FAILED, "never submitted"
-    return _gone(read, found, started, read.digest.stepped)
+    return _gone(read, entry, started, read.digest.stepped)
 
 
-def _gone(read: _Read, found: Found, started: bool, stepped: bool) -> tuple[RunState, str]:
+def _gone(read: _Read, entry: QueueEntry, started: bool, stepped: bool) -> tuple[RunState, str]:
     """The job is gone, and the run's events do not say why: the scheduler and the log may."""
     assert read.job is not None
-    if found.state == "CANCELLED":
+    if entry.state == "CANCELLED":
         return RunState.STOPPED, "cancelled while it ran" if started else "cancelled while it waited in the queue"
     when = "" if stepped else "before its first step: " if started else "before it started: "
-    said = [pending_reasons.words(found.reason)] if found.reason not in ("", "None") else []
-    said += [found.status] if found.status else []
+    said = [pending_reasons.words(entry.reason)] if entry.reason not in ("", "None") else []
+    said += [entry.status] if entry.status else []
     if words := logs.last_words(read.run, read.job["id"], first=not started):
         said.append(words)
     return RunState.FAILED, when + (", ".join(said) or "its job is gone without a word; see 'radhpc logs'")

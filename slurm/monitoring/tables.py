@@ -87,7 +87,7 @@ class _Column:
     right: bool = True
 
 
-class Runs:
+class RunTable:
     """Where runs stand, as slurm.monitoring.status says, for any width; below the table why those wait, or failed.
 
 
@@ -311,7 +311,7 @@ def audit(results: list[dict[str, Any]]) -> Table:
     return table
 
 
-def verdicts(results: list[dict[str, Any]]) -> Iterator[str]:
+def audit_sentences(results: list[dict[str, Any]]) -> Iterator[str]:
     """A sentence for each audited run, and the samples that went wrong."""
     for result in results:
         lives, worlds = len(result["topologies"]), sorted({life["world_size"] for life in result["topologies"]})

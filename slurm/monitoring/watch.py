@@ -10,7 +10,7 @@ from rich.live import Live
 
 from radhpc.core.run_folder import RunFolder
 from slurm.monitoring.status import LIVING, Statuses
-from slurm.monitoring.tables import Runs, line, name
+from slurm.monitoring.tables import RunTable, line, name
 
 QUEUE_SECONDS = 10.0  # between looks at the queue: many sites ask not to poll it more often
 SECONDS = 2.0  # between looks at the runs' folders
@@ -28,14 +28,14 @@ def watch(find: Callable[[], Sequence[RunFolder]], console: Console) -> None:
 def _table(find: Callable[[], Sequence[RunFolder]], console: Console) -> None:
     runs = list(find())
     look = Statuses(runs, QUEUE_SECONDS)
-    with Live(Runs(look.now(), console.height - 1), console=console, screen=True, auto_refresh=False) as live:
+    with Live(RunTable(look.now(), console.height - 1), console=console, screen=True, auto_refresh=False) as live:
         while True:
             time.sleep(SECONDS)
             found = list(find())
             if [run.path for run in found] != [run.path for run in runs]:
                 runs, look = found, Statuses(found, QUEUE_SECONDS)
             results = look.now()
-            live.update(Runs(results, console.height - 1), refresh=True)
+            live.update(RunTable(results, console.height - 1), refresh=True)
 
 
 def _lines(find: Callable[[], Sequence[RunFolder]], console: Console) -> None:

@@ -1,6 +1,6 @@
 """A job of two minutes that sees what only a job can see: `radhpc doctor --on PROFILE --probe`.
 
-    checks = probe(profile, Path("runs"), urls=["s3://bucket/padchest"], preempt_with="urgent")
+    checks = run_probe(profile, Path("runs"), urls=["s3://bucket/padchest"], preempt_with="urgent")
 
 It takes the line of a training: the profile, the frozen code, submitit, srun, slurm.job. Its ranks (radhpc/probe.py)
 write what they measure and every signal they get until they are killed: by the time limit, or, because a preemption
@@ -23,7 +23,7 @@ from radhpc.core.files import read_lines, write_atomically
 from radhpc.core.run_folder import RunFolder
 from slurm import frozen_code, job as slurm_job, scheduler
 from slurm.profile import Profile
-from slurm.submit import executor, explain, host_python, slurm_parameters, starting
+from slurm.submit import executor, host_python, refusals_as_user_errors, slurm_parameters, submission_environment
 
 Check = dict[str, Any]
 MINUTES = 2  # SLURM may send the warning a minute early, and the ranks want half a minute to be ready for it
@@ -33,7 +33,7 @@ CLOCK_SECONDS = 1.0  # by which the nodes' clocks may differ
 JOIN_SECONDS = 60.0
 
 
-def probe(
+def run_probe(
     profile: Profile,
     folder: Path,
     urls: Sequence[str] = (),
@@ -51,7 +51,7 @@ def probe(
         )
     run = _prepare(profile, folder, urls)
     short = profile.model_copy(update={"minutes": MINUTES, "signal_seconds": WARNING, "requeue": False})
-    with starting(run, short), explain():
+    with submission_environment(run, short), refusals_as_user_errors():
         job = _submit(run, short)
     owner = {"cluster": profile.cluster, "id": str(job.job_id), "environment": profile.environment}
     submitted = time.time()

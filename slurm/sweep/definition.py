@@ -1,6 +1,6 @@
 """What to search: a YAML file over a recipe, proven before anything is submitted.
 
-    recipe: ../quickstart.yaml                # relative to this file
+    recipe: ../quickstart.yaml                # relative to this file, or a name: quickstart
     overrides: [evaluation.every=50]          # the same for every trial, as on the command line
     space:
       stages.adapt.optimizer.learning_rate: {low: 1.0e-4, high: 1.0e-3, log: true}
@@ -124,7 +124,10 @@ class Pruner(Section):
 class Sweep(Section):
     """The whole sweep."""
 
-    recipe: str = Field(description="the recipe that all trials start from; relative to the sweep file")
+    recipe: str = Field(
+        description="the recipe that all trials start from: a file, relative to the sweep's, or a name that "
+        "'radhpc recipes' lists"
+    )
     overrides: tuple[str, ...] = Field((), description="key=value, the same for every trial")
     space: dict[str, Axis] = Field(min_length=1, description="keys of the recipe, dotted as on the command line")
     method: Literal["grid", "random", "tpe"] = Field(
@@ -202,9 +205,16 @@ def load(path: Path) -> tuple[Sweep, Recipe]:
     """
     path = resources.find_recipe(path, "sweeps")
     sweep = validate(Sweep, read_yaml(path), path)
-    base = recipes.load(path.parent / sweep.recipe, sweep.overrides)
+    base = recipes.load(base_path(path, sweep.recipe), sweep.overrides)
     check(sweep, base, path)
     return sweep, base
+
+
+def base_path(path: Path, recipe: str) -> Path:
+    """Return the recipe of the sweep in the file `path`: a file relative to it wins over a name of radhpc's recipes."""
+    if not (path.parent / recipe).exists() and recipe in resources.recipe_names():
+        return resources.recipes() / f"{recipe}.yaml"
+    return path.parent / recipe
 
 
 def check(sweep: Sweep, base: Recipe, path: Path) -> list[Recipe]:

@@ -9,7 +9,7 @@ Optuna decides what to try and what to end early; the run folders are the truth 
 told from them again and again, so that a job killed anywhere loses nothing. All processes of all nodes share the
 journal: a file, locked by a link, which NFS has made atomically since its second version.
 
-    study = Study.create(Path("runs/sweep-1"), sweep, base)
+    study = SweepStudy.create(Path("runs/sweep-1"), sweep, base)
     run = study.prepare(7)            # draws the parameters of trial 7, once and for all
     study.standing()["best"]
 """
@@ -39,7 +39,7 @@ _NAME = "sweep"  # of the one study in the journal
 _CHANGEABLE = ("concurrent", "trials")  # keys that a sweep may change in its life; trials upwards
 
 
-class Study:
+class SweepStudy:
     """One sweep, from its folder."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -48,7 +48,7 @@ class Study:
     # The folder
 
     @classmethod
-    def create(cls, path: Path, sweep: Sweep, base: Recipe) -> "Study":
+    def create(cls, path: Path, sweep: Sweep, base: Recipe) -> "SweepStudy":
         """Make the folder, or go on with the one that is there. Raises UserError where that is another sweep."""
         study, frozen = cls(path), sweep.model_copy(update={"recipe": "base.yaml", "overrides": ()})
         if is_sweep(path):
@@ -74,7 +74,7 @@ class Study:
         return study
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> "Study":
+    def open(cls, path: str | os.PathLike[str]) -> "SweepStudy":
         """Open an existing sweep. Raises UserError where there is none."""
         if not is_sweep(Path(path)):
             beside = [p.parent.name for p in Path(path).absolute().parent.glob("*/sweep.yaml")]
@@ -310,7 +310,9 @@ class Study:
                 if job is not None:
                     candidates.append((number, job))
         living: dict[int, tuple[dict[str, Any], str]] = {}
-        for (number, job), found in zip(candidates, scheduler.states([job for _, job in candidates]), strict=True):
+        for (number, job), found in zip(
+            candidates, scheduler.queue_entries([job for _, job in candidates]), strict=True
+        ):
             if found.problem and job["cluster"] == "slurm":
                 raise UserError(found.problem)  # who does not know what lives must not submit it again
             if found.living:
@@ -341,14 +343,14 @@ def scores(run: Path, metric: str, split: str) -> dict[int, float]:
     return dict(sorted(found.items()))
 
 
-class Trial:
+class SweepTrial:
     """What radhpc.worker asks of the sweep that a run belongs to."""
 
     def __init__(self, run: Path) -> None:
-        self._study, self._number = Study(run.parent.parent), int(run.name)
+        self._study, self._number = SweepStudy(run.parent.parent), int(run.name)
 
     @classmethod
-    def of(cls, run: str) -> "Trial | None":
+    def of(cls, run: str) -> "SweepTrial | None":
         """The trial of a run folder; None for a run that belongs to no sweep."""
         path = Path(run).absolute()
         inside = path.parent.name == "trials" and path.name.isdecimal() and is_sweep(path.parent.parent)

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from bench import order as measured
-from radhpc.core.recipe import Stream as StreamRecipe
+from radhpc.core.recipe import StreamSettings
 from radhpc.data.sampler import Sampler
 from radhpc.data.stream import BatchPlan
 from radhpc.storage.node_cache import BLOCK
 from tests.conftest import ROOT
 
-RECIPE = StreamRecipe.model_validate({"window": 4, "prefetch_megabytes": 16})
+RECIPE = StreamSettings.model_validate({"window": 4, "prefetch_megabytes": 16})
 
 
 def test_an_archive_in_its_own_order_is_no_shuffle() -> None:

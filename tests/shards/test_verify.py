@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from radhpc.core.errors import UserError
-from radhpc.core.manifest import INDEX, MANIFEST, File, Index, Manifest, sha256
+from radhpc.core.manifest import INDEX, MANIFEST, FileEntry, Manifest, SampleIndex, sha256
 from radhpc.storage.store import Store
 from shards.build import BuildSettings, build
 from shards.verify import ShardFault, verify
@@ -54,9 +54,9 @@ def rewrite_index(folder: Path, **columns: Any) -> None:
     """Replace columns of the index, and make the manifest agree with the new file."""
     manifest = Manifest.load(Store(folder))
     index = manifest.load_index(Store(folder))
-    data = Index(**{**index.__dict__, **columns}).to_bytes()
+    data = SampleIndex(**{**index.__dict__, **columns}).to_bytes()
     (folder / INDEX).write_bytes(data)
-    file = File(name=INDEX, size=len(data), sha256=sha256(data))
+    file = FileEntry(name=INDEX, size=len(data), sha256=sha256(data))
     (folder / MANIFEST).write_bytes(manifest.model_copy(update={"index": file}).to_bytes())
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from bench.chaos import losses, setting
 from radhpc.core.errors import UserError
-from radhpc.core.ledger import consumed
+from radhpc.core.ledger import read_ledger
 from slurm import profile as profiles
 from tests.slurm.test_preemption import events, finish, start, step
 from tests.waiting import wait_for
@@ -48,10 +48,10 @@ def test_a_run_on_two_nodes_comes_back_on_one_and_then_on_two(
     audit = launch_json("status", run, "--audit")
     assert all(epoch["exactly_once"] for epoch in audit["epochs"])
     assert [life["world_size"] for life in audit["topologies"]] == [2, 1, 2]
-    assert not consumed(run / "ledger").replayed
+    assert not read_ledger(run / "ledger").replayed
     undisturbed = tmp_path / "undisturbed"
     launch("train", recipe_file, *STEPS, "--on", "inline", "--run", undisturbed)
-    assert consumed(run / "ledger").steps == consumed(undisturbed / "ledger").steps
+    assert read_ledger(run / "ledger").steps == read_ledger(undisturbed / "ledger").steps
     mine, wanted = losses(run), losses(undisturbed)
     assert mine.keys() == wanted.keys()
     # Sums of another order grow apart slowly, as any training does; the first sixty steps stay within a thousandth.

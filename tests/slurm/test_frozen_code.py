@@ -238,12 +238,12 @@ def test_a_rank_imports_the_frozen_code_from_any_working_directory(tmp_path: Pat
 
 
 def script_of(recipe_file: Path, tmp_path: Path, **settings: Any) -> tuple[RunFolder, str]:
-    from slurm.container import needs
+    from slurm.container import required_binds
     from slurm.submit import rank_python
 
     profile = profiles.Profile(cluster="slurm", gpus_per_node=4, tasks_per_node=4, **settings)
     run = RunFolder.create(tmp_path / "run", load_recipe(recipe_file))
-    python = rank_python(profile, run.path, needs(run))
+    python = rank_python(profile, run.path, required_binds(run))
     return run, batch_script(f"{python} -u -m x", run.path, slurm_parameters(run, profile, sys.executable))
 
 

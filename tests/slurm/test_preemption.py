@@ -17,7 +17,7 @@ import pytest
 
 from bench.chaos import losses, rank_pid
 from radhpc.core.files import read_lines
-from radhpc.core.ledger import consumed
+from radhpc.core.ledger import read_ledger
 from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.box, pytest.mark.timeout(400)]
@@ -40,7 +40,7 @@ def events(run: Path, *names: str) -> list[dict[str, Any]]:
 
 
 def step(run: Path) -> int:
-    return max(consumed(run / "ledger").steps, default=0)
+    return max(read_ledger(run / "ledger").steps, default=0)
 
 
 def job_state(slurm: Slurm, job: str) -> str:
@@ -65,7 +65,7 @@ def finish(slurm: Slurm, run: Path, job: str) -> None:
 
 def assert_equal(run: Path, undisturbed: Path) -> None:
     """No step lost, none repeated in what the weights saw, and the same adapter."""
-    mine, wanted = consumed(run / "ledger"), consumed(undisturbed / "ledger")
+    mine, wanted = read_ledger(run / "ledger"), read_ledger(undisturbed / "ledger")
     assert mine.steps == wanted.steps
     assert losses(run) == losses(undisturbed)
     name = "adapter/adapter_model.safetensors"
@@ -104,7 +104,7 @@ def test_a_preempted_run_comes_back_and_a_cancelled_one_does_not_until_it_is_res
     assert last == step(run), "what was trained before the cancellation was not saved"
 
     finish(slurm, run, launch_json("resume", run)["job"])
-    assert not consumed(run / "ledger").replayed, "a step was trained twice"
+    assert not read_ledger(run / "ledger").replayed, "a step was trained twice"
     assert_equal(run, undisturbed)
 
 
@@ -137,7 +137,7 @@ def test_a_run_is_killed_meets_its_time_limit_and_is_stopped(
     assert len(events(run, "requeued")) == 2
 
     finish(slurm, run, launch_json("resume", run)["job"])
-    assert len(consumed(run / "ledger").replayed) <= EVERY
+    assert len(read_ledger(run / "ledger").replayed) <= EVERY
     assert_equal(run, undisturbed)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from slurm import scheduler
 from slurm.profile import Profile
-from slurm.requeue import Past, Verdict, decide, excluded, fingerprint, past, tried_before
+from slurm.requeue import Decision, History, crash_signature, decide, excluded_nodes, history, split_earlier_attempt
 
 RUNNING = {"JobState": "RUNNING", "PreemptTime": "None", "Restarts": "0"}
 PREEMPTED = {**RUNNING, "PreemptTime": "2026-11-22T02:00:00"}
@@ -20,7 +20,7 @@ def ends(*states: str, cause: str = "") -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("job", "found", "exit_status", "losses", "restarts", "cause", "comes_back"),
+    ("job", "found", "exit_status", "losses", "restarts", "cause", "requeue"),
     [
         (RUNNING, ends("finished", "finished"), 0, 1, 0, "finished", False),
         (PREEMPTED, ends("finished", "finished"), 0, 1, 0, "finished", False),
@@ -63,17 +63,17 @@ def ends(*states: str, cause: str = "") -> list[dict[str, Any]]:
 )
 def test_the_policy(
     job: dict[str, str], found: list[dict[str, Any]], exit_status: int, losses: int, restarts: int, cause: str,
-    comes_back: bool,
+    requeue: bool,
 ) -> None:  # fmt: skip
     profile = Profile(cluster="slurm", nodes=2, retries=3)
-    verdict = decide(job, dict(enumerate(found)), 2, exit_status, profile, Past(losses=losses - 1), restarts)
-    assert (verdict.cause, verdict.comes_back) == (cause, comes_back)
+    decision = decide(job, dict(enumerate(found)), 2, exit_status, profile, History(losses=losses - 1), restarts)
+    assert (decision.cause, decision.requeue) == (cause, requeue)
 
 
 def test_a_profile_may_refuse_to_come_back() -> None:
     profile = Profile(cluster="slurm", nodes=2, requeue=False)
     found = dict(enumerate(ends("interrupted", "interrupted", cause="SIGTERM")))
-    assert not decide(PREEMPTED, found, 2, 0, profile).comes_back
+    assert not decide(PREEMPTED, found, 2, 0, profile).requeue
 
 
 PROFILE = Profile(cluster="slurm", nodes=2, retries=3, crash_retries=2, lives_without_progress=5, node_losses=2)
@@ -92,7 +92,7 @@ INTERRUPTED = dict(enumerate(ends("interrupted", "interrupted", cause="SIGTERM")
 
 
 @pytest.mark.parametrize(
-    ("lives", "comes_back"),
+    ("lives", "requeue"),
     [
         ([life("preempted")] * 4, False),
         ([life("preempted")] * 3, True),
@@ -102,24 +102,24 @@ INTERRUPTED = dict(enumerate(ends("interrupted", "interrupted", cause="SIGTERM")
         ([life("preempted", saved=step) for step in range(99)], True),
     ],
 )
-def test_lives_without_progress_end_the_run_with_the_reason(lives: list[Any], comes_back: bool) -> None:
-    verdict = decide(PREEMPTED, INTERRUPTED, 2, 0, PROFILE, past(run(*lives, life(""))))
-    assert verdict.cause == "preempted"
-    assert verdict.comes_back == comes_back
-    assert ("lives in a row" in verdict.gave_up) != comes_back
+def test_lives_without_progress_end_the_run_with_the_reason(lives: list[Any], requeue: bool) -> None:
+    decision = decide(PREEMPTED, INTERRUPTED, 2, 0, PROFILE, history(run(*lives, life(""))))
+    assert decision.cause == "preempted"
+    assert decision.requeue == requeue
+    assert ("lives in a row" in decision.gave_up) != requeue
 
 
 def test_a_person_who_resumes_starts_the_counts_anew() -> None:
     events = [*run(*[life("rank_lost")] * 9), *run(life(""))]
-    assert decide(RUNNING, {}, 2, 137, PROFILE, past(events)).comes_back
+    assert decide(RUNNING, {}, 2, 137, PROFILE, history(events)).requeue
 
 
-@pytest.mark.parametrize(("saved", "comes_back"), [(3, True), (None, False)])
-def test_the_time_limit_brings_back_only_what_progressed(saved: int | None, comes_back: bool) -> None:
+@pytest.mark.parametrize(("saved", "requeue"), [(3, True), (None, False)])
+def test_the_time_limit_brings_back_only_what_progressed(saved: int | None, requeue: bool) -> None:
     found = dict(enumerate(ends("interrupted", "interrupted", cause="SIGUSR2")))
-    verdict = decide(RUNNING, found, 2, 0, PROFILE, past(run(life("", saved=saved))))
-    assert (verdict.cause, verdict.comes_back) == ("time_limit", comes_back)
-    assert ("before a new checkpoint" in verdict.gave_up) != comes_back
+    decision = decide(RUNNING, found, 2, 0, PROFILE, history(run(life("", saved=saved))))
+    assert (decision.cause, decision.requeue) == ("time_limit", requeue)
+    assert ("before a new checkpoint" in decision.gave_up) != requeue
 
 
 TRACEBACK = """Traceback (most recent call last):
@@ -138,47 +138,54 @@ def crash(line: int, said: str) -> dict[int, dict[str, Any]]:
 
 def test_a_crash_comes_back_while_its_traceback_is_new() -> None:
     def crashed(line: int, saved: int | None = None) -> list[dict[str, Any]]:
-        return life("crashed", saved=saved, fingerprint=fingerprint(TRACEBACK.format(line=line, said="x")))
+        return life("crashed", saved=saved, fingerprint=crash_signature(TRACEBACK.format(line=line, said="x")))
 
-    def after(*lives: list[dict[str, Any]], saved: int | None = None) -> Verdict:
-        return decide(RUNNING, crash(10, "21 of 22"), 2, 1, PROFILE, past(run(*lives, life("", saved=saved))))
+    def after(*lives: list[dict[str, Any]], saved: int | None = None) -> Decision:
+        return decide(RUNNING, crash(10, "21 of 22"), 2, 1, PROFILE, history(run(*lives, life("", saved=saved))))
 
-    assert after().comes_back
-    assert after(crashed(11)).comes_back
+    assert after().requeue
+    assert after(crashed(11)).requeue
     assert "same place" in after(crashed(10)).gave_up, "the number in the message made it another crash"
     assert "same place" in after(crashed(10), crashed(11)).gave_up
-    assert after(crashed(10), saved=7).comes_back, "a checkpoint later it is worth another try"
+    assert after(crashed(10), saved=7).requeue, "a checkpoint later it is worth another try"
     assert "3 crashes" in after(crashed(11), crashed(12), saved=7).gave_up
 
 
 def test_a_node_that_was_lost_twice_is_left_out_where_others_remain() -> None:
     put_back = {**CANCELLED, "Restarts": "1"}
     events = run(life("node_lost", nodes=["n2"]), life("hung", nodes=["n1"]), life(""))
-    verdict = decide(put_back, {}, 2, 143, PROFILE, past(events), 0, ["n2"])
-    assert (verdict.cause, verdict.nodes, verdict.comes_back) == ("node_lost", ("n2",), True)
-    assert excluded(put_back, verdict, past(events), PROFILE, ["n1", "n3", "n4"]) == "n2"
-    assert excluded(put_back, verdict, past(events), PROFILE, ["n1", "n2"]) == "", "one node would be left for two"
-    again = decide(PREEMPTED, INTERRUPTED, 2, 0, PROFILE, past([*events, *life("node_lost", nodes=["n2"])]))
-    assert excluded(put_back, again, past([*events, *life("node_lost", nodes=["n2"])]), PROFILE, ["n1", "n3"]) == "n2"
-    assert excluded(put_back, verdict, past(events[:1]), PROFILE, ["n1", "n3", "n4"]) == "", "its first loss"
+    decision = decide(put_back, {}, 2, 143, PROFILE, history(events), 0, ["n2"])
+    assert (decision.cause, decision.nodes, decision.requeue) == ("node_lost", ("n2",), True)
+    assert excluded_nodes(put_back, decision, history(events), PROFILE, ["n1", "n3", "n4"]) == "n2"
+    assert excluded_nodes(put_back, decision, history(events), PROFILE, ["n1", "n2"]) == "", (
+        "one node would be left for two"
+    )
+    again = decide(PREEMPTED, INTERRUPTED, 2, 0, PROFILE, history([*events, *life("node_lost", nodes=["n2"])]))
+    assert (
+        excluded_nodes(put_back, again, history([*events, *life("node_lost", nodes=["n2"])]), PROFILE, ["n1", "n3"])
+        == "n2"
+    )
+    assert excluded_nodes(put_back, decision, history(events[:1]), PROFILE, ["n1", "n3", "n4"]) == "", "its first loss"
 
 
 def test_a_hang_names_the_culprits_node() -> None:
     end = {"state": "hung", "cause": "rank 1 on n7: no progress", "culprits": [{"rank": 1, "host": "n7"}]}
-    verdict = decide(RUNNING, {0: end, 1: end}, 2, 1, PROFILE)
-    assert (verdict.cause, verdict.nodes, verdict.comes_back) == ("hung", ("n7",), True)
+    decision = decide(RUNNING, {0: end, 1: end}, 2, 1, PROFILE)
+    assert (decision.cause, decision.nodes, decision.requeue) == ("hung", ("n7",), True)
 
 
 def test_a_lost_rank_is_named() -> None:
-    verdict = decide(RUNNING, {0: {"state": "lost_peer", "cause": ""}}, 3, 137, PROFILE, down=["n2"])
-    assert (verdict.cause, verdict.why) == ("node_lost", "n2: ranks 1, 2 of 3 ended without a word, exit status 137")
+    decision = decide(RUNNING, {0: {"state": "lost_peer", "cause": ""}}, 3, 137, PROFILE, down=["n2"])
+    assert (decision.cause, decision.why) == ("node_lost", "n2: ranks 1, 2 of 3 ended without a word, exit status 137")
 
 
 def test_a_second_attempt_does_not_count_the_first_ones_words() -> None:
     requeued = {"event": "requeued", "job": "7"}
     events = [*life("rank_lost", job="7"), requeued, *life("crashed", job="7", fingerprint="ab")]
-    assert tried_before(events, "7") == (events[:-1], ["crashed"])
-    assert tried_before([*events, requeued], "7") == ([*events, requeued], []), "the life after it has said nothing"
+    assert split_earlier_attempt(events, "7") == (events[:-1], ["crashed"])
+    assert split_earlier_attempt([*events, requeued], "7") == ([*events, requeued], []), (
+        "the life after it has said nothing"
+    )
 
 
 def test_the_controller_may_be_away_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from radhpc.core.files import read_lines
 from radhpc.core.recipe import load as load_recipe
 from radhpc.core.run_folder import RunFolder
 from slurm.sweep import definition as sweeps
-from slurm.sweep.study import Study
+from slurm.sweep.study import SweepStudy
 from tests.conftest import ROOT
 
 SCRIPT = """
@@ -67,18 +67,18 @@ def test_the_box_is_started_by_its_name(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def sweep(tmp_path: Path, recipe_file: Path) -> Study:
+def sweep(tmp_path: Path, recipe_file: Path) -> SweepStudy:
     """A sweep of two trials, submitted once."""
     path = tmp_path / "sweep.yaml"
     path.write_text(f"recipe: {recipe_file}\nspace: {{seed: [1, 2]}}\nmethod: grid\n")
-    study = Study.create(tmp_path / "a sweep", *sweeps.load(path))
+    study = SweepStudy.create(tmp_path / "a sweep", *sweeps.load(path))
     (study.path / "profiles").mkdir()
     (study.path / "profiles" / "000.yaml").write_bytes(slurm.profile.Profile(cluster="slurm").to_yaml())
     return study
 
 
 def test_the_batch_scripts_of_an_older_release_reach_todays_modules(
-    old_checkout: Path, sweep: Study, recipe_file: Path, tmp_path: Path
+    old_checkout: Path, sweep: SweepStudy, recipe_file: Path, tmp_path: Path
 ) -> None:
     run = RunFolder.create(tmp_path / "a run", load_recipe(recipe_file))
     (run.path / "profile.yaml").write_bytes(slurm.profile.Profile(cluster="slurm").to_yaml())

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from bench.chaos import rank_pid
-from radhpc.core.ledger import consumed
+from radhpc.core.ledger import read_ledger
 from radhpc.core.recipe import load
 from tests.conftest import ROOT
 from tests.slurm.test_preemption import Launch, Slurm, events, finish, step
@@ -53,7 +53,7 @@ def test_a_twin_goes_on_in_the_stage_that_it_was_killed_in(
     assert [event["event"] for event in events(run, "rank_lost", "crashed")] == ["rank_lost"]
     assert before < events(run, "resumed")[0]["step"] <= before + STEPS, "it did not go on in the stage it was in"
     assert [event["stage"] for event in events(run, "stage_finished")] == stages, "none was trained twice"
-    assert all(number > before for number in consumed(run / "ledger").replayed), "a step of the first stage"
+    assert all(number > before for number in read_ledger(run / "ledger").replayed), "a step of the first stage"
     audit = launch_json("status", run, "--audit")
     assert audit["epochs"], "nothing was audited"
     assert all(epoch["exactly_once"] for epoch in audit["epochs"])

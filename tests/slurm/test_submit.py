@@ -60,14 +60,14 @@ def test_an_unknown_profile_and_key_are_named(tmp_path: Path) -> None:
 
 def test_a_name_that_does_not_resolve_falls_back_to_the_address_of_srun(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_LAUNCH_NODE_IPADDR", "10.1.2.3")
-    assert job.address("no-such-host.invalid") == "10.1.2.3"
-    assert job.address("localhost") == "localhost"
+    assert job.master_address("no-such-host.invalid") == "10.1.2.3"
+    assert job.master_address("localhost") == "localhost"
 
 
 def test_ports_differ_between_jobs_and_lives(monkeypatch: pytest.MonkeyPatch) -> None:
     ports = set()
     for life in range(3):
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(life))
-        ports |= {job.port(str(number)) for number in range(1000, 1100)}
+        ports |= {job.master_port(str(number)) for number in range(1000, 1100)}
     assert min(ports) >= 12000
     assert max(ports) < 32000

@@ -19,35 +19,35 @@ from pydantic import Field, model_validator
 
 from radhpc.core import resources
 from radhpc.core.errors import UserError
-from radhpc.core.recipe.evaluation import Evaluation
-from radhpc.core.recipe.job import Board, Checkpoint, Wandb, Zero
-from radhpc.core.recipe.model import Connector, Model
+from radhpc.core.recipe.evaluation import EvaluationSettings
+from radhpc.core.recipe.job import BoardSettings, CheckpointSettings, WandbSettings, ZeroSettings
+from radhpc.core.recipe.model import ConnectorSettings, ModelSettings
 from radhpc.core.recipe.paths import HUB, absolute, absolute_shards, absolute_weights
 from radhpc.core.recipe.reading import apply, override, read_yaml, validate
 from radhpc.core.recipe.section import Section, Shards
-from radhpc.core.recipe.stage import Lora, Objective, Optimizer, Stage
-from radhpc.core.recipe.stream import Cache, Stream
-from radhpc.core.recipe.text import Findings, Images, Task, Text
+from radhpc.core.recipe.stage import LoraSettings, ObjectiveSettings, OptimizerSettings, Stage
+from radhpc.core.recipe.stream import CacheSettings, StreamSettings
+from radhpc.core.recipe.text import FindingsSettings, ImageSettings, TaskSettings, TextSettings
 
 __all__ = [
-    "Cache",
-    "Connector",
-    "Evaluation",
-    "Findings",
+    "CacheSettings",
+    "ConnectorSettings",
+    "EvaluationSettings",
+    "FindingsSettings",
     "HUB",
-    "Images",
-    "Lora",
-    "Model",
-    "Objective",
-    "Optimizer",
+    "ImageSettings",
+    "LoraSettings",
+    "ModelSettings",
+    "ObjectiveSettings",
+    "OptimizerSettings",
     "Recipe",
     "Section",
     "Shards",
     "Stage",
-    "Stream",
-    "Task",
-    "Text",
-    "Wandb",
+    "StreamSettings",
+    "TaskSettings",
+    "TextSettings",
+    "WandbSettings",
     "build",
     "load",
     "override",
@@ -69,36 +69,36 @@ class Recipe(Section):
     replicate: bool = Field(
         False, description="of engine fsdp: the whole model on each rank; good where it fits and little is trained"
     )
-    zero: Zero = Zero()  # type: ignore[call-arg]
+    zero: ZeroSettings = ZeroSettings()  # type: ignore[call-arg]
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="of the computation and the frozen parameters; trained ones stay fp32. fp16 is for a T4"
     )
-    model: Model
+    model: ModelSettings
     shards: Shards = Field(
         min_length=1,
         description="folders or URLs with a manifest.json; DIR#balanced: the subset of them that balanced.json names. "
         "A list is one dataset; a mapping gives each a weight: how often it is drawn, with epochs of its own",
     )
-    stream: Stream = Stream()  # type: ignore[call-arg]
-    text: Text = Text()  # type: ignore[call-arg]
-    findings: Findings = Findings()  # type: ignore[call-arg]
-    images: Images = Images()  # type: ignore[call-arg]
+    stream: StreamSettings = StreamSettings()  # type: ignore[call-arg]
+    text: TextSettings = TextSettings()  # type: ignore[call-arg]
+    findings: FindingsSettings = FindingsSettings()  # type: ignore[call-arg]
+    images: ImageSettings = ImageSettings()  # type: ignore[call-arg]
     stages: tuple[Stage, ...] = Field(
         min_length=1, description="the stages of the training, in order; each starts where the one before it has ended"
     )
-    checkpoint: Checkpoint = Checkpoint()  # type: ignore[call-arg]
-    evaluation: Evaluation = Evaluation()  # type: ignore[call-arg]
-    board: Board = Board()  # type: ignore[call-arg]
+    checkpoint: CheckpointSettings = CheckpointSettings()  # type: ignore[call-arg]
+    evaluation: EvaluationSettings = EvaluationSettings()  # type: ignore[call-arg]
+    board: BoardSettings = BoardSettings()  # type: ignore[call-arg]
 
     def shards_of(self, stage: Stage) -> Shards:
         """What a stage is trained on."""
         return stage.shards or self.shards
 
-    def text_of(self, stage: Stage) -> Text:
+    def text_of(self, stage: Stage) -> TextSettings:
         """What is asked and answered in a stage."""
         return stage.text or self.text
 
-    def images_of(self, stage: Stage) -> Images:
+    def images_of(self, stage: Stage) -> ImageSettings:
         """What is seen in a stage."""
         return stage.images or self.images
 
@@ -163,7 +163,7 @@ class Recipe(Section):
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
             raise ValueError(f"stage names must differ: {', '.join(names)}")
-        before: Lora | None = None
+        before: LoraSettings | None = None
         for stage in self.stages:
             where = f"stage '{stage.name}'"
             if before is None and stage.adapters is not None:

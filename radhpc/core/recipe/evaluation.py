@@ -9,7 +9,7 @@ from radhpc.core.recipe.section import Section
 from radhpc.core.sample import Split
 
 
-class Scorers(Section):
+class ScorerSettings(Section):
     """Models that judge reports, from folders on this machine; a score without its weights is left out, and says so.
 
     {sha256: ...} holds what the weights must be: the sum over the folder's weight files, as scores.json gives it.
@@ -27,7 +27,7 @@ class Scorers(Section):
     sha256: dict[str, str] = Field(default_factory=dict, description="by name: what the weights must be")
 
     @model_validator(mode="after")
-    def _hashes_of_folders(self) -> "Scorers":
+    def _hashes_of_folders(self) -> "ScorerSettings":
         for name in self.sha256:
             if name not in self.folders():
                 raise ValueError(f"sha256.{name}: allowed are those that have a folder: {', '.join(self.folders())}")
@@ -44,7 +44,7 @@ Conventions = Literal[
 ]
 
 
-class Evaluation(Section):
+class EvaluationSettings(Section):
     """Generation on held-out studies, at the end of each stage and every so many steps."""
 
     every: int | None = Field(None, ge=1, description="steps; default: at the end of a stage alone")
@@ -71,11 +71,11 @@ class Evaluation(Section):
     neighbours: int = Field(
         1024, ge=0, description="training studies among which the nearest one by its image is a baseline; 0: none"
     )
-    scorers: Scorers = Scorers()  # type: ignore[call-arg]
+    scorers: ScorerSettings = ScorerSettings()  # type: ignore[call-arg]
     images: int = Field(4, ge=0, description="studies shown in TensorBoard with reference and generated report")
 
     @model_validator(mode="after")
-    def _decoding(self) -> "Evaluation":
+    def _decoding(self) -> "EvaluationSettings":
         if self.temperature is not None and self.beams > 1:
             raise ValueError(f"'temperature' {self.temperature:g} samples one text; it does not go with 'beams'")
         if self.top_p is not None and self.temperature is None:

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 from radhpc.core.recipe.section import Section
 
 
-class Checkpoint(Section):
+class CheckpointSettings(Section):
     """When checkpoints are written and how many are kept; the last one of each stage is always kept."""
 
     every: int = Field(100, ge=1, description="steps between two checkpoints")
@@ -26,7 +26,7 @@ class Checkpoint(Section):
         return value
 
 
-class Wandb(Section):
+class WandbSettings(Section):
     """Weights & Biases beside TensorBoard: curves alone, no texts, images, code or names of machines."""
 
     project: str = Field("radhpc", min_length=1, description="the project in Weights & Biases")
@@ -35,14 +35,14 @@ class Wandb(Section):
     )
 
 
-class Board(Section):
+class BoardSettings(Section):
     """TensorBoard."""
 
     every: int = Field(1, ge=1, description="steps between two points of a curve")
-    wandb: Wandb | None = Field(None, description="these curves for Weights & Biases, too; needs radhpc[wandb]")
+    wandb: WandbSettings | None = Field(None, description="these curves for Weights & Biases, too; needs radhpc[wandb]")
 
 
-class Zero(Section):
+class ZeroSettings(Section):
     """Engine deepspeed (Rajbhandari et al., 2020, ZeRO): what is cut into parts, and where they are kept."""
 
     stage: Literal[2, 3] = Field(

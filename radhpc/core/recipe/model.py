@@ -11,7 +11,7 @@ from radhpc.core.recipe.section import Section
 from radhpc.core.sample import CHEXPERT
 
 
-class Tokenizer(Section):
+class TokenizerSettings(Section):
     """Where the tokenizer comes from: a folder, or trained on the reports of the training split."""
 
     folder: str | None = Field(None, description="local folder with a fast tokenizer; default: the weights' folder")
@@ -20,7 +20,7 @@ class Tokenizer(Section):
     )
 
 
-class Connector(Section):
+class ConnectorSettings(Section):
     """What turns a picture's features into tokens of the language model, with family swin_qwen: models/connector.py."""
 
     kind: Literal["sasa", "abstractor", "linear"] = Field(
@@ -36,7 +36,7 @@ class Connector(Section):
     )
 
     @model_validator(mode="after")
-    def _fits(self) -> "Connector":
+    def _fits(self) -> "ConnectorSettings":
         if self.kind == "sasa" and len(self.concepts) > self.latents:
             raise ValueError(f"{len(self.concepts)} 'concepts' do not fit into {self.latents} 'latents'")
         if self.kind == "abstractor" and math.isqrt(self.latents) ** 2 != self.latents:
@@ -44,20 +44,20 @@ class Connector(Section):
         return self
 
 
-class Fusion(Section):
-    """Hierarchical cross-modal fusion of the vision encoder's levels with the prompt: models/hcf.py."""
+class FusionSettings(Section):
+    """Hierarchical cross-modal fusion of the vision encoder's levels with the prompt: radhpc/models/portable."""
 
     width: int = Field(1024, ge=1, description="of each level")
     heads: int = Field(16, ge=1, description="attention heads; they divide `width`")
 
     @model_validator(mode="after")
-    def _divides(self) -> "Fusion":
+    def _divides(self) -> "FusionSettings":
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is no multiple of heads {self.heads}")
         return self
 
 
-class Model(Section):
+class ModelSettings(Section):
     """The model: local weights, or random ones from a configuration."""
 
     family: str = Field("mllama", description="which file of radhpc/models builds it")
@@ -71,7 +71,9 @@ class Model(Section):
         description="instead of weights, or for the parts that have none: keys of transformers' configuration, text "
         "and vision apart",
     )
-    connector: Connector | None = Field(None, description="with family swin_qwen: what joins its parts; default: sasa")
+    connector: ConnectorSettings | None = Field(
+        None, description="with family swin_qwen: what joins its parts; default: sasa"
+    )
     max_pixels: int | None = Field(
         None,
         ge=4096,
@@ -93,7 +95,7 @@ class Model(Section):
         description="with config: standard deviation of the initial vision position embeddings; the class starts them "
         "at 0.02 beside patches of about 0.5, so that a random model hardly knows where in the image it looks",
     )
-    tokenizer: Tokenizer = Tokenizer()  # type: ignore[call-arg]
+    tokenizer: TokenizerSettings = TokenizerSettings()  # type: ignore[call-arg]
     attention: Literal["auto", "segments", "sdpa", "eager"] = Field(
         "auto",
         description="segments: without masks, by the fastest kernel there (models/attention.py); sdpa and eager are "
@@ -114,10 +116,12 @@ class Model(Section):
     compile: bool = Field(
         False, description="torch.compile for each layer; what was compiled is kept in the run folder for the next life"
     )
-    fusion: Fusion | None = Field(None, description="added to the model; Mllama's vision encoder alone has the levels")
+    fusion: FusionSettings | None = Field(
+        None, description="added to the model; Mllama's vision encoder alone has the levels"
+    )
 
     @model_validator(mode="after")
-    def _one_source(self) -> "Model":
+    def _one_source(self) -> "ModelSettings":
         if both := sorted(self.folders.keys() & (self.config or {}).keys()):
             raise ValueError(f"'{both[0]}' has both 'weights' and 'config': give one of them")
         if (self.weights is None) == (self.config is None) and not isinstance(self.weights, dict):

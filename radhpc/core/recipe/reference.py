@@ -66,7 +66,9 @@ def type_name(annotation: Any) -> str:
     if origin is dict or getattr(origin, "__name__", "") == "Mapping":
         return f"mapping of {type_name(arguments[0])} to {type_name(arguments[1])}"
     name = getattr(annotation, "__name__", str(annotation))
-    return {"str": "text", "bool": "true or false", "float": "number", "int": "whole number"}.get(name, name)
+    return {"str": "text", "bool": "true or false", "float": "number", "int": "whole number", "Any": "any value"}.get(
+        name, name
+    )
 
 
 def _default(field: FieldInfo) -> str:

@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from radhpc.core.recipe.section import Section, Shards, check_regex
-from radhpc.core.recipe.text import Images, Text
+from radhpc.core.recipe.text import ImageSettings, TextSettings
 
 
-class Lora(Section):
+class LoraSettings(Section):
     """Low-rank adapters (Hu et al., 2021): W + alpha / rank * B A."""
 
     rank: int = Field(ge=1, description="columns of B and rows of A")
@@ -43,7 +43,7 @@ class Lora(Section):
         return self.alpha / (rank**0.5 if self.rslora else rank)
 
 
-class Group(Section):
+class ParameterGroupSettings(Section):
     """Parameters with a learning rate of their own."""
 
     match: str = Field(description="regular expression found in the parameter's name")
@@ -55,7 +55,7 @@ class Group(Section):
         return check_regex(value)
 
 
-class Optimizer(Section):
+class OptimizerSettings(Section):
     """AdamW (Loshchilov and Hutter, 2019) and its schedule."""
 
     kind: Literal["adamw", "adamw_8bit", "adamw_paged", "adamw_8bit_paged"] = Field(
@@ -78,12 +78,12 @@ class Optimizer(Section):
         gt=0,
         description="sharpness-aware minimisation (Foret et al., 2021) with this rho: steps take twice as long",
     )
-    groups: tuple[Group, ...] = Field(
+    groups: tuple[ParameterGroupSettings, ...] = Field(
         (), description="parameters with learning rates of their own; the first match counts"
     )
 
 
-class Objective(Section):
+class ObjectiveSettings(Section):
     """What is minimised: a sum of terms, each with its weight; objective.py defines them."""
 
     generation: float = Field(1.0, ge=0, description="cross-entropy of the supervised tokens")
@@ -98,7 +98,7 @@ class Objective(Section):
     l1: float = Field(1e-6, ge=0, description="times the absolute values in A")
 
     @model_validator(mode="after")
-    def _something(self) -> "Objective":
+    def _something(self) -> "ObjectiveSettings":
         if not self.generation + self.contrastive + self.clinical:
             raise ValueError("nothing to learn: generation, contrastive and clinical are all 0")
         return self
@@ -111,8 +111,8 @@ class Stage(Section):
         pattern=r"^[a-z][a-z0-9_]*$", description="the name of the stage, as overrides and `--stages` use it"
     )
     shards: Shards | None = Field(None, description="other shards than the recipe's")
-    text: Text | None = Field(None, description="other prompts and tasks than the recipe's")
-    images: Images | None = Field(None, description="another choice of views than the recipe's")
+    text: TextSettings | None = Field(None, description="other prompts and tasks than the recipe's")
+    images: ImageSettings | None = Field(None, description="another choice of views than the recipe's")
     steps: int | None = Field(None, ge=1, description="optimizer steps of the stage; give this or `epochs`")
     epochs: int | None = Field(None, ge=1, description="passes over the training split; give this or `steps`")
     batch: int = Field(ge=1, description="samples per optimizer step over all ranks, whatever their number")
@@ -120,14 +120,14 @@ class Stage(Section):
         None, ge=1, description="samples per rank and forward pass; default: all of the rank's"
     )
     train: tuple[str, ...] = Field((), description="regular expressions: base parameters that are trained whole")
-    lora: Lora | None = None
+    lora: LoraSettings | None = None
     adapters: Literal["grow", "keep", "merge", "new"] | None = Field(
         None,
         description="what becomes of the adapters of the stage before: grown to this stage's ranks and layers, kept as "
         "they are, merged into the base, or left behind for new ones",
     )
-    objective: Objective = Objective()  # type: ignore[call-arg]
-    optimizer: Optimizer
+    objective: ObjectiveSettings = ObjectiveSettings()  # type: ignore[call-arg]
+    optimizer: OptimizerSettings
 
     @field_validator("train")
     @classmethod

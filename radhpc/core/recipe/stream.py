@@ -5,7 +5,7 @@ from pydantic import Field
 from radhpc.core.recipe.section import Section
 
 
-class Cache(Section):
+class CacheSettings(Section):
     """A folder of the node that keeps what came over the network, for all its ranks and for later runs."""
 
     folder: str = Field(description="on the node's own disk; $NAME and ~ are expanded on the node")
@@ -13,7 +13,7 @@ class Cache(Section):
     folders: bool = Field(False, description="also for shards in a folder behind a network file system")
 
 
-class Stream(Section):
+class StreamSettings(Section):
     """How samples are ordered and read."""
 
     window: int | None = Field(
@@ -30,6 +30,6 @@ class Stream(Section):
         256, ge=16, description="per rank, that are read ahead and held before decoding, if the shards are not local"
     )
     requests: int = Field(64, ge=1, description="to a store at a time, from all ranks of a node together")
-    cache: Cache | None = None
+    cache: CacheSettings | None = None
     max_bad_samples: int = Field(0, ge=0, description="unreadable samples in the whole run, above which it stops")
     audit: bool = Field(True, description="append the key of every sample trained on to the run's ledger")

@@ -17,7 +17,7 @@ PLACEHOLDERS = {
 }
 
 
-class Task(Section):
+class TaskSettings(Section):
     """One thing that a study can teach, with its prompt; tasks.py says which studies can serve which."""
 
     kind: Literal["report", "caption", "question", "findings", "finding"] = Field(
@@ -45,9 +45,9 @@ class Task(Section):
     nothing: str = Field("none", min_length=1, description="findings: the answer where nothing is present")
 
     @model_validator(mode="after")
-    def _fits_its_kind(self) -> "Task":
+    def _fits_its_kind(self) -> "TaskSettings":
         for key, kinds in _OF_KIND.items():
-            if getattr(self, key) != Task.model_fields[key].default and self.kind not in kinds:
+            if getattr(self, key) != TaskSettings.model_fields[key].default and self.kind not in kinds:
                 raise ValueError(f"'{key}' goes with kind {' or '.join(kinds)}, not with '{self.kind}'")
         if self.kind == "finding" and self.answers is not None and len(self.answers) != 2:
             raise ValueError(f"answers {list(self.answers)}: two are wanted, for present and for absent")
@@ -75,7 +75,7 @@ _OF_KIND = {
 }
 
 
-class Text(Section):
+class TextSettings(Section):
     """What the model is asked and what it shall answer."""
 
     prompt: str = Field("Write the report of this chest radiograph.", description="for studies without a question")
@@ -85,7 +85,7 @@ class Text(Section):
         description="sections of the report that are learnt, in order; 'other' is what belongs to neither: captions, "
         "reports without headings, but also indications and comparisons",
     )
-    tasks: dict[str, Task] = Field(
+    tasks: dict[str, TaskSettings] = Field(
         default_factory=dict,
         description="instead of 'prompt' and 'sections': a mixture by name; the first that a study can serve is the "
         "one that it is evaluated by",
@@ -102,26 +102,26 @@ class Text(Section):
     )
 
     @model_validator(mode="after")
-    def _one_way(self) -> "Text":
+    def _one_way(self) -> "TextSettings":
         for key in ("prompt", "sections"):
-            if self.tasks and getattr(self, key) != Text.model_fields[key].default:
+            if self.tasks and getattr(self, key) != TextSettings.model_fields[key].default:
                 raise ValueError(f"'{key}' goes without 'tasks': each task has its own")
         if self.neighbours and not any(task.kind == "report" for task in self.mixture().values()):
             raise ValueError(f"'neighbours' {self.neighbours} stand before the prompt of a report: no task is a report")
         return self
 
-    def mixture(self) -> dict[str, Task]:
+    def mixture(self) -> dict[str, TaskSettings]:
         """The tasks, those that `prompt` and `sections` stand for where none are named."""
         if self.tasks:
             return self.tasks
         prompt = self.prompt.replace("{", "{{").replace("}", "}}").replace("{{language}}", "{language}")
         return {
-            "question": Task(kind="question", prompt="{question}"),  # type: ignore[call-arg]
-            "report": Task(kind="report", prompt=prompt, sections=self.sections),  # type: ignore[call-arg]
+            "question": TaskSettings(kind="question", prompt="{question}"),  # type: ignore[call-arg]
+            "report": TaskSettings(kind="report", prompt=prompt, sections=self.sections),  # type: ignore[call-arg]
         }
 
 
-class Findings(Section):
+class FindingsSettings(Section):
     """The findings that classification and questions about findings are made of."""
 
     vocabulary: str = Field("chexpert", description="which of a sample's labels count")
@@ -129,7 +129,7 @@ class Findings(Section):
     uncertain: Literal["ignore", "present", "absent"] = Field("ignore", description="what the label -1 counts as")
 
     @model_validator(mode="after")
-    def _names_of_the_vocabulary(self) -> "Findings":
+    def _names_of_the_vocabulary(self) -> "FindingsSettings":
         if self.vocabulary != "chexpert" and "names" not in self.model_fields_set:
             raise ValueError(f"vocabulary '{self.vocabulary}' needs 'names'; only chexpert's are known")
         if len(set(self.names)) < len(self.names):
@@ -137,7 +137,7 @@ class Findings(Section):
         return self
 
 
-class Images(Section):
+class ImageSettings(Section):
     """Which views of a study the model sees, in training, evaluation and generation alike."""
 
     views: int | None = Field(
@@ -155,8 +155,8 @@ class Images(Section):
     )
 
     @model_validator(mode="after")
-    def _gap_goes_with_stitch(self) -> "Images":
-        if not self.stitch and self.gap != Images.model_fields["gap"].default:
+    def _gap_goes_with_stitch(self) -> "ImageSettings":
+        if not self.stitch and self.gap != ImageSettings.model_fields["gap"].default:
             raise ValueError(f"'gap' {self.gap} goes with 'stitch: true'")
         return self
 

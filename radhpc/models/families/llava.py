@@ -3,11 +3,11 @@
 A view takes (S / P)^2 positions of the text: 576 at S = 336 pixels and patches of P = 14. Shapes, for a batch of B
 studies with V views in all:
 
-    pixel_values (V, 3, S, S)   input_ids (B, L), in which the image token stands 576 times per view
+    pixel_values (V, 3, S, S)   input_ids (B, L), which contains the image token 576 times per view
 
-Views are padded to squares, as LLaVA-1.5 was trained, and not cropped to their centres: several views that are stitched
-side by side lose nothing. A model is one folder (transformers' LLaVA) or a Llama and a CLIP of one's own with a new
-projector between them:
+Views are padded to squares, as in LLaVA-1.5's training, and not cropped to their centres: several views that are
+stitched side by side lose nothing. A model is one folder (transformers' LLaVA), or a Llama and a CLIP from folders of
+their own with a new projector between them:
 
     model: {family: llava, weights: {text: models/vicuna-7b-v1.5, vision: models/clip-vit-large-patch14-336}}
 """
@@ -24,14 +24,14 @@ from transformers import CLIPVisionModel, LlavaConfig, LlavaForConditionalGenera
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from radhpc.core.recipe import Model
+from radhpc.core.recipe import ModelSettings
 from radhpc.models import image_processors
-from radhpc.models.families.base import Inputs, InText, language_model, loaded, vision_model
+from radhpc.models.families.base import ImageTokenFamily, Inputs, language_model, load_pretrained, vision_model
 from radhpc.models.family import Arrays, Load
 from radhpc.models.image_processors import ClipImages
 
 
-class Family(InText):
+class Family(ImageTokenFamily):
     """LLaVA as radhpc.models.family.ModelFamily describes a family."""
 
     IMAGE_TOKENS = ("<image>", "<|image|>")
@@ -45,7 +45,7 @@ class Family(InText):
         "{% endfor %} ASSISTANT:"
     )
 
-    def __init__(self, model: Model, tokenizer_folder: str) -> None:
+    def __init__(self, model: ModelSettings, tokenizer_folder: str) -> None:
         super().__init__(model, tokenizer_folder)
         vision = self.config.vision_config
         self.view_tokens = (vision.image_size // vision.patch_size) ** 2
@@ -69,26 +69,30 @@ class Family(InText):
         )
 
     def build(self, seed: int, load: Load | None = None) -> Any:
-        """From the folder, or put together: what no folder holds is random, a pure function of the seed."""
+        """Build the model from its folder, or from components; what no folder holds is random, a pure function of the
+        seed.
+        """
         folders = self.recipe.folders
         if "model" in folders:
-            return self.finish(loaded(LlavaForConditionalGeneration, folders["model"], "", self.kernels))
+            model = load_pretrained(LlavaForConditionalGeneration, folders["model"], "", self.attention_name)
+            return self.finish(model)
         torch.manual_seed(seed)
         whole: Any = self.build_empty()
-        language = language_model(folders.get("text"), self.config.text_config, self.kernels, load)
-        vision = vision_model(folders.get("vision"), self.config.vision_config, CLIPVisionModel, self.kernels, load)
+        config = self.config
+        language = language_model(folders.get("text"), config.text_config, self.attention_name, load)
+        vision = vision_model(folders.get("vision"), config.vision_config, CLIPVisionModel, self.attention_name, load)
         if folders:
-            torch.manual_seed(seed)  # however the parts were read
+            torch.manual_seed(seed)  # whichever way the components were read
         whole.model.vision_tower, whole.model.language_model = vision, language.model
         whole.model.multi_modal_projector, whole.lm_head = LlavaMultiModalProjector(self.config), language.lm_head
         return self.finish(whole)
 
     def build_empty(self) -> Any:
-        """The architecture alone, in float32 as build() gives it."""
-        return self.empty(lambda: LlavaForConditionalGeneration(self.config))
+        """Build only the architecture, in float32 as build() does."""
+        return self.build_on_meta(lambda: LlavaForConditionalGeneration(self.config))
 
     def processor(self) -> Any:
-        """transformers' own, for squares: whoever has no radhpc pads views to squares before (example.py)."""
+        """Return transformers' own processor, for squares: without radhpc, views are padded before (example.py)."""
         images = CLIPImageProcessorPil(
             size={"shortest_edge": self.image_processor.size},
             crop_size={"height": self.image_processor.size, "width": self.image_processor.size},
@@ -97,7 +101,7 @@ class Family(InText):
         if folder is not None and image_processors.described(Path(folder)):
             images = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
         strategy = self.config.vision_feature_select_strategy
-        return LlavaProcessor(
+        return LlavaProcessor(  # type: ignore[no-untyped-call]
             images,
             self.tokenizer,
             patch_size=self.config.vision_config.patch_size,
@@ -111,16 +115,16 @@ class Family(InText):
         return [self.view_tokens] * len(images["pixel_values"])
 
     def encode_images(self, images: Sequence[Image.Image]) -> Arrays:
-        """pixel_values (V, 3, S, S) of V views."""
+        """Return pixel_values (V, 3, S, S) of V views."""
         return self.image_processor(images)
 
     def show_images(self, images: Arrays) -> list[Image.Image]:
-        """The views of one study as the model sees them."""
+        """Return the views of one study as the model sees them."""
         return self.image_processor.show(images)
 
     def collate_images(self, studies: Sequence[Arrays], input_ids: npt.NDArray[np.int64]) -> dict[str, torch.Tensor]:
         return {"pixel_values": torch.from_numpy(np.concatenate([study["pixel_values"] for study in studies]))}
 
-    def image_parts(self, input_ids: torch.Tensor, inputs: Inputs) -> dict[str, list[int]]:
+    def image_counts(self, input_ids: torch.Tensor, inputs: Inputs) -> dict[str, list[int]]:
         counts = (input_ids == self.image_token_id).sum(dim=1) // self.view_tokens
         return {"pixel_values": counts.tolist()} if "pixel_values" in inputs else {}

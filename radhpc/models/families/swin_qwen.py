@@ -5,7 +5,7 @@ studies with at most V views of S x S pixels, T tokens each:
 
     pixel_values (B, V, 3, S, S)   image_sizes (B,): views of each study   input_ids (B, L)
 
-The classes are LLaVA's with another vision model and connector (swin_llava.py, connector.py). The parts come from
+The classes are LLaVA's with another vision model and connector (swin_llava.py, connector.py). The components come from
 folders of their own, the connector is new:
 
     model: {family: swin_qwen, weights: {vision: models/swin-base-patch4-window7-224, text: models/Qwen3-0.6B}}
@@ -25,25 +25,25 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from transformers.models.swin.modeling_swin import SwinLayer
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from radhpc.core.recipe import Connector, Model
+from radhpc.core.recipe import ConnectorSettings, ModelSettings
 from radhpc.models import image_processors
-from radhpc.models.families.base import InText, language_model, values, vision_model
+from radhpc.models.families.base import ImageTokenFamily, all_values, language_model, vision_model
 from radhpc.models.family import Arrays, Load
 from radhpc.models.image_processors import SwinImages
-from radhpc.models.portable.connector import Sasa
+from radhpc.models.portable.connector import SpatialSemanticAbstractor
 from radhpc.models.portable.study_processor import StudyProcessor
 from radhpc.models.portable.swin_llava import SwinQwen, build_connector, features_of
 
 
-class Family(InText):
+class Family(ImageTokenFamily):
     """LightMedVLM as radhpc.models.family.ModelFamily describes a family."""
 
     blocks = (SwinLayer, Qwen3DecoderLayer, LlamaDecoderLayer)
-    modules = ("radhpc.models.portable.connector", "radhpc.models.portable.swin_llava")  # travel with exported weights
+    modules = ("radhpc.models.portable.connector", "radhpc.models.portable.swin_llava")  # exported with the weights
 
     IMAGE_TOKENS = ("<|image_pad|>", "<|image|>", "<image>")
     VISION, TEXT = "swin", "qwen3"
-    # The instruction is the system's, the picture is the user's; no thinking.
+    # The instruction is the system's message, the picture is the user's; no thinking.
     CHAT_TEMPLATE = (
         "{% for message in messages %}<|im_start|>system\n{% for part in message['content'] %}"
         "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
@@ -51,8 +51,8 @@ class Family(InText):
         "<|im_start|>assistant\n"
     )
 
-    def __init__(self, model: Model, tokenizer_folder: str) -> None:
-        self.connector = model.connector or Connector()  # type: ignore[call-arg]
+    def __init__(self, model: ModelSettings, tokenizer_folder: str) -> None:
+        self.connector = model.connector or ConnectorSettings()  # type: ignore[call-arg]
         super().__init__(model, tokenizer_folder)
         folder = model.folders.get("vision")
         path = image_processors.described(Path(folder)) if folder is not None else None
@@ -65,36 +65,34 @@ class Family(InText):
         vision: Any = self.vision_config()
         if "drop_path_rate" not in (self.recipe.config or {}).get("vision", {}):
             vision.drop_path_rate = 0.0  # for training Swin alone: here it would blur what the connector learns from
+        connector: dict[str, Any] = {"connector": self.connector.model_dump(exclude={"concepts"})}
         return LlavaConfig(
-            vision_config=vision,
-            text_config=self.text_config(),
-            image_token_index=self.image_token_id,
-            connector=self.connector.model_dump(exclude={"concepts"}),
+            vision_config=vision, text_config=self.text_config(), image_token_index=self.image_token_id, **connector
         )
 
     def build(self, seed: int, load: Load | None = None) -> Any:
-        """From the folders; what none of them holds is random, a pure function of the seed."""
+        """Build the model from its folders; what none of them holds is random, a pure function of the seed."""
         folders, config = self.recipe.folders, self.config
         torch.manual_seed(seed)
         whole: Any = self.build_empty()
-        language = language_model(folders.get("text"), config.text_config, self.kernels, load)
-        vision = vision_model(folders.get("vision"), config.vision_config, SwinModel, self.kernels, load)
+        language = language_model(folders.get("text"), config.text_config, self.attention_name, load)
+        vision = vision_model(folders.get("vision"), config.vision_config, SwinModel, self.attention_name, load)
         vision.pooler = None
         if folders:
-            torch.manual_seed(seed)  # however the parts were read
+            torch.manual_seed(seed)  # whichever way the components were read
         connector = build_connector(config)
-        if isinstance(connector, Sasa):
-            connector.set_concepts(self._concepts(values(language.get_input_embeddings().weight)))
+        if isinstance(connector, SpatialSemanticAbstractor):
+            connector.set_concepts(self._concepts(all_values(language.get_input_embeddings().weight)))
         whole.model.vision_tower, whole.model.language_model = vision, language.model
         whole.model.multi_modal_projector, whole.lm_head = connector, language.lm_head
         return self.finish(whole)
 
     def build_empty(self) -> Any:
-        """The architecture alone, in float32 as build() gives it."""
-        return self.empty(lambda: SwinQwen(self.config))
+        """Build only the architecture, in float32 as build() does."""
+        return self.build_on_meta(lambda: SwinQwen(self.config))
 
     def processor(self) -> Any:
-        """For those who have no radhpc: a study's views, and its one image token as often as the study has vectors."""
+        """Return a processor that works without radhpc: it repeats a study's one image token for each vector."""
         images = ViTImageProcessorPil(**self.image_processor.described())
         return StudyProcessor(
             images,
@@ -105,7 +103,7 @@ class Family(InText):
         )
 
     def _concepts(self, table: torch.Tensor) -> torch.Tensor:
-        """(concepts, D): the mean embedding of each name's tokens."""
+        """Return the mean embedding of the tokens of each concept's name, (concepts, D)."""
         ids = [self.tokenizer(name, add_special_tokens=False)["input_ids"] for name in self.connector.concepts]
         return torch.stack([table[one].mean(dim=0) for one in ids])
 
@@ -113,18 +111,18 @@ class Family(InText):
         return super().prompt(text, min(images, 1))  # a study is one picture
 
     def chat_template(self) -> str:
-        """Qwen3's own knows nothing of images."""
+        """Return this family's template: Qwen3's own has no images."""
         return self.CHAT_TEMPLATE
 
     def tokens(self, images: Arrays) -> list[int]:
         return [self.study_tokens]
 
     def encode_images(self, images: Sequence[Image.Image]) -> Arrays:
-        """pixel_values (V, 3, S, S) of V views."""
+        """Return pixel_values (V, 3, S, S) of V views."""
         return self.image_processor(images)
 
     def show_images(self, images: Arrays) -> list[Image.Image]:
-        """The views of one study as the model sees them."""
+        """Return the views of one study as the model sees them."""
         return self.image_processor.show(images)
 
     def collate_images(self, studies: Sequence[Arrays], input_ids: npt.NDArray[np.int64]) -> dict[str, torch.Tensor]:

@@ -1,10 +1,10 @@
-"""Between a vision model and a language model: a grid of features becomes tokens. Plain torch, nothing of radhpc.
+"""Turn a grid of a vision model's features into tokens for a language model. Plain torch, independent of radhpc.
 
     features (B, N, C), N a square number, such as 49 x 1024 of a Swin-B at 224 pixels
       -> tokens (B, T, D), T latents of the language model's width D
 
-Norms are by group, not by batch: a batch's statistics would depend on the micro-batch, so on the number of ranks, and
-would have to be saved with the trained parameters.
+Norms are by group, not by batch: a batch's statistics would depend on the micro-batch, hence on the number of ranks,
+and would have to be saved with the trained parameters.
 """
 
 import math
@@ -15,8 +15,9 @@ from torch import nn
 Features = torch.Tensor
 
 
-class Sasa(nn.Module):
-    """LightMedVLM's Spatially-Aware Semantic Abstractor (Vu et al., 2025): convolutions, then latents that query them.
+class SpatialSemanticAbstractor(nn.Module):
+    """LightMedVLM's Spatially-Aware Semantic Abstractor, SASA (Vu et al., 2025): convolutions, then latents that query
+    them. In recipes: connector.kind "sasa".
 
     Two 3 x 3 convolutions refine the grid, a linear layer gives it the width D, and T latents attend to it; a residual
     MLP of width 4 D and a norm follow. The first latents may start from the embeddings of findings: set_concepts().
@@ -34,9 +35,9 @@ class Sasa(nn.Module):
         self.done = nn.LayerNorm(width)
 
     def set_concepts(self, embeddings: torch.Tensor) -> None:
-        """Start the first latents from embeddings (concepts, D), in the directions of those and as long as the others.
+        """Start the first latents from embeddings (concepts, D): in their directions, and as long as the other latents.
 
-        A token's embedding is tens of times as short as a random latent: as it is, it would hardly be heard.
+        A token's embedding is tens of times shorter than a random latent: unscaled, it would have hardly any effect.
         """
         with torch.no_grad():
             length = self.latents.norm(dim=1).mean()
@@ -45,13 +46,13 @@ class Sasa(nn.Module):
     def forward(self, features: Features) -> torch.Tensor:
         refined = self.project(_flat(self.refine(_grid(features))))
         latents = self.latents.expand(len(features), -1, -1)
-        found, _ = self.attention(latents, refined, refined, need_weights=False)
-        attended = self.attended(latents + found)
+        change, _ = self.attention(latents, refined, refined, need_weights=False)
+        attended = self.attended(latents + change)
         return torch.as_tensor(self.done(attended + self.mlp(attended)))
 
 
 class Abstractor(nn.Module):
-    """Honeybee's C-Abstractor (Cha et al., CVPR 2024, arXiv:2312.06742): convolutions, a pooling, convolutions.
+    """Honeybee's C-Abstractor (Cha et al., CVPR 2024, arXiv:2312.06742): convolutions, pooling, convolutions.
 
     As in khanrc/honeybee, projectors.py: learned positions, three RegNet blocks on either side of an average pooling to
     sqrt(T) x sqrt(T), and a readout of two linear layers. Inner width as there: 1024.
@@ -74,7 +75,7 @@ class Abstractor(nn.Module):
 
 
 class RegBlock(nn.Module):
-    """RegNet's block (Radosavovic et al., 2020) as timm has it by default: 1 x 1, depthwise 3 x 3, squeeze, 1 x 1."""
+    """RegNet's block (Radosavovic et al., 2020) with timm's defaults: 1 x 1, depthwise 3 x 3, squeeze, 1 x 1."""
 
     def __init__(self, channels: int, out: int) -> None:
         super().__init__()
@@ -105,9 +106,10 @@ def _convolution(channels: int) -> tuple[nn.Module, ...]:
 
 
 def _grid(features: Features) -> torch.Tensor:
-    """(B, N, C) as (B, C, rows, columns)."""
-    side = math.isqrt(features.shape[1])
-    return features.transpose(1, 2).unflatten(2, (side, side))
+    """Reshape (B, N, C) to (B, C, rows, columns)."""
+    batch, count, channels = features.shape
+    side = math.isqrt(count)
+    return features.transpose(1, 2).reshape(batch, channels, side, side)
 
 
 def _flat(grid: torch.Tensor) -> Features:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import launch
+from radhpc.cli.main import app
 from radhpc.cli.models import context_of, image_settings
 from radhpc.core.errors import UserError
 from radhpc.core.files import read_lines
@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.heavy, pytest.mark.timeout(300)]
 
 def call(*arguments: object) -> int:
     """launch.py in this process: its exit status. A mistake of the user raises UserError."""
-    return launch.app([*map(str, arguments)], standalone_mode=False) or 0
+    return app([*map(str, arguments)], standalone_mode=False) or 0
 
 
 def command(*arguments: object) -> list[str]:

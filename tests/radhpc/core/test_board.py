@@ -72,15 +72,15 @@ def test_curves_for_weights_and_biases_are_written_offline_and_nothing_else(
 ) -> None:
     """Read from the offline folder as `wandb sync` reads it; a second life is a second run of the same group."""
     pytest.importorskip("wandb", reason="wandb is not installed: see docs/offline.md, Extras")
-    from radhpc.core.board import Curves
-    from radhpc.core.recipe import Wandb
+    from radhpc.core.board import WandbCurves
+    from radhpc.core.recipe import WandbSettings
 
     for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_PROJECT"):
         monkeypatch.delenv(name, raising=False)
-    settings, run = Wandb(project="ablation"), tmp_path / "night"  # type: ignore[call-arg]
+    settings, run = WandbSettings(project="ablation"), tmp_path / "night"  # type: ignore[call-arg]
     run.mkdir()
     for number, steps in ((1, range(1, 4)), (2, range(3, 6))):
-        board = Board(None, steps[0] - 1, Curves(settings, run, number))
+        board = Board(None, steps[0] - 1, WandbCurves(settings, run, number))
         for step in steps:
             board.scalars(step, {"train/loss": 100.0 - step})
         board.text(steps[-1], "evaluation/table", "No effusion of the patient.")

@@ -11,7 +11,7 @@ import pytest
 
 from bench.chaos import small_disk
 from radhpc.core.errors import UserError
-from radhpc.core.files import insist, write_atomically
+from radhpc.core.files import write_atomically, write_with_reserve
 from radhpc.core.run_folder import RunFolder
 from tests.conftest import ROOT
 
@@ -51,14 +51,16 @@ def test_a_life_that_fills_the_disk_can_still_say_so(tmp_path: Path) -> None:
         pytest.skip("NO SMALL DISK CAN BE MOUNTED HERE: a full one is not tested; this needs root")
     try:
         run = RunFolder(folder)
-        run.hold_back()
+        run.reserve_space()
         with (folder / "filler").open("wb", buffering=0) as file, contextlib.suppress(OSError):
             while True:
                 file.write(bytes(4096))
         with pytest.raises(OSError, match="No space left"):
             run.record("finished")
-        insist(run.reserve("ranks"), lambda: write_atomically(folder / "logs" / "end.rank-00000.json", b"full"))
-        insist(run.reserve("decision"), lambda: run.record("failed", why="No space left on device"))
+        write_with_reserve(
+            run.reserve_path("ranks"), lambda: write_atomically(folder / "logs" / "end.rank-00000.json", b"full")
+        )
+        write_with_reserve(run.reserve_path("decision"), lambda: run.record("failed", why="No space left on device"))
         assert (folder / "logs" / "end.rank-00000.json").read_bytes() == b"full"
         assert [event["event"] for event in run.events()] == ["failed"]
     finally:

@@ -3,10 +3,10 @@
 import inspect
 from typing import get_args
 
+import shards.source
 from radhpc.core import formats
 from radhpc.core.manifest import Manifest
 from radhpc.engine.checkpoint import Cursor
-from shards.source import Source
 
 
 def test_what_is_written_has_the_version() -> None:
@@ -14,4 +14,4 @@ def test_what_is_written_has_the_version() -> None:
     manifest = Manifest.model_fields["format"]
     assert (manifest.default, get_args(manifest.annotation)) == (formats.MANIFEST, (1,))
     assert formats.SHARDS == 2
-    assert "formats.SHARDS" in inspect.getsource(Source)
+    assert "formats.SHARDS" in inspect.getsource(shards.source)

@@ -15,7 +15,7 @@ from hypothesis import given, settings, strategies as st
 
 from bench.corpus import make
 from radhpc.core.errors import UserError
-from radhpc.core.recipe import Cache, Optimizer, Stage, Stream as StreamRecipe
+from radhpc.core.recipe import CacheSettings, OptimizerSettings, Stage, StreamSettings
 from radhpc.data import prefetch
 from radhpc.data.source import RawSample, SampleLocation, Source
 from radhpc.data.stream import Stream
@@ -62,12 +62,12 @@ def upload(folder: Path, url: str) -> str:
     return url
 
 
-def stream(url: str, recipe: StreamRecipe, epochs: int = 1, cursor: int = 0, source: Source | None = None) -> Stream:
-    stage = Stage(name="s", epochs=epochs, batch=BATCH, train=(".*",), optimizer=Optimizer(learning_rate=1.0))
+def stream(url: str, recipe: StreamSettings, epochs: int = 1, cursor: int = 0, source: Source | None = None) -> Stream:
+    stage = Stage(name="s", epochs=epochs, batch=BATCH, train=(".*",), optimizer=OptimizerSettings(learning_rate=1.0))
     return Stream(source or Source((url,), "train"), Digests(), stage, 0, recipe, seed=0, cursor=cursor)
 
 
-def read(url: str, recipe: StreamRecipe, **options: Any) -> tuple[list[list[Row]], Stream]:
+def read(url: str, recipe: StreamSettings, **options: Any) -> tuple[list[list[Row]], Stream]:
     """The rows of every step, and the stream that gave them."""
     rows = stream(url, recipe, **options)
     try:
@@ -77,7 +77,7 @@ def read(url: str, recipe: StreamRecipe, **options: Any) -> tuple[list[list[Row]
     return steps, rows
 
 
-RECIPE = StreamRecipe(window=3, threads=2, prefetch=2, prefetch_megabytes=16, requests=8)
+RECIPE = StreamSettings(window=3, threads=2, prefetch=2, prefetch_megabytes=16, requests=8)
 
 
 @pytest.fixture
@@ -278,7 +278,7 @@ def test_a_shard_replaced_under_way_is_noticed(url: str, corpus: Path) -> None:
 
 
 def test_the_nodes_cache_saves_requests_and_is_checked(url: str, faults: Faults, corpus: Path, tmp_path: Path) -> None:
-    recipe = RECIPE.model_copy(update={"cache": Cache(folder=str(tmp_path / "cache"), gigabytes=0.1)})
+    recipe = RECIPE.model_copy(update={"cache": CacheSettings(folder=str(tmp_path / "cache"), gigabytes=0.1)})
     expected = read(str(corpus), recipe)[0]
     assert read(url, recipe)[0] == expected
     source = Source((url,), "train")

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from radhpc.core.errors import UserError
-from radhpc.core.recipe import Images, Recipe, load
+from radhpc.core.recipe import ImageSettings, Recipe, load
 from radhpc.core.sample import Report, Sample, View
 from radhpc.data.collate import StudyEncoder
 from radhpc.data.source import Source
@@ -58,7 +58,7 @@ def test_stitched_views_are_one_picture_for_training_and_generation(
     kind: ModelFamily, recipe: Recipe, views: int, limit: int | None
 ) -> None:
     """One image token, and the arrays of the picture that processors.stitch makes of the first views."""
-    encoder = StudyEncoder(kind, recipe.text, Images(stitch=True, gap=7, views=limit))
+    encoder = StudyEncoder(kind, recipe.text, ImageSettings(stitch=True, gap=7, views=limit))
     key, sample, pictures = study(views)
     used = pictures[: limit or 4]
     whole = stitch(used, 7, len(used))
@@ -78,7 +78,7 @@ def test_stitched_views_are_one_picture_for_training_and_generation(
 def test_the_first_views_are_used_and_the_others_left_out(
     kind: ModelFamily, recipe: Recipe, views: int, limit: int | None, left: int
 ) -> None:
-    encoder = StudyEncoder(kind, recipe.text, Images(views=limit))
+    encoder = StudyEncoder(kind, recipe.text, ImageSettings(views=limit))
     key, sample, pictures = study(views)
     wanted = kind.encode_images(pictures[:left])
     for row in (encoder.encode(key, sample, pictures), encoder.encode_prompt(key, "Why?", pictures)):
@@ -87,7 +87,7 @@ def test_the_first_views_are_used_and_the_others_left_out(
 
 
 def test_a_stream_stitches_what_it_trains_on(kind: ModelFamily, recipe: Recipe, source: Source) -> None:
-    encoder = StudyEncoder(kind, recipe.text, Images(stitch=True))
+    encoder = StudyEncoder(kind, recipe.text, ImageSettings(stitch=True))
     stream = Stream(source, encoder, recipe.stages[1], 1, recipe.stream, recipe.seed)
     try:
         steps = list(stream)

@@ -17,8 +17,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 
 from radhpc.core.files import write_atomically
-from radhpc.core.manifest import INDEX, MANIFEST, File, Manifest, Shard, sha256
-from radhpc.core.recipe import Optimizer, Stage, Stream as StreamRecipe
+from radhpc.core.manifest import INDEX, MANIFEST, FileEntry, Manifest, Shard, sha256
+from radhpc.core.recipe import OptimizerSettings, Stage, StreamSettings
 from radhpc.core.sample import SPLITS, Sample
 from radhpc.data.source import BadSample, RawSample, Source
 from radhpc.data.stream import BatchPlan, Step, Stream, stage_sampler, stage_samples, stage_steps
@@ -95,7 +95,7 @@ def make(folder: Path, name: str, counts: Sequence[int], most_views: int) -> Pat
         splits=samples,
         patients=samples,
         shards=tuple(shards),
-        index=File(name=INDEX, size=len(columns), sha256=sha256(columns)),
+        index=FileEntry(name=INDEX, size=len(columns), sha256=sha256(columns)),
         build={},
         build_hash=sha256(b""),
     )
@@ -110,7 +110,7 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def stage_of(**given_: Any) -> Stage:
-    return Stage(name="s", train=(".*",), optimizer=Optimizer(learning_rate=1.0), **given_)
+    return Stage(name="s", train=(".*",), optimizer=OptimizerSettings(learning_rate=1.0), **given_)
 
 
 @dataclass(frozen=True)
@@ -151,9 +151,9 @@ class Data:
         urls = [str(folders[name]) for name in self.names]
         return dict(zip(urls, self.weights, strict=False)) if self.mix == "weights" else tuple(urls)
 
-    def recipe(self, life: Life | None = None) -> StreamRecipe:
+    def recipe(self, life: Life | None = None) -> StreamSettings:
         changes = {"threads": life.threads, "prefetch": life.prefetch} if life else {}
-        return StreamRecipe(window=self.window, temperature=2.0 if self.mix == "temperature" else None, **changes)
+        return StreamSettings(window=self.window, temperature=2.0 if self.mix == "temperature" else None, **changes)
 
     def stage(self, life: Life | None = None) -> Stage:
         micro = life.micro_batch if life else None
@@ -296,14 +296,14 @@ def test_of_real_wordings_little_is_padded(tmp_path: Path) -> None:
     reader = Tokens(AutoTokenizer.from_pretrained(tmp_path / "tokenizer"))
     batch, size = 64, 4
     stage = stage_of(epochs=1, batch=batch, micro_batch=size)
-    streams = [Stream(source, reader, stage, 0, StreamRecipe(), 0, rank, 2) for rank in range(2)]
+    streams = [Stream(source, reader, stage, 0, StreamSettings(), 0, rank, 2) for rank in range(2)]
     steps = list(zip(*streams, strict=True))[:-1]  # the last batch is filled up with empty slots
     for stream in streams:
         stream.close()
     dealt = [rows for ranks in steps for rows in micro_batches(list(ranks))]
     rows = {row.key: row for micro in dealt for row in micro}
     positions = np.arange(len(dealt) * size)
-    keys = source.keys(stage_sampler(source, 0, StreamRecipe(), 0).at(positions).sample)
+    keys = source.keys(stage_sampler(source, 0, StreamSettings(), 0).at(positions).sample)
     unsorted = [[rows[key] for key in keys[at : at + size]] for at in range(0, len(keys), size)]
     for what, share in (("length", 1 / 2), ("views", 1 / 4)):
         needed = sum(getattr(row, what) for row in rows.values())
@@ -386,7 +386,7 @@ def test_the_documented_example_of_a_deal() -> None:
 
 def row(source: Source, stage: int = 0, seed: int = 0, **changes: Any) -> list[str]:
     """The keys of the first 100 positions."""
-    recipe = StreamRecipe(**{"window": 3, **changes})
+    recipe = StreamSettings(**{"window": 3, **changes})
     return source.keys(stage_sampler(source, stage, recipe, seed).at(np.arange(100)).sample)
 
 

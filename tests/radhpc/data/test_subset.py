@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from radhpc.core.errors import UserError
-from radhpc.core.manifest import MANIFEST, File, Index, Manifest, sha256
+from radhpc.core.manifest import MANIFEST, FileEntry, Manifest, SampleIndex, sha256
 from radhpc.core.recipe import load
 from radhpc.data.source import Source
 from radhpc.storage.store import Store
@@ -23,7 +23,7 @@ def shards(phantom_shards: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(phantom_shards, tmp_path / "shards"))
 
 
-def write_subset(folder: Path) -> tuple[Index, list[str]]:
+def write_subset(folder: Path) -> tuple[SampleIndex, list[str]]:
     """Every third training sample, and all that is held out. Returns the whole index and the training keys."""
     store = Store(folder)
     whole = Manifest.load(store)
@@ -31,7 +31,7 @@ def write_subset(folder: Path) -> tuple[Index, list[str]]:
     train = index.of_split("train")[::3]
     rows = np.sort(np.concatenate([train, np.flatnonzero(index.split != 0)]))
     data = index.take(rows).to_bytes()
-    file = File(name="thirds.npz", size=len(data), sha256=sha256(data))
+    file = FileEntry(name="thirds.npz", size=len(data), sha256=sha256(data))
     changes = {"samples": len(rows), "index": file, "subset_of": whole.hash}
     (folder / "thirds.npz").write_bytes(data)
     (folder / "thirds.json").write_bytes(whole.model_copy(update=changes).to_bytes())

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from radhpc.core.errors import UserError
-from radhpc.core.recipe import Findings, Recipe, Text, load
+from radhpc.core.recipe import FindingsSettings, Recipe, TextSettings, load
 from radhpc.core.sample import Report, Sample, View
 from radhpc.data.collate import IGNORE, UNKNOWN, StudyEncoder
 from radhpc.data.source import BadSample, RawSample, Source
@@ -35,7 +35,7 @@ def study(number: int = 0, **given: Any) -> Sample:
 
 
 def tasks(mixture: dict[str, Any] = MIXTURE, **findings: Any) -> Tasks:
-    return Tasks(Text(tasks=mixture), Findings(**findings), seed=0)
+    return Tasks(TextSettings(tasks=mixture), FindingsSettings(**findings), seed=0)
 
 
 LABELLED = {
@@ -102,7 +102,7 @@ def test_closed_questions_have_closed_answers() -> None:
 )
 def test_a_task_that_cannot_be_is_refused(task: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words.replace("{", r"\{").replace("}", r"\}")):
-        Text(tasks={"one": task})
+        TextSettings(tasks={"one": task})
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def kind(tmp_path_factory: pytest.TempPathFactory, recipe: Recipe) -> ModelFamil
 def test_exactly_the_answer_is_supervised(kind: ModelFamily, recipe: Recipe) -> None:
     """Of each kind of task: what is learnt decodes to the answer and the end token, what is not holds the image."""
     mixture = MIXTURE | {"rare": MIXTURE["rare"] | {"findings": ["Cardiomegaly", "Pleural Effusion"]}}
-    encoder = StudyEncoder(kind, Text(tasks=mixture), recipe.images, recipe.findings, seed=0, labelled=True)
+    encoder = StudyEncoder(kind, TextSettings(tasks=mixture), recipe.images, recipe.findings, seed=0, labelled=True)
     source, seen = Source(recipe.shards, "train"), set()
     for raw in (raw._replace(epoch=epoch) for epoch in range(4) for raw in source.read_raw(source_numbers(source))):
         row = encoder.read(raw)
@@ -166,7 +166,7 @@ def test_bad_input_is_one_line(kind: ModelFamily, recipe: Recipe) -> None:
     text = recipe.text.model_copy(update={"max_tokens": 8})
     with pytest.raises(UserError, match=r"text.prompt: a prompt of \d+ tokens leaves no room .*max_tokens 8"):
         StudyEncoder(kind, text)
-    encoder = StudyEncoder(kind, Text(tasks={"closed": MIXTURE["closed"]}, max_tokens=60))
+    encoder = StudyEncoder(kind, TextSettings(tasks={"closed": MIXTURE["closed"]}, max_tokens=60))
 
     @dataclass
     class Shard:
@@ -191,7 +191,7 @@ def test_bad_input_is_one_line(kind: ModelFamily, recipe: Recipe) -> None:
 def test_a_stage_that_would_learn_nothing_is_refused(recipe: Recipe, phantom_shards: Path) -> None:
     source = Source(recipe.shards, "train")
     check(recipe, recipe.stages[0], source)
-    stage = recipe.stages[0].model_copy(update={"text": Text(sections=("other",))})
+    stage = recipe.stages[0].model_copy(update={"text": TextSettings(sections=("other",))})
     with pytest.raises(
         UserError, match=r"none of \d+ studies has what text.sections other would learn; they have findings"
     ):

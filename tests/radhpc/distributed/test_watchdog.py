@@ -23,7 +23,7 @@ import pytest
 
 from radhpc.core.errors import UserError
 from radhpc.core.files import read_json, read_lines
-from radhpc.core.ledger import consumed
+from radhpc.core.ledger import read_ledger
 from radhpc.core.recipe import load
 from radhpc.core.run_folder import RunFolder
 from radhpc.distributed.watchdog import EXIT_STATUS, Beat, Limits, Watchdog, describe, judge, read
@@ -221,7 +221,7 @@ def stacks(run: Path, rank: int) -> str:
 
 
 def step(run: Path) -> int:
-    return max(consumed(run / "ledger").steps, default=0)
+    return max(read_ledger(run / "ledger").steps, default=0)
 
 
 def test_a_stopped_rank_is_named_and_nothing_is_left(start: START, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from radhpc.core.errors import UserError
 from radhpc.engine.checkpoint import Checkpoints, Cursor, SaveCancelled, _serialised
-from radhpc.storage.checkpoint_storage import Bucket, Folder
+from radhpc.storage.checkpoint_storage import FolderStorage, ObjectStorage
 from radhpc.storage.store import Store
 from tests.conftest import Moto, reach
 from tests.crash_disk import CrashDisk, Killed, crashes
@@ -37,8 +37,8 @@ def save(checkpoints: Checkpoints, step: int, done: bool = False, size: int = 10
 def checkpoints(request: pytest.FixtureRequest, tmp_path: Path) -> Checkpoints:
     """Those of a run: in its folder, and in an object store."""
     if request.param == "folder":
-        return Checkpoints(Folder(tmp_path))
-    return Checkpoints(Bucket(request.getfixturevalue("s3")))
+        return Checkpoints(FolderStorage(tmp_path))
+    return Checkpoints(ObjectStorage(request.getfixturevalue("s3")))
 
 
 def content(checkpoints: Checkpoints, name: str, file: str) -> bytes:
@@ -48,7 +48,7 @@ def content(checkpoints: Checkpoints, name: str, file: str) -> bytes:
 def replace(checkpoints: Checkpoints, name: str, file: str, data: bytes | None) -> None:
     """Damage a file from outside; None deletes it."""
     storage = checkpoints.storage
-    store = Store(storage.path / name if isinstance(storage, Folder) else storage.where(name))
+    store = Store(storage.path / name if isinstance(storage, FolderStorage) else storage.where(name))
     if data is None:
         store.delete(file)
     else:
@@ -61,7 +61,7 @@ def test_what_is_saved_is_read(checkpoints: Checkpoints) -> None:
     assert checkpoints.cursor(name).step == 7
     assert torch.equal(checkpoints.tensors(name, moments=True)["a.weight"], torch.full((100,), 7.0))
     assert list(checkpoints.tensors(name, moments=False)) == ["a.weight"]
-    if isinstance(checkpoints.storage, Folder):
+    if isinstance(checkpoints.storage, FolderStorage):
         for file in (checkpoints.storage.path / name).iterdir():
             assert file.stat().st_mode & 0o777 == 0o600
 
@@ -106,7 +106,7 @@ def fresh(tmp_path: Path) -> Callable[[], Path]:
         folder = tmp_path / f"disk-{next(numbers)}"
         folder.mkdir()
         for step in (1, 2):
-            save(Checkpoints(Folder(folder)), step)
+            save(Checkpoints(FolderStorage(folder)), step)
         return folder
 
     return make
@@ -114,7 +114,7 @@ def fresh(tmp_path: Path) -> Callable[[], Path]:
 
 def assert_sound(folder: Path, newest: set[str]) -> None:
     """Every checkpoint that has a marker verifies, the newest one is one of these, and the run can go on saving."""
-    checkpoints = Checkpoints(Folder(folder))
+    checkpoints = Checkpoints(FolderStorage(folder))
     assert {name: checkpoints.verify(name) for name in checkpoints.committed()} == dict.fromkeys(
         checkpoints.committed()
     )
@@ -126,7 +126,7 @@ def test_a_save_that_is_killed_at_any_call_leaves_the_old_or_the_new_one(
     fresh: Callable[[], Path], tmp_path: Path
 ) -> None:
     old, new = "step-000002", "step-000003"
-    for number, disk in crashes(fresh, lambda folder: save(Checkpoints(Folder(folder)), 3)):
+    for number, disk in crashes(fresh, lambda folder: save(Checkpoints(FolderStorage(folder)), 3)):
         cut = disk.after_power_cut(tmp_path / f"cut-{number}")
         assert_sound(cut, {old, new})
         assert_sound(disk.folder, {old, new})
@@ -135,8 +135,8 @@ def test_a_save_that_is_killed_at_any_call_leaves_the_old_or_the_new_one(
 def test_what_save_has_returned_survives_a_power_cut(fresh: Callable[[], Path], tmp_path: Path) -> None:
     folder = fresh()
     with CrashDisk(folder) as disk:
-        name = save(Checkpoints(Folder(folder)), 3)
-    checkpoints = Checkpoints(Folder(disk.after_power_cut(tmp_path / "cut")))
+        name = save(Checkpoints(FolderStorage(folder)), 3)
+    checkpoints = Checkpoints(FolderStorage(disk.after_power_cut(tmp_path / "cut")))
     assert checkpoints.newest() == (name, [])
     disk.close()
 
@@ -145,7 +145,7 @@ def test_the_marker_is_the_last_thing_that_a_save_writes(fresh: Callable[[], Pat
     """After the folder has its name and its name is on the disk; only flushes follow."""
     folder = fresh()
     with CrashDisk(folder) as disk:
-        save(Checkpoints(Folder(folder)), 3)
+        save(Checkpoints(FolderStorage(folder)), 3)
     disk.close()
     place, unfinished = str(folder / "step-000003"), str(folder / ".step-000003.writing")
     filled = disk.calls.index(("fsync", unfinished))
@@ -160,9 +160,9 @@ def test_the_marker_is_the_last_thing_that_a_save_writes(fresh: Callable[[], Pat
 def test_a_prune_that_is_killed_at_any_call_leaves_no_marker_without_its_files(
     fresh: Callable[[], Path], tmp_path: Path
 ) -> None:
-    for number, disk in crashes(fresh, lambda folder: Checkpoints(Folder(folder)).prune(1)):
+    for number, disk in crashes(fresh, lambda folder: Checkpoints(FolderStorage(folder)).prune(1)):
         cut = disk.after_power_cut(tmp_path / f"cut-{number}")
-        assert Checkpoints(Folder(cut)).newest()[0] == "step-000002"
+        assert Checkpoints(FolderStorage(cut)).newest()[0] == "step-000002"
         assert_sound(disk.folder, {"step-000002"})
 
 
@@ -175,7 +175,7 @@ def test_an_object_store_that_fails_after_any_request_leaves_the_old_or_the_new_
     reach(monkeypatch, moto.environment)
     requests = {name: getattr(Store, name) for name in ("write", "write_pieces", "delete")}
     for fail_at in range(100):
-        checkpoints = Checkpoints(Bucket(f"s3://kill-{work}/run-{fail_at}"))
+        checkpoints = Checkpoints(ObjectStorage(f"s3://kill-{work}/run-{fail_at}"))
         for step in (1, 2):
             save(checkpoints, step)
         seen: list[str] = []
@@ -213,7 +213,7 @@ def test_retention_keeps_the_newest_and_every_stages_last(checkpoints: Checkpoin
 
 def test_steps_are_compared_as_numbers(tmp_path: Path) -> None:
     """From step 1,000,000 on a name has one digit more, and comes before the others in the alphabet."""
-    checkpoints = Checkpoints(Folder(tmp_path))
+    checkpoints = Checkpoints(FolderStorage(tmp_path))
     for step in (999_998, 999_999, 1_000_000, 1_000_001):
         save(checkpoints, step)
     replace(checkpoints, "step-999999", "COMMITTED", None)  # torn, and older than the newest: it goes
@@ -228,7 +228,7 @@ def test_steps_are_compared_as_numbers(tmp_path: Path) -> None:
 def test_a_full_disk_is_said_in_one_line_and_leaves_nothing_half_written(tmp_path: Path) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", tmp_path], check=True)
     try:
-        checkpoints = Checkpoints(Folder(tmp_path))
+        checkpoints = Checkpoints(FolderStorage(tmp_path))
         first = save(checkpoints, 1, size=20_000)
         with pytest.raises(UserError, match=r"step-000002.*No space left on device"):
             save(checkpoints, 2, size=20_000)
@@ -252,7 +252,7 @@ def test_in_an_object_store_the_marker_comes_last_and_goes_first(moto: Moto, mon
     moto.bucket("order")
     with Faults("127.0.0.1", moto.port) as faults:
         reach(monkeypatch, {**moto.environment, "AWS_ENDPOINT_URL": faults.url})
-        checkpoints = Checkpoints(Bucket("s3://order/run"))
+        checkpoints = Checkpoints(ObjectStorage("s3://order/run"))
         save(checkpoints, 1)
         save(checkpoints, 2)
         written = [one.path.rsplit("/", 2)[-2:] for one in faults.requests if one.method == "PUT"]
@@ -262,7 +262,7 @@ def test_in_an_object_store_the_marker_comes_last_and_goes_first(moto: Moto, mon
     before = Store.delete
     monkeypatch.setattr(Store, "delete", lambda store, name: (deleted.append(name), before(store, name)))
     reach(monkeypatch, moto.environment)
-    checkpoints = Checkpoints(Bucket("s3://order/run"))
+    checkpoints = Checkpoints(ObjectStorage("s3://order/run"))
     checkpoints.prune(1)
     assert deleted[0] == "step-000001/COMMITTED"
     assert len(deleted) == 4

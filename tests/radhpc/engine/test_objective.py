@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from radhpc.core.recipe import Objective, Recipe, load
+from radhpc.core.recipe import ObjectiveSettings, Recipe, load
 from radhpc.data.collate import IGNORE, Batch, EncodedStudy, StudyEncoder
 from radhpc.data.source import Source
 from radhpc.distributed.ranks import Ranks
@@ -222,14 +222,14 @@ def test_the_contrastive_gradient_is_that_of_the_whole_batch(
 ) -> None:
     """In two passes over micro-batches, with dropout, against one backward pass through all at once, without."""
     recipe = tiny(folder, phantom_shards, "all")
-    recipe = recipe.model_copy(update={"stages": tuple(
-        stage.model_copy(update={"objective": Objective(contrastive=1.0, generation=0.0)}) for stage in recipe.stages
-    )})  # fmt: skip
+    contrastive = ObjectiveSettings(contrastive=1.0, generation=0.0)
+    stages = tuple(stage.model_copy(update={"objective": contrastive}) for stage in recipe.stages)
+    recipe = recipe.model_copy(update={"stages": stages})
     engine, (encoder, studies) = build(recipe, kind, Ranks()), rows(recipe, kind)
     engine.model.train()
     batch = encoder.batch(studies)
     heads, fusion = engine.model.heads, engine.model.model.fusion  # type: ignore[union-attr]
-    with fusion.prompted(prompt(batch)), heads.listening(batch) as heard:  # type: ignore[union-attr, operator]
+    with fusion.prompted(prompt(batch)), heads.capture(batch) as heard:  # type: ignore[union-attr, operator]
         engine.model(**inputs(batch))
         pairs = torch.stack([heard["image"], heard["text"]], dim=1)
     info_nce(pairs, torch.ones(STUDIES), 0.07).backward()

@@ -175,7 +175,7 @@ def row(n: int, question: str | None, reference: str, generated: str, **more: ob
 
 
 def test_questions_are_scored_open_and_closed_apart() -> None:
-    from radhpc.core.recipe import Evaluation
+    from radhpc.core.recipe import EvaluationSettings
 
     rows = [
         row(0, "Is there an effusion?", "Yes", "yes."),
@@ -184,7 +184,7 @@ def test_questions_are_scored_open_and_closed_apart() -> None:
         row(3, "Which side?", "left", "left", labels={"answer type": {"closed": 1}}),
         row(4, None, "A report.", "A report."),
     ]
-    found = scores(Scoring(Evaluation()).measures(rows), rows)
+    found = scores(Scoring(EvaluationSettings()).measures(rows), rows)
     assert found["vqa/exact_match"]["value"] == pytest.approx(2 / 4)
     assert found["vqa/closed_exact_match"]["value"] == pytest.approx(2 / 3)
     assert found["vqa/open_exact_match"]["value"] == 0
@@ -194,7 +194,7 @@ def test_questions_are_scored_open_and_closed_apart() -> None:
 
 
 def test_likelihoods_give_curves_and_their_mean() -> None:
-    from radhpc.core.recipe import Evaluation
+    from radhpc.core.recipe import EvaluationSettings
 
     random = np.random.default_rng(0)
     rows = []
@@ -203,7 +203,7 @@ def test_likelihoods_give_curves_and_their_mean() -> None:
         labels = {"chexpert": {"Edema": there, "Fracture": [0, -1, None, 1][n % 4], "Pneumonia": 0}}
         yes = {"Edema": 0.5 + (there - 0.5) * float(random.random()), "Fracture": n / 40, "Pneumonia": 0.1}
         rows.append(row(n, None, "A", "A", labels=labels, likelihoods=yes))
-    found = scores(Scoring(Evaluation()).measures(rows), rows)
+    found = scores(Scoring(EvaluationSettings()).measures(rows), rows)
     assert found["auroc/Edema"]["value"] == 1
     truth = [float(r.labels["chexpert"]["Fracture"] or 0) for r in rows]
     known = [n for n in range(40) if truth[n] >= 0]

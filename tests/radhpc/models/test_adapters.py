@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from radhpc.core.errors import UserError
-from radhpc.core.recipe import Lora, Recipe, Stage, load
+from radhpc.core.recipe import LoraSettings, Recipe, Stage, load
 from radhpc.data.collate import Batch, StudyEncoder
 from radhpc.data.source import Source
 from radhpc.distributed.ranks import Ranks
@@ -45,7 +45,7 @@ def logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         return model.eval()(**inputs).logits  # type: ignore[no-any-return]
 
 
-def trained(kind: ModelFamily, lora: Lora) -> tuple[torch.nn.Module, adapters.Adapter]:
+def trained(kind: ModelFamily, lora: LoraSettings) -> tuple[torch.nn.Module, adapters.Adapter]:
     """A model with adapters that do something."""
     model = kind.build(0)
     adapters.attach(model, lora, seed=1)
@@ -62,9 +62,9 @@ def trained(kind: ModelFamily, lora: Lora) -> tuple[torch.nn.Module, adapters.Ad
 def test_growing_keeps_the_function_and_every_new_direction_learns(
     kind: ModelFamily, batch: Batch, rank: int, alpha: float
 ) -> None:
-    before, adapter = trained(kind, Lora(rank=2, alpha=4, targets=TARGETS))
+    before, adapter = trained(kind, LoraSettings(rank=2, alpha=4, targets=TARGETS))
     after = kind.build(0)
-    lora = Lora(rank=rank, alpha=alpha, targets=TARGETS)
+    lora = LoraSettings(rank=rank, alpha=alpha, targets=TARGETS)
     adapters.attach(after, lora, seed=3)
     plain = logits(after, batch)
     adapters.grow(after, lora, adapter)
@@ -79,7 +79,7 @@ def test_growing_keeps_the_function_and_every_new_direction_learns(
 
 
 def test_merging_keeps_the_function(kind: ModelFamily, batch: Batch) -> None:
-    before, adapter = trained(kind, Lora(rank=3, alpha=6, targets=TARGETS))
+    before, adapter = trained(kind, LoraSettings(rank=3, alpha=6, targets=TARGETS))
     after = kind.build(0)
     adapters.merge(after, adapter)
     assert (logits(after, batch) - logits(before, batch)).abs().max() < 1e-5
@@ -103,7 +103,7 @@ def test_a_stage_is_prepared_from_the_stages_before(kind: ModelFamily, recipe: R
 
 
 def test_peft_reads_our_adapter(kind: ModelFamily, batch: Batch, tmp_path: Path) -> None:
-    lora = Lora(rank=3, alpha=6, targets=TARGETS)
+    lora = LoraSettings(rank=3, alpha=6, targets=TARGETS)
     model, adapter = trained(kind, lora)
     write_adapter(tmp_path / "adapter", adapters.peft_config(lora), adapter.tensors)
     write_adapter(tmp_path / "adapter", adapters.peft_config(lora), adapter.tensors)  # over the one that is there
@@ -113,7 +113,7 @@ def test_peft_reads_our_adapter(kind: ModelFamily, batch: Batch, tmp_path: Path)
 
 def test_what_matches_nothing_is_refused(kind: ModelFamily, recipe: Recipe) -> None:
     with pytest.raises(UserError, match=r"nowhere.*"):
-        adapters.attach(kind.build(0), Lora(rank=2, alpha=2, targets="nowhere"), 0)
+        adapters.attach(kind.build(0), LoraSettings(rank=2, alpha=2, targets="nowhere"), 0)
     stage = recipe.stages[0].model_copy(update={"train": ("projecter",)})
     with pytest.raises(UserError, match="'projecter' matches no parameter"):
         adapters.choose_trained(kind.build(0), stage)
@@ -153,7 +153,7 @@ def test_adapters_of_every_kind_grow_without_changing_the_function(
     kind: ModelFamily, batch: Batch, before: dict[str, Any], after: dict[str, Any]
 ) -> None:
     plain = {"rank": 2, "alpha": 4, "targets": TARGETS}
-    old, lora = Lora(**(plain | before)), Lora(**(plain | after))
+    old, lora = LoraSettings(**(plain | before)), LoraSettings(**(plain | after))
     model, adapter = trained(kind, old)
     if old.dora:
         for name, parameter in model.named_parameters():
@@ -175,7 +175,7 @@ def test_adapters_of_every_kind_grow_without_changing_the_function(
 
 @pytest.mark.parametrize("kinds", [{"rslora": True}, {"dora": True}, {"rank_pattern": {"q_proj": 3}}])
 def test_merging_keeps_the_function_of_every_kind(kind: ModelFamily, batch: Batch, kinds: dict[str, Any]) -> None:
-    before, adapter = trained(kind, Lora(**({"rank": 2, "alpha": 4, "targets": TARGETS} | kinds)))
+    before, adapter = trained(kind, LoraSettings(**({"rank": 2, "alpha": 4, "targets": TARGETS} | kinds)))
     after = kind.build(0)
     adapters.merge(after, adapter)
     assert (logits(after, batch) - logits(before, batch)).abs().max() < 1e-5
@@ -183,11 +183,11 @@ def test_merging_keeps_the_function_of_every_kind(kind: ModelFamily, batch: Batc
 
 def test_a_seam_is_refused_when_it_comes(kind: ModelFamily) -> None:
     """A layer's change is held against what it was, on every start."""
-    _, adapter = trained(kind, Lora(rank=2, alpha=4, targets=TARGETS))
+    _, adapter = trained(kind, LoraSettings(rank=2, alpha=4, targets=TARGETS))
     for name, tensor in adapter.tensors.items():
         if ".lora_B." in name:
             tensor *= float("nan")
-    grown, lora = kind.build(0), Lora(rank=3, alpha=4, targets=TARGETS)
+    grown, lora = kind.build(0), LoraSettings(rank=3, alpha=4, targets=TARGETS)
     adapters.attach(grown, lora, seed=0)
     with pytest.raises(UserError, match="growing the adapters would change the model"):
         adapters.grow(grown, lora, adapter)
@@ -218,7 +218,7 @@ def test_patterns_of_every_stage_are_held_against_the_model(
 
 
 def test_new_adapters_leave_the_old_ones_behind(kind: ModelFamily, recipe: Recipe, batch: Batch) -> None:
-    _, adapter = trained(kind, Lora(rank=2, alpha=4, targets=TARGETS))
+    _, adapter = trained(kind, LoraSettings(rank=2, alpha=4, targets=TARGETS))
     stages = (recipe.stages[1], recipe.stages[2].model_copy(update={"adapters": "new"}))
     model = kind.build(0)
     adapters.prepare(model, stages, 1, lambda n: adapter.tensors, 0)

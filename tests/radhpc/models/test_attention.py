@@ -107,7 +107,7 @@ def outcome(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, d
 def test_logits_and_gradients_are_those_of_eager_masks(
     exact_eager: None, monkeypatch: pytest.MonkeyPatch, left: bool, small: int
 ) -> None:
-    monkeypatch.setattr(attention, "SMALL", small)  # 0: by segments alone, as on a GPU
+    monkeypatch.setattr(attention, "SMALL_MASK", small)  # 0: by segments alone, as on a GPU
     batch = mixed_batch(left)
     if left:  # eager attends nowhere in float64 where a row begins with padding, so only causality hides it there
         batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
@@ -140,12 +140,12 @@ def test_no_mask_is_built_and_upstream_keeps_its_own(monkeypatch: pytest.MonkeyP
         return nn.functional.scaled_dot_product_attention(*arguments, attn_mask=attn_mask, **options)
 
     monkeypatch.setattr(attention, "scaled_dot_product_attention", watch)
-    monkeypatch.setattr(attention, "SMALL", 0)
+    monkeypatch.setattr(attention, "SMALL_MASK", 0)
     with torch.no_grad():
         mllama("segments")(**mixed_batch())
     assert len(built) >= 8
     assert all(mask is None for mask in built)
-    assert not attention.watched()
+    assert not attention.is_recording()
     mask = upstream._prepare_aspect_ratio_attention_mask(torch.ones(1, 4), PATCHES, 24, torch.float32)
     assert mask.shape == (1, 1, 96, 96)
 
@@ -154,7 +154,7 @@ def test_a_watch_ends_with_its_forward_even_by_an_error() -> None:
     model, batch = mllama("segments"), mixed_batch()
     with pytest.raises(ValueError, match="aspect_ratio_ids"):
         model(**{name: value for name, value in batch.items() if name != "aspect_ratio_ids"})
-    assert not attention.watched()
+    assert not attention.is_recording()
 
 
 def test_a_llama_with_padding_on_either_side_attends_as_with_sdpa() -> None:
@@ -183,13 +183,13 @@ def test_segments_of_one_shape_are_computed_at_once(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(attention, "scaled_dot_product_attention", count)
     rows = [np.arange(0, 4), np.arange(9, 12), np.arange(4, 8)]  # the last one is padded on the left
-    monkeypatch.setattr(attention, "SMALL", 0)
+    monkeypatch.setattr(attention, "SMALL_MASK", 0)
     mask = attention.Segments([Segment(row, row) for row in rows], (3, 4, 4), torch.device("cpu"), causal=True)
     q, k, v = torch.randn(3, 3, 4, 4, 8, dtype=torch.float64)
     found = attention.attend_segments(q, k[:, :2], v[:, :2], mask, 0.3)
     assert sorted(calls) == [(1, 4, 3, 8), (2, 4, 4, 8)]
     calls.clear()
-    monkeypatch.setattr(attention, "SMALL", 1 << 20)
+    monkeypatch.setattr(attention, "SMALL_MASK", 1 << 20)
     mask = attention.Segments([Segment(row, row) for row in rows], (3, 4, 4), torch.device("cpu"), causal=True)
     at_once = attention.attend_segments(q, k[:, :2], v[:, :2], mask, 0.3)
     assert calls == [(3, 4, 4, 8)]
@@ -243,7 +243,7 @@ def test_the_order_of_kernels(
     wanted: str,
 ) -> None:
     _Card(monkeypatch, capability, modules)
-    names = [found.name for found in attention.candidates(torch.device("cuda"), dtype, size, dropout=False)]
+    names = [found.name for found in attention.usable_kernels(torch.device("cuda"), dtype, size, dropout=False)]
     assert names[0] == wanted
     assert names[-1] == "SDPA"
 
@@ -252,7 +252,7 @@ def test_the_kernel_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     attention._choose.cache_clear()
     with caplog.at_level(logging.INFO, "radhpc"):
         for _ in range(3):
-            attention.kernel(torch.device("cpu"), torch.float32, 16)
+            attention.fastest_kernel(torch.device("cpu"), torch.float32, 16)
     assert [record.getMessage() for record in caplog.records] == ["attention: SDPA for heads of 16 in float32 on cpu"]
 
 

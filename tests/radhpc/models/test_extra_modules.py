@@ -101,9 +101,9 @@ def test_the_fusion_travels_and_the_heads_are_kept(run: Path, tmp_path: Path, me
     exported, probe = export(context_of(run), tmp_path / "out", merge)
     assert check(exported, probe) < 1e-4
     weights = exported.out if merge else exported.out / "base"
-    assert (weights / "hcf.py").exists()
+    assert (weights / "hierarchical_fusion.py").exists()
     config: dict[str, Any] = read_json(weights / "config.json")
-    assert config["auto_map"] == {"AutoModelForImageTextToText": "hcf.FusedMllama"}
+    assert config["auto_map"] == {"AutoModelForImageTextToText": "hierarchical_fusion.FusedMllama"}
     names = set(load_file(weights / "model.safetensors"))
     assert any(name.startswith("model.fusion.") for name in names)
     assert not any(name.startswith("heads.") for name in names)

@@ -16,12 +16,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from bench.chaos import losses
 from radhpc.core.errors import UserError
-from radhpc.core.recipe import Images, Recipe, load
+from radhpc.core.recipe import ImageSettings, Recipe, load
 from radhpc.core.run_folder import RunFolder, node_name
 from radhpc.core.sample import Report, Sample, View
 from radhpc.data.collate import StudyEncoder
 from radhpc.models import family as models
-from radhpc.models.portable.connector import Abstractor, Sasa
+from radhpc.models.portable.connector import Abstractor, SpatialSemanticAbstractor
 from radhpc.models.tokenizer import train as train_tokenizer
 from tests.conftest import ROOT
 
@@ -83,31 +83,6 @@ def encoder(family: Any, name: str) -> StudyEncoder:
 
 # Whole runs.
 
-TWICE = """
-import os, sys
-from radhpc import loop, worker
-from radhpc.distributed.stop import Interrupted
-
-usual, calls = loop._agree, []
-
-def agree(step, *others):
-    calls.append(step.number)
-    if len(calls) == 4:  # the second step of the second stage
-        raise Interrupted("SIGTERM")
-    return usual(step, *others)
-
-def live(run):
-    os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)  # a life's store may outlive it
-    return worker.run(run).state
-
-for run in sys.argv[1:]:
-    calls.clear()
-    loop._agree = agree
-    assert live(run) == "interrupted"
-    loop._agree = usual
-    assert live(run) == "finished"
-"""
-
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, phantom_shards: Path) -> dict[str, tuple[Path, Path]]:
@@ -124,7 +99,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, phantom_shards: Path) -> dict
     port = 20000 + os.getpid() % 20000
     environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     environment |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "LOCAL_WORLD_SIZE": "2"}
-    command = [sys.executable, "-c", TWICE, *(str(two) for _, two in found.values())]
+    command = [sys.executable, "-m", "tests.radhpc.models.interrupted_runs", *(str(two) for _, two in found.values())]
     ranks = [
         subprocess.Popen(command, cwd=ROOT, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(2)
@@ -284,7 +259,7 @@ def test_swin_qwen_generates_what_its_forward_pass_says(built: Any) -> None:
 def test_a_studys_features_are_its_own(built: Any, name: str) -> None:
     """What the objective pools of a row does not depend on the other rows, their views and their padding."""
     family, model = built(name)
-    taps = family.taps(model)
+    points = family.feature_points(model)
     asked = StudyEncoder(family, short(name, "none").text)
     rows = [
         asked.encode_prompt("a", None, [view(90, 70), view(60, 100, 1)]),
@@ -294,12 +269,12 @@ def test_a_studys_features_are_its_own(built: Any, name: str) -> None:
     def pooled(*some: Any) -> torch.Tensor:
         heard = []
         batch = asked.batch(list(some))
-        hook = taps.image.register_forward_hook(lambda module, given, output: heard.append(taps.pool(output, batch)))
+        hook = points.image.register_forward_hook(lambda _, __, output: heard.append(points.pool(output, batch)))
         with torch.no_grad():
             model(**{key: value for key, value in batch.items() if key != "labels"})
         hook.remove()
         (found,) = heard
-        assert found.shape == (len(some), taps.width)
+        assert found.shape == (len(some), points.width)
         return found  # type: ignore[no-any-return]
 
     together = pooled(*rows)
@@ -330,9 +305,9 @@ def test_views_are_shown_as_they_went_in(built: Any, name: str) -> None:
 
 def test_sasa_has_the_published_size_and_hears_its_concepts() -> None:
     with torch.device("meta"):
-        assert round(sum(p.numel() for p in Sasa(1024, 1024, 64).parameters()) / 1e6, 1) == 32.6
+        assert round(sum(p.numel() for p in SpatialSemanticAbstractor(1024, 1024, 64).parameters()) / 1e6, 1) == 32.6
     torch.manual_seed(0)
-    sasa = Sasa(24, 16, latents=6, heads=2)
+    sasa = SpatialSemanticAbstractor(24, 16, latents=6, heads=2)
     others, embeddings = sasa.latents[4:].clone(), torch.randn(4, 16) / 80
     length = sasa.latents.norm(dim=1).mean()
     sasa.set_concepts(embeddings)
@@ -344,7 +319,7 @@ def test_sasa_has_the_published_size_and_hears_its_concepts() -> None:
 
 def test_a_connector_turns_features_into_as_many_tokens_as_it_says(tokenizer: str) -> None:
     features = torch.randn(2, 49, 24)
-    assert Sasa(24, 16, 6, heads=2)(features).shape == (2, 6, 16)
+    assert SpatialSemanticAbstractor(24, 16, 6, heads=2)(features).shape == (2, 6, 16)
     assert Abstractor(24, 16, 9, 49, inner=32)(features).shape == (2, 9, 16)
     recipe = short("swin_qwen", "none")
     for kind, tokens in (("sasa", 16), ("abstractor", 16), ("linear", 49)):
@@ -363,7 +338,7 @@ def test_views_come_in_the_order_that_the_recipe_says(built: Any) -> None:
     sample = Sample(
         dataset="d", patient="0" * 16, study="0" * 16, split="train", images=shown, report=Report(findings="Clear.")
     )
-    images = Images(order=("PA", "AP", "LATERAL"), views=3)  # type: ignore[call-arg]
+    images = ImageSettings(order=("PA", "AP", "LATERAL"), views=3)  # type: ignore[call-arg]
     asked = StudyEncoder(family, short("llava", "none").text, images)
     wanted = family.encode_images([views[2], views[3], views[0]])["pixel_values"]
     for encoded in (asked.encode("", sample, views), asked.encode_prompt("", None, views, sample)):

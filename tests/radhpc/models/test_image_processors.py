@@ -20,7 +20,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from radhpc.core.errors import UserError
 from radhpc.core.image_decoding import decode
-from radhpc.core.recipe import Model
+from radhpc.core.recipe import ModelSettings
 from radhpc.core.sample import View
 from radhpc.models.families.mllama import Family
 from radhpc.models.image_processors import CLIP_MEAN, CLIP_STD, ClipImages, MllamaImages, SwinImages, described, stitch
@@ -315,7 +315,7 @@ def test_a_model_takes_the_images_that_its_folder_describes(tmp_path: Path) -> N
     vision = {"image_size": 112, "max_num_tiles": 2, "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]]}
     config = {"model_type": "mllama", "vision_config": vision}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    model = Model(family="mllama", weights=str(tmp_path))
+    model = ModelSettings(family="mllama", weights=str(tmp_path))
     view = picture(100, 150)
     plain = Family(model, str(tmp_path / "tokenizer")).encode_images([view])
     assert plain["pixel_values"].shape == (1, 2, 3, 112, 112)

@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from radhpc.core.errors import UserError
-from radhpc.core.recipe import Lora
+from radhpc.core.recipe import LoraSettings
 from radhpc.models import adapters, token_loss
 from radhpc.models.families.mllama import Family
 from radhpc.models.layers import block_kind, leave_casting_to_autocast, prepare_blocks
@@ -20,7 +20,7 @@ VISION, TEXT, CROSS = Family.blocks
 def adapted(targets: str = ".*_proj|.*fc[12]") -> Any:
     """LoRA on all layers that `targets` names, with B that is not zero."""
     model = mllama("segments")
-    adapters.attach(model, Lora(rank=2, alpha=4, dropout=0.1, targets=targets), 0)
+    adapters.attach(model, LoraSettings(rank=2, alpha=4, dropout=0.1, targets=targets), 0)
     torch.manual_seed(2)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".lora_" in name)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers.models.mllama import modeling_mllama as upstream
 
-from radhpc.core.recipe import Model
+from radhpc.core.recipe import ModelSettings
 from radhpc.models.families import mllama_tiles
 from tests.radhpc.models.test_attention import mixed_batch, mllama
 
@@ -79,6 +79,6 @@ def test_gradients_reach_the_tower_and_a_batch_without_images_keeps_its_graph() 
 
 def test_it_goes_with_segments_alone() -> None:
     given = {"config": {}, "tokenizer": {"train_vocabulary": 400}, "skip_empty_tiles": True}
-    assert Model.model_validate(given).skip_empty_tiles
+    assert ModelSettings.model_validate(given).skip_empty_tiles
     with pytest.raises(ValueError, match="skip_empty_tiles"):
-        Model.model_validate(given | {"attention": "sdpa"})
+        ModelSettings.model_validate(given | {"attention": "sdpa"})

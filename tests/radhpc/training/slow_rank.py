@@ -10,11 +10,11 @@ from collections.abc import Iterable, Iterator
 from radhpc import worker
 from radhpc.core.errors import UserError
 from radhpc.engine import checkpoint
-from radhpc.storage.checkpoint_storage import Buffer, Folder
+from radhpc.storage.checkpoint_storage import Buffer, FolderStorage
 from tests.waiting import wait_for
 
 
-class SlowFolder(Folder):
+class SlowFolder(FolderStorage):
     """A real folder on a disk that needs `seconds` for the tensors of each checkpoint."""
 
     seconds = 1.0
@@ -39,7 +39,7 @@ class SlowFolder(Folder):
 
 
 def main() -> None:
-    checkpoint.Folder = SlowFolder  # type: ignore[misc]
+    checkpoint.FolderStorage = SlowFolder  # type: ignore[misc]
     SlowFolder.seconds = float(sys.argv[2])
     try:
         worker.run(sys.argv[1])

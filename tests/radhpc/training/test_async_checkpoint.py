@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 from radhpc import worker
 from radhpc.core.errors import UserError
 from radhpc.core.files import read_lines
-from radhpc.core.ledger import Ledger, consumed
+from radhpc.core.ledger import Ledger, read_ledger
 from radhpc.core.recipe import load
 from radhpc.core.run_folder import RunFolder
 from radhpc.distributed.grace_period import RESERVE
 from radhpc.engine.checkpoint import Checkpoints
-from radhpc.storage.checkpoint_storage import Bucket, Folder
+from radhpc.storage.checkpoint_storage import FolderStorage, ObjectStorage
 from radhpc.storage.store import Store
 from tests.conftest import ROOT, TINY_RECIPE, free_port
 from tests.radhpc.training.slow_rank import SlowFolder
@@ -50,7 +50,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> type[SlowFolder]:
     """All checkpoints of this test are written slowly."""
-    monkeypatch.setattr("radhpc.engine.checkpoint.Folder", SlowFolder)
+    monkeypatch.setattr("radhpc.engine.checkpoint.FolderStorage", SlowFolder)
     monkeypatch.setattr(SlowFolder, "spans", [])
     return SlowFolder
 
@@ -86,7 +86,7 @@ def assert_equal(run: Path, wanted: Path) -> None:
     ours, theirs = state(run), state(wanted)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert consumed(run / "ledger").steps == consumed(wanted / "ledger").steps
+    assert read_ledger(run / "ledger").steps == read_ledger(wanted / "ledger").steps
 
 
 def at_step(monkeypatch: pytest.MonkeyPatch, wanted_step: int, act: Callable[[], object]) -> None:
@@ -167,7 +167,7 @@ def test_a_kill_while_a_save_is_written_leaves_the_one_before(new_run: Callable[
         process.kill()
         process.communicate()
     assert half.exists(), "the save had ended before the kill: nothing was tested"
-    assert Checkpoints(Folder(run.path / "checkpoints")).newest() == ("step-000004", [])
+    assert Checkpoints(FolderStorage(run.path / "checkpoints")).newest() == ("step-000004", [])
     assert worker.run(str(run.path)).state == "finished"
     assert [event["step"] for event in events(run, "resumed")] == [4]
     assert_equal(run.path, wanted)
@@ -231,13 +231,13 @@ def test_what_the_grace_allows_is_committed(
     assert grace - 10 < told["margin_seconds"] < grace
     if planned != "last checkpoint":
         assert told["margin_seconds"] > RESERVE - 0.3
-    assert Checkpoints(Folder(run.path / "checkpoints")).newest() == (f"step-{committed:06d}", [])
+    assert Checkpoints(FolderStorage(run.path / "checkpoints")).newest() == (f"step-{committed:06d}", [])
     assert not list((run.path / "checkpoints").glob(".*")), "something half written is left"
     monkeypatch.setattr(slow, "seconds", 0.0)
     assert worker.run(str(run.path)).state == "finished"
     assert events(run, "resumed")[0]["step"] == committed
     assert_equal(run.path, wanted)
-    assert sorted(consumed(run.path / "ledger").replayed) == list(range(committed + 1, step + 1))
+    assert sorted(read_ledger(run.path / "ledger").replayed) == list(range(committed + 1, step + 1))
 
 
 def test_a_save_that_turns_out_too_slow_is_dropped_in_time(
@@ -334,7 +334,7 @@ def test_a_signal_between_two_micro_batches_keeps_the_step_before(
     assert events(run, "interrupted")[0]["committed_step"] == 5
     assert worker.run(str(run.path)).state == "finished"
     assert_equal(run.path, wanted)
-    assert not consumed(run.path / "ledger").replayed
+    assert not read_ledger(run.path / "ledger").replayed
 
 
 def test_resume_says_where_it_goes_on_before_it_submits(
@@ -363,7 +363,7 @@ def test_a_run_whose_checkpoints_lie_in_an_object_store(
         at_step(patched, 9, preempt)
         assert worker.run(str(run.path)).state == "interrupted"
     assert list((run.path / "checkpoints").iterdir()) == []
-    checkpoints = Checkpoints(Bucket(f"{s3}/run"))
+    checkpoints = Checkpoints(ObjectStorage(f"{s3}/run"))
     assert checkpoints.newest() == ("step-000009", [])
     Store(f"{s3}/run").delete("step-000009/COMMITTED")
     assert worker.run(str(run.path)).state == "finished"

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from bench.chaos import losses
 from radhpc.core.files import read_lines
-from radhpc.core.ledger import consumed
+from radhpc.core.ledger import read_ledger
 from radhpc.core.run_folder import RunFolder
 from tests.conftest import ROOT, free_port
 from tests.waiting import wait_for
@@ -131,7 +131,7 @@ def test_the_number_of_ranks_does_not_change_the_training(
     mine, wanted = losses(run), losses(reference)
     scratch = [abs(mine[step] - wanted[step]) / wanted[step] for step in range(1, 7)]
     assert max(scratch) < 1e-5, scratch
-    ledger, wanted_ledger = consumed(run / "ledger"), consumed(reference / "ledger")
+    ledger, wanted_ledger = read_ledger(run / "ledger"), read_ledger(reference / "ledger")
     assert ledger.steps == wanted_ledger.steps
 
 
@@ -182,7 +182,7 @@ def same_bits(run: Path, reference: Path) -> None:
     assert ours.keys() == wanted.keys()
     assert all(torch.equal(ours[name], wanted[name]) for name in wanted)
     assert losses(run) == losses(reference)
-    ledger, wanted_ledger = consumed(run / "ledger"), consumed(reference / "ledger")
+    ledger, wanted_ledger = read_ledger(run / "ledger"), read_ledger(reference / "ledger")
     assert ledger.steps == wanted_ledger.steps
     assert not ledger.replayed
     assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == (
@@ -191,7 +191,7 @@ def same_bits(run: Path, reference: Path) -> None:
 
 
 def any_ledger(run: Path, step: int) -> bool:
-    return step in consumed(run / "ledger").steps
+    return step in read_ledger(run / "ledger").steps
 
 
 def gone(pid: int) -> bool:
@@ -219,7 +219,7 @@ def test_a_run_goes_on_on_another_number_of_ranks_and_under_another_engine(
     assert all(epoch["exactly_once"] for epoch in audit["epochs"])
     lives = [(topology["world_size"], topology["engine"]) for topology in audit["topologies"]]
     assert lives == [(3, "fsdp"), (2, "deepspeed")]
-    assert consumed(run / "ledger").steps == consumed(reference / "ledger").steps
+    assert read_ledger(run / "ledger").steps == read_ledger(reference / "ledger").steps
 
 
 def test_a_signal_before_a_stages_first_step_keeps_the_stage_before(
@@ -248,7 +248,7 @@ def test_a_signal_before_a_stages_first_step_keeps_the_stage_before(
     cursor = read_cursor(run.path / f"checkpoints/step-{STAGES['scratch']:06d}")
     assert (cursor.stage, cursor.stage_done) == (0, True)
     assert worker.run(str(run.path)).state == "finished"
-    assert consumed(run.path / "ledger").steps == consumed(reference / "ledger").steps
+    assert read_ledger(run.path / "ledger").steps == read_ledger(reference / "ledger").steps
 
 
 def test_bad_input_gets_one_line_and_status_2(
@@ -297,7 +297,7 @@ def test_a_corrupt_sample_stops_the_run_or_is_left_out_by_name(
     done = launch(*arguments, "--run", tmp_path / "strict", status=2)
     assert key in done.stderr
     launch(*arguments, "--run", tmp_path / "lenient", "stream.max_bad_samples=10")
-    seen = consumed(tmp_path / "lenient" / "ledger")
+    seen = read_ledger(tmp_path / "lenient" / "ledger")
     assert key in [k for keys in seen.bad.values() for k in keys]
     assert key not in [k for keys in seen.steps.values() for k in keys]
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from radhpc.core.manifest import Index, Manifest
+from radhpc.core.manifest import Manifest, SampleIndex
 from radhpc.core.sample import CHEXPERT, SPLITS, Report, Sample, View
 from radhpc.storage.store import Store
 from shards.build import BuildSettings, build
@@ -108,7 +108,7 @@ def test_counting_is_cheap() -> None:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Manifest, Index, Summary, list[Image.Image]]:
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Manifest, SampleIndex, Summary, list[Image.Image]]:
     """Forty phantoms, counted from their shards."""
     out = tmp_path_factory.mktemp("card") / "shards"
     build("phantom", None, str(out), {"studies": "40", "size": "64"}, BuildSettings(workers=1, shard_samples=10))
@@ -123,7 +123,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Manifest, Index, Su
     return manifest, index, summary, pictures
 
 
-def test_the_card_says_what_the_manifest_says(built: tuple[Manifest, Index, Summary, Any]) -> None:
+def test_the_card_says_what_the_manifest_says(built: tuple[Manifest, SampleIndex, Summary, Any]) -> None:
     manifest, _, summary, _ = built
     text = render_card(manifest, summary, [], [])
     rows = {
@@ -145,7 +145,7 @@ def test_the_card_says_what_the_manifest_says(built: tuple[Manifest, Index, Summ
     assert "\n## Notes" not in text
 
 
-def test_the_card_names_what_was_left_out_by_hash_and_reason(built: tuple[Manifest, Index, Summary, Any]) -> None:
+def test_the_card_names_what_was_left_out_by_hash_and_reason(built: tuple[Manifest, SampleIndex, Summary, Any]) -> None:
     manifest, _, summary, _ = built
     skipped = [{"study": f"{n:016x}", "reason": "missing image file"} for n in range(13, 0, -1)]
     skipped += [{"study": "", "reason": "empty text"}, {"study": "f" * 16, "reason": "near-duplicate of another split"}]
@@ -162,7 +162,7 @@ def test_the_card_names_what_was_left_out_by_hash_and_reason(built: tuple[Manife
     )
 
 
-def test_the_card_shows_no_path_and_the_most_frequent_labels(built: tuple[Manifest, Index, Summary, Any]) -> None:
+def test_the_card_shows_no_path_and_the_most_frequent_labels(built: tuple[Manifest, SampleIndex, Summary, Any]) -> None:
     manifest, _, _, _ = built
     names = {f"sign {n:03d}": int(n < 3) for n in range(100)}
     summary = Summary.of(STUDY.model_copy(update={"labels": {"rare": names, "chexpert": {"Edema": 1}}}), {})
@@ -180,7 +180,9 @@ def test_the_card_shows_no_path_and_the_most_frequent_labels(built: tuple[Manife
 
 
 @pytest.mark.parametrize("count", [1, 3, 7, 12, 40, 100])
-def test_samples_are_chosen_over_all_splits_and_shards(built: tuple[Manifest, Index, Summary, Any], count: int) -> None:
+def test_samples_are_chosen_over_all_splits_and_shards(
+    built: tuple[Manifest, SampleIndex, Summary, Any], count: int
+) -> None:
     manifest, index, _, _ = built
     chosen = choose_samples(index, count)
     assert chosen == choose_samples(index, count) == sorted(set(chosen))
@@ -213,7 +215,9 @@ def test_a_contact_sheet_of_nothing_is_refused() -> None:
         contact_sheet([])
 
 
-def test_real_radiographs_stand_on_one_sheet(built: tuple[Manifest, Index, Summary, Any], real_notes: Path) -> None:
+def test_real_radiographs_stand_on_one_sheet(
+    built: tuple[Manifest, SampleIndex, Summary, Any], real_notes: Path
+) -> None:
     rows = json.loads((real_notes / "data.json").read_text())[:6]
     pictures = [(row["view"], Image.open(real_notes / row["image"])) for row in rows]
     pictures += [("phantom", picture) for picture in built[3][:2]]

@@ -36,7 +36,7 @@ def test_an_undisturbed_run_loses_its_start_up_alone() -> None:
     found = account(rows)
     assert found.lost == 2 * 10
     assert found.useful == 2 * (20 + 20)
-    assert found.beside == 2 * (1 + 10 + 1 + 1)
+    assert found.overhead == 2 * (1 + 10 + 1 + 1)
     assert found.used == 2 * 63
     assert found.goodput == pytest.approx(40 / 63)
     assert not restarts(rows)
@@ -67,7 +67,7 @@ def test_steps_that_are_made_again_are_lost_and_causes_are_counted() -> None:
     found = account(rows)
     assert found.lost == 2 * (10 + 15) + 4 * 10 + 4 * 10
     assert found.useful == 2 * 20 + 4 * 20 + 4 * 10
-    assert found.beside == 2 * 1 + 4 * (1 + 1) + 4 * 1  # saves, and the second from one to the way out
+    assert found.overhead == 2 * 1 + 4 * (1 + 1) + 4 * 1  # saves, and the second from one to the way out
     assert restarts(rows) == {"rank_lost": 1, "preempted": 1}
 
 
@@ -91,7 +91,7 @@ def test_an_asynchronous_save_holds_the_steps_before_its_snapshot() -> None:
     rows = [*life(0), saved, row(70, "rank_lost"), row(70, "requeued")]
     found = account(rows)
     assert found.useful == 2 * 20
-    assert found.beside == 2 * 1
+    assert found.overhead == 2 * 1
     assert found.lost == 2 * (10 + 39)  # what was made while it was written, and after
 
 
@@ -144,7 +144,7 @@ def test_the_accounts_hold_for_any_events(
     now = 1_700_000_000 + at + ahead if living else None
     found, begun = account(events, now), lives(events, now)
     assert found.used == pytest.approx(sum(one.world * one.seconds for one in begun), abs=1e-3)
-    assert min(found.useful, found.lost, found.beside) >= 0
+    assert min(found.useful, found.lost, found.overhead) >= 0
     assert found.goodput is None or 0 <= found.goodput <= 1
     counts = Counter(event["event"] for event in events)
     assert max(counts["started"], counts["starting"]) <= len(begun) <= counts["started"] + counts["starting"]

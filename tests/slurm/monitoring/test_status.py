@@ -24,7 +24,7 @@ from slurm import scheduler
 from slurm.monitoring import logs, pending_reasons, tables
 from slurm.monitoring.status import Statuses, find_runs, status
 from slurm.sweep import definition as sweeps
-from slurm.sweep.study import Study
+from slurm.sweep.study import SweepStudy
 from tests.conftest import ROOT
 from tests.waiting import wait_for
 
@@ -53,7 +53,7 @@ def result(**changes: Any) -> dict[str, Any]:
 
 def printed(results: list[dict[str, Any]], width: int, height: int | None = None) -> str:
     console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(tables.Runs(results, height))
+    console.print(tables.RunTable(results, height))
     return console.export_text()
 
 
@@ -167,12 +167,12 @@ def test_what_squeue_says_is_read_in_the_words_of_old_and_new_releases(tmp_path:
     )
     monkeypatch.setenv("PATH", f"{fake_squeue(tmp_path / 'programs', rows)}:{os.environ['PATH']}")
     jobs = [{"cluster": "slurm", "id": name} for name in ("7_3", "8", "9", "10")]
-    failed, killed, waiting, forgotten = scheduler.states(jobs)
+    failed, killed, waiting, forgotten = scheduler.queue_entries(jobs)
     assert (failed.status, failed.living) == ("exit 127", False)
     assert killed.status == "signal 9"
     assert waiting.reason == "Nodes required for job are DOWN | DRAINED"
     assert waiting.start is None
-    assert forgotten == scheduler.Found()
+    assert forgotten == scheduler.QueueEntry()
 
 
 def test_a_silent_scheduler_is_no_failed_run(run: RunFolder, monkeypatch: Any) -> None:
@@ -280,7 +280,7 @@ def test_folders_of_runs_and_of_trials_are_looked_into(tmp_path: Path, recipe_fi
 
 def test_without_a_name_sweeps_are_sweeps_and_runs_are_runs(tmp_path: Path, recipe_file: Path) -> None:
     (tmp_path / "mine.yaml").write_text(f"recipe: {recipe_file}\nspace: {{seed: [1, 2]}}\nmethod: grid\n")
-    study = Study.create(tmp_path / "runs" / "sweep-mine-1", *sweeps.load(tmp_path / "mine.yaml"))
+    study = SweepStudy.create(tmp_path / "runs" / "sweep-mine-1", *sweeps.load(tmp_path / "mine.yaml"))
     study.prepare(0)
     RunFolder.create(tmp_path / "runs" / "one", load_recipe(recipe_file))
     (tmp_path / "runs" / "notes").mkdir()

@@ -21,7 +21,7 @@ from radhpc.evaluation.metrics import score_names
 from slurm import precheck, profile as profiles, trials
 from slurm.cluster import Cluster
 from slurm.sweep import definition as sweeps
-from slurm.sweep.study import Study, Trial, scores
+from slurm.sweep.study import SweepStudy, SweepTrial, scores
 from tests.conftest import ROOT
 from tests.waiting import wait_for
 
@@ -52,8 +52,8 @@ def write(tmp_path: Path, recipe_file: Path) -> Callable[..., Path]:
     return call
 
 
-def create(path: Path, folder: Path) -> Study:
-    return Study.create(folder, *sweeps.load(path))
+def create(path: Path, folder: Path) -> SweepStudy:
+    return SweepStudy.create(folder, *sweeps.load(path))
 
 
 def events(run: Path, *names: str) -> list[dict[str, Any]]:
@@ -203,15 +203,15 @@ def test_a_job_killed_while_it_asks_asks_for_the_same_again(write: Callable[...,
     study = create(write(space=SPACE, method="tpe", trials=3), tmp_path / "s")
     drawn = study.parameters(1)
     (study.run_path(1) / "logs").mkdir(parents=True)  # killed while it made the folder
-    again = Study.open(tmp_path / "s")
+    again = SweepStudy.open(tmp_path / "s")
     assert again.parameters(1) == drawn
     assert again.prepare(1).recipe().stages[0].optimizer.learning_rate == drawn[RATE]
     with (study.path / "journal.log").open("ab") as journal:
         journal.write(b'{"op_code": 4, "torn')  # by a full disk
-    late = Study.open(tmp_path / "s")
+    late = SweepStudy.open(tmp_path / "s")
     assert late.parameters(1) == drawn
     late.parameters(2)
-    assert Study.open(tmp_path / "s").parameters(2) == late.parameters(2)
+    assert SweepStudy.open(tmp_path / "s").parameters(2) == late.parameters(2)
 
 
 def test_pruning_is_decided_once_and_told_once(write: Callable[..., Path], tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_pruning_is_decided_once_and_told_once(write: Callable[..., Path], tmp_p
         evaluated(run, 4, value)
         evaluated(run, 5, 0.0, split="test")  # not this sweep's
         for _ in range(2):  # a life that was lost asks again
-            assert Study.open(study.path).should_prune(number, 4) == (value == 2.0)
+            assert SweepStudy.open(study.path).should_prune(number, 4) == (value == 2.0)
     assert scores(study.run_path(2), "loss", "validate") == {2: 9.0, 4: 0.5}
     RunFolder(study.run_path(1)).record("pruned", step=4)
     RunFolder(study.run_path(2)).record("finished", step=14)
@@ -246,12 +246,12 @@ def test_another_sweep_does_not_take_the_folder(write: Callable[..., Path], tmp_
     other, base = sweeps.load(write(metric="token_f1"))
     assert trials.newest(tmp_path / "runs", "mine", other, base) is None
     with pytest.raises(UserError, match="another sweep is there: its 'metric' is another"):
-        Study.create(tmp_path / "runs" / "sweep-mine-1", other, base)
+        SweepStudy.create(tmp_path / "runs" / "sweep-mine-1", other, base)
     more = create(write(method="random", trials=2), tmp_path / "more")
     drawn = more.parameters(1)
     assert create(write(method="random", trials=3), tmp_path / "more").sweep.count == 3
     assert create(write(method="random", trials=2), tmp_path / "more").sweep.count == 3
-    assert Study.open(tmp_path / "more").parameters(1) == drawn
+    assert SweepStudy.open(tmp_path / "more").parameters(1) == drawn
 
 
 # How they run
@@ -285,9 +285,9 @@ def test_two_ranks_prune_together_and_save_before_it(
     assert names <= set(score_names()), "a score that no sweep could be told to use"
     assert hyperparameters(good) == {RATE: 1e-3}
     assert "ended the run early" in launch("resume", bad, status=2).stderr
-    assert Trial.of(str(good)) is not None
-    assert Trial.of(str(tmp_path)) is None
-    assert trials.due(Study.open(folder)) == [], "what was done would be done again"
+    assert SweepTrial.of(str(good)) is not None
+    assert SweepTrial.of(str(tmp_path)) is None
+    assert trials.due(SweepStudy.open(folder)) == [], "what was done would be done again"
 
 
 def hyperparameters(run: Path) -> dict[str, Any]:
