@@ -32,7 +32,7 @@ from radhpc.core.protocol import Event
 from radhpc.core.recipe import Recipe, load
 from radhpc.core.run_folder import RunFolder
 from radhpc.data.collate import IGNORE, TARGET_KEYS, Batch
-from radhpc.data.stream import Step, Stream
+from radhpc.data.stream import Step, Stream, StreamSpec
 from radhpc.distributed.ranks import Ranks
 from radhpc.distributed.stop import Stop
 from radhpc.engine.fsdp import Engine
@@ -85,7 +85,7 @@ class Bench:
         self.family = build_family(context)
         self.tokenizer = str(self.family.tokenizer.name_or_path)
         training, encoder = open_source(context, 0, "train"), build_encoder(context, 0)
-        stream = Stream(training, encoder, stage, 0, self.recipe.stream, self.recipe.seed)
+        stream = Stream(training, encoder, StreamSpec(stage, 0, self.recipe.stream, self.recipe.seed))
         self.steps = list(stream)
         stream.close()
 
@@ -373,7 +373,8 @@ def one_rank(folder: Path, engine: str, steps: int) -> None:
     context = open_context(RunFolder.open(str(path)), here, ranks)
     stage = here.stages[0]
     training, encoder = open_source(context, 0, "train"), build_encoder(context, 0)
-    stream = Stream(training, encoder, stage, 0, here.stream, here.seed, ranks.rank, ranks.world)
+    spec = StreamSpec(stage, 0, here.stream, here.seed, ranks.rank, ranks.world)
+    stream = Stream(training, encoder, spec)
     ready = list(stream)
     stream.close()
     trained, _ = build_engine(context, 0, ())

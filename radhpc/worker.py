@@ -26,7 +26,7 @@ from radhpc.core.recipe import Recipe, Stage
 from radhpc.core.run_folder import RunFolder, step_of
 from radhpc.data import tasks
 from radhpc.data.source import Source
-from radhpc.data.stream import Stream, stage_samples, stage_steps
+from radhpc.data.stream import Stream, StreamSpec, stage_samples, stage_steps
 from radhpc.distributed.background import run_in_background, run_on_first
 from radhpc.distributed.malloc import keep_freed_memory
 from radhpc.distributed.ranks import Ranks, lost_peer
@@ -228,11 +228,13 @@ def _open_stage(
 
 def _open_stream(stage: StageContext, position: Position) -> Stream:
     context, number = stage.context, stage.number
-    return Stream(
-        open_source(context, number, "train"), build_encoder(context, number), stage.settings, number,
-        context.recipe.stream, context.recipe.seed, context.ranks.rank, context.ranks.world, position.samples,
-        pin=context.ranks.device.type == "cuda", told=context.stop.poll,
+    recipe, ranks = context.recipe, context.ranks
+    spec = StreamSpec(
+        stage.settings, number, recipe.stream, recipe.seed, ranks.rank, ranks.world, position.samples,
+        pin=ranks.device.type == "cuda",
     )  # fmt: skip
+    source, encoder = open_source(context, number, "train"), build_encoder(context, number)
+    return Stream(source, encoder, spec, should_stop=context.stop.poll)
 
 
 def _observers(stage: StageContext, stream: Stream, bar: Bar, total_steps: int, restarted: bool) -> list[Hook]:

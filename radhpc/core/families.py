@@ -1,9 +1,9 @@
-"""The registry of model families: where each is implemented, and which files its weights are made of.
+"""List the model families: where each is implemented, and which components its weights have.
 
     entry("mllama").module                     # "radhpc.models.families.mllama", which has a class `Family`
     entry("llava").components["vision"].types  # ("clip", "clip_vision_model"): model types its config.json may have
 
-A login node reads it without importing torch. A new family is one file in radhpc/models/families/ and one entry here;
+A login node reads this without importing torch. A new family is one file in radhpc/models/families/ and one entry here;
 a family of another package is announced by an entry point (radhpc/core/plugins.py).
 """
 
@@ -16,16 +16,16 @@ from radhpc.core.errors import UserError
 
 @dataclass(frozen=True)
 class Component:
-    """One folder of weights that a family reads."""
+    """One folder of weights of a family."""
 
     types: tuple[str, ...]  # model types that its config.json may have
-    hub: str  # the usual one's id on a hub
-    image_token: tuple[str, ...] = ()  # one of which its tokenizer must have
+    hub: str  # id of the usual weights on the Hugging Face hub
+    image_token: tuple[str, ...] = ()  # names; its tokenizer must have one of them
 
 
 @dataclass(frozen=True)
 class FamilyEntry:
-    """A family's module, and its components by name; `model` is the whole model in one folder."""
+    """A family's module, and its components by name; `model` is the complete model in one folder."""
 
     module: str
     components: Mapping[str, Component]
@@ -59,12 +59,12 @@ BUILT_IN: Mapping[str, FamilyEntry] = {
 
 
 def names() -> list[str]:
-    """Every family that a recipe may name."""
+    """Return every family that a recipe may name."""
     return sorted({*BUILT_IN, *plugins.installed(plugins.FAMILIES)})
 
 
 def entry(name: str) -> FamilyEntry:
-    """The entry of a family that names() lists. Raises UserError for a plugin that announces something else."""
+    """Return the entry of a family in names(). Raises UserError for a plugin that announces something else."""
     if name in BUILT_IN:
         return BUILT_IN[name]
     announced = plugins.installed(plugins.FAMILIES)[name]

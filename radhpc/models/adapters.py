@@ -1,8 +1,8 @@
-"""Stages on one model: what is trained in each, and how the adapters of one stage pass to the next.
+"""Prepare a model for a stage: choose what is trained, and carry the adapters of one stage to the next.
 
-The model of stage k is made anew from the base and the last checkpoints of the stages before it, in a start and in a
-resume alike: there is no second path. Parameters have canonical names, the base model's own: adapters add
-`.lora_A.weight`, `.lora_B.weight` and, with DoRA, `.lora_magnitude_vector.weight` to the name of their layer.
+The model of stage k is built from the base and the last checkpoints of the stages before it, at a start and at a resume
+alike: there is no second path. Parameters have canonical names, the base model's own: adapters add `.lora_A.weight`,
+`.lora_B.weight` and, with DoRA, `.lora_magnitude_vector.weight` to the name of their layer.
 
     check(model, recipe.stages)                        # every pattern of every stage, before the first step
     prepare(model, recipe.stages, 2, saved, seed)      # the model that stage 2 starts with
@@ -36,25 +36,27 @@ class Adapter:
     tensors: Tensors  # canonical name -> (rank, in) for lora_A, (out, rank) for lora_B, (out,) for DoRA's magnitude
 
     def layers(self) -> list[str]:
+        """Return the names of the adapted layers."""
         return [name.removesuffix(_A) for name in self.tensors if name.endswith(_A)]
 
     def change(self, layer: str) -> torch.Tensor:
-        """What the adapter adds to a layer's weight, (out, in): scale * B A, before DoRA's magnitude."""
+        """Return what the adapter adds to a layer's weight, (out, in): scale * B A, before DoRA's magnitude."""
         a, b = self.tensors[layer + _A], self.tensors[layer + _B]
         return self.lora.scale(len(a)) * (b @ a)
 
 
 def canonical(name: str) -> str:
-    """The name of a parameter without what PEFT adds to it."""
+    """Return the name of a parameter without what PEFT adds to it."""
     return name.replace(".base_layer.", ".").replace(".default.", ".")
 
 
 def is_adapter(name: str) -> bool:
+    """Return whether a name is that of an adapter's parameter."""
     return ".lora_" in name
 
 
 def check(model: nn.Module, stages: Iterable[Stage]) -> None:
-    """Hold every pattern of every stage against the names of the model, which has no adapters yet. Raises UserError."""
+    """Check every pattern of every stage against the names of a model that has no adapters yet. Raises UserError."""
     parameters = [name for name, _ in model.named_parameters() if not name.startswith("heads.")]
     modules = dict(model.named_modules())
     before: dict[str, int] = {}
@@ -68,32 +70,32 @@ def check(model: nn.Module, stages: Iterable[Stage]) -> None:
             continue
         lora = stage.lora
         layers = [name for name, module in modules.items() if re.fullmatch(lora.targets, name) and name]
-        plain = [name for name in layers if isinstance(modules[name], nn.Linear | nn.Embedding | nn.Conv2d)]
-        if not plain:
+        adaptable = [name for name in layers if isinstance(modules[name], nn.Linear | nn.Embedding | nn.Conv2d)]
+        if not adaptable:
             raise UserError(f"{where}: lora.targets: '{lora.targets}' matches no linear layer")
-        if len(plain) < len(layers):
-            other = next(name for name in layers if name not in plain)
+        if len(adaptable) < len(layers):
+            other = next(name for name in layers if name not in adaptable)
             raise UserError(
                 f"{where}: lora.targets: '{lora.targets}' also matches {other}, a {type(modules[other]).__name__}; "
                 "allowed are linear layers"
             )
-        for layer in plain:
+        for layer in adaptable:
             if has_forward_hooks(modules[layer]):
                 raise UserError(
                     f"{where}: lora.targets also matches {layer}, whose output model.fusion or the objective reads; "
                     "name it in 'train' instead"
                 )
         for pattern in lora.rank_pattern:
-            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in plain):
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in adaptable):
                 raise UserError(f"{where}: lora.rank_pattern: '{pattern}' matches none of the targets")
         for pattern in stage.train:
-            for layer in plain:
+            for layer in adaptable:
                 if any(re.search(pattern, f"{layer}.{name}") for name, _ in modules[layer].named_parameters()):
                     raise UserError(
                         f"{where}: {layer} is trained whole by train '{pattern}' and adapted by lora.targets "
                         f"'{lora.targets}'; allowed is one of the two"
                     )
-        ranks = {layer: lora.rank_of(layer) for layer in plain}
+        ranks = {layer: lora.rank_of(layer) for layer in adaptable}
         if stage.adapters in ("grow", "keep"):
             for layer, rank in before.items():
                 if layer not in ranks:
@@ -111,8 +113,8 @@ def prepare(
 ) -> None:
     """Turn the base model into that of stage `number`, ready to train, in place.
 
-    `saved(i)` gives the trained parameters at the end of stage i. Raises UserError where the stage trains nothing, or
-    where its model would not be that of the stage before.
+    `saved(i)` returns the trained parameters at the end of stage i. Raises UserError where the stage trains nothing, or
+    where its model would compute something else than that of the stage before.
     """
     adapter: Adapter | None = None
     for earlier, stage in enumerate(stages[: number + 1]):
@@ -136,7 +138,7 @@ def prepare(
 
 
 def attach(model: nn.Module, lora: LoraSettings, seed: int) -> None:
-    """Put fresh adapters on the layers that the recipe names. A is random by the seed, B zero: nothing changes yet."""
+    """Add new adapters to the layers that the recipe names. A is random by the seed, B zero: the outputs stay equal."""
     config = peft_config(lora)
     torch.manual_seed(seed)
     try:
@@ -178,18 +180,18 @@ def grow(model: nn.Module, lora: LoraSettings, before: Adapter) -> None:
                 raise UserError(f"{layer} has rank {len(a)}, before {len(old_a)}; ranks can only grow")
             a[: len(old_a)] = old_a
             b[:, : len(old_a)] = old_b * (before.lora.scale(len(old_a)) / lora.scale(len(a)))
-            wanted, grown = before.change(layer), lora.scale(len(a)) * (b @ a)
-            _same(layer, grown, wanted, "growing")
+            expected, grown = before.change(layer), lora.scale(len(a)) * (b @ a)
+            _check_change(layer, grown, expected, "growing")
             if lora.dora:
                 magnitude = before.tensors.get(layer + _MAGNITUDE)
                 if magnitude is None:
-                    magnitude = torch.linalg.norm(weights[f"{layer}.weight"] + wanted, dim=1)
+                    magnitude = torch.linalg.norm(weights[f"{layer}.weight"] + expected, dim=1)
                 weights[layer + _MAGNITUDE].copy_(magnitude)
 
 
 def merge(model: nn.Module, adapter: Adapter) -> None:
-    """Add the adapters to the base weights, in place. Raises UserError where these have no room for the change; the
-    recipe refuses it for weights of four bits.
+    """Add the adapters to the base weights, in place. Raises UserError where their type cannot represent the change;
+    recipes with weights of four bits cannot ask for it.
     """
     weights = dict(model.named_parameters())
     for layer in adapter.layers():
@@ -203,8 +205,8 @@ def choose_trained(model: nn.Module, stage: Stage) -> None:
     matched = dict.fromkeys(stage.train, 0)
     for name, parameter in model.named_parameters():
         if name.startswith("heads."):
-            wanted = stage.objective.clinical if name.startswith("heads.findings.") else stage.objective.contrastive
-            parameter.requires_grad_(bool(wanted))
+            term = stage.objective.clinical if name.startswith("heads.findings.") else stage.objective.contrastive
+            parameter.requires_grad_(bool(term))
             continue
         parameter.requires_grad_(is_adapter(name))
         for pattern in stage.train:
@@ -226,24 +228,27 @@ def _merged(adapter: Adapter, layer: str, weight: torch.Tensor) -> None:
         merged *= (magnitude / torch.linalg.norm(merged, dim=1)).unsqueeze(1)
     weight.copy_(merged)
     rounding = torch.finfo(weight.dtype).eps
-    _same(layer, weight.float() - before, merged - before, "merging", rounding, before)
+    _check_change(layer, weight.float() - before, merged - before, "merging", rounding, before)
 
 
-def _same(
+def _check_change(
     layer: str,
     change: torch.Tensor,
-    wanted: torch.Tensor,
-    what: str,
+    expected: torch.Tensor,
+    operation: str,
     rounding: float = 1e-6,
-    beside: torch.Tensor | None = None,
+    base: torch.Tensor | None = None,
 ) -> None:
-    """A linear layer computes the same if its weight is the same: compared without a forward pass, on every start."""
-    difference = float((change - wanted).abs().max())
-    size = float(wanted.abs().max()) + (0.0 if beside is None else float(beside.abs().max()))
+    """Raise UserError where a weight's change is not the expected one, up to rounding of it and of the base weight.
+
+    A linear layer computes the same if its weight is the same: compared without a forward pass, on every start.
+    """
+    difference = float((change - expected).abs().max())
+    size = float(expected.abs().max()) + (0.0 if base is None else float(base.abs().max()))
     if not difference <= 10 * rounding * size + 1e-7:
         raise UserError(
-            f"{layer}: {what} the adapters would change the model: by {difference:.1e} where its weights change by "
-            f"{size:.1e}"
+            f"{layer}: {operation} the adapters would change the model: by {difference:.1e} where its weights change "
+            f"by {size:.1e}"
         )
 
 

@@ -31,7 +31,7 @@ from radhpc.data.collate import NEIGHBOUR_WORDS, EncodedStudy, StudyEncoder, con
 from radhpc.data.source import Source
 from radhpc.data.stream import stage_samples, stage_steps
 from radhpc.distributed.ranks import Ranks
-from radhpc.engine import zero
+from radhpc.engine import compat_deepspeed, zero
 from radhpc.engine.fsdp import Engine
 from radhpc.models import adapters, extra_modules, family as models, tokenizer
 from radhpc.models.quantization import quantise
@@ -165,7 +165,7 @@ def _host_numbers(engine: Engine, recipe: Recipe) -> int:
     """
     if recipe.model.weights is None or recipe.model.config:
         return engine.parameters
-    return max(getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.model.parameters())
+    return max(compat_deepspeed.whole_numel(parameter) for parameter in engine.model.parameters())
 
 
 def trace_step(engine: Engine, batches: list[Batch], memory: MemoryTrace) -> int:

@@ -19,7 +19,8 @@ from radhpc.core.recipe import Stage
 from radhpc.data.stream import Step, StopRequested, Stream
 from radhpc.distributed.ranks import Ranks
 from radhpc.distributed.stop import CAUSES, Interrupted, Stop
-from radhpc.engine.fsdp import Engine, StepReport, schedule
+from radhpc.engine.fsdp import Engine, StepReport
+from radhpc.engine.optimizers import learning_rate_factor
 
 NAMED = 20  # bad samples in the message that ends a run
 
@@ -128,7 +129,7 @@ def train(loop: StageLoop, position: Position) -> None:
         agreed = _agree(step, local_traffic, loop.quarantine, loop.stop, ranks)
         # Random numbers are a function of the step: nothing to save, and what ran in between leaves no trace.
         torch.manual_seed(_seed(loop.seed, position.stage, position.stage_step, ranks.rank))
-        factor = schedule(stage.optimizer, position.stage_step, position.stage_steps)
+        factor = learning_rate_factor(stage.optimizer, position.stage_step, position.stage_steps)
         report = engine.step(step.micro_batches, agreed.supervised, factor, lambda: loop.stop.check(ranks.max))
         position.step += 1
         position.stage_step += 1

@@ -74,14 +74,14 @@ def at_step(numbers: int | range, trouble: Callable[[], Any]) -> None:
     """Inside a step, between the ranks' agreement and the engine's first collective."""
     from radhpc.training import loop
 
-    before = loop.schedule
+    before = loop.learning_rate_factor
 
-    def schedule(stage: Any, step: int, steps: int) -> float:
+    def factor(stage: Any, step: int, steps: int) -> float:
         if step in (numbers if isinstance(numbers, range) else [numbers]):
             trouble()
         return before(stage, step, steps)
 
-    loop.schedule = schedule
+    loop.learning_rate_factor = factor
 
 
 def endless_loop() -> None:

@@ -198,15 +198,15 @@ def test_a_card_without_bf16_is_named(lives: Lives, monkeypatch: pytest.MonkeyPa
     from radhpc.core.errors import UserError
     from radhpc.core.recipe import load
     from radhpc.distributed.ranks import Ranks
-    from radhpc.engine.fsdp import check
+    from radhpc.engine.fsdp import check_support
 
     ranks = Ranks()
     ranks.device = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    check(load(lives.folder / "tiny.yaml", ["precision=fp16"]), ranks)
+    check_support(load(lives.folder / "tiny.yaml", ["precision=fp16"]), ranks)
     with pytest.raises(UserError, match="precision: bf16: Tesla T4 cannot compute in it; allowed here are fp16 and"):
-        check(load(lives.folder / "tiny.yaml", ["precision=bf16"]), ranks)
+        check_support(load(lives.folder / "tiny.yaml", ["precision=bf16"]), ranks)
 
 
 def test_a_gpu_that_is_full_is_told_what_to_change(lives: Lives, tmp_path: Path) -> None:

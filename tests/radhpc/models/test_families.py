@@ -392,10 +392,10 @@ def test_a_recipe_that_does_not_fit_gets_one_line(tokenizer: str) -> None:
     assert "'text' has both 'weights' and 'config'" in llava("model.weights={text: somewhere}")
     assert "an abstractor pools to a square" in refused("swin_qwen", "model.connector={kind: abstractor, latents: 15}")
     assert "does not take weights.text" in refused("llava", "model={family: mllama, weights: {text: somewhere}}")
-    assert "a mapping names parts" in refused(
+    assert "a mapping names components" in refused(
         "llava", "model={family: mllama, weights: {model: x}, tokenizer: {folder: x}}"
     )
-    assert "a mapping names parts" in refused(
+    assert "a mapping names components" in refused(
         "llava", "model={family: mllama, weights: {}, tokenizer: {train_vocabulary: 400}}"
     )
     assert "'concepts' do not fit into 3 'latents'" in refused("swin_qwen", "model.connector={latents: 3}")

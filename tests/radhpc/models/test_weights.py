@@ -66,7 +66,7 @@ def refusal(recipe: Recipe) -> str:
     return str(caught.value)
 
 
-def test_parts_are_put_together_and_a_new_token_is_the_mean_of_the_others(
+def test_components_are_put_together_and_a_new_token_is_the_mean_of_the_others(
     recipe: Callable[..., Recipe], saved: Path
 ) -> None:
     chosen = recipe()
@@ -118,14 +118,14 @@ def test_what_is_missing_or_cut_off_is_named_with_what_to_do(recipe: Callable[..
     assert f"hf download lmsys/vicuna-7b-v1.5 --local-dir {tmp_path}/llama" in told
     assert [(part, hub) for part, hub, _ in weights.missing(recipe().model)] == [("text", "lmsys/vicuna-7b-v1.5")]
     assert "no such folder" in refusal(recipe("model.weights.vision=/nowhere"))
-    assert "nothing for the part 'vision'" in refusal(recipe(f"model.weights={{text: {tmp_path}/llama}}"))
+    assert "nothing for the component 'vision'" in refusal(recipe(f"model.weights={{text: {tmp_path}/llama}}"))
 
 
 def test_weights_of_another_kind_are_refused(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     told = refusal(recipe(f"model.weights.vision={tmp_path}/llama"))
-    assert "config.json says model_type 'llama'; family llava wants clip or clip_vision_model" in told
+    assert "config.json says model_type 'llama'; family llava takes clip or clip_vision_model" in told
     assert "family mllama does not take weights.vision; allowed are a folder" in refusal(recipe("model.family=mllama"))
-    assert "family swin_qwen wants swin" in refusal(recipe("model.family=swin_qwen"))
+    assert "family swin_qwen takes swin" in refusal(recipe("model.family=swin_qwen"))
     assert "text.max_tokens 301: the model's context is 300 tokens" in refusal(recipe("text.max_tokens=301"))
     config = json.loads((tmp_path / "llama" / "config.json").read_text())
     (tmp_path / "llama" / "config.json").write_text(json.dumps({**config, "model_type": "llava"}))
@@ -183,6 +183,6 @@ def test_the_verb_says_it_in_one_object_and_by_its_exit_status(recipe: Callable[
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_recipes_family_knows_its_parts(path: Path) -> None:
+def test_every_recipes_family_knows_its_components(path: Path) -> None:
     model = load(path).model
     assert set(model.folders) <= set(families.entry(model.family).components)
