@@ -147,7 +147,7 @@ def _place_listing(work: Path, digest: str) -> None:
 
 
 def _overlaps(url: str, settings: BuildSettings) -> list[str]:
-    """Return messages on images that stand in several splits, here and in the datasets to be apart from."""
+    """Return messages on images that are in several splits, here and in the datasets to be apart from."""
     ours = duplicates.load(url)
     messages = list(duplicates.leaks(ours))
     for other_url in settings.apart_from:

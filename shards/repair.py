@@ -47,7 +47,7 @@ def repair(
     manifest = Manifest.load(store)
     bad = {fault.shard for fault in report.faults}
     if MANIFEST in bad:
-        raise UserError(f"{url}/{MANIFEST}: does not fit what lies beside it; build it again with --force")
+        raise UserError(f"{url}/{MANIFEST}: does not fit the files beside it; build it again with --force")
     broken = [shard for shard in manifest.shards if shard.name in bad]
     mended = []
     if INDEX in bad:

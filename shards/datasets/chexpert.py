@@ -79,7 +79,7 @@ def find_tables(raw: Path | None, train: str) -> dict[Split, Path]:
 
 
 def _rows(tables: dict[Split, Path]) -> Iterator[tuple[str, ImageRow | RawStudy]]:
-    """(the study, the row as one of its items); a row that cannot be used is a study alone."""
+    """Yield (key of a study, its row); a row that cannot be used is a study of its own."""
     for split, path in tables.items():
         for record in _records(path):
             values = record.values

@@ -5,8 +5,8 @@
     chexbert_labels/impression_fixed.json                     one object a line: path_to_image and the 14 labels
 
 Read are the paths, the view, the patient, the split, the report and its findings and impression: dates, age, sex, race
-and all the rest stay in the table. Where findings and impression are both empty the whole report is taken, without
-what stands behind its impression (a code, an accession number). Patients, images and splits are those of CheXpert.
+and all the rest stay in the table. Where findings and impression are both empty the full report is taken, without
+the text after its impression (a code, an accession number). Patients, images and splits are those of CheXpert.
 """
 
 import json
@@ -108,7 +108,7 @@ def _labels(path: Path) -> Iterator[tuple[str, chexpert.Labels]]:
 
 
 def _rows(path: Path, images: chexpert.ImageFinder) -> Iterator[tuple[str, ImageRow | RawStudy]]:
-    """(the study, the row as one of its items); a row that cannot be used is a study alone."""
+    """Yield (key of a study, its row); a row that cannot be used is a study of its own."""
     present = table.read(path).columns
     for record in table.stream(path, (*REQUIRED, *(name for name in OPTIONAL if name in present))):
         where = f"{path.name} {record.where}"

@@ -363,7 +363,7 @@ def _read_splits(folder: Path) -> Iterator[tuple[str, Split]]:
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         if len(official) > 1:
-            raise UserError(f"{path}: a study stands in {' and '.join(sorted(official))}; allowed is one split each")
+            raise UserError(f"{path}: a study is in {' and '.join(sorted(official))}; allowed is one split each")
         if official:
             yield study, official.pop()
 

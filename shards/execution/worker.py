@@ -73,7 +73,7 @@ class ShardTask:
 
 
 class IdentifierError(Exception):
-    """An identifier of a person stands where it cannot be scrubbed, in the name of a label for instance."""
+    """An identifier of a person is where it cannot be scrubbed, in the name of a label for instance."""
 
 
 class BuildStopped(Exception):
