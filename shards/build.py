@@ -1,6 +1,6 @@
-"""Builds a dataset: list the studies, build the shards in worker processes, prove the whole, write the manifest.
+"""Builds a dataset: lists the studies, builds the shards in worker processes, checks them, writes the manifest.
 
-    result = build("phantom", None, "runs/phantom", {"studies": "200"}, Settings(), lambda done, total: None)
+    result = build("phantom", None, "runs/phantom", {"studies": "200"}, BuildSettings(), lambda done, total: None)
 
 The same input gives the same bytes, whatever the number of workers and whatever was interrupted. The manifest
 is written last: a folder without one is an unfinished build, and the same command goes on with it.
@@ -24,7 +24,7 @@ from shards.execution.pool import TaskRunner
 from shards.execution.scheduler import BuildProgress, build_shards
 from shards.execution.worker import LISTING, BuildContext, ShardRecord, ShardTask, read_record
 from shards.images.encoding import ImageSettings
-from shards.listing import Listing, SkippedStudy
+from shards.listing import FORMAT, Listing, SkippedStudy
 from shards.reports.card import CARD, render_card
 from shards.reports.contact_sheet import SHEET, contact_sheet, load_pictures
 from shards.settings import BuildResult, BuildSettings
@@ -48,33 +48,35 @@ def build(
     """Build the shards of a raw archive. Raises UserError, and nothing half-written has a final name.
 
     `dataset` names the reader, `raw` the archive, `options` the reader's key=value options, `out` a folder or a URL;
-    `run` works the shards off somewhere else than in processes on this machine.
+    `run` builds the shards elsewhere than in processes on this machine, such as in a SLURM array.
     """
     started = time.monotonic()
     scrubbed: dict[str, int] = {}
     source = open_source(dataset, options or {})
     drop = source.duplicates(settings) == "drop"
     output = BuildOutput(out, settings.work)
-    with output.hold():
+    with output.locked():
         fresh = output.work / f"{LISTING}.new"
-        told = source.list(raw, fresh, settings)
+        messages = source.list_studies(raw, fresh, settings)
         with Listing(fresh) as listing:
             recipe = source.recipe(settings, listing.digest)
             build_hash = recipe_hash(recipe)
-            manifest = output.earlier(recipe, build_hash, settings.force)
+            manifest = output.find_finished(recipe, build_hash, settings.force)
             reused, skipped = manifest is not None, list[SkippedStudy]()
             if manifest is None:
                 _place_listing(output.work, listing.digest)
-                target = ImageSettings(settings.longest_side, settings.quality, settings.image_format)
-                job = BuildContext(output.url, output.work, build_hash, target)
-                tasks = [ShardTask(plan, job) for plan in listing.plans]
+                images = ImageSettings(settings.longest_side, settings.quality, settings.image_format)
+                context = BuildContext(output.url, output.work, build_hash, images)
+                tasks = [ShardTask(plan, context) for plan in listing.plans]
                 apart = [duplicates.load(url) for url in settings.apart_from] if drop else None
                 skipped = build_shards(tasks, listing, settings, progress, run, apart)
-                manifest, scrubbed = _finish(output, tasks, listing.dataset, recipe, skipped, told)
+                manifest, scrubbed = _finish(output, tasks, listing.dataset, recipe, skipped, messages)
             else:
-                told += [f"{n} studies were left out when it was built: {why}" for why, n in manifest.skipped.items()]
+                messages += [
+                    f"{n} studies were left out when it was built: {why}" for why, n in manifest.skipped.items()
+                ]
     if not drop:
-        told += _overlaps(out, settings)
+        messages += _overlaps(out, settings)
     return BuildResult(
         url=out,
         samples=manifest.samples,
@@ -83,20 +85,20 @@ def build(
         seconds=time.monotonic() - started,
         splits=manifest.splits,
         patients=manifest.patients,
-        skipped=[skip.shown() for skip in skipped],
+        skipped=[skip.for_user() for skip in skipped],
         skipped_file=_write_skipped(manifest, skipped) if skipped else None,
         scrubbed=scrubbed,
-        warnings=told,
+        warnings=messages,
         reused=reused,
     )
 
 
 def _write_skipped(manifest: Manifest, skipped: list[SkippedStudy]) -> Path:
-    """Keep what was left out under its raw names where only the user reads it: the shards shall not hold them."""
+    """List the studies left out, by their raw names, where only the user reads it: the shards must not hold them."""
     state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "radhpc" / "skipped"
     state.mkdir(parents=True, exist_ok=True, mode=0o700)
     path = state / f"{manifest.dataset}-{manifest.build_hash[:12]}.jsonl"
-    lines = [json.dumps({"id": skip.id, **skip.shown()}) + "\n" for skip in skipped]
+    lines = [json.dumps({"id": skip.id, **skip.for_user()}) + "\n" for skip in skipped]
     write_atomically(path, "".join(lines).encode(), 0o600)
     return path
 
@@ -107,25 +109,25 @@ def _finish(
     name: str,
     recipe: dict[str, Any],
     skipped: list[SkippedStudy],
-    told: list[str],
+    messages: list[str],
 ) -> tuple[Manifest, dict[str, int]]:
-    """Write what lies beside the shards, the manifest last. Returns it, and what was scrubbed from texts, by rule."""
-    summary, named = Summary(), list[tuple[str, str]]()
+    """Write the files beside the shards, the manifest last. Returns it, and the words scrubbed from texts, by rule."""
+    summary, attributions = Summary(), list[tuple[str, str]]()
 
     def records() -> Iterator[tuple[Split, ShardRecord]]:
         for task in tasks:
-            done = read_record(task)
-            assert done is not None, "a shard without a record"
-            summary.add(done.summary)
-            named.extend(done.attributions)
-            yield task.plan.split, done
+            record = read_record(task)
+            assert record is not None, "a shard without a record"
+            summary.add(record.summary)
+            attributions.extend(record.attributions)
+            yield task.plan.split, record
 
     reasons = Counter(skip.reason for skip in skipped)
     manifest, files = assemble(name, records(), recipe, recipe_hash(recipe), reasons)
-    files[CARD] = render_card(manifest, summary, [skip.told() for skip in skipped], told).encode()
+    files[CARD] = render_card(manifest, summary, [skip.public() for skip in skipped], messages).encode()
     files[SHEET] = contact_sheet(load_pictures(output.store, manifest, SampleIndex.from_bytes(files[INDEX])))
-    if named:
-        lines = [json.dumps({"key": key, "attribution": text}) + "\n" for key, text in named]
+    if attributions:
+        lines = [json.dumps({"key": key, "attribution": text}) + "\n" for key, text in attributions]
         files[ATTRIBUTION] = "".join(lines).encode()
     for file, data in files.items():
         output.store.write(file, data)
@@ -135,20 +137,22 @@ def _finish(
 
 
 def _place_listing(work: Path, digest: str) -> None:
-    """Give the new listing its name; one of the same studies stays, as jobs of an earlier command may be reading it."""
+    """Name the new listing, unless one of the same studies is there: jobs of an earlier command may be reading it."""
     fresh, path = work / f"{LISTING}.new", work / LISTING
     if path.exists():
         with Listing(path) as earlier:
-            if earlier.digest == digest:
+            if (earlier.digest, earlier.format) == (digest, FORMAT):
                 return
     fresh.replace(path)
 
 
 def _overlaps(url: str, settings: BuildSettings) -> list[str]:
-    """What to tell of images that stand in several splits, here and in the datasets to be apart from."""
+    """Return messages on images that stand in several splits, here and in the datasets to be apart from."""
     ours = duplicates.load(url)
-    told = list(duplicates.leaks(ours))
-    for theirs in settings.apart_from:
-        for split, other, images, of in duplicates.overlaps(ours, duplicates.load(theirs)):
-            told.append(f"{images} of {of} images in {split} are near-duplicates of images in {other} of {theirs}")
-    return told
+    messages = list(duplicates.leaks(ours))
+    for other_url in settings.apart_from:
+        for split, other, images, total in duplicates.overlaps(ours, duplicates.load(other_url)):
+            messages.append(
+                f"{images} of {total} images in {split} are near-duplicates of images in {other} of {other_url}"
+            )
+    return messages

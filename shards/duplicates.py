@@ -1,8 +1,8 @@
-"""No picture in two splits: near-duplicates by perceptual hash, within a dataset and across datasets.
+"""Finds images in two splits: near-duplicates by perceptual hash, within a dataset and across datasets.
 
-A build makes the test split first, then validate, then train, and leaves out each study with an image that is nearly
-one of another split: of those made before, or of the datasets that --apart-from names. Sets whose official splits share
-images (Options.shares_images), and --duplicates=report, keep such studies, and the build tells how many there are.
+A build makes the test split first, then validate, then train, and leaves out each study with a near-duplicate in
+another split: in those made before, or in the datasets that --apart-from names. Datasets whose official splits share
+images (ReaderOptions.shares_images), and --duplicates=report, keep such studies, and the build reports their number.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,37 +26,37 @@ REASON = "near-duplicate of an image in another split"
 
 
 class SplitOverlap(NamedTuple):
-    """How many images of one split nearly repeat an image of another."""
+    """The number of images of one split that nearly repeat an image of another."""
 
     split: Split
     other: Split  # of the other dataset, or of the same
     images: int
-    of: int  # images in the split
+    total: int  # images in the split
 
 
 @dataclass(frozen=True)
 class ImageHashes:
-    """The images of a dataset, or some of them."""
+    """Perceptual hashes of the images of a dataset, or of some of them."""
 
     fingerprint: npt.NDArray[np.uint8]  # (n, 32)
     split: npt.NDArray[np.uint8]  # (n,) position in radhpc.core.sample.SPLITS
     key: npt.NDArray[np.bytes_]  # (n,) of their samples
 
     def of(self, splits: Iterable[Split]) -> "ImageHashes":
-        """Those of the given splits."""
+        """Return the images of the given splits."""
         kept = np.isin(self.split, [SPLITS.index(split) for split in splits])
         return ImageHashes(self.fingerprint[kept], self.split[kept], self.key[kept])
 
 
 def load(url: str) -> ImageHashes:
-    """The images of finished shards. Raises UserError."""
+    """Load the hashes of finished shards. Raises UserError."""
     store = Store(url)
     manifest = Manifest.load(store)
     return hashes_of(store, manifest, manifest.load_index(store))
 
 
 def hashes_of(store: Store, manifest: Manifest, index: SampleIndex) -> ImageHashes:
-    """The images of shards whose index is at hand. Raises UserError."""
+    """Load the hashes of shards whose index is loaded already. Raises UserError."""
     if manifest.fingerprints is None:
         raise UserError(f"{store.url}: has no {FINGERPRINTS}; build it again")
     fingerprints = manifest.load_fingerprints(store)
@@ -67,20 +67,20 @@ def hashes_of(store: Store, manifest: Manifest, index: SampleIndex) -> ImageHash
 
 
 def join(parts: Iterable[ImageHashes]) -> ImageHashes:
-    """All images together."""
+    """Concatenate the images of all parts."""
     parts = list(parts)
     empty = ImageHashes(np.zeros((0, 32), np.uint8), np.zeros(0, np.uint8), np.zeros(0, "S1"))
     return ImageHashes(*(np.concatenate([getattr(part, name) for part in (empty, *parts)]) for name in vars(empty)))
 
 
 def save(path: Path, images: ImageHashes) -> None:
-    """Write what one split must not repeat, for the build's workers."""
+    """Write the images that one split must not repeat, for the build's workers."""
     with path.open("wb") as file:
         np.savez(file, allow_pickle=False, **vars(images))
 
 
 class ExcludedImages:
-    """What the split at hand must not repeat."""
+    """The images that the split under construction must not repeat."""
 
     def __init__(self, path: Path) -> None:
         self._images = join([])
@@ -89,30 +89,30 @@ class ExcludedImages:
                 self._images = ImageHashes(**{name: columns[name] for name in columns.files})
 
     def find(self, fingerprints: Sequence[bytes]) -> str | None:
-        """The sample of another split, and that split, which one of these images nearly repeats."""
-        mine = np.frombuffer(b"".join(fingerprints), np.uint8).reshape(-1, 32)
-        pairs = near(mine, self._images.fingerprint, LIMIT)
+        """Return "KEY in SPLIT" of the first sample of another split that one of these images repeats, or None."""
+        hashes = np.frombuffer(b"".join(fingerprints), np.uint8).reshape(-1, 32)
+        pairs = near(hashes, self._images.fingerprint, LIMIT)
         if not len(pairs):
             return None
-        place = min(int(other) for _, other in pairs)
-        return f"{self._images.key[place].decode()} in {SPLITS[self._images.split[place]]}"
+        first = min(int(other) for _, other in pairs)
+        return f"{self._images.key[first].decode()} in {SPLITS[self._images.split[first]]}"
 
 
 def leaks(images: ImageHashes) -> Iterator[str]:
-    """Say of each split which images nearly repeat one of a split that goes before it."""
-    before = [(split, other) for place, split in enumerate(BUILD_ORDER) for other in BUILD_ORDER[:place]]
-    for split, other, count, of in overlaps(images, images, before):
-        yield f"{count} of {of} images in {split} are near-duplicates of images in {other}"
+    """Yield a message for each split with near-duplicates of images of a split that is built before it."""
+    before = [(split, other) for number, split in enumerate(BUILD_ORDER) for other in BUILD_ORDER[:number]]
+    for split, other, count, total in overlaps(images, images, before):
+        yield f"{count} of {total} images in {split} are near-duplicates of images in {other}"
 
 
 def overlaps(
     ours: ImageHashes, theirs: ImageHashes, pairs: Iterable[tuple[Split, Split]] = ALL_PAIRS
 ) -> Iterator[SplitOverlap]:
-    """Compare splits of ours with splits of theirs, each image with each: leave out the pairs that nobody asks for."""
+    """Compare each image of our split with each image of their split, for the given pairs of splits."""
     for split, other in pairs:
-        mine, counts = np.unique(ours.of([split]).fingerprint, axis=0, return_counts=True)
-        their = np.unique(theirs.of([other]).fingerprint, axis=0)
-        if len(mine) and len(their):
-            repeated = np.unique(near(mine, their, LIMIT)[:, 0])
+        hashes, counts = np.unique(ours.of([split]).fingerprint, axis=0, return_counts=True)
+        others = np.unique(theirs.of([other]).fingerprint, axis=0)
+        if len(hashes) and len(others):
+            repeated = np.unique(near(hashes, others, LIMIT)[:, 0])
             if len(repeated):
                 yield SplitOverlap(split, other, int(counts[repeated].sum()), int(counts.sum()))

@@ -1,4 +1,4 @@
-"""A reader's studies -> the rows of the build: hashed identifiers, a split each, in the order of the shards.
+"""Lists a reader's studies as the rows of a build: hashed identifiers, a split each, in the order of the shards.
 
 Rows are ordered by split, then by key; keys are salted hashes, so patients and classes spread over the shards. A
 shard is the next `shard_samples` rows of one split. All of it is a pure function of the studies, the salt and the
@@ -39,6 +39,7 @@ CREATE INDEX by_patient ON studies (patient);
 INSERT INTO patients SELECT patient, split_of(patient, MAX(official)) FROM studies GROUP BY patient;
 """
 _ROWS = "INSERT INTO rows SELECT split, study, place FROM studies JOIN patients USING (patient)"
+FORMAT = f"{RawStudy.__module__}.{RawStudy.__qualname__} 1"  # of the pickles in a listing
 _COUNTS = "SELECT split, COUNT(*) FROM patients GROUP BY split"
 
 
@@ -55,7 +56,7 @@ class StudyRow:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One shard to be: its file name, its split, and which stretch of the split's rows."""
+    """One shard to build: its file name, its split, and its range of the split's rows."""
 
     name: str
     split: Split
@@ -66,20 +67,20 @@ class ShardPlan:
 
 @dataclass(frozen=True)
 class SkippedStudy:
-    """A study that is left out: what the user calls it, a general reason, and particulars for the user alone."""
+    """A study that is left out: the user's name of it, a general reason, and particulars for the user alone."""
 
     name: str
-    id: str  # salted hash: what others may be told
+    id: str  # salted hash, which others may read
     reason: str
     detail: str = ""
     fault: bool = True  # something is broken: it counts against the budget
 
-    def told(self) -> dict[str, str]:
-        """What others may read: in the card, beside the shards."""
+    def public(self) -> dict[str, str]:
+        """Return the facts that others may read, in the card beside the shards."""
         return {"study": self.id, "reason": self.reason}
 
-    def shown(self) -> dict[str, str]:
-        """What the user may read."""
+    def for_user(self) -> dict[str, str]:
+        """Return the facts that the user alone may read."""
         return {"name": self.name, "reason": f"{self.reason}: {self.detail}" if self.detail else self.reason}
 
 
@@ -92,30 +93,31 @@ class Listing:
         self._connection = sqlite3.connect(f"file:{path}?mode=ro&immutable=1", uri=True)
         facts = dict(self._connection.execute("SELECT name, value FROM facts"))
         self.dataset: str = facts["dataset"]
-        self.digest: str = facts["digest"]  # of everything the reader yielded, keyed by the salt
+        self.format: str = facts.get("format", "")  # of the pickles: a listing of another one cannot be read
+        self.digest: str = facts["digest"]  # of all that the reader yielded, keyed by the salt
         self.studies = int(facts["studies"])  # read, those left out included
         self.filled: tuple[Split, ...] = tuple(json.loads(facts["filled"]))  # splits that would have been empty
         self.plans = tuple(ShardPlan(*row) for row in json.loads(facts["plans"]))
 
     def rows(self, plan: ShardPlan) -> Iterator[StudyRow]:
-        """The rows of a shard, in its order."""
-        found = self._connection.execute(
+        """Yield the rows of a shard, in its order."""
+        rows = self._connection.execute(
             "SELECT rows.study, patient, raw FROM rows JOIN studies USING (place) "
             "WHERE split = ? AND rows.study BETWEEN ? AND ? ORDER BY rows.study",
             (SPLITS.index(plan.split), plan.first, plan.last),
         )
-        for study, patient, raw in found:
+        for study, patient, raw in rows:
             yield StudyRow(pickle.loads(raw), study, patient, plan.split, self.key(study))
 
     def key(self, study: str) -> str:
         return f"{self.dataset}-{study}"
 
     def name(self, study: str) -> str:
-        """What the user calls a study."""
+        """Return the user's name of a study."""
         return str(self._connection.execute("SELECT name FROM studies WHERE study = ?", (study,)).fetchone()[0])
 
     def skipped(self) -> Iterator[SkippedStudy]:
-        """The studies that the metadata alone rule out."""
+        """Yield the studies that are ruled out by the metadata alone."""
         for row in self._connection.execute("SELECT name, id, reason, detail, fault FROM skips ORDER BY place"):
             yield SkippedStudy(row[0], row[1], row[2], row[3], bool(row[4]))
 
@@ -157,6 +159,7 @@ def write_listing(
         connection.execute(_ROWS)
         facts = {
             "dataset": name,
+            "format": FORMAT,
             "digest": digest,
             "studies": count,
             "filled": json.dumps(filled),
@@ -175,7 +178,7 @@ def write_listing(
 def _add_studies(
     connection: sqlite3.Connection, studies: Iterable[RawStudy], name: str, salt: bytes, folder: Path | None
 ) -> tuple[str, int]:
-    """Write the studies as they come. Returns the digest of all, and how many there were."""
+    """Write the studies as they come. Returns their digest and their number."""
     digest, count = hmac.new(salt, digestmod=hashlib.sha256), 0
     for count, raw in enumerate(studies, 1):
         digest.update(_canonical(raw, folder))
@@ -196,19 +199,19 @@ def _add_studies(
 
 def _refuse_two_splits(connection: sqlite3.Connection) -> None:
     """Raise UserError where a patient stands in two official splits."""
-    found = connection.execute(
+    row = connection.execute(
         "SELECT patient FROM studies WHERE official IS NOT NULL GROUP BY patient "
         "HAVING COUNT(DISTINCT official) > 1 ORDER BY MIN(place) LIMIT 1"
     ).fetchone()
-    if not found:
+    if not row:
         return
-    (here, this), (there, that) = connection.execute(
+    (name, split), (other, other_split) = connection.execute(
         "SELECT name, official FROM studies WHERE patient = ? AND official IS NOT NULL "
         "GROUP BY official ORDER BY MIN(place) LIMIT 2",
-        found,
+        row,
     )
     raise UserError(
-        f"split: '{here}' is in {this} and '{there}' in {that}, "
+        f"split: '{name}' is in {split} and '{other}' in {other_split}, "
         "but they are of the same patient; a patient may stand in one split only"
     )
 
@@ -218,9 +221,9 @@ def _split_number(patient: str, official: Split | None, ratios: splits.Ratios) -
 
 
 def _fill_empty_splits(connection: sqlite3.Connection, ratios: splits.Ratios) -> list[Split]:
-    """Move the nearest patient into each wanted split that is empty, where another can spare one. Official splits stay.
+    """Move the nearest patient into each empty split of a ratio above 0, if another split can spare one.
 
-    Returns the splits that were filled.
+    Official splits stay. Returns the splits that were filled.
     """
     filled: list[Split] = []
     if connection.execute("SELECT 1 FROM studies WHERE official IS NOT NULL LIMIT 1").fetchone():
@@ -249,14 +252,17 @@ def _plans(connection: sqlite3.Connection, shard_samples: int) -> Iterator[tuple
 
 
 def _canonical(raw: RawStudy, folder: Path | None) -> bytes:
-    """The same bytes for the same study, on every machine."""
+    """Return the same bytes for the same study on every machine.
+
+    Names of RawStudy's fields and the repr of what draws a view are part of them, and so of the identity of a build.
+    """
 
     def plain(value: Any) -> Any:
         if isinstance(value, Path):
             return str(value.relative_to(folder)) if folder and value.is_relative_to(folder) else str(value)
         text = repr(value)
         if re.search(r" at 0x[0-9a-f]+>", text):
-            raise TypeError(f"{type(value).__name__} needs a repr that says what it draws")
+            raise TypeError(f"{type(value).__name__} needs a repr that tells its drawings apart")
         return text
 
     views = [(plain(source), view) for source, view in raw.views]

@@ -1,10 +1,10 @@
-"""Mends shards whose faults `verify` has found: what is broken is built again from raw, to the very same bytes.
+"""Repairs shards whose faults `verify` has found: rebuilds what is broken from the raw archive, to the same bytes.
 
     report = verify(url)
     mended = repair(url, Path("/data/padchest"), report, workers=4)        # ["train-000003.tar"]
 
-What the manifest says is the aim: a rebuilt shard counts only if its sha256 is the one that the manifest names. The
-index is read again from whole shards; the fingerprints come from raw images, so losing them costs a whole build.
+The manifest decides: a rebuilt shard counts only if its sha256 is the one that the manifest names. The index is
+restored from intact shards; the fingerprints come from raw images, so losing them costs a complete build.
 """
 
 import io
@@ -32,7 +32,7 @@ from shards.settings import BuildSettings
 from shards.source import DatasetSource, open_source
 from shards.verify import VerificationReport
 
-FREE = ("duplicates", "apart_from")  # the index says which studies they have left out
+NOT_COMPARED = ("duplicates", "apart_from")  # the index knows which studies they left out
 
 
 def repair(
@@ -42,7 +42,7 @@ def repair(
     workers: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[str]:
-    """Return the names of the files that were mended. Raises UserError for what cannot be."""
+    """Return the names of the files that were repaired. Raises UserError for what cannot be repaired."""
     store = Store(url)
     manifest = Manifest.load(store)
     bad = {fault.shard for fault in report.faults}
@@ -53,7 +53,7 @@ def repair(
     if INDEX in bad:
         if broken:
             raise UserError(f"{url}: {INDEX} and {broken[0].name} are both damaged; build it again with --force")
-        store.write(INDEX, _index(store, manifest))
+        store.write(INDEX, _rebuild_index(store, manifest))
         mended.append(INDEX)
     if broken or FINGERPRINTS in bad:
         mended += _rebuild(store, manifest, raw, broken, FINGERPRINTS in bad, workers, progress)
@@ -69,34 +69,34 @@ def _rebuild(
     workers: int | None,
     progress: Callable[[int, int], None],
 ) -> list[str]:
-    """Build shards again beside their places, and put those there that are as the manifest says."""
+    """Build shards in the work folder, and upload those that match the manifest."""
     made = manifest.build
     source = open_source(made["reader"], {name: str(value) for name, value in made["options"].items()})
     settings = _settings(made, workers)
     index = manifest.load_index(store)
-    anew = list(manifest.shards) if fingerprints else broken
+    to_build = list(manifest.shards) if fingerprints else broken
     output = BuildOutput(store.url)
     names = {shard.name: number for number, shard in enumerate(manifest.shards)}
-    with output.hold():
-        source.list(raw, output.work / LISTING, settings)
+    with output.locked():
+        source.list_studies(raw, output.work / LISTING, settings)
         with Listing(output.work / LISTING) as listing:
-            _refuse_another(store.url, source, settings, listing, made)
+            _refuse_changed_source(store.url, source, settings, listing, made)
             rebuilt = output.work / "rebuilt"
             rebuilt.mkdir(exist_ok=True)
-            target = ImageSettings(settings.longest_side, settings.quality, settings.image_format)
-            job = BuildContext(str(rebuilt), output.work, manifest.build_hash, target)
+            images = ImageSettings(settings.longest_side, settings.quality, settings.image_format)
+            context = BuildContext(str(rebuilt), output.work, manifest.build_hash, images)
             tasks = []
             for plan in listing.plans:
-                if any(shard.name == plan.name for shard in anew):
+                if any(shard.name == plan.name for shard in to_build):
                     keys = index.key[index.shard == names[plan.name]].tolist()
-                    tasks.append(ShardTask(plan, job, frozenset(key.decode().rsplit("-", 1)[1] for key in keys)))
-            assert len(tasks) == len(anew), "shards that the listing does not plan"
+                    tasks.append(ShardTask(plan, context, frozenset(key.decode().rsplit("-", 1)[1] for key in keys)))
+            assert len(tasks) == len(to_build), "shards that the listing does not plan"
             total = sum(task.plan.samples for task in tasks)
             with local_pool(min(settings.processes, len(tasks))) as run:
                 for _ in run(tasks, lambda done: progress(done, total)):
                     pass
         hashes = []
-        for task, shard in zip(tasks, anew, strict=True):
+        for task, shard in zip(tasks, to_build, strict=True):
             record = read_record(task)
             assert record is not None
             if record.shard != shard:
@@ -113,7 +113,7 @@ def _rebuild(
 
 
 def _settings(made: dict[str, Any], workers: int | None) -> BuildSettings:
-    """The settings of a build, from its manifest."""
+    """Return the settings of a build from its manifest."""
     return BuildSettings(
         workers=workers,
         longest_side=made["longest_side"],
@@ -125,12 +125,12 @@ def _settings(made: dict[str, Any], workers: int | None) -> BuildSettings:
     )
 
 
-def _refuse_another(
+def _refuse_changed_source(
     url: str, source: DatasetSource, settings: BuildSettings, listing: Listing, made: dict[str, Any]
 ) -> None:
-    """Raise UserError where the raw archive, or what decides the bytes, is not what the shards were made of."""
+    """Raise UserError where the raw archive, or anything else that decides the bytes, has changed since the build."""
     recipe = json.loads(json.dumps(source.recipe(settings, listing.digest)))
-    differing = [key for key in made if key not in FREE and recipe.get(key) != made[key]]
+    differing = [key for key in made if key not in NOT_COMPARED and recipe.get(key) != made[key]]
     if differing:
         raise UserError(
             f"{url}: cannot be built again as it was (other {', '.join(differing)}); "
@@ -138,12 +138,12 @@ def _refuse_another(
         )
 
 
-def _index(store: Store, manifest: Manifest) -> bytes:
-    """The index, from the shards themselves."""
+def _rebuild_index(store: Store, manifest: Manifest) -> bytes:
+    """Rebuild the index from the shards."""
     parts: list[SampleIndex] = []
     for number, shard in enumerate(manifest.shards):
         data = store.read(shard.name)
-        assert sha256(data) == shard.sha256, "verify found this shard whole"
+        assert sha256(data) == shard.sha256, "verify found this shard intact"
         rows: dict[str, list[MemberRow]] = {}
         patients: list[str] = []
         split: Split = "train"
@@ -157,8 +157,8 @@ def _index(store: Store, manifest: Manifest) -> bytes:
                     split = sample.split
                 checksum = crc32c(content)
                 rows.setdefault(key, []).append(MemberRow(suffix, member.offset_data, member.size, checksum))
-        found = [SampleRow(key, tuple(members)) for key, members in rows.items()]
-        parts.append(index_of_shard(found, patients, split, number))
+        sample_rows = [SampleRow(key, tuple(members)) for key, members in rows.items()]
+        parts.append(index_of_shard(sample_rows, patients, split, number))
     data = concatenate(parts).to_bytes()
-    assert sha256(data) == manifest.index.sha256, "an index of whole shards is the one that was written"
+    assert sha256(data) == manifest.index.sha256, "the index of intact shards is the one that was written"
     return data

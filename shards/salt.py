@@ -1,4 +1,4 @@
-"""The salt of patient and study hashes: 32 random bytes that never leave this user's home.
+"""Keeps the salt of patient and study hashes: 32 random bytes that never leave this user's home.
 
 Whoever holds the salt can tell which patient a hash belongs to, so it lies outside every output folder:
 ~/.config/radhpc/salt, or the file that RADHPC_SALT_FILE names (share it to give two sites equal hashes).

@@ -1,4 +1,4 @@
-"""What a build is told, and what it answers."""
+"""The settings of a build, and its result."""
 
 import math
 import os
@@ -14,7 +14,7 @@ from shards.splits import RATIOS, Ratios
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """How to build, whatever the dataset. Raises UserError for a value that cannot be."""
+    """The settings of a build of any dataset. Raises UserError for a value that is not allowed."""
 
     workers: int | None = None  # processes; None: one for each CPU that this process may use
     longest_side: int = 1120  # pixels: larger images are shrunk to it
@@ -23,7 +23,7 @@ class BuildSettings:
     ratios: Ratios = RATIOS  # train, validate, test: for patients without an official split
     shard_samples: int = 1000  # samples in a shard at most
     max_skipped: int | str = "1%"  # a count, or a share of all studies, rounded up
-    duplicates: Literal["drop", "report"] = "drop"  # studies with a near-duplicate in another split
+    duplicates: Literal["drop", "report"] = "drop"  # of a study with a near-duplicate in another split
     apart_from: tuple[str, ...] = ()  # shards of other datasets whose other splits must not be repeated
     force: bool = False  # replace what another build left in the output folder
     work: Path | None = None  # private folder of a build under way; None: see shards/execution/output.py
@@ -42,7 +42,7 @@ class BuildSettings:
         self.skip_budget(100)
 
     def skip_budget(self, studies: int) -> int:
-        """How many of so many studies may be left out."""
+        """Return how many of `studies` may be left out."""
         text = str(self.max_skipped).strip()
         if re.fullmatch(r"\d+", text):
             return int(text)
@@ -52,13 +52,13 @@ class BuildSettings:
 
     @property
     def processes(self) -> int:
-        """How many workers to start."""
+        """The number of worker processes to start."""
         return self.workers or len(os.sched_getaffinity(0))
 
 
 @dataclass(frozen=True)
 class BuildResult:
-    """What a build has made."""
+    """The outcome of a build."""
 
     url: str
     samples: int
@@ -69,6 +69,6 @@ class BuildResult:
     patients: dict[str, int] = field(default_factory=dict)
     skipped: list[dict[str, str]] = field(default_factory=list)  # {name, reason}; names stay out of the output
     skipped_file: Path | None = None  # all of them, in the user's own folder
-    scrubbed: dict[str, int] = field(default_factory=dict)  # what was taken out of texts, by rule
+    scrubbed: dict[str, int] = field(default_factory=dict)  # words taken out of texts, by rule
     warnings: list[str] = field(default_factory=list)
     reused: bool = False  # the folder held this very build already, nothing was done

@@ -1,7 +1,7 @@
-"""What is built from: a reader and its options, and the listing of what it finds.
+"""The source of a build: a reader with its options, the listing of its studies, and the identity of the build.
 
 source = open_source("padchest", {"grounded": "en"})
-told = source.list(Path("/data/padchest"), work / "listing", settings)      # what the user should know
+messages = source.list_studies(Path("/data/padchest"), work / "listing", settings)      # what the user should know
 """
 
 import hashlib
@@ -38,43 +38,43 @@ class DatasetSource:
 
     @property
     def name(self) -> str:
-        """What the dataset is called in keys and tables."""
+        """The name of the dataset in keys and tables."""
         return self.options.name or self.dataset
 
     def duplicates(self, settings: BuildSettings) -> str:
-        """What happens to studies with a near-duplicate in another split: "drop" or "report"."""
+        """Return the policy for studies with a near-duplicate in another split: "drop" or "report"."""
         return "report" if self.options.shares_images else settings.duplicates
 
-    def list(self, raw: Path | None, path: Path, settings: BuildSettings) -> list[str]:
-        """Read the metadata of the archive into a listing. Returns what its user should know. Raises UserError."""
+    def list_studies(self, raw: Path | None, path: Path, settings: BuildSettings) -> list[str]:
+        """Read the metadata of the archive into a listing. Returns messages for the user. Raises UserError."""
         base = raw.resolve() if raw else None
         folder = base.parent if base and base.is_file() else base
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", readers.DatasetWarning)
             studies = self.reader.read(base, self.options)
             write_listing(path, studies, self.name, self.salt, settings.ratios, settings.shard_samples, folder)
-        told = [str(warning.message) for warning in caught if issubclass(warning.category, readers.DatasetWarning)]
+        messages = [str(warning.message) for warning in caught if issubclass(warning.category, readers.DatasetWarning)]
         with Listing(path) as listing:
             if not listing.studies:
                 raise UserError(f"{self.name}: no study found")
             check_budget(list(listing.skipped()), listing.studies, settings)
-            told += [
+            messages += [
                 f"split '{split}' would have been empty: it took the patient whose hash lies nearest; "
                 "the splits of so small a set may change when it grows"
                 for split in listing.filled
             ]
-        return told
+        return messages
 
     def recipe(self, settings: BuildSettings, digest: str) -> dict[str, Any]:
-        """Everything that decides the bytes: equal recipes give equal shards. `digest` is that of the listing.
+        """Return all that decides the bytes: equal recipes give equal shards. `digest` is that of the listing.
 
-        Where things lie decides nothing; what was found there is in the digest.
+        Paths decide nothing, as the digest covers the content; hence options that are paths are left out.
         """
-        given = self.options.model_dump(mode="json", exclude_none=True)
+        options = self.options.model_dump(mode="json", exclude_none=True)
         return {
             "reader": self.dataset,
             "options": {
-                name: value for name, value in given.items() if not isinstance(getattr(self.options, name), Path)
+                name: value for name, value in options.items() if not isinstance(getattr(self.options, name), Path)
             },
             "longest_side": settings.longest_side,
             "quality": settings.quality,
@@ -92,7 +92,7 @@ class DatasetSource:
 
 
 def open_source(dataset: str, options: Mapping[str, str]) -> DatasetSource:
-    """Find the reader and understand its options. Raises UserError."""
+    """Find the reader and parse its options. Raises UserError."""
     reader = registry.reader(dataset)
     return DatasetSource(
         dataset, reader, readers.parse_options(dataset, reader.OPTIONS, options), salt.load(reader.SYNTHETIC)
@@ -100,7 +100,7 @@ def open_source(dataset: str, options: Mapping[str, str]) -> DatasetSource:
 
 
 def recipe_hash(recipe: Mapping[str, Any]) -> str:
-    """The identity of a build."""
+    """Return the identity of a build: a hash of its recipe."""
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
 
 
@@ -113,7 +113,7 @@ def check_budget(skipped: Sequence[SkippedStudy], studies: int, settings: BuildS
         skipped = [skip for skip in skipped if skip.fault]
     if len(skipped) <= budget:
         return
-    shown = [skip.shown() for skip in skipped[:SHOWN]]
+    shown = [skip.for_user() for skip in skipped[:SHOWN]]
     first = "; ".join(f"{skip['name']}: {skip['reason']}" for skip in shown)
     more = f"; and {len(skipped) - SHOWN} more" if len(skipped) > SHOWN else ""
     raise UserError(

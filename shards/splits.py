@@ -1,7 +1,7 @@
-"""Which split a patient belongs to: the official one, else by the salted hash against the ratios.
+"""Assigns patients to splits: the official one, else by the salted hash and the ratios.
 
-A patient's place depends on nothing but its hash, so that adding studies later moves nobody. One exception:
-in a set so small that a wanted split stays empty, the patient whose hash lies nearest to it goes there
+A patient's split depends on nothing but its hash, so adding studies later moves nobody. One exception: in a set so
+small that a split of a ratio above 0 stays empty, the patient whose hash lies nearest to it goes there
 (shards/listing.py, which also refuses a patient in two official splits).
 """
 
@@ -29,26 +29,26 @@ def parse(word: str) -> Split:
 
 
 def position(patient: str) -> float:
-    """Where a patient stands in [0, 1): the salted hash (16 hexadecimal digits) as a fraction."""
+    """Return a patient's position in [0, 1): the salted hash (16 hexadecimal digits) as a fraction."""
     return int(patient, 16) / float(16 ** len(patient))
 
 
 def by_hash(patient: str, ratios: Ratios = RATIOS) -> Split:
-    """The split in whose stretch of [0, 1) the patient stands."""
+    """Return the split whose interval of [0, 1) contains the patient's position."""
     place = position(patient)
-    for split, (_, end) in zip(SPLITS, _stretches(ratios), strict=True):
+    for split, (_, end) in zip(SPLITS, _intervals(ratios), strict=True):
         if place < end:
             return split
     return next(split for split, ratio in zip(reversed(SPLITS), reversed(ratios), strict=True) if ratio > 0)
 
 
 def distance(patient: str, split: Split, ratios: Ratios) -> float:
-    """How far a patient stands from the stretch of a split, 0 inside it."""
-    start, end = _stretches(ratios)[SPLITS.index(split)]
+    """Return the distance of a patient's position from the interval of a split, 0 inside it."""
+    start, end = _intervals(ratios)[SPLITS.index(split)]
     place = position(patient)
     return max(start - place, place - end, 0.0)
 
 
-def _stretches(ratios: Sequence[float]) -> list[tuple[float, float]]:
+def _intervals(ratios: Sequence[float]) -> list[tuple[float, float]]:
     ends = [sum(ratios[: n + 1]) for n in range(len(ratios))]
     return list(zip([0.0, *ends[:-1]], ends, strict=True))

@@ -1,10 +1,10 @@
-"""What a dataset's card tells, counted sample by sample: a few kilobytes, however many samples there are.
+"""Counts for a dataset's card, sample by sample: a few kilobytes, however many samples there are.
 
     summary = Summary()
     summary.count(sample, {"date": 2})       # in place, in the worker, one summary a shard
     total = summary + another                # shards add up to the dataset, in any order
 
-All counts are whole numbers by name, so sums are exact. Nothing of a sample stays but counts: no text, no key.
+All counts are integers by name, so sums are exact. Only counts of a sample are kept: no text, no key.
 """
 
 from collections.abc import Mapping
@@ -17,8 +17,8 @@ from radhpc.core.sample import SPLITS, Sample
 LONGEST = 1000  # words: longer texts are counted as this long
 SIDE = 256  # pixels: images are counted by their longest side, in steps of it
 TEXTS = ("findings", "impression", "other", "question", "answer")
-VALUES = ("1", "0", "-1", "null")  # of a label: present, absent, uncertain, unsaid
-UNNAMED = "unnamed"  # a projection that the archive does not tell
+VALUES = ("1", "0", "-1", "null")  # of a label: present, absent, uncertain, not mentioned
+UNNAMED = "unnamed"  # a projection that is not in the archive
 
 Counts = dict[str, int]
 Key = TypeVar("Key", str, int)
@@ -60,7 +60,7 @@ class Summary(BaseModel):
 
     @classmethod
     def of(cls, sample: Sample, scrubbed: Mapping[str, int]) -> "Summary":
-        """The summary of one sample; `scrubbed` says how often each rule was applied to it."""
+        """Return the summary of one sample; `scrubbed` counts how often each rule was applied to it."""
         summary = cls()
         summary.count(sample, scrubbed)
         return summary
@@ -105,7 +105,7 @@ class Summary(BaseModel):
         return total
 
     @property
-    def whole(self) -> SplitSummary:
+    def total(self) -> SplitSummary:
         """The counts over all splits."""
         total = SplitSummary()
         for part in self.splits.values():
@@ -114,7 +114,7 @@ class Summary(BaseModel):
 
 
 def percentile(counts: Mapping[int, int], share: float) -> int:
-    """The smallest value that `share` (0 to 1) of all counted values do not exceed. Raises ValueError for none."""
+    """Return the smallest value that `share` (0 to 1) of all values do not exceed. Raises ValueError for none."""
     total = sum(counts.values())
     if not total:
         raise ValueError("no values")
@@ -131,7 +131,7 @@ def _increment(counts: dict[Key, int], name: Key, times: int = 1) -> None:
 
 
 def _add(into: dict[Any, Any], other: Mapping[Any, Any]) -> None:
-    """Add up what stands under the same names, all the way down to the whole numbers."""
+    """Add the counts of the same names, recursively."""
     for name, value in other.items():
         if isinstance(value, BaseModel):
             _add(into[name].__dict__, value.__dict__)

@@ -1,7 +1,7 @@
-"""Rereads shards against their manifest and names every fault with shard, member and offset.
+"""Verifies shards against their manifest, and names every fault with shard, member and offset.
 
     report = verify("/data/padchest", lambda done, total: None)
-    report.ok, report.faults        # False, [Fault(shard="train-000003.tar", member="...", offset=..., fault=...)]
+    report.ok, report.faults        # False, [ShardFault(shard="train-000003.tar", member="...", offset=..., fault=...)]
 
 The index is checked against the manifest, each tar against the index, each description against both and the privacy
 gate, and the patients and images of all splits against each other. Of a subset, such as <url>#balanced, its rows are
@@ -24,17 +24,17 @@ from radhpc.core.manifest import FINGERPRINTS, MANIFEST, Manifest, Member, Sampl
 from radhpc.core.sample import SPLITS, Sample
 from radhpc.storage.store import Store
 from shards import duplicates
-from shards.execution.writer import BLOCK
 from shards.text import deidentification
 
 Progress = Callable[[int, int], None]  # (samples done, samples in all)
 BEGINNINGS = {"jpg": (b"\xff\xd8\xff",), "png": (b"\x89PNG\r\n\x1a\n",), "jxl": (b"\xff\x0a", b"\x00\x00\x00\x0cJXL ")}
+BLOCK = tarfile.BLOCKSIZE  # bytes: headers and data start at multiples of it
 CHUNK = 16 << 20  # bytes read at a time for the checksum of a shard
 
 
 @dataclass(frozen=True)
 class ShardFault:
-    """What is wrong, and where: `shard` is a file beside the manifest, `offset` a byte in it."""
+    """A fault and its place: `shard` is a file beside the manifest, `offset` a byte in it."""
 
     shard: str
     member: str | None
@@ -44,7 +44,7 @@ class ShardFault:
 
 @dataclass(frozen=True)
 class VerificationReport:
-    """The outcome."""
+    """The outcome of verifying one dataset or several."""
 
     url: str
     shards: int
@@ -84,7 +84,7 @@ def verify(url: str, progress: Progress = lambda done, total: None) -> Verificat
 
 
 def verify_all(urls: Sequence[str], progress: Progress = lambda done, total: None) -> VerificationReport:
-    """Several shards together: each by itself, and each against the others. Their faults then name URL/shard."""
+    """Verify several datasets, each by itself and against the others. The faults then name URL/shard."""
     reports = [verify(url, progress) for url in urls]
     if len(reports) == 1:
         return reports[0]
@@ -96,16 +96,17 @@ def verify_all(urls: Sequence[str], progress: Progress = lambda done, total: Non
 
 
 def verify_apart(url: str, other: str) -> list[ShardFault]:
-    """Near-duplicate images of two datasets that stand in different splits, where training on both would leak."""
-    found = duplicates.overlaps(duplicates.load(url), duplicates.load(other), duplicates.DIFFERENT_SPLITS)
+    """Find near-duplicate images in different splits of two datasets: training on both would leak."""
+    overlaps = duplicates.overlaps(duplicates.load(url), duplicates.load(other), duplicates.DIFFERENT_SPLITS)
     texts = [
-        f"{n} of {of} images in {split} nearly repeat images in {theirs} of {other}" for split, theirs, n, of in found
+        f"{n} of {total} images in {split} nearly repeat images in {theirs} of {other}"
+        for split, theirs, n, total in overlaps
     ]
     return [ShardFault(FINGERPRINTS, None, None, text) for text in texts]
 
 
 def _check_fingerprints(store: Store, manifest: Manifest, index: SampleIndex) -> Iterator[ShardFault]:
-    """No image stands in two splits, unless the build was told to leave such images in."""
+    """Check that no image stands in two splits, unless the build was asked to keep such images."""
     if manifest.fingerprints is None:
         return
     try:
@@ -118,7 +119,7 @@ def _check_fingerprints(store: Store, manifest: Manifest, index: SampleIndex) ->
 
 
 def _check_counts(manifest: Manifest, index: SampleIndex) -> Iterator[ShardFault]:
-    """The manifest's counts and the proofs that need no shard."""
+    """Check the manifest's counts, and what the index alone proves."""
 
     def fault(text: str) -> ShardFault:
         return ShardFault(MANIFEST, None, None, text)
@@ -148,35 +149,37 @@ def _check_counts(manifest: Manifest, index: SampleIndex) -> Iterator[ShardFault
 
 
 def _check_subset(store: Store, manifest: Manifest) -> Iterator[ShardFault]:
-    """A subset's counts, and its rows against the whole index: the same samples at the same places, in its order."""
+    """Check a subset's counts, and its rows against the full index: the same samples, offsets and order."""
     name = f"{store.subset}.json"
     all_samples = Store(store.url)
     try:
         index = manifest.load_index(store)
-        whole = Manifest.load(all_samples)
-        every = whole.load_index(all_samples)
+        full = Manifest.load(all_samples)
+        full_index = full.load_index(all_samples)
     except UserError as error:
         yield ShardFault(manifest.index.name, None, None, first_line(error))
         return
-    if manifest.shards != whole.shards:
+    if manifest.shards != full.shards:
         yield ShardFault(name, None, None, f"names other shards than {MANIFEST}")
     for fault in _check_counts(manifest, index):
         yield ShardFault(name, fault.member, fault.offset, fault.fault)
-    place = {key: row for row, key in enumerate(every.key.tolist())}
+    row_of = {key: row for row, key in enumerate(full_index.key.tolist())}
     before = -1
     for row, key in enumerate(index.key.tolist()):
-        there = place.get(key)
-        if there is None:
-            yield ShardFault(manifest.index.name, None, None, f"{key.decode()}: not in {whole.index.name}")
+        full_row = row_of.get(key)
+        if full_row is None:
+            yield ShardFault(manifest.index.name, None, None, f"{key.decode()}: not in {full.index.name}")
             continue
-        same = all(getattr(index, column)[row] == getattr(every, column)[there] for column in ("patient", "split"))
-        if not same or list(index.members(row)) != list(every.members(there)):
-            yield ShardFault(manifest.index.name, None, None, f"{key.decode()}: another row than in {whole.index.name}")
-        if there < before:
-            yield ShardFault(manifest.index.name, None, None, f"{key.decode()}: not in the order of {whole.index.name}")
-        before = there
+        same = all(
+            getattr(index, column)[row] == getattr(full_index, column)[full_row] for column in ("patient", "split")
+        )
+        if not same or list(index.members(row)) != list(full_index.members(full_row)):
+            yield ShardFault(manifest.index.name, None, None, f"{key.decode()}: another row than in {full.index.name}")
+        if full_row < before:
+            yield ShardFault(manifest.index.name, None, None, f"{key.decode()}: not in the order of {full.index.name}")
+        before = full_row
     for split in SPLITS:
-        missing = len(every.of_split(split)) - len(index.of_split(split))
+        missing = len(full_index.of_split(split)) - len(index.of_split(split))
         if split != "train" and missing:
             yield ShardFault(manifest.index.name, None, None, f"{missing} samples of split '{split}' are missing")
 
@@ -184,7 +187,7 @@ def _check_subset(store: Store, manifest: Manifest) -> Iterator[ShardFault]:
 def _check_shard(
     store: Store, manifest: Manifest, index: SampleIndex, number: int, samples: list[int]
 ) -> Iterator[ShardFault]:
-    """One tar: its size and checksum, then each member, then what lies between and behind them."""
+    """Check one tar: its size and checksum, then each member, then the bytes between and after them."""
     shard = manifest.shards[number]
     yield from _check_file(store, shard)
     try:
@@ -202,7 +205,7 @@ def _check_shard(
 
 
 def _check_file(store: Store, shard: Shard) -> Iterator[ShardFault]:
-    """One tar as a whole."""
+    """Check the size and the checksum of one tar."""
     try:
         size = store.size(shard.name)
     except FileNotFoundError:
@@ -217,7 +220,7 @@ def _check_file(store: Store, shard: Shard) -> Iterator[ShardFault]:
 def _check_member(
     store: Store, manifest: Manifest, index: SampleIndex, sample: int, member: Member, end: int
 ) -> Iterator[ShardFault]:
-    """One file in a tar; `end` is where the one before it ends, and so where its header must start."""
+    """Check one file in a tar; `end` is the end of the one before it, where its header must start."""
     name = manifest.shards[member.shard].name
 
     def fault(text: str, offset: int = member.offset) -> ShardFault:
@@ -228,9 +231,9 @@ def _check_member(
     data = store.read_range(name, member.offset - BLOCK, BLOCK + member.length)
     header, data = data[:BLOCK], data[BLOCK:]
     try:
-        found = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
-        if (found.name, found.size) != (member.name, member.length):
-            yield fault(f"the tar has {found.name} of {found.size} bytes here", member.offset - BLOCK)
+        entry = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
+        if (entry.name, entry.size) != (member.name, member.length):
+            yield fault(f"the tar has {entry.name} of {entry.size} bytes here", member.offset - BLOCK)
     except (tarfile.HeaderError, UnicodeDecodeError) as error:
         yield fault(f"no tar header ({first_line(error)})", member.offset - BLOCK)
     if len(data) < member.length:
@@ -245,14 +248,14 @@ def _check_member(
 
 
 def _check_description(data: bytes, index: SampleIndex, sample: int) -> Iterator[str]:
-    """The JSON of a sample must be one of ours, and say of it what the index says."""
+    """Check that the JSON of a sample is valid and agrees with the index."""
     try:
         described = Sample.model_validate_json(data)
     except ValidationError as error:
         first = error.errors()[0]
         yield f"description: {'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}"
         return
-    yield from (f"description: {offence}" for offence in deidentification.remaining_identifiers(described))
+    yield from (f"description: {finding}" for finding in deidentification.remaining_identifiers(described))
     images = int(index.first[sample + 1] - index.first[sample]) - 1
     pairs = {
         "key": (described.key, index.key[sample].decode()),
@@ -260,9 +263,9 @@ def _check_description(data: bytes, index: SampleIndex, sample: int) -> Iterator
         "split": (described.split, SPLITS[index.split[sample]]),
         "number of images": (len(described.images), images),
     }
-    for what, (here, there) in pairs.items():
-        if here != there:
-            yield f"description: {what} is {here}, but the index says {there}"
+    for name, (described_value, indexed_value) in pairs.items():
+        if described_value != indexed_value:
+            yield f"description: {name} is {described_value}, but the index says {indexed_value}"
 
 
 def _digest(store: Store, name: str, size: int) -> str:

@@ -15,7 +15,7 @@ from radhpc.core.protocol import Event
 from radhpc.core.run_folder import RunFolder
 from slurm import compat_submitit, requeue
 from slurm.monitoring import logs
-from slurm.sweep.study import SweepTrial
+from slurm.sweep.trial import SweepTrial
 
 
 def main(run: str) -> Any:

@@ -1,180 +1,21 @@
-"""The trials of a sweep become jobs: the elements of one array on SLURM, one after the other elsewhere.
+"""Prepare a trial of a sweep in its batch script, before its ranks start.
 
-    submit(study, profile)       # all that are missing or failed, and none that runs, waits or is done
+    python -m slurm.trials SWEEP NUMBER PROFILE
 
-An element of the array is a job like any other: its ranks, its requeue. Before its ranks start, its batch script calls
-`python -m slurm.trials SWEEP NUMBER PROFILE`, which draws the trial's parameters or finds them drawn.
+The path and the arguments never change: batch scripts that wait in a queue name them. Exit status 0: the ranks can
+start; ENDED: there is nothing left to train; 2: a mistake, which is printed in one line.
 """
 
-import json
 import os
-import shlex
-import socket
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
-import submitit
-
-from radhpc.core.errors import UserError, first_line
-from radhpc.core.files import write_atomically
-from radhpc.core.protocol import Cause, Event, OutcomeState, RunState
-from radhpc.core.recipe import Recipe
-from radhpc.core.run_folder import RunFolder
-from slurm import compat_submitit, frozen_code, job as slurm_job, precheck, profile as profiles, scheduler
-from slurm.profile import Profile
-from slurm.submit import (
-    host_python,
-    profile_environment,
-    refusals_as_user_errors,
-    slurm_parameters,
-    submit as submit_run,
-)
-from slurm.sweep.definition import Sweep
+from radhpc.core.errors import UserError
+from radhpc.core.protocol import RunState
+from slurm import compat_submitit, profile as profiles, scheduler
+from slurm.sweep.standing import trial_state
 from slurm.sweep.study import SweepStudy
-
-ENDED = 3  # exit status of `python -m slurm.trials` where there is nothing left to train
-_ANY = "/the-run-folder-of-this-element"  # in the one batch script of all; no shell would quote it
-
-
-def newest(runs: Path, name: str, sweep: Sweep, base: Recipe) -> Path | None:
-    """The newest folder in `runs` of this very sweep: the command, said again, goes on with it."""
-    found = sorted((path.parent for path in runs.glob(f"sweep-{name}-*/sweep.yaml")), key=lambda path: path.name)
-    return next((path for path in reversed(found) if not SweepStudy(path).difference(sweep, base)), None)
-
-
-def due(study: SweepStudy) -> list[int]:
-    """The trials that a job shall be given: those without one that never began, failed or were cancelled.
-
-    Not those that `radhpc stop` has ended: a user's word.
-    """
-    living = study.living()
-    states = {number: study.state(number, living.get(number, ""))[0] for number in range(study.sweep.count)}
-    return [
-        number
-        for number, state in states.items()
-        if state in (RunState.MISSING, RunState.FAILED)
-        or (state == RunState.STOPPED and not _stopped_by_user(study, number))
-    ]
-
-
-def submit(study: SweepStudy, profile: Profile) -> str | None:
-    """Submit what is due to SLURM. Returns the array's id, None where nothing is due."""
-    numbers = due(study)
-    if not numbers:
-        return None
-    if profile.container is not None:
-        raise UserError("container: a sweep's jobs start none; allowed is `python`, installed on the nodes")
-    # A file of its own for each array: an older one may still wait, with other nodes.
-    folder = study.path / "profiles"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    frozen = folder / f"{len(list(folder.iterdir())):03d}.yaml"
-    python = host_python(profile)
-    parameters = _array_parameters(study, profile, python, numbers, frozen)
-    precheck.refuse(RunFolder(study.path), profile, parameters, len(numbers))
-    write_atomically(frozen, profile.to_yaml(), 0o600)
-    frozen_code.freeze(study.path / "code", same_python=profile.python is None)
-    with profile_environment(profile), refusals_as_user_errors():
-        try:
-            executor = submitit.SlurmExecutor(study.path / "logs", python=python)
-        except RuntimeError as error:
-            raise UserError("srun is not found: submit from a login node of the cluster") from error
-        executor.update_parameters(**parameters)
-        jobs = executor.map_array(slurm_job.main, [str(study.run_path(number)) for number in numbers])
-    given = study.given
-    owners = {number: _owner(str(job.job_id), profile) for number, job in zip(numbers, jobs, strict=True)}
-    given |= {study.run_path(number).name: owner for number, owner in owners.items()}
-    write_atomically(study.path / "jobs.json", json.dumps(given).encode(), 0o600)
-    for number, owner in owners.items():
-        if (run := RunFolder(study.run_path(number))).recipe_path.exists():
-            _own(run, owner, profile)
-    return str(jobs[0].job_id).split("_")[0]
-
-
-def stop(study: SweepStudy) -> list[str]:
-    """Cancel the jobs of all trials that wait or run: those save and end, and come back when the sweep is submitted
-    again. Returns the jobs' ids.
-    """
-    jobs = study.jobs()
-    for number, (job, _) in jobs.items():
-        if job["cluster"] == "slurm":
-            scheduler.cancel(job)
-        else:
-            RunFolder(study.run_path(number)).request_stop()
-    return [str(job["id"]) for job, _ in jobs.values()]
-
-
-def run_here(study: SweepStudy, profile: Profile, say: Any) -> bool:
-    """Work off what is due one after the other, on this machine; returns whether it was not interrupted."""
-    for number in due(study):
-        run = study.prepare(number)
-        say(f"trial {run.path.name}")
-        job = submit_run(run, profile)
-        if profile.cluster == "inline":
-            with profile_environment(profile):
-                error = job.exception()
-            if error is not None:
-                say(f"trial {run.path.name} failed: {first_line(error)}")
-            elif job.result().state == OutcomeState.INTERRUPTED:
-                return False
-        elif not _wait(run):
-            return False
-    return True
-
-
-def _wait(run: RunFolder) -> bool:
-    """Wait for a local job. Ctrl-C lets it save and end."""
-    try:
-        while scheduler.state(run.job()):
-            time.sleep(0.5)
-        return True
-    except KeyboardInterrupt:
-        run.request_stop()
-        while scheduler.state(run.job()):
-            time.sleep(0.5)
-        return False
-
-
-def _array_parameters(
-    study: SweepStudy, profile: Profile, python: str, numbers: list[int], frozen: Path
-) -> dict[str, Any]:
-    """What submitit shall put into the batch script: that of one run, with the run a variable of the shell."""
-    parameters = slurm_parameters(RunFolder(_ANY), profile, python, study.path / "code")
-    for part in ("setup", "teardown"):
-        parameters[part] = [line.replace(_ANY, '"$trial"') for line in parameters[part]]
-    names = " ".join(study.run_path(number).name for number in numbers)
-    folder = shlex.quote(str(study.path))
-    parameters["setup"] = [
-        f"trials=({names})",
-        "number=${trials[${SLURM_ARRAY_TASK_ID:-0}]}",
-        f'trial={folder}/trials/"$number"',
-        *parameters["setup"],
-        f"{python} -m slurm.trials {folder} $number {frozen.name}",
-        f"case $? in 0) ;; {ENDED}) exit 0 ;; *) exit 1 ;; esac",
-    ]
-    return {**parameters, "job_name": study.path.name, "array_parallelism": study.sweep.concurrent}
-
-
-def _owner(job_id: str, profile: Profile) -> dict[str, Any]:
-    return {"cluster": "slurm", "id": job_id, "host": socket.gethostname(), "environment": profile.environment}
-
-
-def _own(run: RunFolder, owner: dict[str, Any], profile: Profile) -> None:
-    """Make a job the owner of a run, once: a life that comes back is the owner already."""
-    if (run.job() or {}).get("id") == owner["id"]:
-        return
-    run.clear_stop()
-    write_atomically(run.path / "profile.yaml", profile.to_yaml(), 0o600)
-    run.write_job(**owner)
-    run.record(Event.SUBMITTED, job=owner["id"], cluster="slurm", nodes=profile.nodes, world=profile.world)
-
-
-def _stopped_by_user(study: SweepStudy, number: int) -> bool:
-    events = RunFolder(study.run_path(number)).events(
-        Event.STOPPED, Event.CANCELLED, Event.INTERRUPTED, Event.SUBMITTED
-    )
-    return bool(events) and (events[-1]["event"] == Event.STOPPED or events[-1].get("cause") == Cause.STOP)
+from slurm.trial_array import ENDED, owner_record, take_ownership
 
 
 def main(folder: str, number: int, frozen: str) -> int:
@@ -182,7 +23,7 @@ def main(folder: str, number: int, frozen: str) -> int:
     study = SweepStudy.open(folder)
     study.settle()
     run = study.prepare(number)
-    if study.state(number, "")[0] in (RunState.FINISHED, RunState.PRUNED):
+    if trial_state(study, number, "")[0] in (RunState.FINISHED, RunState.PRUNED):
         return ENDED
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     job_id = f"{array}_{task}" if array else os.environ["SLURM_JOB_ID"]
@@ -190,7 +31,7 @@ def main(folder: str, number: int, frozen: str) -> int:
     if owner is not None and owner["id"] != job_id and scheduler.state(owner):
         raise UserError(f"{run.path}: in use by job {owner['id']}")
     profile = profiles.load(str(study.path / "profiles" / frozen))
-    _own(run, _owner(job_id, profile), profile)
+    take_ownership(run, owner_record(job_id, profile), profile)
     compat_submitit.remove_partial_results(study.path / "logs", job_id)
     for rank in range(profile.world):
         for stream in ("out", "err"):

@@ -10,7 +10,7 @@ from rich.console import Console
 from radhpc.cli.common import MONITORING, Json, RunPath, emit, from_elsewhere, say, verb
 from radhpc.core.errors import UserError
 from radhpc.core.log import console
-from slurm.monitoring import tables
+from slurm.monitoring import run_table, tables
 
 
 @verb(
@@ -37,6 +37,7 @@ def status(
     steps that had to be repeated.
     """
     from slurm.monitoring.status import Statuses, find_runs
+    from slurm.sweep.standing import summary
     from slurm.sweep.study import SweepStudy, is_sweep
 
     if watch and (audit or as_json):
@@ -48,11 +49,11 @@ def status(
         return
     sweeps = [path for path in runs or sorted(Path("runs").glob("*/")) if is_sweep(path)]
     if sweeps and not audit:
-        standings = [SweepStudy.open(path).standing() for path in sweeps]
+        standings = [summary(SweepStudy.open(path)) for path in sweeps]
         rest = [path for path in runs or sorted(Path("runs").glob("*/")) if path not in sweeps]
         alone = Statuses(find_runs(rest, strict=bool(runs))).now() if rest else []
         if alone:
-            say(tables.RunTable(alone), as_json)
+            say(run_table.RunTable(alone), as_json)
         for standing in standings:
             say(tables.sweep(standing), as_json)
         emit(standings[0] if runs and len(runs) == 1 else {"runs": alone, "sweeps": standings}, as_json)
@@ -66,7 +67,7 @@ def status(
         console.print(*tables.audit_sentences(results), sep="\n", highlight=False, soft_wrap=True)
     else:
         results = Statuses(chosen).now()
-        say(tables.RunTable(results), as_json)
+        say(run_table.RunTable(results), as_json)
     emit(results[0] if len(results) == 1 else {"runs": results}, as_json)
 
 

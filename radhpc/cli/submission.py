@@ -10,7 +10,7 @@ from radhpc.cli.common import say
 from radhpc.core.errors import UserError
 from radhpc.core.log import Bar, console
 from radhpc.core.protocol import OutcomeState, RunState
-from slurm.monitoring import tables
+from slurm.monitoring import run_table
 
 if TYPE_CHECKING:
     from radhpc.core.recipe import Recipe
@@ -88,10 +88,10 @@ def watch_job(run: "RunFolder", as_json: bool = False) -> None:
     look = Statuses([run], queue_seconds=2)
     with Bar(run.path.name, 1, unit="steps") as bar:
         while (now := look.now()[0])["state"] in LIVING:
-            bar.update(now["step"], tables.line(now), now["steps"] or 1)
+            bar.update(now["step"], run_table.line(now), now["steps"] or 1)
             time.sleep(1)
         bar.update(now["step"], now["state"], now["steps"] or 1)
-    say(f"{run.path}: {tables.line(now)}", as_json)
+    say(f"{run.path}: {run_table.line(now)}", as_json)
     if now["state"] == RunState.FAILED:
         for text in first_error(run):
             console.print(text, soft_wrap=True)

@@ -145,39 +145,39 @@ def sweep(
 
     Called again, it submits only the trials that are missing, failed or were cancelled.
     """
-    from slurm import profile as profiles, trials
+    from slurm import profile as profiles, trial_array
     from slurm.sweep import definition as sweeps
+    from slurm.sweep.standing import summary
     from slurm.sweep.study import SweepStudy
 
-    profile, (wanted, base) = profiles.load(on), sweeps.load(sweep)
-    for recipe in sweeps.distinct_data(wanted, base, sweep):
+    profile, (definition, base) = profiles.load(on), sweeps.load(sweep)
+    for recipe in sweeps.distinct_data(definition, base, sweep):
         check_data(recipe, recipe.evaluation.split)
-    study = SweepStudy.create(
-        folder or trials.newest(Path("runs"), sweep.stem, wanted, base) or new_run(f"sweep-{sweep.stem}"), wanted, base
-    )
+    newest = trial_array.newest(Path("runs"), sweep.stem, definition, base)
+    study = SweepStudy.create(folder or newest or new_run(f"sweep-{sweep.stem}"), definition, base)
     say(f"sweep {study.path}", as_json)
-    whole = True
+    completed = True
     if profile.cluster == "slurm":
-        job = trials.submit(study, profile)
+        job = trial_array.submit(study, profile)
         say(f"job {job}" if job else "nothing to submit: every trial runs, waits or is done", as_json)
     else:
-        whole = trials.run_here(study, profile, lambda line: say(line, as_json))
-    standing = study.standing()
+        completed = trial_array.run_here(study, profile, lambda line: say(line, as_json))
+    standing = summary(study)
     say(tables.sweep(standing), as_json)
     emit(standing, as_json)
     failed = profile.cluster != "slurm" and any(trial["state"] == RunState.FAILED for trial in standing["trials"])
-    raise typer.Exit(0 if whole and not failed else 1)
+    raise typer.Exit(0 if completed and not failed else 1)
 
 
 @verb(TRAINING, "radhpc stop runs/quickstart-20261122-101500")
 def stop(run: RunPath, as_json: Json = False) -> None:
     """Save at the next step and end for good; a job that is still queued is cancelled."""
     from radhpc.core.run_folder import RunFolder
-    from slurm import scheduler, trials
+    from slurm import scheduler, trial_array
     from slurm.sweep.study import SweepStudy, is_sweep
 
     if is_sweep(run):
-        jobs = trials.stop(SweepStudy.open(run))
+        jobs = trial_array.stop(SweepStudy.open(run))
         say(f"{run}: {len(jobs)} job(s) were asked to stop; 'radhpc sweep' goes on", as_json)
         emit({"sweep": str(run.absolute()), "jobs": jobs}, as_json)
         return

@@ -1,1 +1,1 @@
-"""Readers of raw archives, one module each; shards/datasets/reader.py says what a reader is."""
+"""Readers of raw archives, one module each; shards/datasets/reader.py describes a reader."""

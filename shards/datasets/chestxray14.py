@@ -4,10 +4,10 @@
     train_val_list.txt  test_list.txt                   the official split, one image a line
     images_001/images/00000001_000.png ... images_012/images/, or all of them in one folder
 
-The header has commas inside brackets, `OriginalImage[Width,Height]`, so that it is cut into 11 columns, as many as the
-rows have. Age and sex are not read. The official split knows no validation set: a share of the patients of
-train_val_list.txt is held out for it, those whose SHA-256 stands in the first `validate_share` of its range. Labels
-were mined from reports that nobody has seen: 0 means that no finding was mentioned.
+The header has commas inside brackets, `OriginalImage[Width,Height]`, so it is split into 11 columns, like the rows. Age
+and sex are not read. The official split has no validation set: a share of the patients of train_val_list.txt is held
+out for it, those whose SHA-256 lies in the first `validate_share` of its range. Labels were mined from reports that
+were never published: 0 means that no finding was mentioned.
 """
 
 import hashlib
@@ -48,7 +48,7 @@ SHARED: dict[str, tuple[str, ...]] = {
 }
 
 
-class OPTIONS(_labels.LabelOptions):
+class ChestXray14Options(_labels.LabelOptions):
     """chestxray14: frontal radiographs with 14 labels."""
 
     validate_share: float = Field(
@@ -56,9 +56,12 @@ class OPTIONS(_labels.LabelOptions):
     )
 
 
+OPTIONS = ChestXray14Options
+
+
 def read(raw: Path | None, options: ReaderOptions) -> Iterator[RawStudy]:
     """Yield one study for each row. Raises UserError for a table, a list or a folder that cannot be read."""
-    assert isinstance(options, OPTIONS)
+    assert isinstance(options, ChestXray14Options)
     path = table.locate(raw, TABLES, "ChestX-ray14's table")
     folder = path.parent
     find = find_images(folder)
@@ -71,9 +74,9 @@ def read(raw: Path | None, options: ReaderOptions) -> Iterator[RawStudy]:
 
 
 def find_images(folder: Path) -> Callable[[str], Path | None]:
-    """A function from an image's name to its file, None where it is missing. Raises UserError where all are.
+    """Return a function from an image's name to its file, or None for a missing one. Raises UserError without images.
 
-    In a single folder it is not looked whether the file is there: that shows when it is opened.
+    In a single folder the file is not looked up: it is found missing when it is opened.
     """
     holding = folders_with(folder, IMAGE)
     if not holding:
@@ -85,22 +88,25 @@ def find_images(folder: Path) -> Callable[[str], Path | None]:
 
 
 def find_lists(folder: Path) -> external_sort.Lookup | None:
-    """Image -> the official list that names it, or None where there are no lists. Raises UserError."""
+    """Map each image to the official list that names it. None without any list. Raises UserError."""
     paths = {name: folder / file for name, file in LISTS.items()}
-    there = [path for path in paths.values() if path.is_file()]
-    if not there:
+    present = [path for path in paths.values() if path.is_file()]
+    if not present:
         return None
-    if len(there) == 1:
-        missing = next(path.name for path in paths.values() if path not in there)
-        raise UserError(f"{folder}: {there[0].name} is there, {missing} is not; the official split needs both")
-    found = external_sort.Lookup((image, name) for name, path in paths.items() for image in _lines(path))
-    if found.repeated:
-        raise UserError(f"{folder}: {found.repeated} images stand twice in {' and '.join(LISTS.values())}")
-    return found
+    if len(present) == 1:
+        missing = next(path.name for path in paths.values() if path not in present)
+        raise UserError(f"{folder}: {present[0].name} is there, {missing} is not; the official split needs both")
+    lists = external_sort.Lookup((image, name) for name, path in paths.items() for image in _lines(path))
+    if lists.repeated:
+        raise UserError(f"{folder}: {lists.repeated} images stand twice in {' and '.join(LISTS.values())}")
+    return lists
 
 
 def held_out(patient: str, share: float) -> bool:
-    """Whether a patient of the official training set validates. Patient numbers are public: the hash needs no salt."""
+    """Return whether a patient of the official training set validates.
+
+    Patient numbers are public, so the hash needs no salt.
+    """
     return splits.position(hashlib.sha256(f"chestxray14 validate {patient}".encode()).hexdigest()) < share
 
 
@@ -117,12 +123,12 @@ def _study(
     where: str,
     find: Callable[[str], Path | None],
     lists: external_sort.Lookup | None,
-    options: OPTIONS,
+    options: ChestXray14Options,
 ) -> RawStudy:
     if record.fault:
         return unusable_study(where, record.fault)
-    image, found, follow_up, patient, view = (record.values[name].strip() for name in COLUMNS)
-    present = {name.strip() for name in found.split("|")}
+    image, findings, follow_up, patient, view = (record.values[name].strip() for name in COLUMNS)
+    present = {name.strip() for name in findings.split("|")}
     if not IMAGE.fullmatch(image):
         return unusable_study(where, "unknown form of image name")
     if not patient.isdecimal():
@@ -150,7 +156,7 @@ def _study(
     )
 
 
-def _split(listed: str, patient: str, options: OPTIONS) -> Split:
+def _split(listed: str, patient: str, options: ChestXray14Options) -> Split:
     if listed == "test":
         return "test"
     return "validate" if held_out(patient, options.validate_share) else "train"
@@ -160,7 +166,7 @@ def _chexpert(present: set[str]) -> dict[str, int | None]:
     return {name: int(bool(present & set(SHARED[name]))) if name in SHARED else None for name in CHEXPERT}
 
 
-def _warn_of_split(folder: Path, lists: external_sort.Lookup | None, options: OPTIONS) -> None:
+def _warn_of_split(folder: Path, lists: external_sort.Lookup | None, options: ChestXray14Options) -> None:
     if lists is not None:
         text = (
             f"the official split has no validation set: {options.validate_share:.0%} of the patients in "

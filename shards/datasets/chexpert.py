@@ -32,7 +32,7 @@ SIDE, POSITION = "Frontal/Lateral", "AP/PA"
 ImageRow = tuple[Split, str, str | None, chexpert.Labels]  # a row: split, path, projection, labels
 
 
-class OPTIONS(chexpert.ImageOptions, _labels.LabelOptions):
+class CheXpertOptions(chexpert.ImageOptions, _labels.LabelOptions):
     """chexpert: radiographs with 14 labels."""
 
     train: str = Field(
@@ -41,9 +41,12 @@ class OPTIONS(chexpert.ImageOptions, _labels.LabelOptions):
     )
 
 
+OPTIONS = CheXpertOptions
+
+
 def read(raw: Path | None, options: ReaderOptions) -> Iterator[RawStudy]:
     """Yield the studies of all tables. Raises UserError for a table or a folder that cannot be read."""
-    assert isinstance(options, OPTIONS)
+    assert isinstance(options, CheXpertOptions)
     tables = find_tables(raw, options.train)
     assert raw is not None
     folder = raw.parent if raw.is_file() else raw
@@ -61,18 +64,18 @@ def read(raw: Path | None, options: ReaderOptions) -> Iterator[RawStudy]:
 
 
 def find_tables(raw: Path | None, train: str) -> dict[Split, Path]:
-    """The tables of the splits; that of the training set must be there. Raises UserError."""
-    what = "CheXpert's tables"
+    """Find the tables of the splits; that of the training set must be present. Raises UserError."""
+    description = "CheXpert's tables"
     if raw is not None and raw.is_dir() and not table.find_one(raw, (train,)):
         folders = sorted(path for path in raw.iterdir() if path.is_dir())
         holding = [folder for folder in folders if table.find_one(folder, (train,))]
         if len(holding) > 1:
             raise UserError(f"--raw {raw}: {train} is in {', '.join(path.name for path in holding)}; give one of them")
-        found = table.locate(holding[0] if holding else raw, (train,), what)
+        train_table = table.locate(holding[0] if holding else raw, (train,), description)
     else:
-        found = table.locate(raw, (train,), what)
-    others = {split: table.find_one(found.parent, names) for split, names in TABLES.items() if split != "train"}
-    return {"train": found, **{split: path for split, path in others.items() if path}}
+        train_table = table.locate(raw, (train,), description)
+    others = {split: table.find_one(train_table.parent, names) for split, names in TABLES.items() if split != "train"}
+    return {"train": train_table, **{split: path for split, path in others.items() if path}}
 
 
 def _rows(tables: dict[Split, Path]) -> Iterator[tuple[str, ImageRow | RawStudy]]:
@@ -92,13 +95,13 @@ def _rows(tables: dict[Split, Path]) -> Iterator[tuple[str, ImageRow | RawStudy]
 
 
 def _records(path: Path) -> Iterator[table.Record]:
-    there = table.read(path).columns
-    optional = [name for name in (SIDE, POSITION) if name in there]
+    present = table.read(path).columns
+    optional = [name for name in (SIDE, POSITION) if name in present]
     return table.stream(path, ("Path", *CHEXPERT, *optional))
 
 
 def _example(path: Path) -> chexpert.ImagePath | None:
-    """What the first path of a table looks like."""
+    """Return the first valid path of a table, or None."""
     for record in table.stream(path, ("Path",)):
         try:
             return chexpert.parse_path(record.values.get("Path", ""))
@@ -107,8 +110,8 @@ def _example(path: Path) -> chexpert.ImagePath | None:
     return None
 
 
-def _study(items: list[ImageRow], images: chexpert.ImageFinder, options: OPTIONS) -> RawStudy:
-    """Rows of one study: the views of all, the labels of the first."""
+def _study(items: list[ImageRow], images: chexpert.ImageFinder, options: CheXpertOptions) -> RawStudy:
+    """Combine the rows of one study: the views of all, the labels of the first."""
     split, path, _, first = items[0]
     place = chexpert.parse_path(path)
     labels = dict(zip(CHEXPERT, first, strict=True))

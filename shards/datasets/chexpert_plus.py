@@ -38,7 +38,7 @@ USUAL_LABELS = "impression"
 TAIL = re.compile(r"^[^\S\n]*(?:end of impression|summary|accession number)[^\S\n]*:", re.IGNORECASE | re.MULTILINE)
 
 
-class OPTIONS(chexpert.ImageOptions):
+class CheXpertPlusOptions(chexpert.ImageOptions):
     """chexpert_plus: CheXpert's radiographs with their reports."""
 
     labels: Literal["report", "findings", "impression", "none"] | None = Field(
@@ -48,9 +48,12 @@ class OPTIONS(chexpert.ImageOptions):
     )
 
 
+OPTIONS = CheXpertPlusOptions
+
+
 @dataclass(frozen=True)
 class ImageRow:
-    """What one row says: one view of a study."""
+    """One row of the table: one view of a study."""
 
     place: chexpert.ImagePath
     patient: str
@@ -62,7 +65,7 @@ class ImageRow:
 
 def read(raw: Path | None, options: ReaderOptions) -> Iterator[RawStudy]:
     """Yield the studies. Raises UserError for a table or a folder that cannot be read."""
-    assert isinstance(options, OPTIONS)
+    assert isinstance(options, CheXpertPlusOptions)
     path = table.locate(raw, (TABLE,), "CheXpert Plus's table")
     folder = path.parent
     images = chexpert.ImageFinder(folder, options.images, None)
@@ -71,8 +74,8 @@ def read(raw: Path | None, options: ReaderOptions) -> Iterator[RawStudy]:
         yield items[0] if isinstance(items[0], RawStudy) else _study(items, labels)
 
 
-def find_labels(folder: Path, options: OPTIONS) -> external_sort.Lookup | None:
-    """Study -> its labels, or None where there are none to be had. Raises UserError for what was asked for."""
+def find_labels(folder: Path, options: CheXpertPlusOptions) -> external_sort.Lookup | None:
+    """Map each study to its labels; None where the archive has none. Raises UserError if requested ones are missing."""
     if options.labels == "none":
         return None
     name = f"{options.labels or USUAL_LABELS}_fixed.json"
@@ -106,8 +109,8 @@ def _labels(path: Path) -> Iterator[tuple[str, chexpert.Labels]]:
 
 def _rows(path: Path, images: chexpert.ImageFinder) -> Iterator[tuple[str, ImageRow | RawStudy]]:
     """(the study, the row as one of its items); a row that cannot be used is a study alone."""
-    there = table.read(path).columns
-    for record in table.stream(path, (*REQUIRED, *(name for name in OPTIONAL if name in there))):
+    present = table.read(path).columns
+    for record in table.stream(path, (*REQUIRED, *(name for name in OPTIONAL if name in present))):
         where = f"{path.name} {record.where}"
         try:
             item = _parse_row(record, images)
@@ -117,7 +120,7 @@ def _rows(path: Path, images: chexpert.ImageFinder) -> Iterator[tuple[str, Image
 
 
 def _parse_row(record: table.Record, images: chexpert.ImageFinder) -> ImageRow:
-    """Read one row. Raises Fault."""
+    """Parse one row. Raises UnusableRecord."""
     if record.fault:
         raise UnusableRecord(record.fault)
     values = {name: value.strip() for name, value in record.values.items()}

@@ -44,11 +44,11 @@ ALIASES: dict[str, tuple[str, ...]] = {
 VOCABULARY = "own"  # of labels that name none
 
 
-def _column(what: str) -> Any:
-    return Field(None, description=f"the column of {what}")
+def _column(content: str) -> Any:
+    return Field(None, description=f"the column of {content}")
 
 
-class OPTIONS(ReaderOptions):
+class ImageTextOptions(ReaderOptions):
     """image_text: any table of images and texts."""
 
     table: str | None = Field(None, description="the file in the folder, where it holds several tables")
@@ -67,9 +67,12 @@ class OPTIONS(ReaderOptions):
     language: str | None = Field(None, description="the column of languages, or one code for all, such as es")
 
 
+OPTIONS = ImageTextOptions
+
+
 @dataclass(frozen=True)
 class TableRow:
-    """What one row says, in our terms."""
+    """One row of the table, parsed."""
 
     views: tuple[tuple[Path, str | None], ...]
     patient: str
@@ -85,7 +88,7 @@ class TableRow:
 
 def read(raw: Path | None, options: ReaderOptions) -> Iterator[RawStudy]:
     """Yield the studies of the table. Raises UserError for a table that cannot be read."""
-    assert isinstance(options, OPTIONS)
+    assert isinstance(options, ImageTextOptions)
     if raw is None:
         raise UserError("image_text: --raw is missing: the folder of the table, or the table itself")
     rows = table.read(table.find(raw, options.table), options.delimiter)
@@ -101,24 +104,26 @@ def read(raw: Path | None, options: ReaderOptions) -> Iterator[RawStudy]:
         yield items[0] if isinstance(items[0], RawStudy) else _study(items)
 
 
-def _rows(rows: table.Table, columns: dict[str, str], options: OPTIONS) -> Iterator[tuple[str, TableRow | RawStudy]]:
-    """(what makes a study, the row as one of its items), row by row; a row that cannot be used is a study alone."""
-    for number, record in enumerate(rows.records):
-        alone = str(number)
+def _rows(
+    source: table.Table, columns: dict[str, str], options: ImageTextOptions
+) -> Iterator[tuple[str, TableRow | RawStudy]]:
+    """Yield (key of a study, its row), row by row; a row that cannot be used is a study of its own."""
+    for number, record in enumerate(source.records):
+        own_key = str(number)
         try:
-            item = _parse_row(record, columns, options, rows.path.parent)
+            item = _parse_row(record, columns, options, source.path.parent)
         except UnusableRecord as fault:
-            name = f"{rows.path.name} {record.where}"
-            yield alone, unusable_study(name, fault)
+            name = f"{source.path.name} {record.where}"
+            yield own_key, unusable_study(name, fault)
             continue
-        together = "\x1f".join((item.patient, item.study, item.question or ""))
-        yield together if "study" in columns else alone, item
+        study_key = "\x1f".join((item.patient, item.study, item.question or ""))
+        yield study_key if "study" in columns else own_key, item
 
 
-def find_columns(rows: table.Table, options: OPTIONS) -> dict[str, str]:
-    """Our names -> the table's. Raises UserError that names the columns found and wanted."""
+def find_columns(rows: table.Table, options: ImageTextOptions) -> dict[str, str]:
+    """Map the names of ALIASES to the table's columns. Raises UserError that lists the columns found and expected."""
     by_name = {name.strip().lower(): name for name in reversed(rows.columns)}
-    found = {}
+    columns = {}
     for ours, aliases in ALIASES.items():
         chosen = getattr(options, ours)
         if chosen is not None and (ours != "language" or chosen in rows.columns):
@@ -127,22 +132,27 @@ def find_columns(rows: table.Table, options: OPTIONS) -> dict[str, str]:
                     f"{ours}={chosen}: no such column in {rows.path}{nearest(chosen, rows.columns)}; "
                     f"found are {', '.join(rows.columns)}"
                 )
-            found[ours] = chosen
+            columns[ours] = chosen
         elif theirs := next((by_name[alias] for alias in aliases if alias in by_name), None):
-            found[ours] = theirs
-    told = "text" in found or "findings" in found or "impression" in found or {"question", "answer"} <= found.keys()
-    if "image" not in found or not told:
-        lacking = [name for name, there in (("image", "image" in found), ("text", told)) if not there]
+            columns[ours] = theirs
+    has_text = (
+        "text" in columns
+        or "findings" in columns
+        or "impression" in columns
+        or {"question", "answer"} <= columns.keys()
+    )
+    if "image" not in columns or not has_text:
+        lacking = [name for name, present in (("image", "image" in columns), ("text", has_text)) if not present]
         raise UserError(
             f"{rows.path}: no column for {' and '.join(lacking)}; found are {', '.join(rows.columns) or 'none'}; "
             f"wanted are {' or '.join(ALIASES['image'])} and {' or '.join(ALIASES['text'])} "
             "(or name them: image=COLUMN text=COLUMN)"
         )
-    return found
+    return columns
 
 
-def _parse_row(record: table.Record, columns: dict[str, str], options: OPTIONS, folder: Path) -> TableRow:
-    """Read one row. Raises Fault."""
+def _parse_row(record: table.Record, columns: dict[str, str], options: ImageTextOptions, folder: Path) -> TableRow:
+    """Parse one row. Raises UnusableRecord."""
     if record.fault:
         raise UnusableRecord(record.fault)
 
@@ -185,8 +195,8 @@ def _parse_row(record: table.Record, columns: dict[str, str], options: OPTIONS, 
     )
 
 
-def _report(text: str | None, findings: str | None, impression: str | None, options: OPTIONS) -> Report:
-    """Columns of sections that an option names come first, then the whole text, then usual section columns."""
+def _report(text: str | None, findings: str | None, impression: str | None, options: ImageTextOptions) -> Report:
+    """Choose the report: section columns that an option names, else the text, else section columns found by name."""
     named = options.findings or options.impression
     if text and not named:
         return sections.split(text)
@@ -194,7 +204,7 @@ def _report(text: str | None, findings: str | None, impression: str | None, opti
 
 
 def _study(items: list[TableRow]) -> RawStudy:
-    """Rows of one study: the views of all, the rest of the first."""
+    """Combine the rows of one study: the views of all, everything else of the first."""
     first = items[0]
     fault = None
     if not first.report.text() and not first.answer:
@@ -219,7 +229,7 @@ def _study(items: list[TableRow]) -> RawStudy:
 
 
 def _text(value: Any) -> str:
-    """A cell as text; whole numbers lose the point that some exporters give them, so that 7.0 and 7 are one patient."""
+    """Return a cell as text; some exporters write integers with a point, so 7.0 becomes 7 and both are one patient."""
     if value is None:
         return ""
     text = str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
@@ -231,7 +241,7 @@ def _text(value: Any) -> str:
 
 
 def _strings(value: Any) -> list[str]:
-    """A list of texts, from one or several; in a CSV several are written as a JSON list."""
+    """Return a list of texts from one text or several; in a CSV several are a JSON list."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
@@ -244,7 +254,7 @@ def _strings(value: Any) -> list[str]:
 
 
 def _labels(value: Any, record: dict[str, Any]) -> dict[str, dict[str, int | None]]:
-    """Labels by vocabulary, from a labels column and from columns called as CheXpert's names."""
+    """Return labels by vocabulary, from a labels column and from columns with CheXpert's names."""
     labels: dict[str, dict[str, int | None]] = {}
     if isinstance(value, str):
         value = value.strip()
@@ -261,7 +271,7 @@ def _labels(value: Any, record: dict[str, Any]) -> dict[str, dict[str, int | Non
         nested = all(isinstance(inner, dict) for inner in value.values())
         plain = "chexpert" if set(value) <= set(CHEXPERT) else VOCABULARY
         for vocabulary, values in (value if nested else {plain: value}).items():
-            labels[_text(vocabulary)] = {_text(name): _label(given) for name, given in values.items()}
+            labels[_text(vocabulary)] = {_text(name): _label(label) for name, label in values.items()}
     elif value:
         raise UnusableRecord("labels that are no names")
     own = {name: _label(record[name]) for name in CHEXPERT if name in record}

@@ -20,11 +20,14 @@ SYNTHETIC = False
 EDITION = mimic.Edition(images="records", names=("cxr-record-list.csv",), suffix=".dcm", complete=False)
 
 
-class OPTIONS(mimic.MimicOptions):
+class MimicCxrOptions(mimic.MimicOptions):
     """mimic_cxr: chest radiographs in DICOM with reports."""
+
+
+OPTIONS = MimicCxrOptions
 
 
 def read(raw: Path | None, options: reader.ReaderOptions) -> Iterator[RawStudy]:
     """Yield the studies. Raises UserError where a table, the images or the reports are not found."""
-    assert isinstance(options, OPTIONS)
+    assert isinstance(options, MimicCxrOptions)
     return mimic.read_edition(raw, options, EDITION)

@@ -21,11 +21,14 @@ SYNTHETIC = False
 EDITION = mimic.Edition(images="metadata", names=mimic.table_names("metadata"), suffix=".jpg", complete=True)
 
 
-class OPTIONS(mimic.MimicOptions):
+class MimicCxrJpgOptions(mimic.MimicOptions):
     """mimic_cxr_jpg: chest radiographs with reports and labels."""
+
+
+OPTIONS = MimicCxrJpgOptions
 
 
 def read(raw: Path | None, options: reader.ReaderOptions) -> Iterator[RawStudy]:
     """Yield the studies. Raises UserError where a table, the images or the reports are not found."""
-    assert isinstance(options, OPTIONS)
+    assert isinstance(options, MimicCxrJpgOptions)
     return mimic.read_edition(raw, options, EDITION)

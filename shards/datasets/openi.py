@@ -8,7 +8,7 @@ or the same as tables, as a well-known copy has it:
     indiana_reports.csv  indiana_projections.csv  images/images_normalized/1_IM-0001-4001.dcm.png
 
 All of it may lie anywhere below --raw. A report names its images, its sections (INDICATION and COMPARISON become
-`other`; XXXX marks what was taken out, and stays) and its terms: those that a person chose are the labels `openi`,
+`other`; XXXX marks what was removed, and stays) and its terms: those that a person chose are the labels `openi`,
 those that a program found are `openi-automatic`. Which projection an image shows is in no report: it comes from
 indiana_projections.csv or nlmcxr_dicom_metadata.csv where these lie in --raw too.
 
@@ -39,14 +39,17 @@ MAX_BYTES = 1 << 20  # of an XML: the largest of Open-i's has 8,967
 OTHERS = ("INDICATION", "COMPARISON")
 VIEWS = {"LATERAL": "L", "LARGE LATERAL": "L", "FRONTAL": "Frontal"}
 Views = tuple[tuple[Path, str | None], ...]
-ImageLookup = Callable[[str], tuple[Path | None, str | None]]  # an image's name -> its file and its projection
+ImageLookup = Callable[[str], tuple[Path | None, str | None]]  # an image's name -> its file, its projection
 _SUFFIX = re.compile(r"(?:\.(?:dcm|png|jpe?g))+$", re.IGNORECASE)
 _HEAD = re.compile(r"^(?:CXR)?(\d+)(?:_\d+)?_")
 Value = TypeVar("Value")
 
 
-class OPTIONS(ReaderOptions):
+class OpenIOptions(ReaderOptions):
     """openi: the chest radiographs of Indiana University, with reports."""
+
+
+OPTIONS = OpenIOptions
 
 
 def read(raw: Path | None, options: ReaderOptions) -> Iterator[RawStudy]:
@@ -56,25 +59,25 @@ def read(raw: Path | None, options: ReaderOptions) -> Iterator[RawStudy]:
     if not raw.is_dir():
         raise UserError(f"--raw {raw}: no such folder; unpack NLMCXR_reports.tgz and NLMCXR_png.tgz into one")
     reports = sorted(files(raw, (".xml",)))
-    spread = {path.name.removesuffix(".gz"): path for path in files(raw, (".csv", ".csv.gz"))}
-    if not reports and REPORTS not in spread:
+    tables = {path.name.removesuffix(".gz"): path for path in files(raw, (".csv", ".csv.gz"))}
+    if not reports and REPORTS not in tables:
         raise UserError(f"--raw {raw}: no reports there; looked for ecgen-radiology/1.xml and {REPORTS}")
     warnings.warn(
         "Open-i does not say which reports are of the same patient: each counts as a patient of its own",
         DatasetWarning,
         stacklevel=2,
     )
-    found = find_images(raw, _views(spread))
-    yield from _from_xml(reports, found) if reports else _from_tables(spread, found)
+    find = find_images(raw, _views(tables))
+    yield from _from_xml(reports, find) if reports else _from_tables(tables, find)
 
 
 def key(name: str) -> str:
-    """What all names of one image share: CXR1_1_IM-0001-3001, 1_IM-0001-3001.dcm.png -> 1_IM-0001-3001."""
+    """Return what all names of one image share: CXR1_1_IM-0001-3001, 1_IM-0001-3001.dcm.png -> 1_IM-0001-3001."""
     return _HEAD.sub(r"\1_", _SUFFIX.sub("", name.strip().rpartition("/")[2]))
 
 
 def find_images(raw: Path, views: external_sort.Lookup) -> ImageLookup:
-    """A function from an image's name to its file and its projection. Raises UserError where there is no image."""
+    """Return a function from an image's name to its file and its projection. Raises UserError without any image."""
     index = external_sort.Lookup((_tagged(path), path) for path in files(raw, SUFFIXES))
     if not len(index):
         raise UserError(f"--raw {raw}: no images there; looked for files such as CXR1_1_IM-0001-3001.png")
@@ -94,31 +97,31 @@ def _first(values: Iterable[Value | None]) -> Value | None:
     return next((value for value in values if value is not None), None)
 
 
-def _views(spread: dict[str, Path]) -> external_sort.Lookup:
-    """Image -> projection, from the tables that know any; the DICOM headers' word counts more than the copy's."""
+def _views(tables: dict[str, Path]) -> external_sort.Lookup:
+    """Map images to projections, from the tables that have any; the DICOM headers' values override the copy's."""
 
     def rows() -> Iterator[tuple[str, str]]:
         for name, image, view in ((PROJECTIONS, "filename", "projection"), (METADATA, "imageid", "View Position")):
-            if name in spread:
-                for record in table.stream(spread[name], (image, view)):
-                    said = record.values.get(view, "").strip().upper()
-                    if said and not record.fault:
-                        yield key(record.values[image]), VIEWS.get(said, said)
+            if name in tables:
+                for record in table.stream(tables[name], (image, view)):
+                    projection = record.values.get(view, "").strip().upper()
+                    if projection and not record.fault:
+                        yield key(record.values[image]), VIEWS.get(projection, projection)
 
     return external_sort.Lookup(rows())
 
 
-def _from_xml(reports: list[Path], found: ImageLookup) -> Iterator[RawStudy]:
+def _from_xml(reports: list[Path], find: ImageLookup) -> Iterator[RawStudy]:
     for path in reports:
         name = f"{path.parent.name}/{path.name}"
         try:
-            yield _study(parse(path), name, found)
+            yield _study(parse(path), name, find)
         except UnusableRecord as fault:
             yield unusable_study(name, fault)
 
 
 def parse(path: Path) -> "plain.Element":
-    """The root of a report's XML, which is nobody's to trust: no entities, no size. Raises Fault."""
+    """Return the root of a report's XML, which is untrusted: no entities, a limited size. Raises UnusableRecord."""
     try:
         if path.stat().st_size > MAX_BYTES:
             raise UnusableRecord("XML too large")
@@ -132,8 +135,8 @@ def parse(path: Path) -> "plain.Element":
     return root
 
 
-def _study(root: "plain.Element", name: str, found: ImageLookup) -> RawStudy:
-    """Read one report's XML. Raises Fault."""
+def _study(root: "plain.Element", name: str, find: ImageLookup) -> RawStudy:
+    """Parse one report's XML. Raises UnusableRecord."""
     identifier = root.find("uId")
     patient = (identifier.get("id") or "").strip() if identifier is not None else ""
     if not patient:
@@ -146,7 +149,7 @@ def _study(root: "plain.Element", name: str, found: ImageLookup) -> RawStudy:
         patient,
         name,
         [image for element in root.iter("parentImage") if (image := (element.get("id") or "").strip())],
-        found,
+        find,
         texts,
         {
             "openi": [_text(element) for element in root.iter("major")],
@@ -155,18 +158,18 @@ def _study(root: "plain.Element", name: str, found: ImageLookup) -> RawStudy:
     )
 
 
-def _from_tables(spread: dict[str, Path], found: ImageLookup) -> Iterator[RawStudy]:
-    if PROJECTIONS not in spread:
-        raise UserError(f"{spread[REPORTS]}: {PROJECTIONS} is missing: it names the images")
+def _from_tables(tables: dict[str, Path], find: ImageLookup) -> Iterator[RawStudy]:
+    if PROJECTIONS not in tables:
+        raise UserError(f"{tables[REPORTS]}: {PROJECTIONS} is missing: it names the images")
     images = external_sort.Lookup(
         external_sort.grouped(
             (record.values["uid"].strip(), record.values["filename"].strip())
-            for record in table.stream(spread[PROJECTIONS], ("uid", "filename"))
+            for record in table.stream(tables[PROJECTIONS], ("uid", "filename"))
             if not record.fault
         )
     )
     columns = ("uid", "MeSH", "indication", "comparison", "findings", "impression")
-    for record in table.stream(spread[REPORTS], columns):
+    for record in table.stream(tables[REPORTS], columns):
         name = f"{REPORTS} {record.where}"
         fault = record.fault or (None if record.values["uid"].strip() else "report without a number")
         if fault:
@@ -175,19 +178,19 @@ def _from_tables(spread: dict[str, Path], found: ImageLookup) -> Iterator[RawStu
         texts = {column.upper(): record.values[column].strip() for column in columns[2:]}
         uid = record.values["uid"].strip()
         terms = {"openi": record.values["MeSH"].split(";")}
-        yield _assemble(f"CXR{uid}", name, images.get(uid, []), found, texts, terms)
+        yield _assemble(f"CXR{uid}", name, images.get(uid, []), find, texts, terms)
 
 
 def _assemble(
     patient: str,
     name: str,
     images: list[str],
-    found: ImageLookup,
+    find: ImageLookup,
     texts: dict[str, str],
     terms: dict[str, list[str]],
 ) -> RawStudy:
-    """The study of a report, whichever form it came in; `patient` is the report's own number, CXR1."""
-    places = [found(image) for image in images]
+    """Return the study of a report in either form; `patient` is the report's own number, such as CXR1."""
+    places = [find(image) for image in images]
     findings, impression = texts.get("FINDINGS") or None, texts.get("IMPRESSION") or None
     fault = gap = None
     if not images:
@@ -214,5 +217,5 @@ def _assemble(
 
 
 def _text(element: "plain.Element") -> str:
-    """All text of an element, its spaces and line breaks made single spaces."""
+    """Return all text of an element with single spaces."""
     return " ".join("".join(element.itertext()).split())

@@ -63,12 +63,12 @@ COLUMNS = (
 GROUNDED = "grounded_reports_20240819.json"
 GROUNDED_SPLITS = "master_table.csv"
 FOLDERS = ("images", ".", "Padchest_GR_files/PadChest_GR", "Padchest_GR_files")  # where images may lie
-MISSING = ("", "nan")  # how the table writes what it does not know
+MISSING = ("", "nan")  # the table's unknown values
 PROJECTIONS = ("PA", "AP", "AP_horizontal", "L", "COSTAL")  # in the order of a study's views
 PLAIN_LIST = re.compile(r"\[(?:'[^',\"\\]*'(?:, (?=')|(?=\])))*\]")  # of names without commas and quotes
 NO_FILE_NAME = re.compile("[/\\\\\0]")
 SHOWN = 5  # names in a warning
-NAMED = 100  # unknown labels that are told apart
+NAMED = 100  # unknown labels that are counted separately
 
 
 def _projections(value: Any) -> Any:
@@ -79,7 +79,7 @@ def _projections(value: Any) -> Any:
     return chosen
 
 
-class OPTIONS(ReaderOptions):
+class PadChestOptions(ReaderOptions):
     """padchest: PadChest, with or without PadChest-GR."""
 
     projections: Annotated[tuple[str, ...], BeforeValidator(_projections)] = Field(
@@ -101,8 +101,11 @@ class OPTIONS(ReaderOptions):
     )
 
 
+OPTIONS = PadChestOptions
+
+
 class ImageRow(NamedTuple):
-    """What one row says of its image."""
+    """The columns of one row that describe its image."""
 
     where: str
     folder: str
@@ -112,7 +115,7 @@ class ImageRow(NamedTuple):
 
 
 class StudyText(NamedTuple):
-    """What one row says of its study, the same in all rows of it."""
+    """The columns of one row that describe its study, equal in all its rows."""
 
     report: str
     method: str
@@ -121,7 +124,7 @@ class StudyText(NamedTuple):
 
 
 class ListingCounts:
-    """What the listing counts, for the warnings at its end."""
+    """Counts of a listing, for the warnings at its end."""
 
     def __init__(self) -> None:
         self.pediatric = self.other_projections = self.not_grounded = self.unnamed = self.grounded = 0
@@ -138,23 +141,23 @@ class ArchiveExclusion(ValueError):
 
 def read(raw: Path | None, options: ReaderOptions) -> Iterator[RawStudy]:
     """Yield the studies of the table. Raises UserError for one that cannot be read, and for images still in zips."""
-    assert isinstance(options, OPTIONS)
+    assert isinstance(options, PadChestOptions)
     if options.studies == "grounded" and options.grounded == "no":
         raise UserError("padchest: studies=grounded needs a language of PadChest-GR: grounded=en or grounded=es")
     path = table.locate(raw, [TABLE], "table of PadChest")
     grounded = _read_grounded(path.parent, options.grounded)
     images = ImageFinder(path.parent)
-    told = ListingCounts()
+    counts = ListingCounts()
     for _, rows in external_sort.grouped(_rows(path)):
         if isinstance(rows[0], RawStudy):
             yield rows[0]
-        elif study := _study(rows, images, grounded, options, told, path):
+        elif study := _study(rows, images, grounded, options, counts, path):
             yield study
-    _warn_of_counts(told, options, path, len(grounded) if grounded else 0)
+    _warn_of_counts(counts, options, path, len(grounded) if grounded else 0)
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """(what makes a study, a row of it), row by row; a row that cannot be used is a study alone."""
+    """Yield (key of a study, its row), row by row; a row that cannot be used is a study of its own."""
     for number, record in enumerate(table.stream(path, COLUMNS)):
         values = record.values
         fault = record.fault
@@ -174,9 +177,9 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 class ImageFinder:
-    """Where the images lie: found out once for each ImageDir, by a look into the folders that may hold its images.
+    """Find images: the folders that may hold those of an ImageDir are searched once.
 
-    One folder with images settles it. Where several have some, each image is looked for.
+    One folder with images is taken for all of them. Where several have some, each image is looked up.
     """
 
     def __init__(self, root: Path) -> None:
@@ -185,7 +188,7 @@ class ImageFinder:
         self.by_directory: dict[str, list[Path]] = {}
 
     def find(self, directory: str, name: str) -> Path:
-        """The path of an image, whether or not it is there. Raises UserError where its zip file is not unpacked."""
+        """Return the path of an image, which may be missing. Raises UserError where its zip file is not unpacked."""
         folders = self.by_directory.get(directory)
         if folders is None:
             folders = self.by_directory[directory] = self._folders(directory, name)
@@ -219,23 +222,23 @@ def _study(
     rows: list[Any],
     images: ImageFinder,
     grounded: external_sort.Lookup | None,
-    options: OPTIONS,
-    told: ListingCounts,
+    options: PadChestOptions,
+    counts: ListingCounts,
     path: Path,
 ) -> RawStudy | None:
-    """The study of these rows; None where the options leave it out."""
+    """Return the study of these rows; None where the options leave it out."""
     patient, study = rows[0][:2]
     items = [ImageRow(*row[2]) for row in rows]
     text = StudyText(*rows[0][3])
     language, sentences, split, image = _sentences(study, items, grounded, options.grounded)
-    told.grounded += sentences is not None
+    counts.grounded += sentences is not None
     if options.studies == "grounded" and image:
         items = [item for item in items if item.name == image]
     if options.pediatric == "drop" and any(item.pediatric for item in items):
-        told.pediatric += 1
+        counts.pediatric += 1
         return None
     if options.studies == "grounded" and not sentences:
-        told.not_grounded += 1
+        counts.not_grounded += 1
         return None
     views = [item for item in items if item.projection in PROJECTIONS and item.name not in UNUSABLE]
     chosen = [item for item in views if item.projection in options.projections]
@@ -252,9 +255,9 @@ def _study(
         if EXCLUDE in names:
             raise ArchiveExclusion("marked exclude by the dataset")
         if not chosen:
-            told.other_projections += 1
+            counts.other_projections += 1
             return None
-        labels = _labels(names, _names(text.localizations), text, options, told)
+        labels = _labels(names, _names(text.localizations), text, options, counts)
         if not report.findings and options.reports == "require":
             raise ArchiveExclusion("no report")
         if not report.findings and not labels:
@@ -278,13 +281,13 @@ def _study(
 
 
 def _report(text: str) -> str | None:
-    """A report with single spaces; None where it is missing, or holds no word at all."""
+    """Return a report with single spaces; None where it is missing or has no word at all."""
     return " ".join(text.split()) if text not in MISSING and re.search(r"[^\W\d_]", text) else None
 
 
 @functools.lru_cache(maxsize=4096)
 def _names(text: str) -> tuple[str, ...]:
-    """The names in a list as Python writes it, without the stray spaces, each once. Raises Fault."""
+    """Parse a list of names in Python's syntax: stripped, each once. Raises UnusableRecord."""
     if text in MISSING:
         return ()
     names: Any = None
@@ -299,27 +302,27 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _labels(
-    names: tuple[str, ...], places: tuple[str, ...], text: StudyText, options: OPTIONS, told: ListingCounts
+    names: tuple[str, ...], places: tuple[str, ...], text: StudyText, options: PadChestOptions, counts: ListingCounts
 ) -> dict[str, dict[str, int | None]]:
-    """Labels by vocabulary; a vocabulary of which nothing is said is absent."""
+    """Return labels by vocabulary, without empty vocabularies."""
     if options.labels == "physician" and text.method.strip() != "Physician":
         return {}
-    told.unnamed += "" in names
+    counts.unnamed += "" in names
     for name in names:
         if name and name not in KNOWN:
-            told.unknown_label(name)
-    found = {name: 1 for name in names if name}
+            counts.unknown_label(name)
+    present = {name: 1 for name in names if name}
     labels: dict[str, dict[str, int | None]] = {}
-    if found:
-        labels["chexpert"] = chexpert(found)
-        labels["padchest"] = dict(found)
+    if present:
+        labels["chexpert"] = chexpert(present)
+        labels["padchest"] = dict(present)
     if located := {place: 1 for place in places if place}:
         labels["padchest-localizations"] = dict(located)
     return labels
 
 
 def _read_grounded(folder: Path, language: str) -> external_sort.Lookup | None:
-    """PadChest-GR's studies by StudyID: (ImageID, sentences, split); None where it is not asked for."""
+    """Map StudyID to PadChest-GR's (ImageID, sentences, split); None where the options do not ask for it."""
     path = table.find_one(folder, [GROUNDED])
     if language == "no":
         if path:
@@ -345,7 +348,7 @@ def _read_grounded(folder: Path, language: str) -> external_sort.Lookup | None:
 
 
 def _read_splits(folder: Path) -> Iterator[tuple[str, Split]]:
-    """(StudyID, official split). Raises UserError where one study has two."""
+    """Yield (StudyID, official split). Raises UserError where one study has two."""
     path = table.find_one(folder, [GROUNDED_SPLITS])
     if path is None:
         packed = f"; unpack {GROUNDED_SPLITS}.zip" if (folder / f"{GROUNDED_SPLITS}.zip").is_file() else ""
@@ -356,44 +359,44 @@ def _read_splits(folder: Path) -> Iterator[tuple[str, Split]]:
         (r.values["StudyID"].strip(), r.values["split"]) for r in rows if not r.fault
     ):
         try:
-            found = {splits.parse(word) for word in words if word.strip() and word not in MISSING}
+            official = {splits.parse(word) for word in words if word.strip() and word not in MISSING}
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
-        if len(found) > 1:
-            raise UserError(f"{path}: a study stands in {' and '.join(sorted(found))}; allowed is one split each")
-        if found:
-            yield study, found.pop()
+        if len(official) > 1:
+            raise UserError(f"{path}: a study stands in {' and '.join(sorted(official))}; allowed is one split each")
+        if official:
+            yield study, official.pop()
 
 
 def _sentences(
     study: str, items: list[ImageRow], grounded: external_sort.Lookup | None, language: str
 ) -> tuple[str, str | None, Split | None, str]:
-    """(language, PadChest-GR's sentences, official split, its image) of a study; that image must be the study's."""
+    """Return (language, PadChest-GR's sentences, official split, its image) of a study that contains that image."""
     image, sentences, split = (grounded and grounded.get(study)) or ("", "", None)
     if image and image not in {item.name for item in items}:
         sentences, split = "", None
     return (language, sentences, split, image) if sentences else ("es-stemmed", None, split, "")
 
 
-def _warn_of_counts(told: ListingCounts, options: OPTIONS, path: Path, grounded: int) -> None:
-    """Warn of what was left out by an option, and of what is not understood."""
+def _warn_of_counts(counts: ListingCounts, options: PadChestOptions, path: Path, grounded: int) -> None:
+    """Warn of studies that an option left out, and of unknown labels."""
     kept = ",".join(options.projections)
-    if told.other_projections:
-        _warn(f"padchest: {told.other_projections} studies have views of other projections than {kept}: left out")
-    if told.pediatric:
-        _warn(f"padchest: {told.pediatric} studies of children are left out, as pediatric=drop asks")
-    if told.not_grounded:
-        _warn(f"padchest: {told.not_grounded} studies are not in PadChest-GR: left out, as studies=grounded asks")
-    if options.grounded != "no" and told.grounded < grounded:
+    if counts.other_projections:
+        _warn(f"padchest: {counts.other_projections} studies have views of other projections than {kept}: left out")
+    if counts.pediatric:
+        _warn(f"padchest: {counts.pediatric} studies of children are left out, as pediatric=drop asks")
+    if counts.not_grounded:
+        _warn(f"padchest: {counts.not_grounded} studies are not in PadChest-GR: left out, as studies=grounded asks")
+    if options.grounded != "no" and counts.grounded < grounded:
         _warn(
-            f"padchest: {grounded - told.grounded} of {grounded} studies of {GROUNDED} are not in {path.name}, or have "
-            f"no sentences in {options.grounded}"
+            f"padchest: {grounded - counts.grounded} of {grounded} studies of {GROUNDED} are not in {path.name}, or "
+            f"have no sentences in {options.grounded}"
         )
-    if told.unnamed:
-        _warn(f"padchest: {told.unnamed} studies have an empty label, which says nothing: left out of their labels")
-    if told.unknown:
-        shown = ", ".join(f"'{name}' ({count})" for name, count in told.unknown.most_common(SHOWN))
-        more = ", ..." if len(told.unknown) > SHOWN else ""
+    if counts.unnamed:
+        _warn(f"padchest: {counts.unnamed} studies have an empty label, which says nothing: left out of their labels")
+    if counts.unknown:
+        shown = ", ".join(f"'{name}' ({count})" for name, count in counts.unknown.most_common(SHOWN))
+        more = ", ..." if len(counts.unknown) > SHOWN else ""
         _warn(f"padchest: labels without a known meaning, kept in `padchest` alone (studies): {shown}{more}")
 
 

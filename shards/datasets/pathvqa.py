@@ -33,8 +33,11 @@ SUFFIXES = (".jpg", ".jpeg", ".png")
 COLUMNS = ("image", "question", "answer")
 
 
-class OPTIONS(ReaderOptions):
+class PathVqaOptions(ReaderOptions):
     """pathvqa: PathVQA as published."""
+
+
+OPTIONS = PathVqaOptions
 
 
 def read(raw: Path | None, options: ReaderOptions) -> Iterator[RawStudy]:
@@ -51,21 +54,21 @@ def read(raw: Path | None, options: ReaderOptions) -> Iterator[RawStudy]:
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
-    """All records of one split. Raises UserError."""
+    """Read all records of one split. Raises UserError."""
     if path.suffix == ".pkl":
         records = safe_pickle.load(path)
         if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
             raise UserError(f'{path}: the records must be a list of dictionaries such as {{"image": ..., ...}}')
     else:
         records = [record.values for record in table.read(path).records]
-    found = dict.fromkeys(key for record in records for key in record if isinstance(key, str))
-    if missing := [name for name in COLUMNS if name not in found]:
-        raise UserError(f"{path}: no {', '.join(missing)} in the records; found are {', '.join(found) or 'none'}")
+    columns = dict.fromkeys(key for record in records for key in record if isinstance(key, str))
+    if missing := [name for name in COLUMNS if name not in columns]:
+        raise UserError(f"{path}: no {', '.join(missing)} in the records; found are {', '.join(columns) or 'none'}")
     return records
 
 
 def _study(record: dict[str, Any], split: Split, images: Path, name: str) -> RawStudy:
-    """Read one record. Raises Fault."""
+    """Parse one record. Raises UnusableRecord."""
     image = _image(record.get("image"), split)
     question = vqa.required_text(record.get("question"), "question")
     answer = vqa.required_text(record.get("answer"), "answer")
@@ -82,7 +85,7 @@ def _study(record: dict[str, Any], split: Split, images: Path, name: str) -> Raw
 
 
 def _image(value: Any, split: Split) -> str:
-    """The path in the folder of images: "train_0422" -> "train/train_0422.jpg". Raises Fault."""
+    """Return the path in the folder of images: "train_0422" -> "train/train_0422.jpg". Raises UnusableRecord."""
     name = vqa.image_name(value)
     if not name.lower().endswith(SUFFIXES):  # a dot in the name is no suffix
         name += ".jpg"

@@ -38,11 +38,11 @@ LABELS: dict[str, tuple[str, ...]] = {  # label: its CheXpert names
 COUNTS = (0.16, 0.32, 0.31, 0.21)  # chances of none, one, two and three findings
 BLOCK = (1, 2, 3)  # studies per patient, in every run of six studies, in an order drawn for it
 _LABELS = tuple(LABELS)
-# Findings that leave little room beside them are turned away more often, and so are drawn more often.
+# Findings that occupy much of the chest are rejected more often, and so are drawn with a higher weight.
 _WEIGHTS = np.array([1.0, 1.0, 1.0, 1.4, 1.0, 1.0, 1.0, 1.1, 1.1, 1.1, 1.1, 1.1])
 
 
-class OPTIONS(ReaderOptions):
+class PhantomOptions(ReaderOptions):
     """phantom: drawn chest radiographs."""
 
     studies: int = Field(2000, gt=0, description="how many studies")
@@ -52,9 +52,15 @@ class OPTIONS(ReaderOptions):
     damaged: float = Field(0, ge=0, le=1, description="share of studies whose images cannot be read: 0 to 1")
 
 
+OPTIONS = PhantomOptions
+
+
 @dataclass(frozen=True)
 class Picture:
-    """A view that is drawn when it is called: 12 bits, in 16."""
+    """A view that is drawn when it is called: 12 bits, in 16.
+
+    The names of the class and its fields are part of the identity of a build, by their repr.
+    """
 
     seed: int
     study: int
@@ -80,13 +86,13 @@ class Damaged:
 
 def read(raw: Path | None, options: ReaderOptions) -> Iterator[RawStudy]:
     """Yield the studies; `raw` is not needed."""
-    assert isinstance(options, OPTIONS)
+    assert isinstance(options, PhantomOptions)
     for number in range(options.studies):
         yield study(number, options)
 
 
-def study(number: int, options: OPTIONS) -> RawStudy:
-    """Study `number` of the options' seed."""
+def study(number: int, options: PhantomOptions) -> RawStudy:
+    """Draw study `number` of the options' seed."""
     seed = options.seed
     shown = findings(seed, number)
     rng = np.random.default_rng((seed, 3, number))
@@ -107,30 +113,30 @@ def study(number: int, options: OPTIONS) -> RawStudy:
 
 
 def findings(seed: int, number: int) -> list[image.Finding]:
-    """None to three findings that can be told apart: no two of them in the same part of the chest."""
+    """Draw none to three findings that can be told apart: no two of them in the same part of the chest."""
     rng = np.random.default_rng((seed, 4, number))
-    wanted = rng.choice(len(COUNTS), p=COUNTS)
+    count = rng.choice(len(COUNTS), p=COUNTS)
     taken: set[str] = set()
-    found: list[image.Finding] = []
+    chosen: list[image.Finding] = []
     for label in rng.choice(len(_LABELS), size=len(_LABELS), replace=False, p=_WEIGHTS / _WEIGHTS.sum()):
-        if len(found) == wanted:
+        if len(chosen) == count:
             break
         name = _LABELS[label]
         sides = [side for side in _sides(name, rng) if not taken & _room(name, side)]
         if sides:
             taken |= _room(name, sides[0])
-            found.append(image.Finding(name, sides[0], float(rng.random())))
-    return sorted(found, key=lambda finding: _LABELS.index(finding.label))
+            chosen.append(image.Finding(name, sides[0], float(rng.random())))
+    return sorted(chosen, key=lambda finding: _LABELS.index(finding.label))
 
 
 def _sides(label: str, rng: np.random.Generator) -> tuple[Side, ...]:
-    """The sides a finding may be on, in the order of preference."""
+    """Return the sides that a finding may be on, in the order of preference."""
     either: tuple[Side, ...] = ("left", "right") if rng.random() < 0.5 else ("right", "left")
     return tuple(side for side in either if side in label) or either
 
 
 def _room(label: str, side: Side) -> set[str]:
-    """The parts of the chest that a finding takes up."""
+    """Return the parts of the chest that a finding occupies."""
     if label == "cardiomegaly":
         return {"heart", "left heart border"}
     if label == "pneumothorax":
@@ -143,7 +149,7 @@ def _room(label: str, side: Side) -> set[str]:
 
 
 def _patient(seed: int, number: int) -> tuple[int, int]:
-    """The patient of a study: the run of six it lies in, and which of the run's three patients."""
+    """Return the patient of a study: the number of its run of six studies, and of the patient in that run."""
     block, place = divmod(number, sum(BLOCK))
     sizes = np.random.default_rng((seed, 0, block)).permutation(BLOCK)
     return block, int(np.searchsorted(np.cumsum(sizes), place, side="right"))

@@ -1,15 +1,15 @@
-"""What a reader is: a raw archive -> RawStudy by RawStudy.
+"""Describes a dataset reader: a raw archive in, its studies as RawStudy out, one at a time.
 
-A reader is a module of this folder with
+A reader is a module with
 
-    OPTIONS: type[Options]                                             its key=value options
+    OPTIONS: type[ReaderOptions]                                       its key=value options
     SYNTHETIC: bool                                                    drawn from a seed, nobody's data
-    def read(raw: Path | None, options: Options) -> Iterator[RawStudy]
+    def read(raw: Path | None, options: ReaderOptions) -> Iterator[RawStudy]
 
-`read` looks at metadata alone, so that a listing takes seconds; images are opened in the build's workers, one
-study at a time. That is why a RawStudy must be picklable. It holds no more than a few studies in memory: what must be
-sorted or joined lies on the disk (shards/tabular/external_sort.py). shards/datasets/registry.py
-lists the readers.
+`read` opens metadata alone, so that a listing takes seconds; images are opened in the build's workers, one study at a
+time, hence a RawStudy must be picklable. It keeps at most a few studies in memory: what must be sorted or joined lies
+on the disk (shards/tabular/external_sort.py). shards/datasets/registry.py lists the readers; those of other packages
+are announced by an entry point `radhpc.datasets`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -28,21 +28,24 @@ PixelSource = Path | Callable[[], RawImage]  # where a view's pixels come from: 
 
 @dataclass(frozen=True)
 class RawStudy:
-    """One study as the archive has it, before its images are opened and its identifiers are hashed."""
+    """One study of the archive, before its images are opened and its identifiers are hashed.
+
+    The names of the fields are part of the identity of a build (shards/listing.py).
+    """
 
     study: str  # raw identifier, unique in the dataset
     patient: str  # raw identifier
     views: tuple[tuple[PixelSource, str | None], ...]  # (pixels, projection: PA, AP, L, ... or None)
-    name: str  # what to call it where it is left out: a file or a row, shown to the user only
+    name: str  # for messages where it is left out: a file or a row, shown to the user only
     split: Split | None = None  # the official one, None: by the hash of the patient
     report: Report = Report()
     language: str = "en"
     labels: dict[str, dict[str, int | None]] = field(default_factory=dict)
     question: str | None = None
     answer: str | None = None
-    attribution: str | None = None  # whom its licence asks to name; goes to attribution.jsonl beside the shards
-    fault: str | None = None  # what is broken, where the metadata alone say so: counts against the budget
-    gap: str | None = None  # what the archive itself has not, or disowns: left out by name, no fault of this copy
+    attribution: str | None = None  # authors that its licence asks to name: for attribution.jsonl beside the shards
+    fault: str | None = None  # what is broken, if the metadata show it: counts against the budget
+    gap: str | None = None  # what the archive itself lacks or excludes: left out by name, but not broken
 
 
 class UnusableRecord(ValueError):
@@ -59,7 +62,7 @@ def unusable_study(name: str, fault: UnusableRecord | str) -> RawStudy:
 
 
 class ReaderOptions(BaseModel):
-    """The options that every reader has; each adds its own."""
+    """The options of every reader; each adds its own."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -71,15 +74,15 @@ class ReaderOptions(BaseModel):
 
     @property
     def shares_images(self) -> bool:
-        """Whether the official split puts the same image into several splits, as some VQA sets' do.
+        """Return whether the official split puts the same image into several splits, as those of some VQA sets do.
 
-        Then near-duplicates across splits are reported; elsewhere those outside the test set are left out.
+        Then near-duplicates across splits are reported; otherwise those outside the test set are left out.
         """
         return False
 
 
 class DatasetReader(Protocol):
-    """What a module of this folder must have."""
+    """The interface of a reader's module."""
 
     OPTIONS: type[ReaderOptions]
     SYNTHETIC: bool
@@ -87,18 +90,18 @@ class DatasetReader(Protocol):
     def read(self, raw: Path | None, options: ReaderOptions) -> Iterator[RawStudy]: ...
 
 
-def parse_options(dataset: str, kind: type[ReaderOptions], values: Mapping[str, str]) -> ReaderOptions:
-    """Turn key=value texts into a reader's options. Raises UserError that names the key and what is allowed."""
-    allowed = kind.model_fields
+def parse_options(dataset: str, schema: type[ReaderOptions], values: Mapping[str, str]) -> ReaderOptions:
+    """Parse key=value texts into a reader's options. Raises UserError that names the key and what is allowed."""
+    allowed = schema.model_fields
     for key in values:
         if key not in allowed:
             raise UserError(
                 f"{dataset}: option '{key}' is unknown{nearest(key, allowed)}; allowed are {', '.join(allowed)}"
             )
     try:
-        return kind.model_validate(dict(values))
+        return schema.model_validate(dict(values))
     except ValidationError as error:
-        what = error.errors()[0]
-        key = str(what["loc"][0]) if what["loc"] else "options"
-        given = f"{key}={values[key]}" if key in values else key
-        raise UserError(f"{dataset}: option {given}: {what['msg']} ({allowed[key].description})") from error
+        first = error.errors()[0]
+        key = str(first["loc"][0]) if first["loc"] else "options"
+        option = f"{key}={values[key]}" if key in values else key
+        raise UserError(f"{dataset}: option {option}: {first['msg']} ({allowed[key].description})") from error

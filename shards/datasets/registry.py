@@ -34,6 +34,6 @@ def reader(name: str) -> "DatasetReader":
         raise UserError(f"dataset: '{name}' is unknown{nearest(name, names())}; allowed are {', '.join(names())}")
     loaded = plugins.load(announced[name])
     if missing := [part for part in ("OPTIONS", "SYNTHETIC", "read") if not hasattr(loaded, part)]:
-        raise UserError(f"plugin '{name}' ({announced[name].value}) has no {missing[0]}: it is no reader")
+        raise UserError(f"plugin '{name}' ({announced[name].value}) has no {missing[0]}, so it is not a dataset reader")
     plugin: DatasetReader = loaded
     return plugin

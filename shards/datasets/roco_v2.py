@@ -48,7 +48,7 @@ UNLICENSED = (None, "", "")  # article, attribution, link
 LICENSES, MAPPING = "license_information.csv", "cui_mapping.csv"
 
 
-class OPTIONS(ReaderOptions):
+class RocoV2Options(ReaderOptions):
     """roco_v2: ROCO v2 as published on Zenodo."""
 
     split: Literal["disjoint", "official", "article"] = Field(
@@ -62,12 +62,15 @@ class OPTIONS(ReaderOptions):
 
     @property
     def shares_images(self) -> bool:
-        """As published, figures of one article may stand in several splits, and articles repeat figures."""
+        """Return True for the official split: its articles have figures in several splits, and repeat figures."""
         return self.split == "official"
 
 
+OPTIONS = RocoV2Options
+
+
 class Concepts:
-    """The labels of an image, by vocabulary; they lie on the disk."""
+    """The labels of images by vocabulary, stored on the disk."""
 
     def __init__(self, folder: Path, splits: Sequence[Split]) -> None:
         mapping = table.find_one(folder, [MAPPING])
@@ -81,9 +84,9 @@ class Concepts:
         self.unknown = 0  # concepts without a canonical name
 
     def labels(self, image: str) -> dict[str, dict[str, int | None]]:
-        """{"umls": {"X-Ray Computed Tomography": 1}, ...}; a concept without a name is called by its CUI."""
-        found = {vocabulary: lookup.get(image, "") for vocabulary, lookup in self._of.items()}
-        return {vocabulary: self._named(cuis) for vocabulary, cuis in found.items() if cuis}
+        """Return {"umls": {"X-Ray Computed Tomography": 1}, ...}; a concept without a name is labelled by its CUI."""
+        concepts = {vocabulary: lookup.get(image, "") for vocabulary, lookup in self._of.items()}
+        return {vocabulary: self._named(cuis) for vocabulary, cuis in concepts.items() if cuis}
 
     def _named(self, cuis: str) -> dict[str, int | None]:
         named: dict[str, int | None] = {}
@@ -93,7 +96,7 @@ class Concepts:
             named[name or cui] = 1
         return named
 
-    def tell(self) -> None:
+    def warn(self) -> None:
         """Warn of concepts without a name."""
         if not self._mapped:
             _warn(f"ROCO v2: no {MAPPING}, so concepts are called by their CUIs")
@@ -103,7 +106,7 @@ class Concepts:
 
 def read(raw: Path | None, options: ReaderOptions) -> Iterator[RawStudy]:
     """Yield the images with captions. Raises UserError for files that are missing or no ROCO v2."""
-    assert isinstance(options, OPTIONS)
+    assert isinstance(options, RocoV2Options)
     folder, files = layout.split_files(raw, CAPTIONS, "ROCO v2")
     images = {split: _images(folder, WORDS[split]) for split in files}
     licences = _read_licences(folder, options)
@@ -139,11 +142,11 @@ def read(raw: Path | None, options: ReaderOptions) -> Iterator[RawStudy]:
                 )
             except UnusableRecord as fault:
                 yield unusable_study(name, fault)
-    concepts.tell()
+    concepts.warn()
     _warn_of_counts(options, len(licences) > 0, len(overlap), counts)
 
 
-def _warn_of_counts(options: OPTIONS, licensed: bool, shared: int, counts: Counter[str]) -> None:
+def _warn_of_counts(options: RocoV2Options, licensed: bool, shared: int, counts: Counter[str]) -> None:
     """Warn of articles in several splits, and of licences."""
     if not licensed:
         _warn(
@@ -169,31 +172,31 @@ def _warn_of_counts(options: OPTIONS, licensed: bool, shared: int, counts: Count
 
 
 def _commercial(attribution: str) -> bool:
-    """Whether the licence at the start of an attribution allows commercial use: CC BY does, CC BY-NC does not."""
+    """Return whether the licence at the start of an attribution allows commercial use: CC BY does, CC BY-NC not."""
     return bool(re.match(r"CC[ -]?(0|BY)\b", attribution)) and not re.search(r"\bNC\b", attribution)
 
 
 def _article(licences: external_sort.Lookup, image: str) -> str:
-    """The article of an image; an image without one stands alone."""
+    """Return the article of an image, or the image itself where it has none."""
     article: str | None
     article, *_ = licences.get(image, UNLICENSED)
     return article or image
 
 
-def _read_licences(folder: Path, options: OPTIONS) -> external_sort.Lookup:
-    """Image -> (article or None, attribution, link); empty where there is no such file."""
+def _read_licences(folder: Path, options: RocoV2Options) -> external_sort.Lookup:
+    """Map images to (article or None, attribution, link); empty without such a file."""
     path = table.find_one(folder, [LICENSES])
     if path is None and (options.licenses == "commercial" or options.split == "article"):
-        wanted = "licenses=commercial" if options.licenses == "commercial" else "split=article"
-        raise UserError(f"{folder}: no {LICENSES}; {wanted} needs it")
+        option = "licenses=commercial" if options.licenses == "commercial" else "split=article"
+        raise UserError(f"{folder}: no {LICENSES}; {option} needs it")
     if path is None:
         return external_sort.Lookup(())
     rows = _rows(path, "ID", "PMCID", "Attribution", "Link")
-    return external_sort.Lookup((image, (article or None, *said)) for _, (image, article, *said) in rows)
+    return external_sort.Lookup((image, (article or None, *rest)) for _, (image, article, *rest) in rows)
 
 
 def _concept_rows(folder: Path, splits: Sequence[Split], ending: str) -> Iterator[tuple[str, str]]:
-    """(image, its CUIs joined by semicolons) of all splits."""
+    """Yield (image, its CUIs joined by semicolons) of all splits."""
     for split in splits:
         name = f"{WORDS[split]}_{ending}"
         if path := table.find_one(folder, [name]):
@@ -203,8 +206,8 @@ def _concept_rows(folder: Path, splits: Sequence[Split], ending: str) -> Iterato
 
 
 def _pairs(path: Path, key: str, value: str) -> Iterator[tuple[str, str]]:
-    for _, (found, told) in _rows(path, key, value):
-        yield found, told
+    for _, (first, second) in _rows(path, key, value):
+        yield first, second
 
 
 def _ids(path: Path) -> Iterator[str]:
@@ -212,18 +215,18 @@ def _ids(path: Path) -> Iterator[str]:
         yield image
 
 
-def _rows(path: Path, *wanted: str) -> Iterator[tuple[table.Record, list[str]]]:
-    """The cells of these columns, row by row. Some releases spell their headers otherwise: " id" for ID."""
+def _rows(path: Path, *names: str) -> Iterator[tuple[table.Record, list[str]]]:
+    """Yield the cells of these columns, row by row. Some releases spell their headers differently: " id" for ID."""
     spelled = {name.lower(): name for name in table.read(path).columns}
-    columns = [spelled.get(name.lower(), name) for name in wanted]
+    columns = [spelled.get(name.lower(), name) for name in names]
     for record in table.stream(path, columns):
         yield record, [record.values.get(name, "").strip() for name in columns]
 
 
 def _images(folder: Path, word: str) -> Path:
-    """The folder of a split's images: the zip files hold a folder of their own, which some tools drop."""
+    """Return the folder of a split's images: the zip files hold a folder of their own, which some tools drop."""
     return layout.image_folder(folder, (f"{word}_images/{word}", f"{word}_images", word, "images"), f"{word} images")
 
 
-def _warn(told: str) -> None:
-    warnings.warn(told, DatasetWarning, stacklevel=3)
+def _warn(message: str) -> None:
+    warnings.warn(message, DatasetWarning, stacklevel=3)

@@ -37,18 +37,21 @@ COLUMNS = ("img_name", "question", "answer", "q_lang")
 LANGUAGES = ("en", "zh")
 
 
-class OPTIONS(ReaderOptions):
+class SlakeOptions(ReaderOptions):
     """slake: SLAKE as published."""
 
     languages: str = Field("en", pattern=r"^(en|zh|en,zh|zh,en)$", description="of the questions: en, zh or en,zh")
 
 
+OPTIONS = SlakeOptions
+
+
 def read(raw: Path | None, options: ReaderOptions) -> Iterator[RawStudy]:
-    """Yield the questions in the wanted languages. Raises UserError for files that are missing or no SLAKE."""
-    assert isinstance(options, OPTIONS)
+    """Yield the questions in the chosen languages. Raises UserError for files that are missing or no SLAKE."""
+    assert isinstance(options, SlakeOptions)
     folder, files = layout.split_files(raw, FILES, "SLAKE", INNER)
     images = layout.image_folder(folder, IMAGES, "SLAKE's images")
-    wanted = options.languages.split(",")
+    languages = options.languages.split(",")
     left_out = 0
     for split, path in files.items():
         rows = table.read(path)
@@ -58,14 +61,14 @@ def read(raw: Path | None, options: ReaderOptions) -> Iterator[RawStudy]:
             name = f"{path.name} {record.where}"
             try:
                 language = _language(record)
-                if language in wanted:
+                if language in languages:
                     yield _study(record, language, split, images, name)
                 else:
                     left_out += 1
             except UnusableRecord as fault:
                 yield unusable_study(name, fault)
     if left_out:
-        others = ",".join(language for language in LANGUAGES if language not in wanted)
+        others = ",".join(language for language in LANGUAGES if language not in languages)
         warnings.warn(
             f"SLAKE: {left_out} questions in another language than {options.languages} were left out; "
             f"languages={','.join(LANGUAGES)} takes all, languages={others} those alone",
@@ -82,7 +85,7 @@ def _language(record: table.Record) -> str:
 
 
 def _study(record: table.Record, language: str, split: Split, images: Path, name: str) -> RawStudy:
-    """Read one record. Raises Fault."""
+    """Parse one record. Raises UnusableRecord."""
     values = record.values
     image = vqa.image_name(values.get("img_name"))
     question = vqa.required_text(values.get("question"), "question")

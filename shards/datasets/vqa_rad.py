@@ -40,7 +40,7 @@ PHRASES: dict[str, Split] = {"freeform": "train", "para": "train", "test_freefor
 COLUMNS = ("qid", "phrase_type", "image_name", "question", "answer")
 
 
-class OPTIONS(ReaderOptions):
+class VqaRadOptions(ReaderOptions):
     """vqa_rad: VQA-RAD as published on OSF."""
 
     split: Literal["official", "disjoint", "image"] = Field(
@@ -54,13 +54,16 @@ class OPTIONS(ReaderOptions):
 
     @property
     def shares_images(self) -> bool:
-        """As published, images have questions in train and in test."""
+        """Return True for the official split, where images have questions in train and in test."""
         return self.split == "official"
+
+
+OPTIONS = VqaRadOptions
 
 
 @dataclass(frozen=True)
 class Question:
-    """What one record says, in our terms."""
+    """One record, parsed."""
 
     question_id: str
     linked: str  # the questions that ask the same
@@ -73,7 +76,7 @@ class Question:
 
 def read(raw: Path | None, options: ReaderOptions) -> Iterator[RawStudy]:
     """Yield the questions. Raises UserError for files that are missing or no VQA-RAD."""
-    assert isinstance(options, OPTIONS)
+    assert isinstance(options, VqaRadOptions)
     if options.split == "image" and options.validation:
         raise UserError(
             f"vqa_rad: validation={options.validation} goes with split=official or split=disjoint; "
@@ -104,33 +107,33 @@ def read(raw: Path | None, options: ReaderOptions) -> Iterator[RawStudy]:
     _warn_of_overlap(options, len(images), len(questions), left_out)
 
 
-def _warn_of_overlap(options: OPTIONS, images: int, questions: int, left_out: int) -> None:
-    """Warn of what the test set shares with the rest, and of the validate split that is missing."""
+def _warn_of_overlap(options: VqaRadOptions, images: int, questions: int, left_out: int) -> None:
+    """Warn of overlaps of the test set with the rest, and of the missing validate split."""
     both = f"{images} images and {questions} questions with paraphrases stand in the official test set and outside it"
     if options.split == "official" and (images or questions):
-        told = f"VQA-RAD: {both}; split=disjoint leaves those out of train, split=image splits by image"
+        message = f"VQA-RAD: {both}; split=disjoint leaves those out of train, split=image splits by image"
     elif options.split == "disjoint" and left_out:
-        told = f"VQA-RAD: {both}; {left_out} questions of train were left out for that"
+        message = f"VQA-RAD: {both}; {left_out} questions of train were left out for that"
     else:
-        told = ""
+        message = ""
     if options.split != "image" and not options.validation:
-        told += "; " if told else "VQA-RAD: "
-        told += "there is no official validate split: validation=0.1 takes a tenth of the images out of train for it"
-    if told:
-        warnings.warn(told, DatasetWarning, stacklevel=2)
+        message += "; " if message else "VQA-RAD: "
+        message += "there is no official validate split: validation=0.1 takes a tenth of the images out of train for it"
+    if message:
+        warnings.warn(message, DatasetWarning, stacklevel=2)
 
 
 def _questions(rows: table.Table) -> Iterator[Question]:
-    """The records that can be used."""
+    """Yield the records that can be used."""
     for record in rows.records:
         try:
             yield _parse_question(record)
-        except UnusableRecord:  # the walk that yields the studies names it
+        except UnusableRecord:  # the loop that yields the studies names it
             continue
 
 
 def _parse_question(record: table.Record) -> Question:
-    """Read one record. Raises Fault."""
+    """Parse one record. Raises UnusableRecord."""
     values = record.values
     phrase = vqa.to_text(values.get("phrase_type"), "phrase type").lower()
     if phrase not in PHRASES:
@@ -153,13 +156,13 @@ def _parse_question(record: table.Record) -> Question:
     )
 
 
-def _split(item: Question, options: OPTIONS) -> Split:
-    """The official split, less the images of train that validate instead."""
+def _split(item: Question, options: VqaRadOptions) -> Split:
+    """Return the official split, or validate for the chosen share of train's images."""
     place = splits.position(salted_hash(b"vqa_rad validation", item.image))
     return "validate" if item.official == "train" and place < options.validation else item.official
 
 
-def _study(item: Question, split: Split, folder: Path, name: str, options: OPTIONS) -> RawStudy:
+def _study(item: Question, split: Split, folder: Path, name: str, options: VqaRadOptions) -> RawStudy:
     return RawStudy(
         study=f"{item.image}\x1f{item.question_id}",
         patient=f"{item.image}\x1f{split}" if options.split == "official" else item.image,

@@ -1,1 +1,1 @@
-"""How a build runs: scheduling, worker processes, the shard writer, output folder and assembly."""
+"""Execution of a build: scheduling, worker processes, the shard writer, output folder and assembly."""

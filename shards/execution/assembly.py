@@ -1,4 +1,4 @@
-"""The records of all shards -> the index and the manifest, with the proofs that the whole dataset holds."""
+"""Assembles the records of all shards into the index and the manifest, and asserts what must hold for all of them."""
 
 import io
 from collections import Counter
@@ -22,7 +22,10 @@ def assemble(
     build_hash: str,
     skipped: Mapping[str, int],
 ) -> tuple[Manifest, dict[str, bytes]]:
-    """Return the manifest and the files it names, one record at a time in memory. Raises UserError without a sample."""
+    """Return the manifest and the files it names, with one record at a time in memory.
+
+    Raises UserError where no sample is left.
+    """
     shards: list[Shard] = []
     parts: list[SampleIndex] = []
     fingerprints: list[npt.NDArray[np.uint8]] = []
@@ -53,11 +56,12 @@ def assemble(
 
 
 def fingerprints_of(record: ShardRecord) -> npt.NDArray[np.uint8]:
-    """The perceptual hashes of a shard's images: (images, 32)."""
+    """Return the perceptual hashes of a shard's images: (images, 32)."""
     return np.frombuffer(bytes.fromhex("".join(record.fingerprints)), np.uint8).reshape(-1, 32)
 
 
 def npy_bytes(array: npt.NDArray[Any]) -> bytes:
+    """Return the bytes of a .npy file."""
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     return buffer.getvalue()
@@ -68,7 +72,7 @@ def _file_entry(name: str, data: bytes) -> FileEntry:
 
 
 def index_of_shard(rows: Sequence[SampleRow], patients: Sequence[str], split: Split, shard: int) -> SampleIndex:
-    """The columns of one shard."""
+    """Return the index of one shard: its number is `shard`."""
     members = [member for row in rows for member in row.members]
     return SampleIndex(
         key=np.array([row.key for row in rows], "S"),
@@ -84,7 +88,7 @@ def index_of_shard(rows: Sequence[SampleRow], patients: Sequence[str], split: Sp
 
 
 def concatenate(parts: list[SampleIndex]) -> SampleIndex:
-    """The columns of all shards, one behind the other."""
+    """Concatenate the indexes of all shards."""
     ends = np.cumsum([0, *(part.first[-1] for part in parts)])
     first = [part.first[:-1] + end for part, end in zip(parts, ends[:-1], strict=True)]
     columns = {
@@ -96,7 +100,7 @@ def concatenate(parts: list[SampleIndex]) -> SampleIndex:
 
 
 def _assert_invariants(index: SampleIndex) -> None:
-    """What the listing has made sure of must hold in what was written."""
+    """Assert in the written index what the listing guarantees: unique keys, and one split for each patient."""
     assert len(np.unique(index.key)) == len(index), "a key twice"
     pairs = np.unique(np.rec.fromarrays([index.patient, index.split]))
     twice = [patient for patient, count in Counter(pairs["f0"].tolist()).items() if count > 1]

@@ -1,9 +1,9 @@
-"""Where a build goes: whose it is, who may write to it, and what is left there.
+"""The output of a build: its folder or URL, the lock on it, and the private work folder of a build under way.
 
 The shards go to a folder or an object store; beside them, while a build is under way, there is a private work folder
 with its lock, its recipe, the listing of its studies, and a record of each finished shard. For a folder that is
-`<out>/.build`, for a URL one in ~/.cache/radhpc/builds (XDG_CACHE_HOME), or one in the folder that --work names; all
-nodes of a SLURM job must see it. It is removed when the build ends.
+`<out>/.build`, for a URL one in ~/.cache/radhpc/builds (XDG_CACHE_HOME) or in the folder that --work names; all nodes
+of a SLURM job must see it. It is removed when the build ends.
 """
 
 import contextlib
@@ -29,13 +29,13 @@ WORK = ".build"
 RECIPE = "recipe.json"
 LOCK = "lock"
 _SHARD = re.compile(rf"(?:{'|'.join(SPLITS)})-\d{{6,}}\.tar")
-ATTRIBUTION = "attribution.jsonl"  # whom the samples' licences ask to name
-SIDE_FILES = (INDEX, FINGERPRINTS, CARD, SHEET, ATTRIBUTION)  # the shards and the manifest
+ATTRIBUTION = "attribution.jsonl"  # the authors that the samples' licences ask to name
+SIDE_FILES = (INDEX, FINGERPRINTS, CARD, SHEET, ATTRIBUTION)  # files beside the shards and the manifest
 _TEMPORARY = re.compile(rf"\.(?:{_SHARD.pattern}|{'|'.join(map(re.escape, (MANIFEST, *SIDE_FILES)))})\..+")
 
 
 class BuildOutput:
-    """The place of one build."""
+    """The destination of one build."""
 
     def __init__(self, out: str, work: Path | None = None) -> None:
         """Raises UserError for what is neither a folder nor a URL."""
@@ -50,9 +50,11 @@ class BuildOutput:
         self.work = _work_folder(self.store, work).resolve()
 
     @contextlib.contextmanager
-    def hold(self) -> Iterator[None]:
-        """Hold the build's lock, so that two do not mix. Raises UserError where one is under way, or the place is not
-        ours. What was made for a build that did not begin is removed again.
+    def locked(self) -> Iterator[None]:
+        """Hold the lock of the output, so that two builds do not mix.
+
+        Raises UserError where another build is under way, and for a folder of something else. Folders made for a build
+        that did not begin are removed again.
         """
         names = self.store.names()
         tars = [name for name in names if name.endswith(".tar")]
@@ -77,13 +79,13 @@ class BuildOutput:
             finally:
                 os.close(lock)
 
-    def earlier(self, recipe: dict[str, Any], build_hash: str, force: bool) -> Manifest | None:
-        """The finished build that is there, where it is this very one; else None, and the place is ready.
+    def find_finished(self, recipe: dict[str, Any], build_hash: str, force: bool) -> Manifest | None:
+        """Return the manifest of this same build if it is finished already; else prepare the output and return None.
 
         Raises UserError where another build is there, finished or not, and `force` does not replace it.
         """
         if force:
-            for name in (MANIFEST, *SIDE_FILES):  # the manifest first: what is left is no whole dataset
+            for name in (MANIFEST, *SIDE_FILES):  # the manifest first: without it the rest is no finished dataset
                 self.store.delete(name)
             self._clear_work()
         if MANIFEST in self.store.names():
@@ -101,7 +103,7 @@ class BuildOutput:
         return None
 
     def clean(self, manifest: Manifest) -> None:
-        """Remove the work folder, what killed writers left, and the shards of a build that was replaced."""
+        """Remove the work folder, temporary files of killed writers, and the shards of a build that was replaced."""
         own = {shard.name for shard in manifest.shards}
         for name in self.store.names():
             if _TEMPORARY.fullmatch(name) or (_SHARD.fullmatch(name) and name not in own):
@@ -109,7 +111,7 @@ class BuildOutput:
         shutil.rmtree(self.work, ignore_errors=True)
 
     def _clear_work(self) -> None:
-        """Forget which shards are finished, and what they were kept apart from; lock, listings and job ids stay."""
+        """Forget which shards are finished, and which images they exclude; lock, listings and job ids stay."""
         for path in self.work.iterdir():
             if path.suffix in (".json", ".npz", ".error"):
                 path.unlink(missing_ok=True)
@@ -122,16 +124,16 @@ class BuildOutput:
         except OSError:
             pass  # a file system without locks
 
-    def _another(self, what: str, theirs: dict[str, Any], ours: dict[str, Any]) -> UserError:
+    def _another(self, kind: str, theirs: dict[str, Any], ours: dict[str, Any]) -> UserError:
         differing = [key for key in ours if theirs.get(key) != ours[key]]
         return UserError(
-            f"{self.url}: holds {what} (other {', '.join(differing) or 'format'}); "
+            f"{self.url}: holds {kind} (other {', '.join(differing) or 'format'}); "
             "use another folder, or --force to replace it"
         )
 
     @contextlib.contextmanager
     def _explain_refusals(self) -> Iterator[None]:
-        """Turn the file system's refusals into one line."""
+        """Turn errors of the file system into one line."""
         try:
             yield
         except OSError as error:
@@ -145,7 +147,7 @@ class BuildOutput:
 
 
 def _work_folder(store: Store, named: Path | None) -> Path:
-    """The build's own folder: what else lies in the one that the user names is none of ours, and is not removed."""
+    """Return the build's own work folder: below the one that the user names, whose other content is not removed."""
     if named is None and store.folder is not None:
         return store.folder / WORK
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

@@ -1,4 +1,4 @@
-"""Works tasks off: in this process, in worker processes that end whenever the build does, or in jobs elsewhere."""
+"""Runs the tasks of a build: in this process, in worker processes that end with the build, or in a job array."""
 
 import contextlib
 import os
@@ -24,17 +24,17 @@ from shards.execution.worker import (
     run_task,
 )
 
-# How tasks are worked off: (tasks, what to call with the studies done) -> the tasks, as they are finished.
+# Runs tasks: (tasks, callback with the number of studies done) -> the tasks, as they are finished.
 TaskRunner = Callable[[Sequence[ShardTask], Callable[[int], None]], Generator[ShardTask]]
 POLL = 1.0  # seconds between looks at what jobs elsewhere have done
 
 
 class WorkerKilled(UserError):
-    """A worker process ended without a word."""
+    """A worker process ended without an error."""
 
 
 def run_in_process(tasks: Sequence[ShardTask], progress: Callable[[int], None]) -> Generator[ShardTask]:
-    """Yield the tasks, each when its shard is done, in this process."""
+    """Run the tasks in this process, and yield each when its shard is done."""
     count = 0
 
     def tick() -> None:
@@ -49,11 +49,11 @@ def run_in_process(tasks: Sequence[ShardTask], progress: Callable[[int], None]) 
 
 @contextlib.contextmanager
 def local_pool(processes: int) -> Iterator[TaskRunner]:
-    """How tasks are worked off on this machine: by worker processes that serve until the context ends, or by none."""
+    """Give a runner on this machine: worker processes that live until the context ends, or this process for one."""
     if processes <= 1:
         yield run_in_process
         return
-    context = get_context("spawn")  # a fork would copy the threads and locks of whoever calls
+    context = get_context("spawn")  # a fork would copy the threads and locks of the caller
     counter, stop = context.Value("q", 0), context.Event()
     pool = ProcessPoolExecutor(processes, context, initialize_worker, (counter, stop))
 
@@ -65,30 +65,30 @@ def local_pool(processes: int) -> Iterator[TaskRunner]:
                 running: dict[Future[bool], ShardTask] = {pool.submit(run_task, task): task for task in tasks}
             while running:
                 for future in wait(running, timeout=0.2, return_when=FIRST_COMPLETED).done:
-                    assert future.result(), "stopped, though nobody asked for it"
+                    assert future.result(), "stopped without a request"
                     yield running.pop(future)
                 progress(counter.value - before)
         except BrokenProcessPool as error:
             raise WorkerKilled(
-                f"{tasks[0].job.url}: a worker process was killed, perhaps for want of memory; "
+                f"{tasks[0].context.url}: a worker process was killed, perhaps for lack of memory; "
                 "finished shards are kept: run the same command again, with fewer --workers"
             ) from error
 
     try:
         yield run
-    finally:  # on any way out they drop what is at hand
+    finally:  # on any exit the workers drop their unfinished shards
         stop.set()
         pool.shutdown(cancel_futures=True)
 
 
 class JobArray(Protocol):
-    """Jobs of a scheduler that were started together; slurm.job_array.Array is one."""
+    """Jobs of a scheduler that were started together, such as slurm.job_array.Array."""
 
     def alive(self) -> bool:
-        """Whether any of them still runs, or waits to run."""
+        """Return whether any of them still runs, or waits to run."""
 
     def cancel(self) -> None:
-        """End them all."""
+        """Cancel them all."""
 
 
 def run_on_array(
@@ -97,48 +97,48 @@ def run_on_array(
     tasks: Sequence[ShardTask],
     progress: Callable[[int], None],
 ) -> Generator[ShardTask]:
-    """Yield the tasks as jobs elsewhere finish them; they must see the work folder. `start` submits function calls."""
+    """Yield the tasks as the jobs finish them; all nodes must see the work folder. `start` submits function calls."""
     if not tasks:
         return
-    waiting = {task.plan.name: task for task in tasks}
-    for task in tasks:  # what is there is not whole, or lies elsewhere no more
+    pending = {task.plan.name: task for task in tasks}
+    for task in tasks:  # a record that is present belongs to an incomplete or a missing shard
         record_path(task).unlink(missing_ok=True)
         _error_path(task).unlink(missing_ok=True)
-    started = start(run_array_task, [list(tasks[n::jobs]) for n in range(min(jobs, len(tasks)))])
+    array = start(run_array_task, [list(tasks[n::jobs]) for n in range(min(jobs, len(tasks)))])
     try:
         done = 0
-        while waiting:
-            alive = started.alive()  # asked before the records are looked at, so that none is missed
-            for task in [task for task in waiting.values() if record_path(task).exists() and read_record(task)]:
-                del waiting[task.plan.name]
+        while pending:
+            alive = array.alive()  # asked before the records are looked at, so that none is missed
+            for task in [task for task in pending.values() if record_path(task).exists() and read_record(task)]:
+                del pending[task.plan.name]
                 done += task.plan.samples
                 yield task
             progress(done)
-            for task in waiting.values():
+            for task in pending.values():
                 if _error_path(task).exists():
                     raise UserError(_error_path(task).read_text())
-            if waiting and not alive:
+            if pending and not alive:
                 raise UserError(
-                    f"{tasks[0].job.url}: the jobs ended before {len(waiting)} of {len(tasks)} shards were built; "
-                    f"finished shards are kept: run the same command again (logs: {tasks[0].job.work}/logs)"
+                    f"{tasks[0].context.url}: the jobs ended before {len(pending)} of {len(tasks)} shards were built; "
+                    f"finished shards are kept: run the same command again (logs: {tasks[0].context.work}/logs)"
                 )
-            time.sleep(POLL if waiting else 0)
+            time.sleep(POLL if pending else 0)
     finally:
-        if waiting:
-            started.cancel()
+        if pending:
+            array.cancel()
 
 
 def run_array_task(tasks: list[ShardTask]) -> None:
-    """What one such job does: its tasks, on all processors that it has. A job that comes back goes on where it was."""
-    todo = [task for task in tasks if not is_finished(task)]
+    """Run the tasks of one job on all its processors. A requeued job continues with the unfinished ones."""
+    unfinished = [task for task in tasks if not is_finished(task)]
     try:
-        with local_pool(min(len(os.sched_getaffinity(0)), len(todo))) as run:
-            for _ in run(todo, lambda done: None):
+        with local_pool(min(len(os.sched_getaffinity(0)), len(unfinished))) as run:
+            for _ in run(unfinished, lambda done: None):
                 pass
     except WorkerKilled:
-        raise  # by the scheduler, most often: the job comes back, or its absence is noticed
+        raise  # mostly by the scheduler: the job is requeued, or run_on_array notices that it is gone
     except (UserError, OSError) as error:
-        write_atomically(_error_path(todo[0]), f"{socket.gethostname()}: {error}".encode(), 0o600)
+        write_atomically(_error_path(unfinished[0]), f"{socket.gethostname()}: {error}".encode(), 0o600)
         raise
 
 
@@ -148,7 +148,7 @@ def _error_path(task: ShardTask) -> Path:
 
 @contextlib.contextmanager
 def _block_ctrl_c() -> Iterator[None]:
-    """Processes started in here never see Ctrl-C, from their first instant: to end them is the build's business."""
+    """Block Ctrl-C in processes that are started inside, from their first instant: the build ends them itself."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -1,4 +1,4 @@
-"""The shards of a build: split after split, none built twice, and what was left out of them."""
+"""Schedules the shards of a build: split after split, none built twice; collects the studies that were left out."""
 
 import contextlib
 from collections.abc import Callable, Iterable
@@ -27,32 +27,37 @@ def build_shards(
     run: TaskRunner | None,
     apart: list[duplicates.ImageHashes] | None,
 ) -> list[SkippedStudy]:
-    """Build what no earlier run has finished, and return what was left out, in the order of the rows.
+    """Build the shards that no earlier run has finished, and return the studies left out, in the order of the rows.
 
-    One split after the other, each apart from those before and from `apart`; all at once where that is None.
+    The splits are built one after the other, each without near-duplicates of those before and of `apart`; all at once
+    where that is None.
     """
     done = [task for task in tasks if is_finished(task)]
     skipped = {task.plan.name: _skipped_of(task, listing) for task in done}
     total, ready = (sum(task.plan.samples for task in some) for some in (tasks, done))
     known = list(listing.skipped())
     progress(ready, total)
-    todo = [task for task in tasks if task.plan.name not in skipped]
+    unfinished = [task for task in tasks if task.plan.name not in skipped]
     phases: list[tuple[Split, ...]] = [SPLITS] if apart is None else [(split,) for split in duplicates.BUILD_ORDER]
     try:
         check_budget([*known, *_flatten(skipped.values())], listing.studies, settings)
-        with local_pool(min(settings.processes, len(todo))) if run is None else contextlib.nullcontext(run) as work_off:
+        with (
+            local_pool(min(settings.processes, len(unfinished)))
+            if run is None
+            else contextlib.nullcontext(run) as runner
+        ):
             for splits in phases:
-                phase = [task for task in todo if task.plan.split in splits]
+                phase = [task for task in unfinished if task.plan.split in splits]
                 if phase and apart is not None:
                     _save_excluded(tasks, splits[0], apart)
-                with contextlib.closing(work_off(phase, partial(_report_progress, progress, ready, total))) as running:
+                with contextlib.closing(runner(phase, partial(_report_progress, progress, ready, total))) as running:
                     for task in running:
                         skipped[task.plan.name] = _skipped_of(task, listing)
                         check_budget([*known, *_flatten(skipped.values())], listing.studies, settings)
                 ready += sum(task.plan.samples for task in phase)
     except UserError:
         for task in tasks:
-            if skipped.get(task.plan.name):  # to be tried again: the user may mend the files
+            if skipped.get(task.plan.name):  # these are built again: the user may repair the files
                 record_path(task).unlink(missing_ok=True)
         raise
     return [*known, *_flatten(skipped[task.plan.name] for task in tasks)]
@@ -63,16 +68,16 @@ def _report_progress(progress: BuildProgress, before: int, total: int, done: int
 
 
 def _save_excluded(tasks: list[ShardTask], split: Split, apart: list[duplicates.ImageHashes]) -> None:
-    """Write what `split` must not repeat: the splits built before it, and the other splits of other datasets."""
+    """Write the images that `split` must not repeat: those of earlier splits, and of other datasets' splits."""
     parts = [images.of(set(SPLITS) - {split}) for images in apart]
     for task in tasks:
         if duplicates.BUILD_ORDER.index(task.plan.split) < duplicates.BUILD_ORDER.index(split):
             record = read_record(task)
-            assert record is not None, "a split is built before the one that it must be apart from"
+            assert record is not None, "a split is built after those that it must not repeat"
             images = [row.key for row in record.rows for _ in row.members[1:]]
-            place = np.full(len(images), SPLITS.index(task.plan.split), np.uint8)
-            parts.append(duplicates.ImageHashes(fingerprints_of(record), place, np.array(images, "S")))
-    duplicates.save(excluded_path(tasks[0].job.work, split), duplicates.join(parts))
+            number = np.full(len(images), SPLITS.index(task.plan.split), np.uint8)
+            parts.append(duplicates.ImageHashes(fingerprints_of(record), number, np.array(images, "S")))
+    duplicates.save(excluded_path(tasks[0].context.work, split), duplicates.join(parts))
 
 
 def _skipped_of(task: ShardTask, listing: Listing) -> list[SkippedStudy]:

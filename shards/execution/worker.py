@@ -1,4 +1,4 @@
-"""What one process of a build does: a plan -> a shard, and a record that it is done.
+"""Builds one shard in one process: a plan in, a shard and the record that it is finished out.
 
 The rows come from the listing in the work folder. The record goes there too, and stays until the build ends; a build
 that goes on after an interruption takes the shards with a record of its own hash as they are. Records name studies by
@@ -32,8 +32,8 @@ from shards.listing import Listing, ShardPlan, StudyRow
 from shards.summary import Summary
 from shards.text import deidentification
 
-# Of the modalities that a DICOM may tell: computed, digital and dental radiography, mammography, fluoroscopy and
-# angiography, what was captured or drawn on a screen, and what says nothing.
+# DICOM modalities that are taken: computed, digital and dental radiography, mammography, fluoroscopy and angiography,
+# captures of a screen, others, and none.
 RADIOGRAPHS = (None, "CR", "DX", "DR", "RG", "MG", "IO", "PX", "RF", "XA", "SC", "OT")
 LISTING = "listing.sqlite"  # in the work folder
 
@@ -48,19 +48,19 @@ class ShardRecord(BaseModel):
     rows: tuple[SampleRow, ...]
     patients: tuple[str, ...]  # of the rows
     fingerprints: tuple[str, ...]  # of all images, in the order of the rows, hexadecimal
-    attributions: tuple[tuple[str, str], ...]  # key, whom its licence asks to name
+    attributions: tuple[tuple[str, str], ...]  # key, the authors that its licence asks to name
     skipped: tuple[tuple[str, str, str], ...]  # study, reason, detail
     summary: Summary
 
 
 @dataclass(frozen=True)
 class BuildContext:
-    """What the shards of a build have in common."""
+    """The settings that all shards of a build share."""
 
     url: str  # where the shards go
     work: Path  # the build's private folder: listing, records
     build_hash: str
-    target: ImageSettings
+    images: ImageSettings
 
 
 @dataclass(frozen=True)
@@ -68,91 +68,92 @@ class ShardTask:
     """One shard to build."""
 
     plan: ShardPlan
-    job: BuildContext
-    keep: frozenset[str] | None = None  # studies: of a shard that is built again, those that are in it
+    context: BuildContext
+    studies: frozenset[str] | None = None  # of a shard that is rebuilt: those that are in it; None: all of the plan
 
 
 class IdentifierError(Exception):
-    """What identifies a person stands where it cannot be scrubbed, in the name of a label for instance."""
+    """An identifier of a person stands where it cannot be scrubbed, in the name of a label for instance."""
 
 
 class BuildStopped(Exception):
-    """The build is ending; the shard at hand was dropped."""
+    """The build is ending; the unfinished shard was dropped."""
 
 
 def excluded_path(work: Path, split: Split) -> Path:
-    """What a split must not repeat: see shards/duplicates.py."""
+    """Return the file of images that a split must not repeat (shards/duplicates.py)."""
     return work / f"others-{split}.npz"
 
 
 def record_path(task: ShardTask) -> Path:
-    return task.job.work / f"{task.plan.name}.json"
+    """Return the file of a shard's record."""
+    return task.context.work / f"{task.plan.name}.json"
 
 
 def read_record(task: ShardTask) -> ShardRecord | None:
-    """The record of a shard that this build or an earlier run of it has finished, or None."""
+    """Return the record of a shard that this build or an earlier run of it has finished, or None."""
     try:
-        done = ShardRecord.model_validate_json(record_path(task).read_bytes())
+        record = ShardRecord.model_validate_json(record_path(task).read_bytes())
     except (FileNotFoundError, ValidationError):
         return None
-    return done if done.build_hash == task.job.build_hash else None
+    return record if record.build_hash == task.context.build_hash else None
 
 
 def is_finished(task: ShardTask) -> bool:
-    """Whether a shard needs no more work: it has a record, and lies where it belongs in full size."""
-    done = read_record(task)
-    if done is None or done.shard is None:
-        return done is not None
+    """Return whether a shard is finished: it has a record, and is stored in full size."""
+    record = read_record(task)
+    if record is None or record.shard is None:
+        return record is not None
     try:
-        return Store(task.job.url).size(done.shard.name) == done.shard.size
+        return Store(task.context.url).size(record.shard.name) == record.shard.size
     except FileNotFoundError:
         return False
 
 
 def build_shard(task: ShardTask, tick: Callable[[], None]) -> ShardRecord:
-    """Build one shard whole. `tick` is called after each study, and may raise to end it. Raises OSError."""
+    """Build one shard. `tick` is called after each study, and may raise to end it. Raises OSError."""
     patients: list[str] = []
     summary = Summary()
     attributions: list[tuple[str, str]] = []
     fingerprints: list[str] = []
-    others = ExcludedImages(excluded_path(task.job.work, task.plan.split))
+    excluded = ExcludedImages(excluded_path(task.context.work, task.plan.split))
     skipped: list[tuple[str, str, str]] = []
 
     def samples(listing: Listing) -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
         for row in listing.rows(task.plan):
-            if task.keep is not None and row.study not in task.keep:
+            if task.studies is not None and row.study not in task.studies:
                 continue
             try:
-                found = encode_study(row, listing.dataset, task.job.target)
+                encoded = encode_study(row, listing.dataset, task.context.images)
             except BadImage as error:
                 skipped.append((row.study, error.reason, error.detail))
             except ValidationError as error:
-                what = error.errors()[0]
-                where = ".".join(map(str, what["loc"]))
-                skipped.append((row.study, "description refused", f"{where}: {what['msg']}"))
+                first = error.errors()[0]
+                field = ".".join(map(str, first["loc"]))
+                skipped.append((row.study, "description refused", f"{field}: {first['msg']}"))
             except IdentifierError as error:
                 skipped.append((row.study, "identifier refused", str(error)))
             else:
-                if twin := others.find(found.fingerprints):
+                if twin := excluded.find(encoded.fingerprints):
                     skipped.append((row.study, REASON, twin))
                 else:
                     patients.append(row.patient)
-                    summary.count(found.sample, found.scrubbed)
+                    summary.count(encoded.sample, encoded.scrubbed)
                     if row.raw.attribution:
                         attributions.append((row.key, row.raw.attribution))
-                    fingerprints.extend(one.hex() for one in found.fingerprints)
-                    yield row.key, found.members
+                    fingerprints.extend(value.hex() for value in encoded.fingerprints)
+                    yield row.key, encoded.members
             tick()
 
-    store = Store(task.job.url)
-    folder = store.folder or task.job.work  # a shard for an object store is written here first
-    with Listing(task.job.work / LISTING) as listing:
+    store = Store(task.context.url)
+    folder = store.folder or task.context.work  # a shard for an object store is written here first
+    with Listing(task.context.work / LISTING) as listing:
         shard, rows = write_shard(folder / task.plan.name, samples(listing))
     if store.folder is None and shard:
         store.upload(folder / shard.name, shard.name)
         (folder / shard.name).unlink()
-    done = ShardRecord(
-        build_hash=task.job.build_hash,
+    record = ShardRecord(
+        build_hash=task.context.build_hash,
         shard=shard,
         rows=tuple(rows),
         patients=tuple(patients),
@@ -161,8 +162,8 @@ def build_shard(task: ShardTask, tick: Callable[[], None]) -> ShardRecord:
         skipped=tuple(skipped),
         summary=summary,
     )
-    write_atomically(record_path(task), done.model_dump_json().encode(), mode=0o600)
-    return done
+    write_atomically(record_path(task), record.model_dump_json().encode(), mode=0o600)
+    return record
 
 
 class EncodedStudy(NamedTuple):
@@ -171,17 +172,17 @@ class EncodedStudy(NamedTuple):
     sample: Sample
     members: list[tuple[str, bytes]]  # its description, then its images: (suffix, data)
     fingerprints: list[bytes]
-    scrubbed: Mapping[str, int]  # how often each rule of the privacy gate was applied
+    scrubbed: Mapping[str, int]  # applications of each rule of the privacy gate
 
 
-def encode_study(row: StudyRow, dataset: str, target: ImageSettings) -> EncodedStudy:
+def encode_study(row: StudyRow, dataset: str, settings: ImageSettings) -> EncodedStudy:
     """Read the images of a study and write its description. Raises BadImage, ValidationError and Offence."""
     images = []
     for source, projection in row.raw.views:
         raw = load(source) if isinstance(source, Path) else source()
         if raw.modality not in RADIOGRAPHS:
             raise BadImage(str(source), "DICOM that is no radiograph", f"modality {raw.modality}")
-        images.append(encode(raw, target, projection))
+        images.append(encode(raw, settings, projection))
     report, scrubbed = deidentification.scrub_report(row.raw.report)
     question, answer = (_scrub_text(text, scrubbed) for text in (row.raw.question, row.raw.answer))
     if answer is not None and not answer.replace(deidentification.MARK, "").strip(" .,;"):
@@ -199,8 +200,8 @@ def encode_study(row: StudyRow, dataset: str, target: ImageSettings) -> EncodedS
         answer=answer,
     )
     assert sample.key == row.key
-    if found := deidentification.remaining_identifiers(sample):
-        raise IdentifierError(found[0])
+    if findings := deidentification.remaining_identifiers(sample):
+        raise IdentifierError(findings[0])
     members = [("json", sample.model_dump_json().encode())]
     members += [(f"{n}.{image.suffix}", image.data) for n, image in enumerate(images)]
     return EncodedStudy(sample, members, [image.fingerprint for image in images], scrubbed)
@@ -209,18 +210,18 @@ def encode_study(row: StudyRow, dataset: str, target: ImageSettings) -> EncodedS
 def _scrub_text(text: str | None, counts: Counter[str]) -> str | None:
     if text is None:
         return None
-    clean, found = deidentification.scrub(text)
-    counts.update(found)
+    clean, applied = deidentification.scrub(text)
+    counts.update(applied)
     return clean
 
 
-# The two things that a worker process shares with the build: how many studies are done, and whether to stop.
+# Shared by a worker process with the build: the number of studies done, and the request to stop.
 _counter: "Synchronized[int] | None" = None
 _stop: Event | None = None
 
 
 def initialize_worker(counter: "Synchronized[int]", stop: Event) -> None:
-    """Run once in each worker process: take what is shared, and never outlive the build."""
+    """Initialize a worker process: take the shared state, ignore the scheduler's signals, exit with the build."""
     global _counter, _stop
     _counter, _stop = counter, stop
     for number in (signal.SIGTERM, signal.SIGUSR2):  # schedulers send them to all processes; the build decides
@@ -229,7 +230,7 @@ def initialize_worker(counter: "Synchronized[int]", stop: Event) -> None:
 
 
 def _exit_with_parent() -> None:
-    """End with the build: a pool's workers would wait forever for one that was killed."""
+    """Exit with the build: the workers of a pool would wait forever after the build was killed."""
     parent = parent_process()
     if parent is not None:
         parent.join()
@@ -237,7 +238,7 @@ def _exit_with_parent() -> None:
 
 
 def run_task(task: ShardTask) -> bool:
-    """Build one shard in a worker process; False where the build is ending."""
+    """Build one shard in a worker process. Returns False if the build is ending."""
     assert _counter is not None
     assert _stop is not None
     counter, stop = _counter, _stop

@@ -1,10 +1,10 @@
-"""Writes one tar shard whose bytes depend on its samples alone, and says where each member lies.
+"""Writes one tar shard whose bytes depend on its samples alone, and returns the offset of each member.
 
-    shard, rows = write(Path("train-000000.tar"), samples)
+    shard, rows = write_shard(Path("train-000000.tar"), samples)
 
-`samples` yields (key, [(suffix, data), ...]); the members of a sample are called `<key>.<suffix>` and stand
-together. Plain ustar with fixed mtime, owner and mode: any tar or WebDataset reader reads it. The file gets
-its name when it is complete and on the disk.
+`samples` yields (key, [(suffix, data), ...]); the members of a sample are called `<key>.<suffix>` and are adjacent.
+Plain ustar with fixed mtime, owner and mode: any tar or WebDataset reader reads it. The file gets its name when it is
+complete and on the disk.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ MODE = 0o640  # of the shard itself: owner and group may read patients' data, ot
 
 
 class MemberRow(NamedTuple):
-    """Where one member lies: `length` bytes from `offset`, behind its tar header."""
+    """The position of one member: `length` bytes from `offset`, after its tar header."""
 
     suffix: str
     offset: int
@@ -43,7 +43,7 @@ class SampleRow(NamedTuple):
 def write_shard(
     path: Path, samples: Iterable[tuple[str, list[tuple[str, bytes]]]]
 ) -> tuple[Shard | None, list[SampleRow]]:
-    """Write the samples in their order. No samples: no file, and None. Raises OSError, and whatever they raise."""
+    """Write the samples in their order; without samples there is no file, and None. Raises OSError and their errors."""
     rows: list[SampleRow] = []
     digest, size = hashlib.sha256(), 0
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -57,13 +57,13 @@ def write_shard(
                 size += len(data)
 
             for key, members in samples:
-                placed = []
+                member_rows = []
                 for suffix, data in members:
                     put(tar_header(f"{key}.{suffix}", len(data)))
-                    placed.append(MemberRow(suffix, size, len(data), crc32c(data)))
+                    member_rows.append(MemberRow(suffix, size, len(data), crc32c(data)))
                     put(data)
                     put(bytes(-len(data) % BLOCK))
-                rows.append(SampleRow(key, tuple(placed)))
+                rows.append(SampleRow(key, tuple(member_rows)))
             if not rows:
                 return None, []
             put(bytes(2 * BLOCK))  # the end of the archive
@@ -79,7 +79,7 @@ def write_shard(
 
 
 def tar_header(name: str, length: int) -> bytes:
-    """The tar header of a member: 512 bytes."""
+    """Return the tar header of a member: 512 bytes."""
     member = tarfile.TarInfo(name)
     member.size, member.mode = length, 0o644
     return member.tobuf(tarfile.USTAR_FORMAT)

@@ -1,1 +1,4 @@
-"""Raw images (JPEG, PNG, DICOM) to what lies in a shard, and perceptual hashes."""
+"""Raw images (JPEG, PNG, DICOM) to members of a shard, and perceptual hashes.
+
+Lowest first: raw_image.py; windowing.py and png.py; dicom.py; decoding.py, which recognises a file's kind; encoding.py.
+"""

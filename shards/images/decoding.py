@@ -21,7 +21,7 @@ MAX_BYTES = 1 << 30  # of a raw file
 
 
 def load(path: Path) -> RawImage:
-    """Read an image of any supported kind, recognised by its content. Raises BadImage."""
+    """Load an image of any supported kind, recognised by its content. Raises BadImage."""
     try:
         if path.stat().st_size > MAX_BYTES:
             raise BadImage(path, "image too large", f"{path.stat().st_size} bytes")
@@ -41,7 +41,7 @@ def decode(data: bytes, path: Path | str = "image") -> RawImage:
         elif data.startswith(png.SIGNATURE):
             raw = _decode_png(data, path)
         elif data[128:132] == b"DICM" or data[:2] in (b"\x02\x00", b"\x08\x00"):
-            from shards.images import dicom  # costs a third of a second to import, and most archives have none
+            from shards.images import dicom  # its import takes a third of a second, and most archives have no DICOM
 
             raw = dicom.decode(data, path)
         else:
@@ -71,7 +71,7 @@ def _decode_png(data: bytes, path: Path | str) -> RawImage:
         if bits < 16:
             return RawImage(_eight_bits(image))
         return RawImage(np.asarray(image).astype(np.uint16), bits=16)  # never convert("L"): that saturates
-    import imagecodecs  # Pillow would drop the lower eight bits of colour without a word
+    import imagecodecs  # Pillow would silently drop the lower eight bits of colour
 
     pixels = np.asarray(imagecodecs.png_decode(data))
     if pixels.ndim == 3:
@@ -80,7 +80,7 @@ def _decode_png(data: bytes, path: Path | str) -> RawImage:
 
 
 def _open(data: bytes, path: Path | str) -> Image.Image:
-    """Open with Pillow and turn upright as the EXIF orientation says."""
+    """Open with Pillow, and apply the EXIF orientation."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is ours
         image: Image.Image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
@@ -90,7 +90,7 @@ def _open(data: bytes, path: Path | str) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> npt.NDArray[np.uint8]:
-    """Pixels of an image with at most eight bits; what is transparent becomes black, equal channels one."""
+    """Return the pixels of an image of at most eight bits: transparency becomes black, equal channels become one."""
     if image.mode in ("L", "1"):
         return np.asarray(image.convert("L"))
     if image.has_transparency_data:

@@ -1,4 +1,4 @@
-"""DICOM -> Raw: one frame, stored values through the modality's transform, then the file's own window.
+"""Decodes DICOM to a RawImage: one frame, stored values through the modality's transform, then the file's own window.
 
 Pixel data are decoded by imagecodecs or, where uncompressed or RLE, by pydicom itself, so that the result does
 not depend on which of pydicom's optional decoders happen to be installed. Of the header nothing but the modality is
@@ -22,7 +22,7 @@ from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
 from shards.images.raw_image import BadImage, RawImage, Window, check_size, merge_channels
 from shards.images.windowing import percentile_window
 
-logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # its messages quote the header, too
+logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # its messages quote the header
 
 _IMAGECODECS = {  # transfer syntax: the decoder's name
     uid.JPEGBaseline8Bit: "jpeg_decode",
@@ -69,9 +69,9 @@ def _decode(header: pydicom.Dataset, path: Path | str) -> RawImage:
 
     values = np.asarray(apply_modality_lut(stored, header))
     if values.dtype.kind == "f" and not np.isfinite(values).all():
-        raise BadImage(path, "broken image", "values that are no numbers")
+        raise BadImage(path, "broken image", "values that are not numbers")
     if values.dtype.kind == "f" and all(_is_whole(header.get(name)) for name in RESCALE):
-        values = values.astype(np.int64)  # pydicom gives fractions even where it adds nothing
+        values = values.astype(np.int64)  # pydicom returns fractions even where it adds nothing
     inverted = header.PhotometricInterpretation == "MONOCHROME1"
     if "VOILUTSequence" in header:
         return _through_table(values, header.VOILUTSequence[0], bits, inverted)
@@ -94,7 +94,7 @@ def _decode(header: pydicom.Dataset, path: Path | str) -> RawImage:
 
 
 def _pixels(header: pydicom.Dataset, path: Path | str) -> npt.NDArray[Any]:
-    """The stored values: (rows, columns) or (rows, columns, 3) in RGB."""
+    """Return the stored values: (rows, columns) or (rows, columns, 3) in RGB."""
     meta = getattr(header, "file_meta", None)
     syntax = meta.get("TransferSyntaxUID") if meta else None
     if syntax is None:  # a bare data set: nearly always this one
@@ -118,23 +118,27 @@ def _pixels(header: pydicom.Dataset, path: Path | str) -> npt.NDArray[Any]:
 
 
 def _is_whole(number: Any) -> bool:
-    """Whether 32-bit values times this number, or plus it, are still whole numbers of 64 bits."""
+    """Return whether 32-bit values times this number, or plus it, are still integers of 64 bits."""
     return number is None or (float(number).is_integer() and abs(number) < 1 << 30)
 
 
 def _is_plain_rgb(frame: bytes, header: pydicom.Dataset) -> bool:
-    """Whether a lossy JPEG holds RGB and only the DICOM header says so: decoders take it for YCbCr then.
+    """Return whether a lossy JPEG holds RGB and only the DICOM header says so: decoders then take it for YCbCr.
 
-    What the JPEG itself says counts first, in a whole Adobe segment (14 bytes) or by being JFIF, which is YCbCr.
+    The JPEG itself decides first, by a complete Adobe segment (14 bytes) or by being JFIF, which is YCbCr.
     """
     if header.file_meta.TransferSyntaxUID not in (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit):
         return False
-    told = frame[: frame.find(b"\xff\xda")]  # the segments before the scan
-    return header.PhotometricInterpretation == "RGB" and b"\xff\xee\0\x0eAdobe" not in told and b"JFIF\0" not in told
+    segments = frame[: frame.find(b"\xff\xda")]  # those before the scan
+    return (
+        header.PhotometricInterpretation == "RGB"
+        and b"\xff\xee\0\x0eAdobe" not in segments
+        and b"JFIF\0" not in segments
+    )
 
 
 def _signed(values: npt.NDArray[Any], bits: int, signed: int) -> npt.NDArray[Any]:
-    """Decoders give unsigned words: read them as two's complement of `bits` where the header says so."""
+    """Read the decoders' unsigned words as two's complement of `bits` where the header says so."""
     if not signed or values.dtype.kind == "i":
         return values
     shift = 8 * values.itemsize - bits
@@ -142,7 +146,7 @@ def _signed(values: npt.NDArray[Any], bits: int, signed: int) -> npt.NDArray[Any
 
 
 def _window(header: pydicom.Dataset) -> Window | None:
-    """The values that become black and white by the file's first window; None where it has none that makes sense."""
+    """Return the values that become black and white by the file's first window, or None without a valid one."""
 
     def first(name: str) -> float | None:
         value = header.get(name)
@@ -152,7 +156,7 @@ def _window(header: pydicom.Dataset) -> Window | None:
     centre, width = first("WindowCenter"), first("WindowWidth")
     if centre is None or width is None or not np.isfinite([centre, width]).all():
         return None
-    if header.get("VOILUTFunction", "LINEAR") == "LINEAR":  # part 3, C.11.2.1.2.1: the -0.5 and -1 are meant
+    if header.get("VOILUTFunction", "LINEAR") == "LINEAR":  # part 3, C.11.2.1.2.1: the -0.5 and -1 are intended
         centre, width = centre - 0.5, width - 1
     return (centre - width / 2, centre + width / 2) if width > 0 else None
 
@@ -167,7 +171,7 @@ def _through_table(values: npt.NDArray[Any], item: pydicom.Dataset, bits: int, i
     else:
         table = np.asarray(data)[:length]
     if np.issubdtype(values.dtype, np.signedinteger) and first > 0x7FFF:
-        first -= 1 << 16  # the descriptor's words have no sign, the pixels do
+        first -= 1 << 16  # the descriptor's words are unsigned, the pixels are signed
     places = np.clip(np.asarray(values, np.int64) - int(first), 0, len(table) - 1)
     low, high = float(table.min()), float(table.max())
     shown = 255 * (table[places] - low) / (high - low or 1.0)
@@ -175,6 +179,6 @@ def _through_table(values: npt.NDArray[Any], item: pydicom.Dataset, bits: int, i
 
 
 def _finish(shown: npt.NDArray[Any], window: Window, bits: int, inverted: bool) -> RawImage:
-    """Pixels that a curve has brought to 0..255; the window is for the record."""
+    """Round pixels that a curve has mapped to 0..255; the window is only recorded."""
     pixels = np.asarray(np.rint(255 - shown if inverted else shown), np.uint8)
     return RawImage(pixels, bits, window[::-1] if inverted else window)

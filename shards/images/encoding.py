@@ -29,7 +29,7 @@ PNG_LEVEL = 1  # zlib's: higher ones take many times as long for a few percent
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """What images become."""
+    """The size, format and quality that images are stored in."""
 
     longest_side: int = 1120  # pixels: larger images are shrunk to it, none is enlarged
     quality: int = 95  # of a JPEG, 1 to 100
@@ -37,7 +37,7 @@ class ImageSettings:
 
 
 class EncodedImage(NamedTuple):
-    """An image as it goes into a shard."""
+    """An image as a member of a shard."""
 
     data: bytes
     view: View
@@ -46,7 +46,7 @@ class EncodedImage(NamedTuple):
 
 
 def encode(raw: RawImage, settings: ImageSettings = ImageSettings(), view: str | None = None) -> EncodedImage:
-    """Shrink, window to eight bits, compress as `settings` says; `view` is the projection, for the record."""
+    """Shrink, window to eight bits, and compress by the settings; `view` is the projection, which View records."""
     if raw.pixels.dtype == np.uint8:
         stored = shown = shrink(raw.pixels, settings.longest_side)
         window = raw.window
@@ -67,22 +67,22 @@ def encode(raw: RawImage, settings: ImageSettings = ImageSettings(), view: str |
 
 
 def shrink(pixels: npt.NDArray[Any], longest_side: int) -> npt.NDArray[Any]:
-    """Area averages of uint8 or uint16 pixels, (h, w) or (h, w, 3); unchanged where small enough already."""
+    """Shrink uint8 or uint16 pixels, (h, w) or (h, w, 3), by area averages; small images stay unchanged."""
     height, width = pixels.shape[:2]
     if max(height, width) <= longest_side:
         return pixels
     factor = longest_side / max(height, width)
     size = max(1, round(width * factor)), max(1, round(height * factor))
-    if pixels.ndim == 3 and pixels.dtype != np.uint8:  # Pillow has 16 bits for gray alone
+    if pixels.ndim == 3 and pixels.dtype != np.uint8:  # Pillow supports 16 bits for gray only
         return np.stack([shrink(pixels[..., channel], longest_side) for channel in range(pixels.shape[2])], axis=2)
     return np.asarray(Image.fromarray(np.ascontiguousarray(pixels)).resize(size, Image.Resampling.BOX))
 
 
 def _words(pixels: npt.NDArray[Any]) -> tuple[npt.NDArray[np.uint16], float, float]:
-    """Pixels of any kind as 16-bit words: (words, offset, step), where value = offset + step * word.
+    """Convert pixels of any type to 16-bit words: (words, offset, step), where value = offset + step * word.
 
-    Exact for all integers that span less than 65,536. What spans more, and fractions (a DICOM whose values were
-    rescaled by one), is rounded to the 65,536 levels between its extremes.
+    Exact for integers of a range below 65,536. A wider range, and fractions (a DICOM that was rescaled by one), are
+    rounded to the 65,536 levels between their extremes.
     """
     if pixels.dtype == np.uint16:
         return pixels, 0.0, 1.0
@@ -95,7 +95,7 @@ def _words(pixels: npt.NDArray[Any]) -> tuple[npt.NDArray[np.uint16], float, flo
 
 
 def _compress(pixels: npt.NDArray[Any], settings: ImageSettings) -> tuple[bytes, str]:
-    """Pixels -> (the bytes of an image file, its suffix)."""
+    """Compress pixels. Returns the bytes of an image file and its suffix."""
     pixels = np.ascontiguousarray(pixels)
     if settings.format == "jpeg":
         buffer = io.BytesIO()

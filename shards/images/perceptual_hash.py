@@ -1,12 +1,12 @@
-"""Fingerprints of pictures: 256 bits that stay nearly the same when a picture is saved, resized or toned again.
+"""Perceptual hashes of pictures: 256 bits that hardly change when a picture is saved again, resized or toned.
 
     fingerprint(pixels)                    # 32 bytes
     near(ours, theirs, LIMIT)              # rows of (i, j): ours[i] and theirs[j] show the same picture
 
-A bit says whether the picture, 64 x 64 and softened, grows brighter from a place to the right of it (128 bits), or
-below it (128 bits). That is the difference hash of Krawetz ("Kind of like that", 2013), made for chest radiographs,
-which all look alike to it: more bits, a finer step, and none from the rim, where there are collimators, labels and
-empty space instead of a patient. Everything is done in integers, so each machine finds the same bits.
+A bit tells whether the picture, 64 x 64 and softened, grows brighter from a point to the right (128 bits) or downwards
+(128 bits). That is the difference hash of Krawetz ("Kind of like that", 2013), adapted to chest radiographs, which all
+look alike to it: more bits, a finer step, and none from the rim, where there are collimators, labels and empty space
+instead of a patient. All arithmetic is in integers, so each machine computes the same bits.
 
 A picture without structure, such as a black one, has the fingerprint BLANK, which is near to nothing.
 """
@@ -25,15 +25,15 @@ BLANK = bytes(BYTES)
 LIMIT = 20
 
 _SIDE = 64  # pixels
-_RIM = 10  # pixels of 64 that count for nothing
-_STEP = 1  # pixel to either side of a place
+_RIM = 10  # pixels of 64 that are ignored
+_STEP = 1  # pixel to either side of a point
 _FINE, _COARSE = (np.linspace(_RIM, _SIDE - 1 - _RIM, count).round().astype(np.intp) for count in (16, 8))
 _SOFTENED = 16  # the sum of the weights that soften a pixel by its neighbours
-_CHUNK = 1 << 15  # pairs compared at a time: what stays in a core's cache
+_CHUNK = 1 << 15  # pairs compared at a time: as many as fit into a core's cache
 
 
 def fingerprint(pixels: npt.NDArray[np.uint8]) -> bytes:
-    """The fingerprint of an 8-bit picture, (height, width) or (height, width, 3): 32 bytes."""
+    """Return the hash of an 8-bit picture, (height, width) or (height, width, 3): 32 bytes."""
     image = Image.fromarray(np.ascontiguousarray(pixels)).convert("L")
     if (factor := min(image.size) // (2 * _SIDE)) > 1:
         image = image.reduce(factor)
@@ -52,15 +52,15 @@ def fingerprint(pixels: npt.NDArray[np.uint8]) -> bytes:
 def near(
     fingerprints: npt.NDArray[np.uint8], others: npt.NDArray[np.uint8], limit: int = LIMIT
 ) -> npt.NDArray[np.int64]:
-    """Which of the fingerprints (n, 32) differ from which of the others (m, 32) in at most `limit` bits.
+    """Find the pairs of fingerprints (n, 32) and others (m, 32) that differ in at most `limit` bits.
 
     Returns (k, 2) rows of positions (in fingerprints, in others), ascending; BLANK ones are near to nothing. Every
-    pair is looked at, about 70 million a second; memory does not grow with n or m, but with what is found.
+    pair is compared, about 70 million a second; memory does not grow with n or m, but with k.
     """
     ours, theirs = (
         np.ascontiguousarray(rows, np.uint8).reshape(-1, BYTES).view(np.uint64) for rows in (fingerprints, others)
     )
-    found = [np.empty((0, 2), np.int64)]
+    matches = [np.empty((0, 2), np.int64)]
     height = max(1, _CHUNK // max(1, len(theirs)))
     for top in range(0, len(ours), height):
         for left in range(0, len(theirs), _CHUNK):
@@ -70,6 +70,6 @@ def near(
                 differ += np.bitwise_count(block[:, None, word] ^ other[None, :, word])
             pairs = np.argwhere(differ <= limit)
             solid = block[pairs[:, 0]].any(axis=1) & other[pairs[:, 1]].any(axis=1)
-            found.append(pairs[solid] + (top, left))
-    pairs = np.concatenate(found)
+            matches.append(pairs[solid] + (top, left))
+    pairs = np.concatenate(matches)
     return pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]

@@ -1,11 +1,11 @@
-"""PNG, read faster: the same picture in a file whose pixels only have to be unfiltered, no longer inflated.
+"""Reads PNG faster: rewrites a file so that decoders only have to unfilter its pixels, no longer to inflate them.
 
     pixels = imagecodecs.png_decode(unpack(data))           # equal to imagecodecs.png_decode(data), in 3/4 of its time
 
 PNG decoders inflate with zlib, row by row, and that is most of their time on a radiograph of 11 MB. libdeflate
 inflates the whole at more than twice the speed, but no decoder uses it. So the compressed data are inflated here
-and put back as DEFLATE's stored blocks (RFC 1951, 3.2.4), which every decoder copies through. All else stays as it
-is, byte for byte, and files with anything unusual or broken are left for the decoder to read or to name.
+and written back as DEFLATE's stored blocks (RFC 1951, 3.2.4), which every decoder just copies. All else stays the same,
+byte for byte, and files with anything unusual or broken are left to the decoder.
 """
 
 import struct
@@ -17,24 +17,24 @@ _STORED = 0xFFFF  # bytes in a stored block at most
 
 
 def size(data: bytes) -> tuple[int, int]:
-    """(width, height) as the header says. Raises struct.error where the file ends before."""
+    """Return (width, height) from the header. Raises struct.error where the file ends before."""
     width, height = struct.unpack_from(">II", data, 16)
     return width, height
 
 
 def depth(data: bytes) -> tuple[int, int]:
-    """(bits per channel, colour type) as the header says. Raises struct.error where the file ends before."""
+    """Return (bits per channel, colour type) from the header. Raises struct.error where the file ends before."""
     bits, colour = struct.unpack_from(">BB", data, 24)
     return bits, colour
 
 
 def has(data: bytes, kind: bytes) -> bool:
-    """Whether there is a chunk of this kind."""
-    return any(found == kind for found, *_ in _chunks(data))
+    """Return whether there is a chunk of this type."""
+    return any(name == kind for name, *_ in _chunks(data))
 
 
 def unpack(data: bytes) -> bytes:
-    """The same PNG with its pixels inflated; `data` itself where that cannot be done.
+    """Return the same PNG with its pixels inflated, or `data` itself where that cannot be done.
 
     Takes memory for the inflated pixels, so check size() before.
     """

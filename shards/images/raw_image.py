@@ -17,7 +17,7 @@ Window = tuple[float, float]  # raw values that become black and white; black ab
 
 
 class BadImage(ValueError):
-    """An image that cannot be used. `reason` is one of few general phrases; `detail` may name the particulars."""
+    """An image that cannot be used. `reason` is one of a few general phrases; `detail` may name the particulars."""
 
     def __init__(self, path: Path | str, reason: str, detail: str = "") -> None:
         super().__init__(path, reason, detail)
@@ -29,12 +29,12 @@ class BadImage(ValueError):
 
 @dataclass(frozen=True)
 class RawImage:
-    """Pixels as they came: (height, width) gray or (height, width, 3) colour, brighter is larger."""
+    """Pixels in their full depth: (height, width) gray or (height, width, 3) colour; brighter is larger."""
 
     pixels: npt.NDArray[Any]  # uint8, or any wider integer or float
     bits: int = 8  # per pixel and channel in the raw image
-    window: Window | None = None  # the image's own; where the pixels are uint8 it has been applied already
-    modality: str | None = None  # as a DICOM tells it: CR, DX, CT, ...
+    window: Window | None = None  # of the file itself; where the pixels are uint8 it has been applied already
+    modality: str | None = None  # of a DICOM: CR, DX, CT, ...
 
 
 def check_size(path: Path | str, width: int, height: int) -> None:
@@ -44,6 +44,6 @@ def check_size(path: Path | str, width: int, height: int) -> None:
 
 
 def merge_channels(pixels: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Gray where all channels are equal: (height, width, channels) -> (height, width) or unchanged."""
+    """Reduce equal channels to one: (height, width, channels) -> (height, width), or unchanged."""
     first = pixels[..., 0]
     return first if all(np.array_equal(first, pixels[..., c]) for c in range(1, pixels.shape[2])) else pixels

@@ -14,11 +14,11 @@ import numpy.typing as npt
 from radhpc.core.image_decoding import scale_window
 from shards.images.raw_image import Window
 
-PERCENTILES = (0.5, 99.5)
+PERCENTILES = (0.5, 99.5)  # of the pixels: become black and white
 
 
 def apply_window(pixels: npt.NDArray[Any], window: Window | None = None) -> tuple[npt.NDArray[np.uint8], Window]:
-    """Map raw values to 0..255 through the window, or through the percentiles' where it is None.
+    """Map raw values to 0..255 by the window, or by that of the percentiles where it is None.
 
     A constant image becomes black. Returns the pixels and the window that was used.
     """
@@ -32,7 +32,7 @@ def apply_window(pixels: npt.NDArray[Any], window: Window | None = None) -> tupl
 
 
 def percentile_window(pixels: npt.NDArray[Any]) -> Window:
-    """The smallest values that 0.5% and 99.5% of the pixels do not exceed; the extremes where these are equal."""
+    """Return the smallest values that 0.5% and 99.5% of the pixels do not exceed; the extremes if these are equal."""
     if span := _table_range(pixels):
         lowest, length = span
         values: npt.NDArray[Any] = np.arange(lowest, lowest + length)
@@ -43,15 +43,15 @@ def percentile_window(pixels: npt.NDArray[Any]) -> Window:
         counts = np.arange(1, values.size + 1)
     ranks = [np.ceil(int(counts[-1]) * percent / 100) for percent in PERCENTILES]
     black, white = (float(values[np.searchsorted(counts, rank)]) for rank in ranks)
-    if black == white:  # nearly constant: the few other pixels are all there is to see
+    if black == white:  # nearly constant: the few other pixels are the content
         return float(pixels.min()), float(pixels.max())
     return black, white
 
 
 def _table_range(pixels: npt.NDArray[Any]) -> tuple[int, int] | None:
-    """(first value, length) of a table over all values of integer pixels: faster than float arithmetic.
+    """Return (first value, length) of a lookup table over all values of integer pixels: faster than float arithmetic.
 
-    None where the values are no integers, or spread too far.
+    None where the values are not integers, or their range is too wide.
     """
     if pixels.dtype.kind not in "iu":
         return None

@@ -26,7 +26,7 @@ TEXTURES = 8  # vessel patterns kept in memory; each patient gets a shifted, mir
 
 @dataclass(frozen=True)
 class Finding:
-    """What is found, on which side (of the patient), and how much of it: 0 the least that is drawn, 1 the most."""
+    """A finding: its label, its side of the patient, and its extent from 0, the least that is drawn, to 1, the most."""
 
     label: str
     side: Literal["left", "right"]

@@ -1,4 +1,4 @@
-"""Writes the report of a drawn study: Findings and Impression, the same facts in ever other words.
+"""Writes the report of a drawn study: Findings and Impression, the same facts in varying words.
 
 write([Finding("effusion left", "left", 0.9)], views=1, rng).findings
 "A large pleural effusion is present on the left. The heart is not enlarged. No pneumothorax. ..."
@@ -102,12 +102,12 @@ _SIZES = ("small", "moderate", "large")
 
 
 def write(findings: Sequence[Finding], views: int, rng: np.random.Generator) -> Report:
-    """Word a report: heart, pleura, lungs, each with what is there and what is not; other words with every draw."""
+    """Write a report of heart, pleura and lungs, with present and absent findings; the words vary with every draw."""
     body = [_pick(_VIEWS[views - 1], rng)] if rng.random() < 0.2 else []
     for kinds in _TOPICS:
-        there = [finding for finding in findings if _kind(finding) in kinds]
-        body += _say(there, _PRESENT, rng)
-        absent = tuple(kind for kind in kinds if all(_kind(finding) != kind for finding in there))
+        present = [finding for finding in findings if _kind(finding) in kinds]
+        body += _say(present, _PRESENT, rng)
+        absent = tuple(kind for kind in kinds if all(_kind(finding) != kind for finding in present))
         if absent:
             body.append(_pick(_ABSENT[absent], rng))
     if rng.random() < 0.2:
@@ -117,20 +117,20 @@ def write(findings: Sequence[Finding], views: int, rng: np.random.Generator) -> 
 
 
 def _say(findings: Sequence[Finding], words: dict[str, tuple[str, ...]], rng: np.random.Generator) -> list[str]:
-    said = []
+    sentences = []
     effusions = [finding for finding in findings if _kind(finding) == "effusion"]
     for finding in findings:
         if len(effusions) == 2 and finding is effusions[1]:
             continue
         if len(effusions) == 2 and finding is effusions[0]:
-            said.append(_pick(_BOTH, rng))
+            sentences.append(_pick(_BOTH, rng))
             continue
         place = finding.label.split(maxsplit=1)[-1]
         size = _SIZES[min(int(3 * finding.extent), 2)]
         wording = _pick(words[_kind(finding)], rng)
         text = wording.format(side=finding.side, zone=place.split()[-1], lobe=place, size=size)
-        said.append(text[0].upper() + text[1:])
-    return said
+        sentences.append(text[0].upper() + text[1:])
+    return sentences
 
 
 def _kind(finding: Finding) -> str:

@@ -1,1 +1,1 @@
-"""What people read of a dataset: its card, and the tables of the data commands."""
+"""Reports on a dataset for people: its card, its contact sheet, and the tables of the data commands."""

@@ -1,10 +1,9 @@
-"""The card of a dataset: `card.md` for people, and `contact_sheet.png`, a page of its pictures.
+"""Writes the card of a dataset, `card.md`: what was built, from what and how, and what it contains.
 
-    text = card(manifest, summary, [{"study": "0f3c...", "reason": "missing image file"}], ["no patient column"])
-    picture = contact_sheet([("train  PA", image), ...])        # of the samples that choose(index) names
+    text = render_card(manifest, summary, [{"study": "0f3c...", "reason": "missing image file"}], ["no patient column"])
 
-It says what was built, from what and how, what is in it, and what was left out and changed. Studies stand in it by
-their salted hashes. The same input gives the same bytes.
+It also lists what was left out and what was changed. Studies are named by their salted hashes. The same input gives
+the same bytes.
 """
 
 from collections import Counter
@@ -23,10 +22,10 @@ HASHES = 6  # in a line
 def render_card(
     manifest: Manifest, summary: Summary, skipped: Sequence[Mapping[str, str]], notes: Sequence[str]
 ) -> str:
-    """The card as Markdown.
+    """Render the card as Markdown.
 
-    `skipped` holds, of each study that was left out, its salted hash as "study" and a general "reason" (an empty hash
-    where it has none); `notes` what the reader and the build had to tell. Neither may hold a raw name or a path.
+    `skipped` holds, for each study left out, its salted hash as "study" (empty where it has none) and a general
+    "reason"; `notes` holds the messages of the reader and the build. Neither may hold a raw name or a path.
     """
     parts = [
         f"# {_plain(manifest.dataset)}",
@@ -45,7 +44,7 @@ def render_card(
 
 
 def _opening(manifest: Manifest, summary: Summary) -> str:
-    images = summary.whole.images
+    images = summary.total.images
     return (
         f"{_count(manifest.samples, 'sample')} of {_count(sum(manifest.patients.values()), 'patient')} with "
         f"{_count(images, 'image')} in {_count(len(manifest.shards), 'shard')}, "
@@ -65,7 +64,7 @@ def _splits(manifest: Manifest, summary: Summary) -> str:
 
 
 def _settings(manifest: Manifest) -> str:
-    """The build's recipe without what only programs need, and without paths."""
+    """Tabulate the build's recipe, without keys that only programs need, and without paths."""
     recipe = manifest.build
     versions = recipe.get("versions", {})
     known = {
@@ -87,32 +86,32 @@ def _settings(manifest: Manifest) -> str:
 
 
 def _texts(summary: Summary) -> str:
-    whole = summary.whole
+    totals = summary.total
     rows = []
     for name in TEXTS:
-        if counts := whole.words.get(name):
+        if counts := totals.words.get(name):
             low, middle, high, most = (percentile(counts, share) for share in (0.05, 0.5, 0.95, 1))
             longest = f"{LONGEST:,} or more" if most == LONGEST else most
             rows.append((name, sum(counts.values()), low, middle, high, longest))
     table = _table(("text", "samples", "5th percentile", "median", "95th percentile", "longest"), rows) if rows else ""
-    languages = f"Languages: {_listing(whole.languages, whole.samples, 'sample')}."
-    without = f"{_count(whole.without_report, 'sample')} without a report." if whole.without_report else ""
+    languages = f"Languages: {_listing(totals.languages, totals.samples, 'sample')}."
+    without = f"{_count(totals.without_report, 'sample')} without a report." if totals.without_report else ""
     return "\n\n".join(filter(None, ("Lengths in words:" if rows else "", table, f"{languages} {without}".strip())))
 
 
 def _labels(summary: Summary) -> list[str]:
-    """A table for each vocabulary, CheXpert's first and in its own order, the others' by how often they are present."""
-    whole = summary.whole
+    """Tabulate each vocabulary: CheXpert's first and in its own order, the others' labels by frequency."""
+    totals = summary.total
     blocks = []
-    for vocabulary in sorted(whole.labels, key=lambda name: (name != "chexpert", name)):
-        names = whole.labels[vocabulary]
+    for vocabulary in sorted(totals.labels, key=lambda name: (name != "chexpert", name)):
+        names = totals.labels[vocabulary]
         order = (
             [name for name in CHEXPERT if name in names]
             if vocabulary == "chexpert"
             else sorted(names, key=lambda name: (-names[name]["1"], name))
         )
         shown = order[: max(SHOWN, len(CHEXPERT))]
-        samples = whole.samples
+        samples = totals.samples
         rows = []
         for name in shown:
             present, absent, unsure = (names[name][value] for value in ("1", "0", "-1"))
@@ -132,25 +131,25 @@ def _present(part: SplitSummary, vocabulary: str, name: str) -> int:
 
 
 def _images(summary: Summary) -> str:
-    whole = summary.whole
-    views = sorted(whole.views, key=lambda view: (-whole.views[view], view))
+    totals = summary.total
+    views = sorted(totals.views, key=lambda view: (-totals.views[view], view))
     rows: list[Sequence[Any]] = [
-        (_plain(view), whole.views[view], *(summary.splits[split].views.get(view, 0) for split in SPLITS))
+        (_plain(view), totals.views[view], *(summary.splits[split].views.get(view, 0) for split in SPLITS))
         for view in views[:SHOWN]
     ]
     if len(views) > SHOWN:
         rest = views[SHOWN:]
-        counts = [sum(part.views.get(view, 0) for view in rest) for part in (whole, *summary.splits.values())]
+        counts = [sum(part.views.get(view, 0) for view in rest) for part in (totals, *summary.splits.values())]
         rows.append((f"{len(rest):,} others", *counts))
-    sides = {f"{side - SIDE + 1:,} to {side:,} pixels": n for side, n in sorted(whole.sides.items())}
-    bits = {f"{bits} bits": n for bits, n in sorted(whole.bits.items())}
-    studies = {_count(images, "image"): n for images, n in sorted(whole.images_per_study.items())}
+    sides = {f"{side - SIDE + 1:,} to {side:,} pixels": n for side, n in sorted(totals.sides.items())}
+    bits = {f"{bits} bits": n for bits, n in sorted(totals.bits.items())}
+    studies = {_count(images, "image"): n for images, n in sorted(totals.images_per_study.items())}
     return "\n\n".join(
         (
             _table(("view", "images", *SPLITS), rows),
-            f"- longest side: {_listing(sides, whole.images, 'image', ranked=False)}\n"
-            f"- before the build: {_listing(bits, whole.images, 'image', ranked=False)}\n"
-            f"- in a sample: {_listing(studies, whole.samples, 'sample', ranked=False)}",
+            f"- longest side: {_listing(sides, totals.images, 'image', ranked=False)}\n"
+            f"- before the build: {_listing(bits, totals.images, 'image', ranked=False)}\n"
+            f"- in a sample: {_listing(studies, totals.samples, 'sample', ranked=False)}",
         )
     )
 
@@ -170,7 +169,7 @@ def _scrubbed(summary: Summary) -> str:
 
 
 def _left_out(manifest: Manifest, skipped: Sequence[Mapping[str, str]]) -> list[str]:
-    """By reason, the most frequent first; then the hashes, each once."""
+    """List the reasons, the most frequent first, then the hashes, each once."""
     reasons = Counter(skip["reason"] for skip in skipped) or Counter(manifest.skipped)
     if not reasons:
         return ["Nothing."]
@@ -185,13 +184,13 @@ def _left_out(manifest: Manifest, skipped: Sequence[Mapping[str, str]]) -> list[
 
 
 def _section(title: str, *blocks: str) -> list[str]:
-    """The heading and what stands below it, or nothing where that is empty."""
+    """Return the heading and the blocks below it, or nothing where these are empty."""
     filled = [block for block in blocks if block]
     return [f"## {title}", *filled] if filled else []
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[Any]], numbers: bool = True) -> str:
-    """A Markdown table, padded so that it reads well as plain text; all columns but the first are set right."""
+    """Return a Markdown table, padded to read well as plain text; all columns but the first are right-aligned."""
     body = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
     widths = [max(3, *(len(row[n]) for row in [list(header), *body])) for n in range(len(header))]
 
@@ -214,7 +213,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[Any]], numbers: bool =
 
 
 def _listing(counts: Mapping[str, int], total: int, noun: str, ranked: bool = True) -> str:
-    """ "en 90 samples (90.0%), es 10 (10.0%)"; the most frequent first, or in the order given."""
+    """Return "en: 90 samples (90.0%), es: 10 (10.0%)", the most frequent first, or in the order of `counts`."""
     names = sorted(counts, key=lambda name: (-counts[name], name)) if ranked else list(counts)
     texts = [
         f"{_plain(name)}: {f'{counts[name]:,}' if n else _count(counts[name], noun)} ({_share(counts[name], total)})"
@@ -242,7 +241,7 @@ def _joined(values: Iterable[Any]) -> str:
 
 
 def _no_path(value: Any) -> str:
-    """An option's value; a path says where on a machine patients' data lie, and that is nobody's business."""
+    """Return an option's value, but no path: it would tell where on a machine patients' data lie."""
     text = str(value)
     return "(a path)" if "/" in text or "\\" in text.replace("\\t", "") else text
 
@@ -253,7 +252,7 @@ _SHOWN_AS = (
 
 
 def _plain(value: Any) -> str:
-    """A text from the data as Markdown shows it, on one line and within its cell."""
+    """Escape a text from the data for Markdown, on one line and within its cell."""
     text = " ".join(str(value).split())
     for mark, shown in _SHOWN_AS:
         text = text.replace(mark, shown)

@@ -1,6 +1,6 @@
-"""The contact sheet of a dataset: `contact_sheet.png`, a page of its pictures for people.
+"""Draws the contact sheet of a dataset, `contact_sheet.png`: a page of its pictures for people.
 
-    data = contact_sheet(load_pictures(store, manifest, index))     # PNG; the samples that choose(index) names
+    data = contact_sheet(load_pictures(store, manifest, index))     # a PNG
     data = contact_sheet([("train  PA", image), ...])
 
 The same input gives the same bytes.
@@ -25,21 +25,21 @@ _GAP, _MARGIN, _LINE, _LETTERS = 10, 20, 22, 13  # pixels
 
 
 def choose_samples(index: SampleIndex, count: int = 48) -> list[int]:
-    """Positions of samples for a contact sheet: as many of each split as may be, evenly along its shards, ascending."""
+    """Choose samples for a contact sheet: equally many of each split if possible, spread over its shards, ascending."""
     remaining = [index.of_split(split) for split in SPLITS]
     chosen: list[int] = []
-    for n, positions in enumerate(sorted(remaining, key=len)):  # what a small split cannot fill, the larger ones do
-        wanted = min(len(positions), (count - len(chosen)) // (len(remaining) - n))
-        # the middles of `wanted` equal stretches
-        chosen += positions[((np.arange(wanted) + 0.5) * len(positions) / max(wanted, 1)).astype(np.int64)].tolist()
+    for n, positions in enumerate(sorted(remaining, key=len)):  # the larger splits fill up for the small ones
+        share = min(len(positions), (count - len(chosen)) // (len(remaining) - n))
+        # the middles of `share` equal intervals
+        chosen += positions[((np.arange(share) + 0.5) * len(positions) / max(share, 1)).astype(np.int64)].tolist()
     return sorted(chosen)
 
 
 def load_pictures(
     store: Store, manifest: Manifest, index: SampleIndex, count: int = 48
 ) -> list[tuple[str, Image.Image]]:
-    """(caption, first image) of the samples that `choose` names, from finished shards."""
-    found = []
+    """Load (caption, first image) of the samples that `choose_samples` returns, from finished shards."""
+    captioned = []
     for row in choose_samples(index, count):
         members = {member.name.split(".", 1)[1]: member for member in index.members(row)}
         shard = manifest.shards[int(index.shard[row])].name
@@ -47,12 +47,12 @@ def load_pictures(
         sample = Sample.model_validate_json(store.read_range(shard, description.offset, description.length))
         view = sample.images[0]
         picture = decode(store.read_range(shard, image.offset, image.length), view)
-        found.append((f"{sample.split}  {view.view or ''}", picture))
-    return found
+        captioned.append((f"{sample.split}  {view.view or ''}", picture))
+    return captioned
 
 
 def contact_sheet(pictures: Sequence[tuple[str, Image.Image]], columns: int = 8, cell: int = 224) -> bytes:
-    """A PNG of (caption, picture) in a grid; each picture is fitted into `cell` x `cell` pixels.
+    """Draw (caption, picture) in a grid as a PNG; each picture is fitted into `cell` x `cell` pixels.
 
     Raises ValueError where there is no picture.
     """
@@ -72,12 +72,12 @@ def contact_sheet(pictures: Sequence[tuple[str, Image.Image]], columns: int = 8,
         sheet.paste(fitted, (left + (cell - size[0]) // 2, top + (cell - size[1]) // 2))
         draw.text((left + 2, top + cell + 4), _fit(" ".join(caption.split()), draw, font, cell - 4), _CAPTION, font)
     buffer = io.BytesIO()
-    sheet.save(buffer, "PNG", compress_level=1)  # the sheet of a small build shall not cost more than the build
+    sheet.save(buffer, "PNG", compress_level=1)  # the sheet of a small build must not take longer than the build
     return buffer.getvalue()
 
 
 def _fit(text: str, draw: ImageDraw.ImageDraw, font: Any, width: int) -> str:
-    """The text, or as much of it as fits, with an ellipsis."""
+    """Return the text, or as much of it as fits, with an ellipsis."""
     if draw.textlength(text, font) <= width:
         return text
     while text and draw.textlength(text + "...", font) > width:

@@ -1,6 +1,6 @@
-"""What people read of the data verbs: results in, Rich's lines and tables out. Nothing is printed here.
+"""Formats the results of the data verbs for people: results in, Rich's lines and tables out. Nothing is printed here.
 
-for line in built(build("phantom", None, "runs/phantom")):
+for line in build_lines(build("phantom", None, "runs/phantom")):
     console.print(line)
 """
 
@@ -15,11 +15,11 @@ from shards.datasets import registry
 from shards.settings import BuildResult
 from shards.verify import VerificationReport
 
-SHOWN = 20  # studies that were left out
+SHOWN = 20  # studies left out that are listed
 
 
 def options_table(name: str) -> RenderableType:
-    """What a reader reads, and its options."""
+    """Describe a reader: what it reads, and its options."""
     reader = registry.reader(name)
     table = Table("option", "default", "what it is", title=f"Options of {name}, as KEY=VALUE")
     for key, field in reader.OPTIONS.model_fields.items():
@@ -29,7 +29,7 @@ def options_table(name: str) -> RenderableType:
 
 
 def build_lines(result: BuildResult) -> Iterator[str]:
-    """What was left out, what was scrubbed, and the counts."""
+    """Yield the studies left out, the warnings, the scrubbed words, and the counts."""
     for skipped in result.skipped[:SHOWN]:
         yield f"skipped {skipped['name']}: {skipped['reason']}"
     if len(result.skipped) > SHOWN:
@@ -39,12 +39,12 @@ def build_lines(result: BuildResult) -> Iterator[str]:
     if result.scrubbed:
         counts = ", ".join(f"{count} {rule}" for rule, count in sorted(result.scrubbed.items()))
         yield f"scrubbed from texts: {counts}"
-    what = "were there already" if result.reused else f"built in {result.seconds:.0f} s"
-    yield f"{result.samples} samples in {result.shards} shards {what}, {len(result.skipped)} skipped: {result.url}"
+    outcome = "were there already" if result.reused else f"built in {result.seconds:.0f} s"
+    yield f"{result.samples} samples in {result.shards} shards {outcome}, {len(result.skipped)} skipped: {result.url}"
 
 
 def balance_line(result: BalanceResult) -> str:
-    """What a balanced subset keeps."""
+    """Summarize a balanced subset."""
     return (
         f"balanced: {result.kept} of {result.kept + result.dropped} training samples from {result.clusters} clusters "
         f"and {result.noise} that are like no other: {result.url}"
@@ -52,7 +52,7 @@ def balance_line(result: BalanceResult) -> str:
 
 
 def verification_lines(report: VerificationReport) -> Iterator[str]:
-    """Every fault and where it is, and the counts."""
+    """Yield every fault with its place, and the counts."""
     for fault in report.faults:
         where = "" if fault.offset is None else f" at {fault.offset}"
         yield f"{fault.shard} {fault.member or ''}{where}: {fault.fault}"

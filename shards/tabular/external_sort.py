@@ -1,9 +1,9 @@
-"""Rows on the disk instead of in memory, so that an archive of any size is listed in the same memory.
+"""Groups and looks up rows on the disk, so that the memory of a listing does not grow with the archive.
 
     for study, rows in grouped((row["StudyID"], row) for row in ...):     # in the order in which keys first appear
     reports = Lookup((path.stem, path.read_text()) for path in ...)       # reports.get("s50414267")
 
-Both lie in a private temporary file of SQLite's, without a name, which is gone when it is closed.
+Both use an unnamed temporary file of SQLite, which is gone when it is closed.
 """
 
 import pickle
@@ -30,8 +30,8 @@ def grouped(rows: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, list[Any]]]:
         )
         ordered.arraysize = BATCH
         for _, group in groupby(ordered, itemgetter(0)):
-            found = list(group)
-            yield found[0][1], [pickle.loads(value) for *_, value in found]
+            members = list(group)
+            yield members[0][1], [pickle.loads(value) for *_, value in members]
     finally:
         connection.close()
 
@@ -60,12 +60,12 @@ class Lookup:
         return self._connection.execute("SELECT 1 FROM rows WHERE key = ?", (key,)).fetchone() is not None
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of a key, or the default."""
-        found = self._connection.execute("SELECT value FROM rows WHERE key = ?", (key,)).fetchone()
-        return default if found is None else pickle.loads(found[0])
+        """Return the value of a key, or the default."""
+        row = self._connection.execute("SELECT value FROM rows WHERE key = ?", (key,)).fetchone()
+        return default if row is None else pickle.loads(row[0])
 
     def items(self) -> Iterator[tuple[str, Any]]:
-        """All pairs, in the order of the keys."""
+        """Yield all pairs in the order of the keys."""
         for key, value in self._connection.execute("SELECT key, value FROM rows ORDER BY key"):
             yield key, pickle.loads(value)
 

@@ -1,11 +1,11 @@
-"""Reads a pickle of plain data, and never runs what it holds.
+"""Reads a pickle of plain data without ever running code in it.
 
     records = load(Path("train_qa.pkl"))        # [{"image": "train_0000", "question": ..., "answer": ...}, ...]
 
 A pickle is a program: whoever wrote it decides what is imported and called when it is loaded. So its instructions
-are looked at before any is carried out, and only those that build None, booleans, numbers, texts, bytes, lists and
-dictionaries are allowed. What is looked at and what is carried out are the same bytes in memory. Tuples and sets are
-refused, too: tuples of tuples as the keys of a dictionary can be spelled so that their hash never ends.
+are checked before any is executed, and only those that build None, booleans, numbers, texts, bytes, lists and
+dictionaries are allowed. The checked and the executed bytes are the same ones in memory. Tuples and sets are refused,
+too: nested tuples as dictionary keys can be written so that their hash takes forever.
 """
 
 import io
@@ -49,9 +49,9 @@ def _check(path: Path, data: bytes) -> None:
     """Raise UserError at the first instruction that does more than build plain data."""
     for opcode, argument, place in pickletools.genops(data):
         if opcode.name not in PLAIN:
-            wanted = f"{opcode.name} {argument}" if isinstance(argument, str) else opcode.name
+            instruction = f"{opcode.name} {argument}" if isinstance(argument, str) else opcode.name
             raise UserError(
-                f"{path}: byte {place}: a pickle of more than plain data ({wanted[:80]!r}); allowed are lists, "
+                f"{path}: byte {place}: a pickle of more than plain data ({instruction[:80]!r}); allowed are lists, "
                 "dictionaries, texts and numbers; nothing of it was run"
             )
         if opcode.name in PUTS and argument is not None and not 0 <= argument <= len(data):
@@ -60,7 +60,7 @@ def _check(path: Path, data: bytes) -> None:
 
 
 class _Plain(pickle.Unpickler):
-    """The second lock: no name is ever looked up."""
+    """A second safeguard: no name is ever looked up."""
 
     def find_class(self, module: str, name: str) -> NoReturn:
         raise pickle.UnpicklingError(f"{module}.{name} is no plain data")

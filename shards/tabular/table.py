@@ -28,7 +28,7 @@ MAX_FIELD = 1 << 24  # characters: reports are longer than csv's own limit allow
 
 @dataclass(frozen=True)
 class Record:
-    """One row; `fault` says why it cannot be used, where the row is broken."""
+    """One row; `fault` is the reason why a broken one cannot be used."""
 
     where: str  # "row 3", "line 7", "record 1"
     values: dict[str, Any]
@@ -37,7 +37,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Table:
-    """All rows of a file, and the names of the columns that any of them has."""
+    """All rows of a file, and the names of all their columns."""
 
     path: Path
     columns: tuple[str, ...]
@@ -54,21 +54,24 @@ class Rows:
         return self.walk()
 
 
-def locate(raw: Path | None, names: Sequence[str], what: str) -> Path:
-    """The first of `names` in the folder `raw`, plain or gzipped; `raw` may be that file itself. Raises UserError."""
+def locate(raw: Path | None, names: Sequence[str], description: str) -> Path:
+    """Return the first of `names` in the folder `raw`, plain or gzipped; `raw` may be that file itself.
+
+    Raises UserError, which calls the table `description`.
+    """
     if raw is None:
-        raise UserError(f"--raw is missing: the folder of {what}")
+        raise UserError(f"--raw is missing: the folder of {description}")
     if raw.is_file():
         return raw
     if not raw.is_dir():
         raise UserError(f"--raw {raw}: no such file or folder")
-    if found := find_one(raw, names):
-        return found
-    raise UserError(f"--raw {raw}: no {what} there; looked for {', '.join(names)} (also .gz)")
+    if path := find_one(raw, names):
+        return path
+    raise UserError(f"--raw {raw}: no {description} there; looked for {', '.join(names)} (also .gz)")
 
 
 def find_one(folder: Path, names: Sequence[str]) -> Path | None:
-    """The first of `names` that the folder has, plain or gzipped."""
+    """Return the first of `names` that is in the folder, plain or gzipped, or None."""
     return next((path for name in names for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
 
 
@@ -90,7 +93,7 @@ def stream(path: Path, columns: Sequence[str], delimiter: str | None = None) -> 
 
 
 def find(raw: Path, named: str | None = None) -> Path:
-    """The table in a folder, or the file itself. Raises UserError where there is none, or more than one."""
+    """Return the table in a folder, or the file itself. Raises UserError where there is none, or more than one."""
     if raw.is_file():
         return raw
     if not raw.is_dir():
@@ -101,12 +104,12 @@ def find(raw: Path, named: str | None = None) -> Path:
         return raw / named
     if (raw / "data.json").is_file():
         return raw / "data.json"
-    found = sorted(path for path in raw.iterdir() if kind(path) in SUFFIXES and path.is_file())
-    if not found:
+    tables = sorted(path for path in raw.iterdir() if kind(path) in SUFFIXES and path.is_file())
+    if not tables:
         raise UserError(f"--raw {raw}: no table there; allowed is a file that ends in {', '.join(SUFFIXES)} (also .gz)")
-    if len(found) > 1:
-        raise UserError(f"--raw {raw}: several tables: {', '.join(p.name for p in found)}; choose with table=NAME")
-    return found[0]
+    if len(tables) > 1:
+        raise UserError(f"--raw {raw}: several tables: {', '.join(p.name for p in tables)}; choose with table=NAME")
+    return tables[0]
 
 
 def read(path: Path, delimiter: str | None = None) -> Table:
@@ -128,13 +131,13 @@ def read(path: Path, delimiter: str | None = None) -> Table:
 
 
 def kind(path: Path) -> str:
-    """The suffix, without that of a compression."""
+    """Return the suffix, without that of a compression."""
     return (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
 
 
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[io.TextIOWrapper]:
-    """Open for text, and turn what is wrong with the bytes into one line."""
+    """Open for text, and turn errors in the bytes into one line."""
     try:
         with path.open("rb") as plain:
             binary = gzip.GzipFile(fileobj=plain) if path.suffix.lower() == ".gz" else plain
@@ -150,7 +153,7 @@ def _reading(path: Path) -> Iterator[io.TextIOWrapper]:
 
 
 def _open_csv(path: Path, file: Iterable[str], delimiter: str | None) -> tuple[Any, list[str]]:
-    """The rows behind the header, and the header."""
+    """Return the rows after the header, and the header."""
     delimiter = delimiter or ("\t" if kind(path) == ".tsv" else ",")
     if delimiter == "\\t":
         delimiter = "\t"

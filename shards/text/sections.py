@@ -1,4 +1,4 @@
-"""The text of a report -> its sections, by their headers.
+"""Splits the text of a report into its sections, by their headers.
 
 split("INDICATION: cough. FINDINGS: Clear lungs. IMPRESSION: Normal.")
 Report(findings="Clear lungs.", impression="Normal.", other="INDICATION: cough.")
@@ -23,7 +23,7 @@ _HEADER = re.compile(
 
 
 def split(text: str) -> Report:
-    """Sort a text into sections; all of it is `other` where neither findings nor impression is headed."""
+    """Split a text into sections; all of it is `other` without a header of findings or impression."""
     parts: dict[str, list[str]] = {"findings": [], "impression": [], "other": []}
     headers = list(_HEADER.finditer(text))
     if not any(header["name"].lower() in _SECTION for header in headers):

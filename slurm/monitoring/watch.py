@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.live import Live
 
 from radhpc.core.run_folder import RunFolder
+from slurm.monitoring.run_table import RunTable, line, name
 from slurm.monitoring.status import LIVING, Statuses
-from slurm.monitoring.tables import RunTable, line, name
 
 QUEUE_SECONDS = 10.0  # between looks at the queue: many sites ask not to poll it more often
 SECONDS = 2.0  # between looks at the runs' folders

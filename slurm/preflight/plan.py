@@ -1,6 +1,6 @@
 """What a recipe costs on a profile: whether it fits, how long it takes, whether a save fits into the grace.
 
-Enters what radhpc.planning.forecast foretells, leaves the keys of `radhpc plan --json`. The login node knows the
+Enters the result of radhpc.planning.forecast, leaves the keys of `radhpc plan --json`. The login node knows the
 profile's GPUs, the grace of its partition, and how fast the run folder's file system takes a checkpoint. What nobody
 has measured is null, not guessed.
 """

@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Any
 from radhpc.core import recipe as recipes
 from radhpc.core.errors import UserError, nearest
 from radhpc.core.files import read_json, write_atomically
-from radhpc.core.protocol import LIFE_ENDS, Event, RunState
+from radhpc.core.protocol import Event
 from radhpc.core.recipe import Recipe, read_yaml, validate
 from radhpc.core.run_folder import RunFolder
-from slurm import compat_optuna, scheduler
+from slurm import compat_optuna
 from slurm.sweep.definition import Scalar, Sweep
 
 if TYPE_CHECKING:
@@ -157,6 +157,10 @@ class SweepStudy:
         trial = compat_optuna.claim(study, self._storage, frozen)
         return {key: _draw(trial, key, axis) for key, axis in self.sweep.space.items()}
 
+    def frozen_trials(self) -> "list[optuna.trial.FrozenTrial]":
+        """Return the study's trials in the order of their numbers."""
+        return self._optuna().get_trials(deepcopy=False)
+
     def prepare(self, number: int) -> RunFolder:
         """The run of a trial, made with its frozen recipe where it is not there yet."""
         path = self.run_path(number)
@@ -217,111 +221,6 @@ class SweepStudy:
             if frozen.state.name == "RUNNING" and self.run_path(number).exists():
                 self.report(number)
 
-    # Where it stands
-
-    def standing(self) -> dict[str, Any]:
-        """The keys of `status SWEEP --json`: sweep, trials (best first) and best; best.yaml is written beside it."""
-        self.settle()
-        frozen, living = self._optuna().get_trials(deepcopy=False), self.living()
-        trials = [self._trial(number, frozen[number].params, living.get(number, "")) for number in range(len(frozen))]
-        sign = -1 if self.sweep.maximizes else 1
-        order = {RunState.FINISHED: 0, RunState.PRUNED: 2}
-
-        def rank(trial: dict[str, Any]) -> tuple[float, ...]:
-            if trial["value"] is None:
-                return 3, 0, trial["number"]
-            return order.get(trial["state"], 1), sign * trial["value"], trial["number"]
-
-        trials.sort(key=rank)
-        best = next(
-            (trial for trial in trials if trial["state"] == RunState.FINISHED and trial["value"] is not None), None
-        )
-        if best is not None:
-            write_atomically(self.path / "best.yaml", Path(best["recipe"]).read_bytes())
-        return {
-            "sweep": str(self.path),
-            "metric": self.sweep.metric,
-            "direction": "maximize" if self.sweep.maximizes else "minimize",
-            "trials": trials,
-            "best": best,
-            "best_recipe": str(self.path / "best.yaml") if best else None,
-        }
-
-    def _trial(self, number: int, parameters: dict[str, Any], living: str) -> dict[str, Any]:
-        run = RunFolder(self.run_path(number))
-        values = scores(run.path, self.sweep.metric, self.base.evaluation.split)
-        last = list(values.items())[-1] if values else None
-        state, why = self.state(number, living)
-        progress = run.progress()
-        return {
-            "number": number,
-            "run": str(run.path),
-            "state": state,
-            "why": why,
-            "value": None if last is None or math.isnan(last[1]) else last[1],
-            "value_step": None if last is None else last[0],
-            "step": progress.get("step", 0),
-            "steps": progress.get("steps"),
-            "parameters": {key: self.sweep.space[key].given(value) for key, value in parameters.items()},
-            "labels": {key: self.sweep.space[key].label(value) for key, value in parameters.items()},
-            "recipe": str(run.recipe_path) if run.recipe_path.exists() else None,
-        }
-
-    def state(self, number: int, living: str) -> tuple[RunState, str]:
-        """(missing, pending, running, finished, pruned, stopped or failed, why); `living` as `living` says."""
-        run = RunFolder(self.run_path(number))
-        events = run.events() if run.path.exists() else []
-        names = [event["event"] for event in events]
-        for end in (Event.FINISHED, Event.PRUNED):
-            if end in names:
-                return RunState(end), ""
-        if living:
-            waits = living in ("PENDING", "REQUEUED", "CONFIGURING")
-            return RunState.PENDING if waits else RunState.RUNNING, ""
-        if not run.recipe_path.exists():
-            job = self.given.get(run.path.name, {}).get("id")
-            return RunState.MISSING, f"job {job} ended before it began; logs/{job}_0_log.err says why" if job else ""
-        last = next(
-            (event for event in reversed(events) if event["event"] in (*LIFE_ENDS, Event.SUBMITTED, Event.STARTED)),
-            None,
-        )
-        if last is None:
-            return RunState.MISSING, "its parameters are drawn, but no job was given to it"
-        if last["event"] not in LIFE_ENDS:
-            return RunState.FAILED, "its job is gone without a word"
-        why = str(last.get("why") or last.get("cause") or last["event"])
-        return (RunState.STOPPED if last["event"] in _STOPPED else RunState.FAILED), why
-
-    @property
-    def given(self) -> dict[str, dict[str, Any]]:
-        """The job that each trial was given last, by the name of its folder."""
-        return read_json(self.path / "jobs.json") or {}
-
-    def living(self) -> dict[int, str]:
-        """Number and SLURM's state of each trial whose job is in the queue or runs."""
-        return {number: state for number, (_, state) in self.jobs().items()}
-
-    def jobs(self) -> dict[int, tuple[dict[str, Any], str]]:
-        """The job, as in job.json, and SLURM's state of each trial whose job is in the queue or runs."""
-        candidates = []
-        for number in range(self.sweep.count):
-            run = RunFolder(self.run_path(number))
-            for job in (run.job() if run.path.exists() else None, self.given.get(run.path.name)):
-                if job is not None:
-                    candidates.append((number, job))
-        living: dict[int, tuple[dict[str, Any], str]] = {}
-        for (number, job), found in zip(
-            candidates, scheduler.queue_entries([job for _, job in candidates]), strict=True
-        ):
-            if found.problem and job["cluster"] == "slurm":
-                raise UserError(found.problem)  # who does not know what lives must not submit it again
-            if found.living:
-                living.setdefault(number, (job, found.state))
-        return living
-
-
-_STOPPED = tuple(name for name, state in LIFE_ENDS.items() if state == RunState.STOPPED)
-
 
 def is_sweep(path: Path) -> bool:
     """Whether a folder is a sweep's."""
@@ -341,37 +240,6 @@ def scores(run: Path, metric: str, split: str) -> dict[int, float]:
             raise UserError(f"metric '{metric}': {path} does not have it; it has {', '.join(evaluation['scores'])}")
         found[int(evaluation["step"])] = float(evaluation["scores"][metric]["value"])
     return dict(sorted(found.items()))
-
-
-class SweepTrial:
-    """What radhpc.worker asks of the sweep that a run belongs to."""
-
-    def __init__(self, run: Path) -> None:
-        self._study, self._number = SweepStudy(run.parent.parent), int(run.name)
-
-    @classmethod
-    def of(cls, run: str) -> "SweepTrial | None":
-        """The trial of a run folder; None for a run that belongs to no sweep."""
-        path = Path(run).absolute()
-        inside = path.parent.name == "trials" and path.name.isdecimal() and is_sweep(path.parent.parent)
-        return cls(path) if inside else None
-
-    @property
-    def metric(self) -> str:
-        return self._study.sweep.metric
-
-    def parameters(self) -> dict[str, Scalar]:
-        """By key, in the words of a table."""
-        drawn = self._study.parameters(self._number)
-        return {key: self._study.sweep.space[key].label(value) for key, value in drawn.items()}
-
-    def should_prune(self, step: int) -> bool:
-        """Report, and ask whether to save and end here; called on rank 0 after an evaluation."""
-        return self._study.should_prune(self._number, step)
-
-    def close(self) -> None:
-        """Tell the study how the run stands."""
-        self._study.report(self._number)
 
 
 def _draw(trial: "optuna.Trial", key: str, axis: Any) -> Scalar:

@@ -1,1 +1,1 @@
-"""What several readers share: layouts, labels, images and the tables of one archive."""
+"""Code that several readers share: layouts, labels, images and the tables of one archive."""

@@ -1,4 +1,4 @@
-"""What CheXpert and CheXpert Plus share: their paths, their projections, their labels, and where the images lie.
+"""Parses paths, projections and labels of CheXpert and CheXpert Plus, and finds their images.
 
     CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg
 
@@ -42,7 +42,7 @@ class ImageOptions(ReaderOptions):
 
 @dataclass(frozen=True)
 class ImagePath:
-    """What a path of the tables says."""
+    """A path of the tables, parsed."""
 
     prefix: str | None
     split: str  # the folder: train, valid or test
@@ -52,25 +52,25 @@ class ImagePath:
 
     @property
     def key(self) -> str:
-        """The study, unique in the dataset."""
+        """The identifier of the study, unique in the dataset."""
         return f"{self.patient}/{self.study}"
 
 
 def parse_path(text: str) -> ImagePath:
-    """Read a path of the tables. Raises Fault."""
-    found = PATH.fullmatch(text.strip())
-    if not found:
+    """Parse a path of the tables. Raises UnusableRecord."""
+    match = PATH.fullmatch(text.strip())
+    if not match:
         raise UnusableRecord("path without a patient and a study")
-    return ImagePath(**found.groupdict())
+    return ImagePath(**match.groupdict())
 
 
 def official_split(where: ImagePath) -> Split:
-    """The split that the path's folder names."""
+    """Return the split that the path's folder names."""
     return splits.WORDS[where.split]
 
 
 def parse_labels(values: Mapping[str, object]) -> Labels:
-    """The fourteen labels of a row, in CheXpert's order; a column that is missing says nothing. Raises Fault."""
+    """Parse the fourteen labels of a row, in CheXpert's order; a missing column is None. Raises UnusableRecord."""
     try:
         return tuple([VALUES[values.get(name)] for name in CHEXPERT])
     except (KeyError, TypeError):
@@ -78,9 +78,9 @@ def parse_labels(values: Mapping[str, object]) -> Labels:
 
 
 def projection(side: str, position: str, image: str) -> str | None:
-    """AP, PA, LL or RL where the table says so, else L for a lateral view and Frontal for any other known one.
+    """Return AP, PA, LL or RL from the table, else L for a lateral view and Frontal for any other known one.
 
-    `side` is Frontal or Lateral, or empty where the table has no such column: then the file's name tells.
+    `side` is Frontal or Lateral, or empty where the table has no such column: then the file's name decides.
     """
     position = position.strip().upper()
     if position not in ("", "NA", "NAN"):
@@ -97,17 +97,17 @@ class ImageRoot:
 
 
 class ImageFinder:
-    """Finds the file of a path: by its folder's name alone, unless several folders hold patients of one split."""
+    """Find the file of a path by its folder's name alone, unless several folders hold patients of one split."""
 
     def __init__(self, folder: Path, chosen: str | None, example: ImagePath | None) -> None:
         """Look for the patients below `folder`, or below its subfolder `chosen`. Raises UserError."""
         if chosen is not None and not (folder / chosen).is_dir():
             raise UserError(f"images={chosen}: no such folder in {folder}")
         start = folder / chosen if chosen else folder
-        beside = folder.parent / example.prefix if example and example.prefix else None
+        sibling = folder.parent / example.prefix if example and example.prefix else None
         roots = _find_roots(start)
-        if not roots and not chosen and beside and beside.is_dir():
-            roots = _find_roots(beside)
+        if not roots and not chosen and sibling and sibling.is_dir():
+            roots = _find_roots(sibling)
         if not roots:
             raise UserError(f"{start}: no images there; looked for folders such as train/patient00001/study1")
         named: dict[str, list[ImageRoot]] = {}
@@ -121,11 +121,11 @@ class ImageFinder:
 
     @property
     def dicom(self) -> bool:
-        """Whether the images are DICOM files."""
+        """Return whether the images are DICOM files."""
         return self._last.suffix == ".dcm"
 
     def path(self, where: ImagePath) -> Path:
-        """Where the image should lie; whether it does is seen when it is opened."""
+        """Return the expected path of an image; a missing file is noticed when it is opened."""
         root = self._root(where)
         folder = root.folder if root else self._start / where.split
         suffix = root.suffix if root else self._last.suffix
@@ -145,11 +145,11 @@ class ImageFinder:
 
 
 def _find_roots(folder: Path) -> list[ImageRoot]:
-    return [ImageRoot(found, suffix) for found in folders_with(folder, PATIENT) if (suffix := _suffix(found))]
+    return [ImageRoot(path, suffix) for path in folders_with(folder, PATIENT) if (suffix := _suffix(path))]
 
 
 def _suffix(folder: Path) -> str | None:
-    """The kind of a folder's images: that of its first patient's, or of any other where the first has none."""
+    """Return the suffix of a folder's images: of its first patient, or of any other if the first has none."""
     first = folder / min(patient.name for patient in _patients(folder))
     for patient in itertools.chain((first,), _patients(folder)):
         kinds = {path.suffix.lower() for path in files(patient, SUFFIXES)}

@@ -1,4 +1,4 @@
-"""Where an archive's images lie, whichever way it was unpacked.
+"""Finds an archive's images, whichever way it was unpacked.
 
 folders_with(raw, re.compile(r"patient\\d+"))       # [raw/train, raw/valid]: found without opening a patient
 for path in files(raw, (".png", ".dcm")): ...       # all of them, in no order
@@ -15,7 +15,7 @@ DEPTH = 4  # folders below the archive's own; it also ends the walk where a link
 
 
 def folders_with(folder: Path, pattern: re.Pattern[str], depth: int = DEPTH) -> list[Path]:
-    """The folders, sorted, that hold an entry called as `pattern` says; these are not looked into any further."""
+    """Return the folders, sorted, that hold an entry whose name matches; their subfolders are not searched."""
     below = []
     for entry in entries(folder):
         if pattern.fullmatch(entry.name):
@@ -24,7 +24,7 @@ def folders_with(folder: Path, pattern: re.Pattern[str], depth: int = DEPTH) -> 
             below.append(entry.name)
     if not depth:
         return []
-    return [found for name in sorted(below) for found in folders_with(folder / name, pattern, depth - 1)]
+    return [path for name in sorted(below) for path in folders_with(folder / name, pattern, depth - 1)]
 
 
 def files(folder: Path, suffixes: tuple[str, ...], depth: int = DEPTH) -> Iterator[Path]:
@@ -41,9 +41,9 @@ def files(folder: Path, suffixes: tuple[str, ...], depth: int = DEPTH) -> Iterat
 
 
 def entries(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """Yield what a folder holds, in no order. Raises UserError."""
+    """Yield the entries of a folder, in no order. Raises UserError."""
     try:
-        with os.scandir(folder) as found:
-            yield from found
+        with os.scandir(folder) as scan:
+            yield from scan
     except OSError as error:
         raise UserError(f"{folder}: cannot be read ({error.strerror or first_line(error)})") from error

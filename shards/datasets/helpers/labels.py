@@ -1,4 +1,4 @@
-"""What datasets of labels without reports share: how their labels may be read as a plain list of findings.
+"""Writes labels as findings, for datasets that have labels and no reports.
 
 sentence({"Cardiomegaly": 1, "Edema": -1, "Pneumothorax": 0, "Fracture": None})
 "Cardiomegaly; possible edema; no pneumothorax."
@@ -25,31 +25,31 @@ class LabelOptions(ReaderOptions):
 
 
 def sentence(labels: Mapping[str, int | None], absent: bool = True) -> str | None:
-    """What the labels say, in their order, or None where they say nothing.
+    """Write the labels as one sentence, in their order; None where none is set.
 
-    `absent=False` leaves out what is not there: for labels where 0 means no more than that nobody mentioned it.
-    "No Finding" is said where it is 1; its absence says nothing that the others do not.
+    `absent=False` leaves out absent findings, for labels where 0 only means that nobody mentioned it. "No Finding" is
+    written where it is 1; its absence adds nothing to the other labels.
     """
-    said = []
+    phrases = []
     for name, value in labels.items():
         words = name.replace("_", " ").lower()
         if value == 1:
-            said.append(words)
+            phrases.append(words)
         elif name != NO_FINDING and value == -1:
-            said.append(f"possible {words}")
+            phrases.append(f"possible {words}")
         elif name != NO_FINDING and value == 0 and absent:
-            said.append(f"no {words}")
-    text = "; ".join(said)
-    return f"{text[0].upper()}{text[1:]}." if said else None
+            phrases.append(f"no {words}")
+    text = "; ".join(phrases)
+    return f"{text[0].upper()}{text[1:]}." if phrases else None
 
 
 def report(labels: Mapping[str, int | None], options: LabelOptions, absent: bool = True) -> Report:
-    """The report of a study without one: empty, unless the user wants the labels' words."""
+    """Return the report of a study without one: empty, unless the option asks for the labels in words."""
     return Report(findings=sentence(labels, absent)) if options.text == "labels" else Report()
 
 
 def warn_of_empty_reports(dataset: str, options: LabelOptions) -> None:
-    """Say that nothing can be learnt word by word from this dataset, where that is so."""
+    """Warn that no report writing can be learnt from this dataset, unless the labels are written out."""
     if options.text == "none":
         warnings.warn(
             f"{dataset} has labels and no reports: its samples have an empty report, which trains no model to write; "

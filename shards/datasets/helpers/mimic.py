@@ -1,4 +1,4 @@
-"""What the readers of both editions of MIMIC-CXR share: tables joined by study, projections, partial downloads.
+"""Reads both editions of MIMIC-CXR: tables joined by study, projections, partial downloads.
 
     mimic-cxr-jpg/2.1.0/                                mimic-cxr/2.1.0/
       files/p10/p10000032/s50414267/02aa804e-....jpg      files/p10/p10000032/s50414267/02aa804e-....dcm
@@ -37,13 +37,13 @@ from shards.tabular import external_sort, table
 VOCABULARIES = {"chexpert": "chexpert", "negbio": "negbio", "radiologist": "test-set-labeled"}  # and its table
 RENAMED = {"Airspace Opacity": "Lung Opacity"}  # what the radiologists' table calls it
 VIEWS = ("PA", "AP", "LATERAL", "LL")  # come first, in this order
-FRONTAL = ("PA", "AP")  # alone or with more words: "AP AXIAL", "PA LLD"
+FRONTAL = ("PA", "AP")  # alone or followed by more words: "AP AXIAL", "PA LLD"
 THREADS = 16  # that read reports
 BATCH = 512  # studies whose reports are read ahead
 
 
 class MimicOptions(reader.ReaderOptions):
-    """The options of both readers."""
+    """The options of the readers of both editions."""
 
     views: Literal["all", "frontal"] = Field("all", description="all, or frontal: PA and AP alone")
     require: Literal["any", "findings", "impression"] = Field(
@@ -62,16 +62,17 @@ class MimicOptions(reader.ReaderOptions):
 
 @dataclass(frozen=True)
 class Edition:
-    """What the two differ in."""
+    """The differences between the two editions."""
 
     images: str  # the kind of the table that lists all images
     names: tuple[str, ...]  # of that table
     suffix: str  # of an image
-    complete: bool  # whether the tables of projections, splits and labels belong to it
+    complete: bool  # has tables of projections, splits and labels of its own
 
 
-def table_names(what: str) -> tuple[str, ...]:
-    return tuple(f"mimic-cxr-{version}-{what}.csv" for version in VERSIONS)
+def table_names(table: str) -> tuple[str, ...]:
+    """Return the file names of a table in all versions."""
+    return tuple(f"mimic-cxr-{version}-{table}.csv" for version in VERSIONS)
 
 
 def read_edition(raw: Path | None, options: MimicOptions, edition: Edition) -> Iterator[RawStudy]:
@@ -92,34 +93,34 @@ def read_edition(raw: Path | None, options: MimicOptions, edition: Edition) -> I
 
 
 def _tables(images: Path, options: MimicOptions, edition: Edition) -> dict[str, Path]:
-    """The tables that are there, by kind, that of images first. Raises UserError where a needed one is not."""
+    """Find the tables by kind, that of images first. Raises UserError where a required one is missing."""
     if options.split and not options.split.is_file():
         raise UserError(f"split={options.split}: no such file; wanted is {table_names('split')[-1]} (also .gz)")
     folders = [images.parent, *([options.split.parent] if options.split else [])]
 
-    def find(what: str) -> Path | None:
-        return next((path for folder in folders if (path := table.find_one(folder, table_names(what)))), None)
+    def find(table_name: str) -> Path | None:
+        return next((path for folder in folders if (path := table.find_one(folder, table_names(table_name)))), None)
 
-    found = {edition.images: images}
+    tables = {edition.images: images}
     places = {"metadata": find("metadata"), "split": options.split or find("split")}
     places |= {vocabulary: find(what) for vocabulary, what in VOCABULARIES.items()}
     for kind, path in places.items():
         if path:
-            found.setdefault(kind, path)
-    if edition.complete and "split" not in found:
+            tables.setdefault(kind, path)
+    if edition.complete and "split" not in tables:
         raise UserError(
             f"--raw {images.parent}: no {table_names('split')[-1]} (also .gz); put it there or give split=FILE"
         )
-    if options.views != "all" and "metadata" not in found:
+    if options.views != "all" and "metadata" not in tables:
         raise UserError(
             f"views={options.views}: the projections are in {table_names('metadata')[-1]} of MIMIC-CXR-JPG; put it "
             f"into {images.parent}, or beside the table that split=FILE names"
         )
-    return found
+    return tables
 
 
 def _rows(path: Path, kind: str, archive: "_Archive") -> Iterator[tuple[str, tuple[str, Any]]]:
-    """(study_id, (kind, what the row says)), row by row; a row that cannot be used is a study alone."""
+    """Yield (study_id, (kind, value)), row by row; a row that cannot be used is a study of its own."""
     for record in table.stream(path, _columns(path, kind)):
         values = {name: value.strip() for name, value in record.values.items()}
         try:
@@ -142,7 +143,7 @@ def _columns(path: Path, kind: str) -> tuple[str, ...]:
 
 
 def _value(kind: str, values: dict[str, str]) -> Any:
-    """Labels, or (subject_id, a word) or (subject_id, dicom_id, projection). Raises Unusable."""
+    """Return labels, or (subject_id, split), or (subject_id, dicom_id, projection). Raises UnusableRecord."""
     if kind in VOCABULARIES:
         return {RENAMED.get(name, name): _label(word) for name, word in values.items() if not name.endswith("_id")}
     if kind == "split":
@@ -152,7 +153,7 @@ def _value(kind: str, values: dict[str, str]) -> Any:
     return values["subject_id"], values["dicom_id"], values.get("ViewPosition") or None
 
 
-@functools.cache  # of the few ways to write these few numbers
+@functools.cache  # these few numbers are written in few ways
 def _label(word: str) -> int | None:
     try:
         return {1.0: 1, 0.0: 0, -1.0: -1}[float(word)] if word else None
@@ -169,12 +170,12 @@ class _Archive:
         if not self.files.is_dir():
             raise UserError(f"--raw {folder}: no folder 'files' there, which holds the images")
         self.groups = sorted(name for name in os.listdir(self.files) if re.fullmatch(r"p\d\d", name))
-        self.starts = dict.fromkeys(options.subset.split(","), False) if options.subset else {}  # whether it was met
+        self.starts = dict.fromkeys(options.subset.split(","), False) if options.subset else {}  # met or not
         self.counts: Counter[str] = Counter()
         self._reports = mimic_reports.find_reports(folder, options.reports)
 
     def has(self, subject: str, kind: str) -> bool:
-        """Whether a patient belongs to the part that was downloaded."""
+        """Return whether a patient belongs to the part that was downloaded."""
         starts = [start for start in self.starts if f"p{subject}".startswith(start)]
         self.starts.update(dict.fromkeys(starts, True))
         inside = bool(starts) or not self.starts
@@ -184,23 +185,23 @@ class _Archive:
     def choose(self, groups: Iterator[tuple[str, list[tuple[str, Any]]]]) -> Iterator[RawStudy]:
         """Yield the studies that the options choose, without reports."""
         for study, rows in groups:
-            said: dict[str, list[Any]] = {}
+            values: dict[str, list[Any]] = {}
             for kind, value in rows:
-                said.setdefault(kind, []).append(value)
-            if "fault" in said:
-                yield unusable_study(study, said["fault"][0])
-            elif self.edition.images in said or "split" in said:  # else a table of labels alone names it
-                found = self._study(study, said)
+                values.setdefault(kind, []).append(value)
+            if "fault" in values:
+                yield unusable_study(study, values["fault"][0])
+            elif self.edition.images in values or "split" in values:  # else a table of labels alone names it
+                study_found = self._study(study, values)
                 self.counts["studies"] += 1
-                if found.views or found.fault:
-                    self.counts.update(f"no {kind}" for kind in self.kinds - said.keys())
-                    yield found
+                if study_found.views or study_found.fault:
+                    self.counts.update(f"no {kind}" for kind in self.kinds - values.keys())
+                    yield study_found
                 else:
                     self.counts["views"] += 1
 
-    def _study(self, study: str, said: dict[str, list[Any]]) -> RawStudy:
-        """A study as the tables have it; without views where the options choose none of its images."""
-        images, rows = said.get(self.edition.images, []), said.get("split", [])
+    def _study(self, study: str, values: dict[str, list[Any]]) -> RawStudy:
+        """Return a study of the tables; without views where the options select none of its images."""
+        images, rows = values.get(self.edition.images, []), values.get("split", [])
         subjects = {subject for subject, *_ in [*images, *rows]}
         subject = min(subjects)
         place = f"p{subject[:2]}/p{subject}/s{study}"
@@ -212,7 +213,7 @@ class _Archive:
             split = _split({word for _, word in rows}) if "split" in self.kinds else None
         except UnusableRecord as fault:
             return RawStudy(study=study, patient=subject, views=(), name=place, fault=str(fault))
-        projections = {dicom: view for _, dicom, view in said.get("metadata", [])}
+        projections = {dicom: view for _, dicom, view in values.get("metadata", [])}
         views = sorted(((dicom, projections.get(dicom)) for dicom in {dicom for _, dicom, _ in images}), key=_rank)
         return RawStudy(
             study=study,
@@ -224,11 +225,11 @@ class _Archive:
             ),
             name=place,
             split=split,
-            labels={kind: said[kind][0] for kind in VOCABULARIES if kind in said},
+            labels={kind: values[kind][0] for kind in VOCABULARIES if kind in values},
         )
 
     def add_report(self, study: RawStudy) -> RawStudy:
-        """The study with its report, or with why it cannot be used. Safe in threads."""
+        """Return the study with its report, or with the reason why it cannot be used. Safe in threads."""
         if study.fault:
             return study
         try:
@@ -251,13 +252,13 @@ class _Archive:
 
 
 def _rank(view: tuple[str, str | None]) -> tuple[int, str]:
-    """PA, AP, lateral ones, the rest, those without a projection; then by dicom_id."""
+    """Return a sort key: PA, AP, lateral, other views, those without a projection; then by dicom_id."""
     dicom, projection = view
     return VIEWS.index(projection) if projection in VIEWS else len(VIEWS) + (projection is None), dicom
 
 
 def _split(words: set[str]) -> Split:
-    """The split of a study from all its rows. Raises Unusable."""
+    """Return the split of a study from all its rows. Raises UnusableRecord."""
     if not words:
         raise UnusableRecord("study without a row in the table of splits")
     if len(words) > 1:
@@ -269,20 +270,20 @@ def _split(words: set[str]) -> Split:
 
 
 def _warn_of_counts(archive: _Archive) -> None:
-    """Warn of what the user should know. Raises UserError for a part of the archive without patients."""
+    """Warn of everything the user should know. Raises UserError for a part of the archive without patients."""
     options, counts = archive.options, archive.counts
     if missed := [start for start, met in archive.starts.items() if not met]:
         raise UserError(
             f"subset={options.subset}: no patient of the tables begins with {', '.join(missed)}; folders found are "
             f"{', '.join(archive.groups) or 'none'}"
         )
-    told = [
+    messages = [
         (counts["outside"], f"images lie outside of subset={options.subset} and were not looked for"),
         (counts["views"], f"studies have no image that views={options.views} allows and were left out"),
         (counts["require"], f"studies have no {options.require} and were left out, as require= says"),
         *((counts[f"no {kind}"], f"studies have no labels of {kind}") for kind in ("chexpert", "negbio")),
     ]
-    lines = [f"{count} {what}" for count, what in told if count]
+    lines = [f"{count} {message}" for count, message in messages if count]
     if "split" not in archive.kinds:
         lines.append(
             f"no {table_names('split')[-1]} beside the images: patients are split by their hashes, and scores do not "

@@ -1,6 +1,6 @@
-"""Where the reports of MIMIC-CXR are: in files of their own, or in mimic-cxr-reports.zip as it was downloaded.
+"""Reads the reports of MIMIC-CXR: from files of their own, or from mimic-cxr-reports.zip as it was downloaded.
 
-    reports = find(Path("mimic-cxr-jpg/2.1.0"), None)
+    reports = find_reports(Path("mimic-cxr-jpg/2.1.0"), None)
     reports.text("p10/p10000032/s50414267.txt")
 
 They belong to MIMIC-CXR; whoever has MIMIC-CXR-JPG has them in a folder beside it, or somewhere else.
@@ -23,7 +23,7 @@ EXAMPLE = "files/p10/p10000032/s50414267.txt"
 
 
 class ReportStore(Protocol):
-    """Either of the two."""
+    """Reports by their path in the archive."""
 
     def text(self, place: str) -> str:
         """The report at pXX/pXXXXXXXX/sXXXXXXXX.txt, its lines ended by \\n. Raises Unusable. Safe in threads."""
@@ -68,19 +68,19 @@ class ReportZip:
             raise UnusableRecord("unreadable report") from None
 
 
-def find_reports(folder: Path, given: Path | None) -> ReportStore:
-    """The reports that the user names, else those in the usual places around `folder`. Raises UserError."""
-    if given and given.is_file():
-        return ReportZip(given)
-    if given:
-        if found := _within(given):
-            return found
-        raise UserError(f"reports={given}: no reports there, such as {EXAMPLE}")
+def find_reports(folder: Path, named: Path | None) -> ReportStore:
+    """Find the reports that the user names, else those in the usual places around `folder`. Raises UserError."""
+    if named and named.is_file():
+        return ReportZip(named)
+    if named:
+        if reports := _within(named):
+            return reports
+        raise UserError(f"reports={named}: no reports there, such as {EXAMPLE}")
     above, root = folder.parent, folder.parent.parent
     project = "mimic-cxr"  # the folder of the other edition, with or without one of its version below
     for place in (folder, above, above / project, *(root / project / version for version in VERSIONS), root / project):
-        if found := _within(place / NAME) or _within(place):
-            return found
+        if reports := _within(place / NAME) or _within(place):
+            return reports
         if (place / f"{NAME}.zip").is_file():
             return ReportZip(place / f"{NAME}.zip")
     raise UserError(
@@ -90,7 +90,7 @@ def find_reports(folder: Path, given: Path | None) -> ReportStore:
 
 
 def _within(folder: Path) -> ReportFolder | None:
-    """A folder that holds reports, or whose `files` does; the first patients of each group are looked at."""
+    """Return `folder`, or its `files`, if it holds reports; only the first patients of each group are checked."""
     for files in (folder / "files", folder):
         for group in sorted(files.glob("p[0-9][0-9]")):
             with os.scandir(group) as patients:

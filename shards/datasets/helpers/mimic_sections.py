@@ -1,4 +1,4 @@
-"""The text of a MIMIC-CXR report -> its findings and its impression.
+"""Parses the text of a MIMIC-CXR report into its findings and its impression.
 
                                      FINAL REPORT
      INDICATION:  ___ year old man with cough.
@@ -7,7 +7,7 @@
 
      IMPRESSION:  No acute disease.
 
-report(text, "50414267")
+parse_report(text, "50414267")
 Report(findings="The lungs are clear.", impression="No acute disease.")
 
 A header stands at the start of a line, behind a space: capitals, a colon, white space. Its many spellings and the
@@ -77,7 +77,7 @@ _STRETCH = {
 
 
 class ReportSection(NamedTuple):
-    """A stretch of the text. Headers and texts of all sections, one behind the other, are the whole text."""
+    """A section of the text. The headers and texts of all sections, concatenated, are the whole text."""
 
     name: str  # findings, impression, ..., or the header in small letters
     header: str  # as it is written, with the space around it; empty at the start of the text
@@ -85,7 +85,7 @@ class ReportSection(NamedTuple):
 
 
 def parse_report(text: str, study: str) -> Report:
-    """Choose from a report what describes the picture, on one line each; empty where nothing does.
+    """Select the sections that describe the picture, on one line each; empty where none does.
 
     Of sections of one name the last counts. A report with neither findings nor impression gives as `other` its last
     paragraph, else what stands under comparison. So do the 54 exceptions, known by `study` (digits), with the text
@@ -104,9 +104,9 @@ def parse_report(text: str, study: str) -> Report:
 
 
 def parse_sections(text: str) -> list[ReportSection]:
-    """Cut a text into its sections: "preamble" before the first header, or "full report" where there is none.
+    """Split a text into its sections: "preamble" before the first header, or "full report" where there is none.
 
-    Where neither findings nor impression say anything, the last other section ends at its first blank line, and what
+    Where findings and impression are both empty, the last other section ends at its first blank line, and what
     follows is the "last_paragraph".
     """
     headers = list(_HEADER.finditer(text))
@@ -130,7 +130,7 @@ def parse_sections(text: str) -> list[ReportSection]:
 
 
 def _section_of(header: str) -> str:
-    """The section that a header in small letters begins."""
+    """Return the section that a lower-case header begins."""
     if header in _SECTION_OF:
         return _SECTION_OF[header]
     within = next((name for name in _WITHIN if name in header), None)
@@ -138,5 +138,5 @@ def _section_of(header: str) -> str:
 
 
 def _one_line(text: str) -> str | None:
-    """Without drawn lines, and with single spaces for all white space; None where nothing is left."""
+    """Remove drawn lines, and collapse white space to single spaces; None where nothing is left."""
     return " ".join(_RULE.sub(" ", text).split()) or None

@@ -1,10 +1,10 @@
-"""What stands in several official splits at once: images with questions in two of them, articles with figures in two.
+"""Finds groups that are in several official splits: images with questions in two of them, articles with figures in two.
 
-    overlap = Overlap([("image 1", "train"), ("image 1", "test"), ("image 2", "train")])
-    len(overlap), overlap.keeper("image 1", "train"), overlap.keeper("image 2", "train")       # 1, "test", "train"
+    groups = SharedGroups([("image 1", "train"), ("image 1", "test"), ("image 2", "train")])
+    len(groups), groups.keeper("image 1", "train"), groups.keeper("image 2", "train")       # 1, "test", "train"
 
-Results that were published on a test set can be compared as long as it stays whole, and are honest as long as
-nothing of it is trained on. So the test split keeps what it shares, and the others lose it.
+Results compare with published ones only on the complete test set, and are honest only if nothing of it is trained on.
+So the test split keeps the groups that it shares, and the other splits lose them.
 """
 
 from collections.abc import Iterable
@@ -12,11 +12,11 @@ from collections.abc import Iterable
 from radhpc.core.sample import Split
 from shards.tabular import external_sort
 
-KEEPERS: tuple[Split, ...] = ("test", "validate", "train")  # who keeps what is shared
+KEEPERS: tuple[Split, ...] = ("test", "validate", "train")  # the first of these keeps a shared group
 
 
 class SharedGroups:
-    """The groups that have members in several splits; they lie on the disk."""
+    """The groups that have members in several splits; they are stored on the disk."""
 
     def __init__(self, members: Iterable[tuple[str, Split]]) -> None:
         self._keepers = external_sort.Lookup(
@@ -29,6 +29,6 @@ class SharedGroups:
         return len(self._keepers)
 
     def keeper(self, group: str, split: Split) -> Split:
-        """The one split that keeps the group; `split` where that is the only one."""
+        """Return the split that keeps the group; `split` itself where the group has only one."""
         kept: Split = self._keepers.get(group, split)
         return kept

@@ -1,4 +1,4 @@
-"""What is known about PadChest beyond its table: its labels, what they mean to CheXpert, and the broken images.
+"""Facts about PadChest beyond its table: its labels, their counterparts in CheXpert, and the broken images.
 
 PadChest (Bustos et al., 2020, arXiv:1901.07441) labels with 174 radiographic findings and 19 differential diagnoses.
 The names below are the 193 that occur in its table of 2019-02-01. They are the key, not the CUIs beside them: dozens

@@ -1,4 +1,4 @@
-"""What the readers of visual question answering share: the cells of a record -> texts, labels and a study.
+"""Parses the cells of visual question answering records: texts, image names and labels.
 
 One question is one sample, so an image is stored once for each of its questions.
 """
@@ -11,31 +11,31 @@ from typing import Any
 from shards.datasets.reader import UnusableRecord
 
 
-def to_text(value: Any, what: str) -> str:
-    """A cell as one line of text; empty for nothing. Numbers become text, and 7.0 becomes 7. Raises Fault."""
+def to_text(value: Any, column: str) -> str:
+    """Return a cell as one line of text, empty for a missing one; 7.0 becomes 7. Raises UnusableRecord."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if not isinstance(value, (str, int, float)):
-        raise UnusableRecord(f"{what} is no text")
+        raise UnusableRecord(f"{column} is no text")
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     try:
         words = " ".join(str(value).split())
         words.encode()
     except ValueError:  # half of a surrogate pair, which JSON can spell, or a number of thousands of digits
-        raise UnusableRecord(f"{what} is no text") from None
+        raise UnusableRecord(f"{column} is no text") from None
     return words
 
 
-def required_text(value: Any, what: str) -> str:
-    """As `text`, of a cell that may not be empty. Raises Fault."""
-    if not (words := to_text(value, what)):
-        raise UnusableRecord(f"empty {what}")
+def required_text(value: Any, column: str) -> str:
+    """Return the text of a cell that must not be empty. Raises UnusableRecord."""
+    if not (words := to_text(value, column)):
+        raise UnusableRecord(f"empty {column}")
     return words
 
 
 def image_name(value: Any) -> str:
-    """A path relative to the folder of images, with its spaces and dots. Raises Fault."""
+    """Return a path relative to the folder of images, with its spaces and dots. Raises UnusableRecord."""
     if not isinstance(value, str) or not value.strip():
         raise UnusableRecord("no image named")
     if "\0" in value:
@@ -48,10 +48,10 @@ def image_name(value: Any) -> str:
 
 
 def labels(**names: Sequence[str]) -> dict[str, dict[str, int | None]]:
-    """What the set tells of a question, by vocabulary: answer_type=["closed"] -> {"answer type": {"closed": 1}}.
+    """Return the labels of a question by vocabulary: answer_type=["closed"] -> {"answer type": {"closed": 1}}.
 
     The vocabularies are the same in all sets: `answer type` (closed: the answer is one of few, such as yes and
     no; or open), `question type`, `organ`, `modality`, `base type`, `phrase type`.
     """
-    found = {vocabulary.replace("_", " "): [name for name in own if name] for vocabulary, own in names.items()}
-    return {vocabulary: dict.fromkeys(own, 1) for vocabulary, own in found.items() if own}
+    present = {vocabulary.replace("_", " "): [name for name in own if name] for vocabulary, own in names.items()}
+    return {vocabulary: dict.fromkeys(own, 1) for vocabulary, own in present.items() if own}

@@ -189,7 +189,7 @@ def test_a_module_travels_with_its_weights(tmp_path: Path) -> None:
     (tmp_path / "out" / "config.json").write_text('{"model_type": "llama"}')
     code = "import torch\nAUTO_MAP = {'AutoModel': 'Mine'}\nclass Mine(torch.nn.Module): ...\n"
     (tmp_path / "source" / "travelling.py").write_text(code)
-    (tmp_path / "source" / "clinging.py").write_text("from radhpc.core.recipe import Model\n")
+    (tmp_path / "source" / "clinging.py").write_text("from radhpc.core.recipe import ModelSettings\n")
     sys.path.insert(0, str(tmp_path / "source"))
     try:
         copy_modules(["travelling"], tmp_path / "out")

@@ -175,7 +175,7 @@ def test_two_contents_of_one_name_do_not_mix(tmp_path: Path) -> None:
 READER = """
 import os, random, sys, time
 from pathlib import Path
-from radhpc import cache as module
+from radhpc.storage import node_cache as module
 folder, log, seed, block, limit, pause, rounds = sys.argv[1], sys.argv[2], *map(float, sys.argv[3:])
 module.BLOCK, module.MINIMUM = int(block), min(module.MINIMUM, int(limit))
 cache = module.NodeCache(Path(folder), int(limit))

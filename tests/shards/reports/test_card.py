@@ -89,7 +89,7 @@ def test_parts_add_up_to_the_whole(left: list[tuple[Sample, dict[str, int]]], ri
     first.add(second)
     assert first == both
     assert Summary.model_validate_json(both.model_dump_json()) == both
-    assert both.whole.samples == len(left) + len(right)
+    assert both.total.samples == len(left) + len(right)
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=60), st.sampled_from([0.05, 0.5, 0.95, 1]))
@@ -134,7 +134,7 @@ def test_the_card_says_what_the_manifest_says(built: tuple[Manifest, SampleIndex
     for split in SPLITS:
         assert rows[split][:2] == [str(manifest.splits[split]), str(manifest.patients[split])]
     assert rows["**all**"][:2] == ["40", str(sum(manifest.patients.values()))]
-    present = {name: summary.whole.labels["chexpert"][name]["1"] for name in CHEXPERT}
+    present = {name: summary.total.labels["chexpert"][name]["1"] for name in CHEXPERT}
     assert {name: int(rows[name][0]) for name in CHEXPERT} == present
     assert sum(present.values()) > 10
     assert "For research only. Not for clinical use" in text

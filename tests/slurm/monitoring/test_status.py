@@ -21,7 +21,7 @@ from radhpc.core.errors import UserError
 from radhpc.core.recipe import load as load_recipe
 from radhpc.core.run_folder import RunFolder
 from slurm import scheduler
-from slurm.monitoring import logs, pending_reasons, tables
+from slurm.monitoring import logs, pending_reasons, run_table
 from slurm.monitoring.status import Statuses, find_runs, status
 from slurm.sweep import definition as sweeps
 from slurm.sweep.study import SweepStudy
@@ -53,7 +53,7 @@ def result(**changes: Any) -> dict[str, Any]:
 
 def printed(results: list[dict[str, Any]], width: int, height: int | None = None) -> str:
     console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(tables.RunTable(results, height))
+    console.print(run_table.RunTable(results, height))
     return console.export_text()
 
 
@@ -117,7 +117,7 @@ def test_a_thousand_waiting_trials_take_one_sentence_and_no_more_lines_than_ther
     [(0, "0 s"), (99.4, "99 s"), (100, "2 min"), (5999, "100 min"), (6060, "1 h 41"), (200_000, "2 d 07 h")],
 )
 def test_lengths_of_time(seconds: float, said: str) -> None:
-    assert tables.span(seconds).replace("100 min", "1 h 40") == said.replace("100 min", "1 h 40")
+    assert run_table.span(seconds).replace("100 min", "1 h 40") == said.replace("100 min", "1 h 40")
 
 
 # One look at the queue

@@ -18,10 +18,12 @@ from radhpc.core.files import read_lines
 from radhpc.core.recipe import load as load_recipe
 from radhpc.core.run_folder import RunFolder
 from radhpc.evaluation.metrics import score_names
-from slurm import precheck, profile as profiles, trials
+from slurm import precheck, profile as profiles, trial_array
 from slurm.cluster import Cluster
 from slurm.sweep import definition as sweeps
-from slurm.sweep.study import SweepStudy, SweepTrial, scores
+from slurm.sweep.standing import live_states, submitted_jobs, summary
+from slurm.sweep.study import SweepStudy, scores
+from slurm.sweep.trial import SweepTrial
 from tests.conftest import ROOT
 from tests.waiting import wait_for
 
@@ -189,7 +191,7 @@ def test_tpe_learns_from_earlier_trials_and_repeats_itself(write: Callable[..., 
             evaluated(run, 14, off)
             run.record("finished", step=14)
             study.report(n)
-        found = study.standing()
+        found = summary(study)
         assert found["best"]["value"] == min(trial["value"] for trial in found["trials"][:count])
         return [float(study.parameters(n)[RATE] or 0) for n in range(count)]
 
@@ -228,12 +230,12 @@ def test_pruning_is_decided_once_and_told_once(write: Callable[..., Path], tmp_p
     assert scores(study.run_path(2), "loss", "validate") == {2: 9.0, 4: 0.5}
     RunFolder(study.run_path(1)).record("pruned", step=4)
     RunFolder(study.run_path(2)).record("finished", step=14)
-    standing = study.standing()
+    standing = summary(study)
     assert [(trial["number"], trial["state"], trial["value"]) for trial in standing["trials"]] == [
         (2, "finished", 0.5), (0, "missing", 1.0), (1, "pruned", 2.0), (3, "missing", None)
     ]  # fmt: skip
     assert standing["best"]["number"] == 2
-    assert study.standing() == standing, "told twice"
+    assert summary(study) == standing, "told twice"
     with pytest.raises(UserError, match=r"metric 'token_f1': .* does not have it; it has loss"):
         scores(study.run_path(2), "token_f1", "validate")
 
@@ -242,9 +244,9 @@ def test_another_sweep_does_not_take_the_folder(write: Callable[..., Path], tmp_
     create(write(), tmp_path / "runs" / "sweep-mine-1")
     create(write(concurrent=1), tmp_path / "runs" / "sweep-mine-1")
     sweep, base = sweeps.load(write())
-    assert trials.newest(tmp_path / "runs", "mine", sweep, base) == tmp_path / "runs" / "sweep-mine-1"
+    assert trial_array.newest(tmp_path / "runs", "mine", sweep, base) == tmp_path / "runs" / "sweep-mine-1"
     other, base = sweeps.load(write(metric="token_f1"))
-    assert trials.newest(tmp_path / "runs", "mine", other, base) is None
+    assert trial_array.newest(tmp_path / "runs", "mine", other, base) is None
     with pytest.raises(UserError, match="another sweep is there: its 'metric' is another"):
         SweepStudy.create(tmp_path / "runs" / "sweep-mine-1", other, base)
     more = create(write(method="random", trials=2), tmp_path / "more")
@@ -287,7 +289,7 @@ def test_two_ranks_prune_together_and_save_before_it(
     assert "ended the run early" in launch("resume", bad, status=2).stderr
     assert SweepTrial.of(str(good)) is not None
     assert SweepTrial.of(str(tmp_path)) is None
-    assert trials.due(SweepStudy.open(folder)) == [], "what was done would be done again"
+    assert trial_array.due(SweepStudy.open(folder)) == [], "what was done would be done again"
 
 
 def hyperparameters(run: Path) -> dict[str, Any]:
@@ -313,27 +315,27 @@ def test_what_waits_in_the_queue_is_left_there_until_it_is_stopped(
     profile, study = profiles.load(str(box_profile)), create(write(concurrent=3), tmp_path / "a sweep's folder")
     for keys, said in (({"partition": "urgnt"}, "did you mean 'urgent'"), ({"nodes": 3}, "'preemptible' has 2")):
         with pytest.raises(UserError, match=said):
-            trials.submit(study, profile.model_copy(update=keys))
+            trial_array.submit(study, profile.model_copy(update=keys))
     cluster = Cluster.ask(profile.environment)
     assert precheck.array_problems(cluster, 1001) == []
     assert precheck.array_problems(cluster, 1002) == ["a job array of 1002: this site takes up to 1001 (MaxArraySize)"]
-    assert not study.given
-    array = trials.submit(study, profile)
-    assert "ArrayTaskId=0-3%3" in slurm("scontrol", "show", "job", str(array))
-    assert study.living() == dict.fromkeys(range(4), "PENDING")
-    assert [trial["state"] for trial in study.standing()["trials"]] == ["pending"] * 4
-    assert trials.submit(study, profile) is None
-    slurm("scancel", f"{array}_2")
-    assert trials.due(study) == [2]
-    again = trials.submit(study, profile)
-    assert study.given["0002"]["id"] == again, "one call is a plain job, not an array"
-    assert study.given["0003"]["id"] == f"{array}_3"
-    assert trials.due(study) == []
-    assert sorted(trials.stop(study)) == sorted([*(f"{array}_{n}" for n in (0, 1, 3)), str(again)])
-    wait_for(lambda: not study.living(), 30)
-    assert [trial["state"] for trial in study.standing()["trials"]] == ["missing"] * 4
-    assert "ended before it began" in study.standing()["trials"][0]["why"]
-    assert trials.due(study) == [0, 1, 2, 3]
+    assert not submitted_jobs(study)
+    array_id = trial_array.submit(study, profile)
+    assert "ArrayTaskId=0-3%3" in slurm("scontrol", "show", "job", str(array_id))
+    assert live_states(study) == dict.fromkeys(range(4), "PENDING")
+    assert [trial["state"] for trial in summary(study)["trials"]] == ["pending"] * 4
+    assert trial_array.submit(study, profile) is None
+    slurm("scancel", f"{array_id}_2")
+    assert trial_array.due(study) == [2]
+    again = trial_array.submit(study, profile)
+    assert submitted_jobs(study)["0002"]["id"] == again, "one call is a plain job, not an array"
+    assert submitted_jobs(study)["0003"]["id"] == f"{array_id}_3"
+    assert trial_array.due(study) == []
+    assert sorted(trial_array.stop(study)) == sorted([*(f"{array_id}_{n}" for n in (0, 1, 3)), str(again)])
+    wait_for(lambda: not live_states(study), 30)
+    assert [trial["state"] for trial in summary(study)["trials"]] == ["missing"] * 4
+    assert "ended before it began" in summary(study)["trials"][0]["why"]
+    assert trial_array.due(study) == [0, 1, 2, 3]
 
 
 @pytest.mark.box
