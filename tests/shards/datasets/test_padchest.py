@@ -21,7 +21,7 @@ from radhpc.core.sample import CHEXPERT, Report, Sample
 from shards import salt
 from shards.build import BuildSettings, build
 from shards.datasets import padchest, reader
-from shards.datasets.helpers import padchest_facts as facts
+from shards.datasets.helpers import padchest_facts as facts, padchest_gr
 from shards.datasets.reader import RawStudy
 
 pytestmark = pytest.mark.timeout(120)
@@ -231,7 +231,7 @@ def test_options(tmp_path: Path) -> None:
     [
         ({"projections": "PA,APP"}, r"projections=PA,APP: .*'APP' is unknown \(did you mean 'AP'.*COSTAL"),
         ({"labels": "some"}, "labels=some"),
-        ({"grounded": "en"}, f"grounded=en needs .*{padchest.GROUNDED}, which is not there"),
+        ({"grounded": "en"}, f"grounded=en needs .*{padchest_gr.GROUNDED}, which is not there"),
         ({"studies": "grounded"}, "studies=grounded needs a language"),
     ],
 )
@@ -301,8 +301,8 @@ SPLITS = "ImageID,StudyID,split\n1_a.png,1,train\n1_a.png,1,train\n2_b.png,2,tes
 
 def write_grounded(folder: Path) -> Path:
     write(folder)
-    (folder / padchest.GROUNDED).write_text(json.dumps(GROUNDED))
-    (folder / padchest.GROUNDED_SPLITS).write_text(SPLITS)
+    (folder / padchest_gr.GROUNDED).write_text(json.dumps(GROUNDED))
+    (folder / padchest_gr.GROUNDED_SPLITS).write_text(SPLITS)
     return folder
 
 
@@ -330,13 +330,13 @@ def test_grounded_files_unused_torn_or_in_conflict(tmp_path: Path) -> None:
     studies, messages = listed(write_grounded(tmp_path))
     assert {study.language for study in studies if study.study} == {"es-stemmed"}
     assert any("is there but not used" in line for line in messages)
-    (tmp_path / padchest.GROUNDED_SPLITS).write_text(SPLITS + "1_a.png,1,test\n")
+    (tmp_path / padchest_gr.GROUNDED_SPLITS).write_text(SPLITS + "1_a.png,1,test\n")
     with pytest.raises(UserError, match=r"master_table\.csv: a study is in test and train"):
         listed(tmp_path, grounded="en")
-    (tmp_path / padchest.GROUNDED_SPLITS).write_text("StudyID,split\n1,somewhere\n")
+    (tmp_path / padchest_gr.GROUNDED_SPLITS).write_text("StudyID,split\n1,somewhere\n")
     with pytest.raises(UserError, match=r"master_table\.csv: split: 'somewhere' is unknown"):
         listed(tmp_path, grounded="en")
-    (tmp_path / padchest.GROUNDED_SPLITS).rename(tmp_path / "master_table.csv.zip")
+    (tmp_path / padchest_gr.GROUNDED_SPLITS).rename(tmp_path / "master_table.csv.zip")
     studies, messages = listed(tmp_path, grounded="en")
     assert {study.split for study in studies} == {None}
     assert any("unpack master_table.csv.zip" in line for line in messages)

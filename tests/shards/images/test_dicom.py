@@ -14,7 +14,7 @@ from PIL import Image
 
 from shards.build import BuildSettings, build
 from shards.images.decoding import load
-from shards.images.encoding import ImageSettings, encode
+from shards.images.encoding import EncodingSettings, encode
 from shards.images.raw_image import BadImage
 from shards.images.windowing import apply_window
 from tests.shards.images.dicom_files import RAMP, write_dicom
@@ -37,7 +37,7 @@ def test_a_real_chest_radiograph_is_hung_bright_on_dark_in_every_encoding() -> N
     assert spine > lung + 40
     assert np.array_equal(load(MORE / "RG1_J2KR.dcm").pixels, raw.pixels)  # lossless JPEG 2000
     assert np.array_equal(load(MORE / "RG1_J2KI.dcm").pixels, load(MORE / "RG1_UNCI.dcm").pixels)
-    jpeg, view, *_ = encode(raw, ImageSettings(512))
+    jpeg, view, *_ = encode(raw, EncodingSettings(512))
     assert Image.open(io.BytesIO(jpeg)).mode == "L"
     assert (view.window, view.source_bits, max(view.width, view.height)) == ((29999, 0), 15, 512)
 
@@ -180,7 +180,7 @@ def test_a_rescaling_by_whole_numbers_keeps_whole_numbers(tmp_path: Path) -> Non
     raw = load(write_dicom(tmp_path / "a.dcm", RescaleSlope=2, RescaleIntercept=-100))
     assert raw.pixels.dtype.kind == "i"
     assert np.array_equal(raw.pixels, RAMP.astype(int) * 2 - 100)
-    stored = imagecodecs.png_decode(encode(raw, ImageSettings(format="png16")).data).astype(int)
+    stored = imagecodecs.png_decode(encode(raw, EncodingSettings(format="png16")).data).astype(int)
     assert np.array_equal(stored - stored.min(), raw.pixels - raw.pixels.min())
     fractions = load(write_dicom(tmp_path / "b.dcm", RescaleSlope=0.5, RescaleIntercept=0))
     assert np.array_equal(fractions.pixels, RAMP * 0.5)
