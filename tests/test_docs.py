@@ -219,6 +219,7 @@ STORY: list[tuple[str, dict[str, str], list[str], int]] = [
     ("radhpc build phantom --out runs/phantom", {}, SMALL, 0),
     ("radhpc verify /data/shards/padchest", {"/data/shards/padchest": "runs/phantom"}, [], 0),
     ("radhpc weights gla", {}, [], 1),
+    ("radhpc plan image_text --on ~/a100.yaml", {"--on ~/a100.yaml": "--on inline"}, [], 0),
     ("radhpc train tiny/gla --on local --watch", {"--on local --watch": "--run runs/gla"}, BRIEF, 0),
     ("radhpc status", {}, [], 0),
     ("radhpc status RUN --audit", {"RUN": "runs/gla"}, [], 0),
@@ -232,12 +233,13 @@ def test_the_story_is_told_in_the_pages(line: str) -> None:
     assert line in {command.line for command in commands()}
 
 
+@pytest.mark.timeout(600)  # half a minute on two idle cores
 def test_the_story_runs(tmp_path: Path) -> None:
     for line, replaced, added, expected in STORY:
         for old, new in replaced.items():
             line = line.replace(old, new)
         words = [sys.executable, str(ROOT / "launch.py"), *shlex.split(line)[1:], *added]
-        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == expected, f"{line}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stdout + done.stderr, f"{line}\n{done.stderr}"
     assert (tmp_path / "mine.yaml").is_file()
@@ -348,7 +350,7 @@ def test_nobody_is_told_to_install_from_an_index() -> None:
     """The name is on no index, so whoever registered it there could run code here."""
     told = re.compile(r"pip3? install (?!.*(--no-index|--find-links|-e )).*\bradhpc\b|['\"]radhpc\[[a-z,]+\]")
     for path in tracked("*.py", "*.md", "*.yaml", "*.yml", "*.cfg", "*.toml", "*.def", "Makefile"):
-        if path != Path(__file__).resolve():
+        if path.name not in (Path(__file__).name, "test_wheel.py"):  # they look for it
             fault = told.search(path.read_text(encoding="utf-8"))
             assert not fault, f"{name_of(path)}: {fault and fault[0]}"
 

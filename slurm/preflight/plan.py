@@ -1,6 +1,6 @@
 """Estimate what a recipe costs on a profile: whether it fits, how long it takes, whether a save fits into the grace.
 
-The forecast of radhpc.planning.forecast enters, the keys of `radhpc plan --json`. The login node knows the
+The forecast of radhpc.planning.forecast enters; the keys of `radhpc plan --json` leave. The login node knows the
 profile's GPUs, the grace of its partition, and how fast the run folder's file system takes a checkpoint. What nobody
 has measured is null, not guessed.
 """

@@ -6,8 +6,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,11 @@ from radhpc.core.recipe import load
 from radhpc.core.run_folder import RunFolder
 from radhpc.distributed.grace_period import RESERVE
 from radhpc.engine.checkpoint import Checkpoints
-from radhpc.storage.checkpoint_storage import Buffer, FolderStorage, ObjectStorage
+from radhpc.storage.checkpoint_storage import FolderStorage, ObjectStorage
 from radhpc.storage.store import Store
 from tests.conftest import ROOT, TINY_RECIPE, free_port
+from tests.radhpc.training.slow_rank import SlowFolder
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -43,30 +45,6 @@ def one_thread() -> Iterator[None]:
         patched.setenv("OMP_NUM_THREADS", "1")
         yield
     torch.set_num_threads(before)
-
-
-class SlowFolder(FolderStorage):
-    """A real folder on a disk that needs `seconds` for the tensors of each checkpoint."""
-
-    seconds = 1.0
-    spans: list[tuple[float, float]] = []
-
-    def put(self, name: str, file: str, pieces: Iterable[Buffer]) -> None:
-        if not file.endswith(".safetensors"):
-            super().put(name, file, pieces)
-            return
-        started = time.monotonic()
-
-        def slowly() -> Iterator[Buffer]:
-            for n, piece in enumerate(pieces):
-                while time.monotonic() < started + min(1.0, n / 100) * self.seconds:  # a state of a hundred pieces
-                    time.sleep(0.001)
-                yield piece
-
-        try:
-            super().put(name, file, slowly())
-        finally:
-            self.spans.append((started, time.monotonic()))
 
 
 @pytest.fixture
@@ -153,27 +131,13 @@ def test_two_saves_never_overlap_and_none_is_left_out(
     assert max(waited) > 0.1, "no save had to wait for the one before: nothing was tested"
 
 
-CHILD = """
-import sys
-from tests.radhpc.training.test_async_checkpoint import SlowFolder
-import radhpc.engine.checkpoint
-from radhpc import worker
-radhpc.engine.checkpoint.FolderStorage = SlowFolder
-SlowFolder.seconds = float(sys.argv[2])
-try:
-    worker.run(sys.argv[1])
-except radhpc.core.errors.UserError as error:
-    sys.exit(str(error))
-"""
-
-
 def ranks(run: RunFolder, seconds: float, world: int, **environment: str) -> list[subprocess.Popen[str]]:
     """The ranks of a run on a slow disk, each a process of its own."""
     port = str(free_port())
     shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     return [
         subprocess.Popen(
-            [sys.executable, "-c", CHILD, run.path, str(seconds)],
+            [sys.executable, "-m", "tests.radhpc.training.slow_rank", run.path, str(seconds)],
             cwd=ROOT,
             env={**os.environ, **shared, "GLOO_SOCKET_IFNAME": "lo", "RANK": str(rank), **environment},
             stderr=subprocess.PIPE,
@@ -183,12 +147,14 @@ def ranks(run: RunFolder, seconds: float, world: int, **environment: str) -> lis
     ]
 
 
-def wait_for(condition: Callable[[], bool], processes: list[subprocess.Popen[str]]) -> None:
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
+def wait_while_running(condition: Callable[[], bool], processes: list[subprocess.Popen[str]]) -> None:
+    def holds() -> bool:
+        if condition():
+            return True
         assert all(process.poll() is None for process in processes), [process.communicate() for process in processes]
-        time.sleep(0.005)
+        return False
+
+    wait_for(holds, 60)
 
 
 def test_a_kill_while_a_save_is_written_leaves_the_one_before(new_run: Callable[..., RunFolder], wanted: Path) -> None:
@@ -196,7 +162,7 @@ def test_a_kill_while_a_save_is_written_leaves_the_one_before(new_run: Callable[
     (process,) = ranks(run, 1.0, 1)
     try:
         half = run.path / "checkpoints/.step-000008.writing/state.safetensors"
-        wait_for(lambda: half.exists() and half.stat().st_size > 0, [process])
+        wait_while_running(lambda: half.exists() and half.stat().st_size > 0, [process])
     finally:
         process.kill()
         process.communicate()
@@ -255,14 +221,8 @@ def test_what_the_grace_allows_is_committed(
     monkeypatch.setenv("RADHPC_GRACE_SECONDS", str(grace))
     run = new_run()
 
-    def first_save_has_landed() -> None:
-        end = time.monotonic() + 30
-        while not events(run, "saved"):
-            assert time.monotonic() < end
-            time.sleep(0.01)
-
     with monkeypatch.context() as patched:
-        at_step(patched, 6, first_save_has_landed)
+        at_step(patched, 6, lambda: wait_for(lambda: events(run, "saved"), 30))
         at_step(patched, step, preempt)
         outcome = worker.run(str(run.path))
     assert (outcome.state, outcome.cause, outcome.step) == ("interrupted", "SIGTERM", step)
@@ -300,7 +260,7 @@ def test_one_rank_is_told_and_both_leave_together(new_run: Callable[..., RunFold
     run = new_run("stages.scratch.steps=100000")
     processes = ranks(run, 60.0, 2, RADHPC_GRACE_SECONDS=str(RESERVE + 1))
     try:
-        wait_for(lambda: (run.path / "checkpoints/.step-000004.writing").exists(), processes)
+        wait_while_running(lambda: (run.path / "checkpoints/.step-000004.writing").exists(), processes)
         processes[1].send_signal(signal.SIGTERM)
         for process in processes:
             process.communicate(timeout=30)
@@ -333,18 +293,17 @@ def test_one_rank_is_told_and_both_leave_together(new_run: Callable[..., RunFold
 def test_a_signal_in_long_work_is_heard_before_the_work_is_done(
     new_run: Callable[..., RunFolder], wanted: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    run = new_run()
-    began: list[float] = []
+    run, left = new_run(), threading.Event()
     with monkeypatch.context() as patched:
 
         def long(*_: Any, **__: Any) -> None:
-            began.append(time.monotonic())
             preempt()
-            time.sleep(3)
+            left.wait(3)  # the work outlasts the life, or takes longer than the life may take to end
             raise RuntimeError("abandoned")
 
         patched.setattr(where, long)
         outcome = worker.run(str(run.path))
+    left.set()
     assert (outcome.state, outcome.cause) == ("interrupted", "SIGTERM")
     (told,) = events(run, "interrupted")
     assert (told["cause"], told["committed_step"]) == ("SIGTERM", outcome.step or told["committed_step"])
