@@ -205,8 +205,8 @@ def _questions(rows: Sequence[Row]) -> dict[str, Measure]:
 
 
 def classified(rows: Sequence[Row], kind: str) -> dict[str, tuple[Floats, Floats]]:
-    """Return by finding the probabilities (rows,) of a kind of CLASSIFIERS and the truth (rows,): 1, 0, or NaN if either
-    is unknown.
+    """Return by finding the probabilities (rows,) of a kind of CLASSIFIERS and the truth (rows,): 1, 0, or NaN if
+    either is unknown.
     """
     values = [getattr(row, kind) or {} for row in rows]
     result = {}
@@ -253,8 +253,8 @@ def _truth(row: Row, name: str) -> float:
 
 
 def trivial(rows: Sequence[Row], known: Sequence[tuple[str | None, str]]) -> dict[str, list[str]]:
-    """Return trivial baselines from training studies (question, text): the commonest report for everybody, or the commonest
-    answer to the same question; and a random one for each.
+    """Return trivial baselines from training studies (question, text): the commonest report for everybody, or the
+    commonest answer to the same question; and a random one for each.
     """
     reports = [answer for question, answer in known if question is None and answer]
     by_question: dict[str, Counter[str]] = defaultdict(Counter)
@@ -311,8 +311,8 @@ def newest_evaluation(run: Path, split: str) -> Path:
 
 
 def compare(rows: Sequence[Row], others: Sequence[Row], scoring: Scoring, where: str) -> dict[str, Any]:
-    """Compare two runs on the studies that both have, by the paired bootstrap over patients. Raises UserError if there are
-    none, or if the references differ.
+    """Compare two runs on the studies that both have, by the paired bootstrap over patients. Raises UserError if
+    there are none, or if the references differ.
     """
     own, theirs = {row.key: row for row in rows}, {row.key: row for row in others}
     keys = sorted(own.keys() & theirs.keys())

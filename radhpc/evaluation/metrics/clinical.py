@@ -4,8 +4,9 @@
     judge.measures(generated, references)["radgraph/partial"]
 
 The package changes global settings, prints, and looks for its weights in the Hugging Face cache: so it runs apart, with
-the configured folder as that cache and the network switched off. One line of JSON goes in for a set of texts (generated,
-references), one comes out (lists of numbers by score, or a problem). Checked against radeval 2.2.1's source.
+the configured folder as that cache and the network switched off. One line of JSON goes in for a set of texts
+(generated, references), one comes out (lists of numbers by score, or a problem). Checked against radeval 2.2.1's
+source.
 """
 
 import json

@@ -225,7 +225,9 @@ _ALPHA, _BETA, _GAMMA, _DELTA = 0.85, 0.2, 0.6, 0.75
 
 
 def meteor(texts: Mapping[str, tuple[Sequence[str], Sequence[str]]]) -> dict[str, Measure]:
-    """Compute METEOR 1.5 by convention, of (generated, references); the jar is started once for all (some ten seconds)."""
+    """Compute METEOR 1.5 by convention, of (generated, references); the jar is started once for all (some ten
+    seconds).
+    """
     lines, counts = [], {}
     for convention, (generated, references) in texts.items():
         counts[convention] = len(generated)
