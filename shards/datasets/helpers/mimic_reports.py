@@ -26,7 +26,7 @@ class ReportStore(Protocol):
     """Reports by their path in the archive."""
 
     def text(self, place: str) -> str:
-        """Return the report at pXX/pXXXXXXXX/sXXXXXXXX.txt, with \\n as line ends. Raises UnusableRecord. Thread-safe."""
+        """Return the report at pXX/pXXXXXXXX/sXXXXXXXX.txt, with \\n as line ends. Raises UnusableRecord."""
         ...
 
 
