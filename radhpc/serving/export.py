@@ -269,7 +269,7 @@ def _write_beside(context: RunContext, encoder: StudyEncoder, folder: Path) -> N
         "views": shown.limit,
         "stitch": shown.stitch,
         "gap": shown.gap,
-        "square": images._background if isinstance(images, ClipImages) and images.fit == "pad" else None,
+        "square": images.background if isinstance(images, ClipImages) and images.fit == "pad" else None,
         "max_new_tokens": context.recipe.evaluation.max_new_tokens,
     }
     (folder / SETTINGS).write_text(json.dumps(asking, indent=2) + "\n", encoding="utf-8")

@@ -8,7 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from radhpc.engine.flop_counter import FlopMeter, _operations_of, peak_flops
-from radhpc.hooks import by_node
+from radhpc.hooks import node_curves
 
 
 def counted(module: nn.Module, *inputs: torch.Tensor) -> float:
@@ -97,11 +97,11 @@ def test_compiled_layers_are_counted_by_a_pass_of_their_own_and_zeros_not_at_all
 
 def test_curves_of_nodes() -> None:
     told = [(f"n{n // 2}", {"gigabytes": float(n), "requests": 1.0}) for n in range(6)]
-    found = by_node(told, many=3)
+    found = node_curves(told, many=3)
     assert found == {
         **{f"nodes_gigabytes/n{n}": 2.0 * n + 1 for n in range(3)},
         **{f"nodes_requests/n{n}": 2.0 for n in range(3)},
     }
-    few = by_node(told, many=2)
+    few = node_curves(told, many=2)
     assert [few[f"nodes_gigabytes/{which}"] for which in ("least", "middle", "most")] == [1.0, 3.0, 5.0]
     assert np.isfinite(list(few.values())).all()
