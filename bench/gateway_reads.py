@@ -21,7 +21,7 @@ from bench.gateway import Gateway
 from bench.stream import SEED, STAGE, Pixels, Row
 from radhpc.core.recipe import StreamSettings
 from radhpc.data.source import RawSample, Source
-from radhpc.data.stream import Stream
+from radhpc.data.stream import Stream, StreamSpec
 from radhpc.storage.object_store import connect
 from radhpc.storage.store import Store
 
@@ -90,7 +90,7 @@ def measure(quick: bool) -> tuple[dict[str, float], dict[str, float]]:
 
             def ours(recipe: StreamSettings = recipe) -> None:
                 sources.append(Source((url,), "train"))
-                stream = Stream(sources[-1], Unread(), stage, 0, recipe, SEED)
+                stream = Stream(sources[-1], Unread(), StreamSpec(stage, 0, recipe, SEED))
                 assert sum(len(step.keys) for step in stream) == EPOCHS * len(sources[-1])
                 stream.close()
 

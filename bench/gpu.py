@@ -35,7 +35,7 @@ from radhpc.models.attention import Segment
 from radhpc.models.families import mllama_attention, mllama_tiles
 from radhpc.models.families.mllama import Family
 from radhpc.models.quantization import quantise
-from radhpc.planning.memory_trace import Allocations
+from radhpc.planning.memory_trace import MemoryTrace
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 CAPS = {"T4": 15e9, "RTX 3090": 23e9}  # bytes that a 4-bit recipe may take
@@ -242,7 +242,7 @@ def memory(setting: Setting) -> Iterator[Callable[[], float]]:
         torch.cuda.reset_peak_memory_stats()
         yield lambda: float(torch.cuda.max_memory_allocated())
     else:
-        with Allocations() as held:
+        with MemoryTrace() as held:
             yield lambda: float(held.peak)
 
 

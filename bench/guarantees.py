@@ -34,7 +34,7 @@ from bench import corpus, peers, report
 from radhpc.core.errors import UserError, first_line
 from radhpc.core.recipe import Stage, StreamSettings
 from radhpc.data.source import RawSample, Source
-from radhpc.data.stream import Stream
+from radhpc.data.stream import Stream, StreamSpec
 
 OURS = "radhpc"
 LIMIT = 400  # seconds of one experiment
@@ -200,7 +200,7 @@ def _ours(
     optimizer = {"learning_rate": 1.0}
     stage = Stage.model_validate({"name": "bench", "batch": BATCH, "train": (".*",), "optimizer": optimizer} | length)
     recipe = StreamSettings.model_validate({"threads": life.workers, **options})
-    stream = Stream(source, Keys(), stage, 0, recipe, SEED, rank, life.world, cursor)
+    stream = Stream(source, Keys(), StreamSpec(stage, 0, recipe, SEED, rank, life.world, cursor))
     try:
         for number, step in enumerate(stream):
             if number == steps:

@@ -282,11 +282,11 @@ def pieces(order: Sampler, archive: Archive, start: int, length: int) -> Iterato
         start += length
 
 
-def turns(piece: tuple[Positions, Any], deal: BatchPlan, rank: int) -> Positions:
+def turns(piece: tuple[Positions, Any], plan: BatchPlan, rank: int) -> Positions:
     """One rank's samples in a piece, in the order of its turns."""
     numbers, sizes = piece
-    cuts = [slice(at, at + deal.batch) for at in range(0, len(numbers), deal.batch)]
-    return np.concatenate([deal.numbers(numbers[cut], sizes[cut], rank) for cut in cuts])
+    cuts = [slice(at, at + plan.batch) for at in range(0, len(numbers), plan.batch)]
+    return np.concatenate([plan.rank_samples(numbers[cut], sizes[cut], rank) for cut in cuts])
 
 
 class Request(NamedTuple):
@@ -412,71 +412,71 @@ def _asked(
 ) -> list[Row]:
     """One topology: a row for each batch, and for each state of a node cache. `least`: turns of each rank."""
     recipe, world = StreamSettings.model_validate({"window": window}), nodes * ranks
-    deals = [BatchPlan(archive.samples, batch, min(MICRO_BATCH, -(-batch // world)), world) for batch in batches]
+    plans = [BatchPlan(archive.samples, batch, min(MICRO_BATCH, -(-batch // world)), world) for batch in batches]
     some = [0, world // 2 + 3] if nodes > 1 else list(range(ranks))  # without a cache, ranks are alike
     start = archive.samples // 2 // max(batches) * max(batches)
-    wanted = {deal.batch: _turns(least, deal) for deal in deals}
+    wanted = {plan.batch: _turns(least, plan) for plan in plans}
     dealt: dict[tuple[int, int], Positions] = {
         (batch, rank): np.zeros(0, np.int64) for batch in batches for rank in some
     }
     shards: dict[int, int] = {}
     for piece in pieces(order, archive, start, max(batches)):
-        waiting = [deal for deal in deals if len(dealt[deal.batch, some[0]]) < wanted[deal.batch]]
+        waiting = [plan for plan in plans if len(dealt[plan.batch, some[0]]) < wanted[plan.batch]]
         if not waiting:
             break
-        for deal in waiting:
-            shards.setdefault(deal.batch, len(np.unique(piece[0][: deal.batch] // PER_SHARD)))
-            for case in ((deal.batch, rank) for rank in some):
-                dealt[case] = np.concatenate([dealt[case], turns(piece, deal, case[1])])[: wanted[deal.batch]]
+        for plan in waiting:
+            shards.setdefault(plan.batch, len(np.unique(piece[0][: plan.batch] // PER_SHARD)))
+            for case in ((plan.batch, rank) for rank in some):
+                dealt[case] = np.concatenate([dealt[case], turns(piece, plan, case[1])])[: wanted[plan.batch]]
     group = (recipe.prefetch_megabytes << 20) * GROUP / SAMPLE
     # Under way: what came in the window's earlier blocks has been asked for.
     earlier = np.arange(start - (window or 0) * PER_SHARD, start)
     seen = archive.blocks(order.at(earlier).sample) if nodes == 1 and ranks > 1 and window else set()
     rows = []
-    for deal in deals:
-        each = [dealt[deal.batch, rank] for rank in some]
+    for plan in plans:
+        each = [dealt[plan.batch, rank] for rank in some]
         requests = requested(archive, each, recipe)
         numbers = np.concatenate(each)
         _, starts, stops = archive.bytes(numbers)
-        estimate = expected(window, group, deal)
+        estimate = expected(window, group, plan)
         caches: list[tuple[str, float | None]] = [("", None)]
         if nodes == 1 and ranks > 1:
             part = KEPT * 1e9 / (archive.shards * archive.shard_bytes)
             caches += [(", cache, all fits", 1.0), (f", cache of {KEPT} GB", part)]
         for name, part_kept in caches:
             asked = requests if part_kept is None else through(Kept(archive, seen, part_kept), requests)
-            share = deal.batch / nodes / len(numbers)
+            share = plan.batch / nodes / len(numbers)
             fetched = sum(request.stop - request.start for request in asked)
             rows.append(
                 Row(
-                    f"{world:,} rank{'s' * (world > 1)}, batch {deal.batch:,}, {_window(window)}{name}",
+                    f"{world:,} rank{'s' * (world > 1)}, batch {plan.batch:,}, {_window(window)}{name}",
                     len(asked) * share,
-                    deal.batch / nodes * (estimate if part_kept is None else SAMPLE / BLOCK),
+                    plan.batch / nodes * (estimate if part_kept is None else SAMPLE / BLOCK),
                     fetched * share / 1e9,
-                    deal.batch / nodes * SAMPLE / 1e9,
+                    plan.batch / nodes * SAMPLE / 1e9,
                     fetched / int((stops - starts).sum()),
                     len(asked) * share * nodes / STEP,
-                    shards[deal.batch],
+                    shards[plan.batch],
                 )
             )
     return rows
 
 
-def _turns(least: int, deal: BatchPlan) -> int:
+def _turns(least: int, plan: BatchPlan) -> int:
     """A rank's turns in whole steps: `least` or more."""
-    share = -(-deal.batch // deal.world)
+    share = -(-plan.batch // plan.world)
     return -(-least // share) * share
 
 
-def expected(window: int | None, group: float, deal: BatchPlan) -> float:
+def expected(window: int | None, group: float, plan: BatchPlan) -> float:
     """Requests for each sample, where a rank plans `group` samples at a time; the formula of NOTES.
 
     They lie among as many positions as all ranks take meanwhile, or as a step has, whose samples are sorted by length.
     Of p positions, a shard's stretch is p / window, and at least a run, of which a block has all.
     """
-    among = max(group * deal.world, deal.batch)
+    among = max(group * plan.world, plan.batch)
     if window is None:
-        stretch, density = float(PER_SHARD), group / deal.samples
+        stretch, density = float(PER_SHARD), group / plan.samples
     else:
         stretch = min(PER_SHARD, max(PER_SHARD, among) / window)
         density = group / among * min(1.0, among / PER_SHARD)
@@ -503,27 +503,27 @@ def decisions(archive: Archive) -> dict[str, float]:
 
 def startup(quick: bool) -> dict[str, float]:
     """Seconds of one core until a rank of 8,000 has planned its first look-ahead, all of which precedes its first
-    sample: positions times the measured cost of order, sizes and deal.
+    sample: positions times the measured cost of order, sizes and batch plan.
     """
     archive, recipe = Archive(ARCHIVE), StreamSettings.model_validate({})
     order = Sampler([[PER_SHARD] * archive.shards], f"seed {SEED}", recipe.window, None)
-    deal = BatchPlan(archive.samples, 8000, 1, 1000 * RANKS)
+    plan = BatchPlan(archive.samples, 8000, 1, 1000 * RANKS)
     order.at(np.arange(1))
     steps = 8 if quick else 40
 
     def some() -> None:
         for step in range(steps):
-            numbers = order.at(np.arange(step * deal.batch, (step + 1) * deal.batch)).sample
-            deal.numbers(numbers, archive.sizes(numbers), 0)
+            numbers = order.at(np.arange(step * plan.batch, (step + 1) * plan.batch)).sample
+            plan.rank_samples(numbers, archive.sizes(numbers), 0)
 
-    seconds = report.interleaved({"": some}, 3)[""] / steps / deal.batch
+    seconds = report.interleaved({"": some}, 3)[""] / steps / plan.batch
     limit, held, group = recipe.prefetch_megabytes << 20, 0.0, float(prefetch.FIRST_GROUP)
     while held <= limit / 2:
         held, group = held + group, min(2 * group, limit * GROUP)
     return {
         "us per position, order and deal": seconds * 1e6,
-        "seconds of computing before the first sample, 8,000 ranks": held / SAMPLE * deal.world * seconds,
-        "seconds of computing in each step of 8,000": seconds * deal.batch,
+        "seconds of computing before the first sample, 8,000 ranks": held / SAMPLE * plan.world * seconds,
+        "seconds of computing in each step of 8,000": seconds * plan.batch,
     }
 
 

@@ -22,7 +22,7 @@ from radhpc.core.files import write_atomically
 from radhpc.core.manifest import INDEX, MANIFEST, FileEntry, Manifest, SampleIndex, sha256
 from radhpc.core.recipe import OptimizerSettings, Stage, StreamSettings
 from radhpc.data.source import Source
-from radhpc.data.stream import Stream
+from radhpc.data.stream import Stream, StreamSpec
 from radhpc.storage.store import Store
 
 BATCH, EPOCHS = 64, 3
@@ -82,7 +82,7 @@ def measure(quick: bool) -> tuple[dict[str, float], dict[str, float]]:
 
         def first(cursor: int) -> None:
             source.datasets[0].store.close()
-            stream = Stream(source, Pixels(), stage, 0, RECIPE, SEED, cursor=cursor)
+            stream = Stream(source, Pixels(), StreamSpec(stage, 0, RECIPE, SEED, cursor=cursor))
             next(iter(stream))
             stream.close()
 
@@ -107,7 +107,7 @@ def measure(quick: bool) -> tuple[dict[str, float], dict[str, float]]:
 
 
 def _memory(source: Source, stage: Stage) -> tuple[float, float]:
-    stream = Stream(source, Unread(), stage.model_copy(update={"epochs": 1}), 0, RECIPE, SEED)
+    stream = Stream(source, Unread(), StreamSpec(stage.model_copy(update={"epochs": 1}), 0, RECIPE, SEED))
     steps = stream.plan.steps
     seen = [_megabytes() for step in stream if step.number in (steps // 100, steps * 99 // 100)]
     stream.close()

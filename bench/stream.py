@@ -31,7 +31,7 @@ from radhpc.core.image_decoding import decode
 from radhpc.core.manifest import Manifest
 from radhpc.core.recipe import Stage, StreamSettings
 from radhpc.data.source import RawSample, Source
-from radhpc.data.stream import Stream, stage_sampler
+from radhpc.data.stream import Stream, StreamSpec, stage_sampler
 from radhpc.distributed.malloc import keep_freed_memory
 from radhpc.storage.store import Store
 
@@ -66,7 +66,7 @@ def ours_raw(folder: str) -> Iterator[RawSample]:
 def ours_decode(folder: str) -> Iterator[tuple[Any, bytes]]:
     """The same with pixels instead of the JPEG: the steps of training, with a reader that does no more than that."""
     source = Source((folder,), "train")
-    stream = Stream(source, Pixels(), STAGE, 0, RECIPE, SEED)
+    stream = Stream(source, Pixels(), StreamSpec(STAGE, 0, RECIPE, SEED))
     for step in stream:
         for batch in step.micro_batches:
             for row in batch:
@@ -123,7 +123,7 @@ def beside(folder: str) -> dict[str, float]:
             return (time.perf_counter() - started) / (count - STAGE.batch)
 
     def ours() -> float:
-        stream = Stream(source, Pixels(), stage, 0, RECIPE, SEED)
+        stream = Stream(source, Pixels(), StreamSpec(stage, 0, RECIPE, SEED))
         steps = iter(stream)
         next(steps)
         started = time.perf_counter()

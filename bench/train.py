@@ -32,18 +32,18 @@ from radhpc.core.protocol import Event
 from radhpc.core.recipe import Recipe, load
 from radhpc.core.run_folder import RunFolder
 from radhpc.data.collate import IGNORE, TARGET_KEYS, Batch
-from radhpc.data.stream import Step, Stream
+from radhpc.data.stream import Step, Stream, StreamSpec
 from radhpc.distributed.ranks import Ranks
 from radhpc.distributed.stop import Stop
 from radhpc.engine.fsdp import Engine
 from radhpc.models import adapters, family, token_loss
-from radhpc.planning.memory_trace import Allocations
+from radhpc.planning.memory_trace import MemoryTrace
 from radhpc.training.context import open_context
 from radhpc.training.encoder_builder import build_encoder, build_family
 from radhpc.training.engine_builder import build_engine
-from radhpc.training.loop import Position, Quarantine, train
+from radhpc.training.loop import Hook, Position, Quarantine, StageLoop, train
 from radhpc.training.sources import open_source
-from slurm.box import free_ports
+from slurm.box_files import free_ports
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 BATCH, MICRO_BATCH = 16, 4
@@ -85,7 +85,7 @@ class Bench:
         self.family = build_family(context)
         self.tokenizer = str(self.family.tokenizer.name_or_path)
         training, encoder = open_source(context, 0, "train"), build_encoder(context, 0)
-        stream = Stream(training, encoder, stage, 0, self.recipe.stream, self.recipe.seed)
+        stream = Stream(training, encoder, StreamSpec(stage, 0, self.recipe.stream, self.recipe.seed))
         self.steps = list(stream)
         stream.close()
 
@@ -102,12 +102,19 @@ class Bench:
         shutil.rmtree(self.folder / "ledger", ignore_errors=True)
         (self.folder / "ledger").mkdir()
         ready, losses = Ready(self.steps), Times()
-        hooks = [Hook(lambda position, done: losses.append(done.engine.loss))]
         with Stop() as stop:
-            train(
-                ready, engine, stage, Position(0, 0, 0, len(self.steps), 0, len(self.steps) * BATCH),  # type: ignore[arg-type]
-                hooks, Ledger(self.folder / "ledger", 1, 0), Quarantine(0, (), None), stop, ranks, self.recipe.seed,
-            )  # fmt: skip
+            loop = StageLoop(
+                stream=ready,  # type: ignore[arg-type]
+                engine=engine,
+                stage=stage,
+                hooks=[Hook(1, lambda position, metrics: losses.append(metrics.engine.loss))],
+                ledger=Ledger(self.folder / "ledger", 1, 0),
+                quarantine=Quarantine(0, (), None),
+                stop=stop,
+                ranks=ranks,
+                seed=self.recipe.seed,
+            )
+            train(loop, Position(0, 0, 0, len(self.steps), 0, len(self.steps) * BATCH))
         return differences(ready.times), losses
 
     def bare(
@@ -193,15 +200,6 @@ class Bench:
             model.parameters(), lr=recipe.learning_rate, betas=recipe.betas, eps=recipe.epsilon, weight_decay=0.0,
             fused=fused,
         )  # fmt: skip
-
-
-class Hook:
-    """A hook of the loop after each step."""
-
-    every = 1
-
-    def __init__(self, call: Callable[[Any, Any], object]) -> None:
-        self.call = call
 
 
 def plain(model: nn.Module, batch: Batch) -> torch.Tensor:
@@ -323,8 +321,8 @@ def loss_memory() -> tuple[dict[str, float], dict[str, float]]:
     peaks = {}
     for name, way in (("chunked", ours), ("plain", plain)):
         model.zero_grad()
-        with Allocations([*model.parameters(), *model.buffers()]) as memory:
-            before = memory.now
+        with MemoryTrace([*model.parameters(), *model.buffers()]) as memory:
+            before = memory.current
             way(model, batch).backward()
         peaks[name] = (memory.peak - before) / 1e6
     return (
@@ -375,7 +373,8 @@ def one_rank(folder: Path, engine: str, steps: int) -> None:
     context = open_context(RunFolder.open(str(path)), here, ranks)
     stage = here.stages[0]
     training, encoder = open_source(context, 0, "train"), build_encoder(context, 0)
-    stream = Stream(training, encoder, stage, 0, here.stream, here.seed, ranks.rank, ranks.world)
+    spec = StreamSpec(stage, 0, here.stream, here.seed, ranks.rank, ranks.world)
+    stream = Stream(training, encoder, spec)
     ready = list(stream)
     stream.close()
     trained, _ = build_engine(context, 0, ())

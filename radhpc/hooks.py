@@ -1,6 +1,6 @@
-"""What happens beside the steps: evaluating, the board and the progress bar.
+"""Define the hooks of the training loop: evaluation, curves, the progress bar.
 
-Each is a hook of the loop, as is async_checkpoint.py.
+Saving (training/async_checkpoint.py), profiling and stragglers are hooks, too.
 """
 
 import logging
@@ -27,20 +27,20 @@ from radhpc.models import adapters
 from radhpc.serving.export import write_adapter
 from radhpc.training.context import RunContext, StageContext
 from radhpc.training.encoder_builder import build_encoder
-from radhpc.training.loop import Pace, Position, Report
+from radhpc.training.loop import Position, StepMetrics, StepTiming
 from radhpc.training.sources import open_source
-from radhpc.training.straggler import Stragglers
+from radhpc.training.straggler import StragglerMonitor
 
 log = logging.getLogger("radhpc")
 
 
-class Evaluating:
-    """Evaluates a step once: a step whose scores are there is not evaluated again after a resume."""
+class EvaluationHook:
+    """Evaluates a step once: a step whose scores exist is not evaluated again after a resume."""
 
     def __init__(self, stage: StageContext) -> None:
         self.stage, self.context, self.board = stage, stage.context, stage.board
 
-    def __call__(self, position: Position, report: Report | None = None, split: Split | None = None) -> None:
+    def __call__(self, position: Position, metrics: StepMetrics | None = None, split: Split | None = None) -> None:
         context = self.context
         context.ranks.watchdog.beat("evaluating", slow=True)
         split = split or context.recipe.evaluation.split
@@ -94,7 +94,7 @@ class Evaluating:
         self._prune(position)
 
     def _prune(self, position: Position) -> None:
-        """End here, on all ranks, if the sweep says so; the last step of all is no place to end early."""
+        """End the run on all ranks if the sweep asks for it, but not at the very last step."""
         context = self.context
         if context.trial is None:
             return
@@ -104,98 +104,100 @@ class Evaluating:
             raise Interrupted(Cause.PRUNED)
 
 
-def board_hook(stage: StageContext, restarted: bool = False) -> Callable[[Position, Report], None]:
-    """Curves of every step; the first point behind a restart is marked."""
+def board_hook(stage: StageContext, restarted: bool = False) -> Callable[[Position, StepMetrics], None]:
+    """Return the hook that writes the curves of a step; it marks the first point after a restart."""
     context, engine, board = stage.context, stage.engine, stage.board
     life, ranks, stage_name = context.run.lives, context.ranks, stage.settings.name
-    ceiling, kinds = peak_flops(ranks.device, engine.dtype), build_encoder(context, stage.number).loss_groups
+    ceiling, groups = peak_flops(ranks.device, engine.dtype), build_encoder(context, stage.number).loss_groups
 
-    def write(position: Position, report: Report) -> None:
+    def write(position: Position, metrics: StepMetrics) -> None:
         nonlocal restarted
-        marks = {f"by_stage/{RESTART}": report.engine.loss} if restarted else {}
+        marks = {f"by_stage/{RESTART}": metrics.engine.loss} if restarted else {}
         restarted = False
-        by_group = zip(kinds, report.engine.by_group, strict=False)
-        speed = engine.meter.speed(report.samples / ranks.world, report.seconds, ceiling)
+        by_group = zip(groups, metrics.engine.by_group, strict=False)
+        speed = engine.meter.speed(metrics.samples / ranks.world, metrics.seconds, ceiling)
         board.scalars(
             position.step,
             {
-                "train/loss": report.engine.loss,
-                "train/gradient_norm": report.engine.gradient_norm,
+                "train/loss": metrics.engine.loss,
+                "train/gradient_norm": metrics.engine.gradient_norm,
                 "train/stage": position.stage,
                 "train/life": life,
-                f"by_stage/{stage_name}": report.engine.loss,
+                f"by_stage/{stage_name}": metrics.engine.loss,
                 **marks,
-                "speed/samples_per_second": report.samples / report.seconds,
-                "speed/tokens_per_second": report.tokens / report.seconds,
-                "speed/step_seconds": report.seconds,
-                "speed/data_wait_seconds": report.wait_seconds,
-                "data/padding": report.padding,
-                **{f"data/{name}": value for name, value in report.traffic.items()},
+                "speed/samples_per_second": metrics.samples / metrics.seconds,
+                "speed/tokens_per_second": metrics.tokens / metrics.seconds,
+                "speed/step_seconds": metrics.seconds,
+                "speed/data_wait_seconds": metrics.wait_seconds,
+                "data/padding": metrics.padding,
+                **{f"data/{name}": value for name, value in metrics.traffic.items()},
                 "memory/gigabytes": _memory(ranks) / 1e9,
                 **{f"speed/{name}": value for name, value in speed.items()},
-                **{f"loss_by_{kind}/{name}": loss / tokens for (kind, name), (loss, tokens) in by_group if tokens},
-                **{f"loss/{name}": value for name, value in report.engine.terms.items()},
-                **{f"learning_rate/{name}": rate for name, rate in report.engine.learning_rates.items()},
+                **{f"loss_by_{group}/{name}": loss / tokens for (group, name), (loss, tokens) in by_group if tokens},
+                **{f"loss/{name}": value for name, value in metrics.engine.terms.items()},
+                **{f"learning_rate/{name}": rate for name, rate in metrics.engine.learning_rates.items()},
             },
         )
 
     return write
 
 
-class Nodes:
-    """Curves of each node, on all ranks: memory, own seconds per step, data wait, requests to stores, the node's cache.
+class NodeMetrics:
+    """Writes curves of each node: memory, own seconds per step, data wait, requests to stores, the node's cache.
 
-    Every WINDOW steps, and at a stage's end. Where there are many nodes, the least, the middle and the most of them.
+    All ranks call it; it writes every WINDOW steps and at the end of a stage. For more than MANY nodes, it writes the
+    least, the median and the most of them.
     """
 
     WINDOW = 50
     MANY = 16
 
     def __init__(self, board: Board, ranks: Ranks, traffic: Callable[[], dict[str, float]]) -> None:
-        """`traffic`: of this rank so far, as Stream.traffic() gives it."""
+        """`traffic`: returns the totals of this rank so far, as Stream.traffic() does."""
         self.board, self.ranks, self.traffic = board, ranks, traffic
-        self._paces: list[Pace] = []
-        self._before = traffic()
+        self._timings: list[StepTiming] = []
+        self._traffic_before = traffic()
 
-    def __call__(self, position: Position, report: Report) -> None:
-        if self.ranks.world == 1:  # then they are the run's own
+    def __call__(self, position: Position, metrics: StepMetrics) -> None:
+        if self.ranks.world == 1:  # the curves of the node are those of the run
             return
-        self._paces.append(report.pace)
-        if len(self._paces) < self.WINDOW and not position.stage_done:
+        self._timings.append(metrics.timing)
+        if len(self._timings) < self.WINDOW and not position.stage_done:
             return
         now = self.traffic()
-        mine = {
+        steps = len(self._timings)
+        local = {
             "gigabytes": _memory(self.ranks) / 1e9,
-            "own_seconds": sum(pace.seconds - pace.collective_seconds for pace in self._paces) / len(self._paces),
-            "data_wait_seconds": sum(pace.data_seconds for pace in self._paces) / len(self._paces),
-            **{name: (value - self._before[name]) / len(self._paces) for name, value in now.items()},
+            "own_seconds": sum(timing.seconds - timing.collective_seconds for timing in self._timings) / steps,
+            "data_wait_seconds": sum(timing.data_seconds for timing in self._timings) / steps,
+            **{name: (value - self._traffic_before[name]) / steps for name, value in now.items()},
         }
-        self._before, self._paces = now, []
-        told = self.ranks.gather((node_name(), mine))
+        self._traffic_before, self._timings = now, []
+        gathered = self.ranks.gather((node_name(), local))
         if self.ranks.first:
-            self.board.scalars(position.step, by_node(told, self.MANY))
+            self.board.scalars(position.step, node_curves(gathered, self.MANY))
 
 
-def by_node(told: Sequence[tuple[str, Mapping[str, float]]], many: int) -> dict[str, float]:
-    """Curves of what ranks tell, with the names of their nodes: a node's ranks add up in what they ask of stores, the
-    largest of them counts in all else.
+def node_curves(gathered: Sequence[tuple[str, Mapping[str, float]]], many: int) -> dict[str, float]:
+    """Return the curves of nodes from the values of ranks, which come with the names of their nodes: the requests of a
+    node's ranks add up, in all else the largest value counts.
     """
     nodes: dict[str, list[Mapping[str, float]]] = {}
-    for node, values in told:
+    for node, values in gathered:
         nodes.setdefault(node, []).append(values)
-    found: dict[str, float] = {}
-    for name in told[0][1]:
-        whole = max if name in ("gigabytes", "own_seconds", "data_wait_seconds") else sum
-        each = {node: whole(values[name] for values in theirs) for node, theirs in nodes.items()}
+    curves: dict[str, float] = {}
+    for name in gathered[0][1]:
+        combine = max if name in ("gigabytes", "own_seconds", "data_wait_seconds") else sum
+        each = {node: combine(values[name] for values in of_ranks) for node, of_ranks in nodes.items()}
         if len(each) > many:
             ordered = sorted(each.values())
             each = {"least": ordered[0], "middle": ordered[len(ordered) // 2], "most": ordered[-1]}
-        found |= {f"nodes_{name}/{node}": value for node, value in each.items()}
-    return found
+        curves |= {f"nodes_{name}/{node}": value for node, value in each.items()}
+    return curves
 
 
-class GroupNorms:
-    """The gradient's norm by group of the optimizer, before clipping, as curves. On all ranks: it has a collective."""
+class GradientNorms:
+    """Writes the gradient's norm of each parameter group, before clipping. All ranks call it: it has a collective."""
 
     def __init__(self, stage: StageContext) -> None:
         engine, context = stage.engine, stage.context
@@ -204,55 +206,57 @@ class GroupNorms:
         self._squares: list[torch.Tensor] = []
         self._due = True
         if isinstance(engine.optimizer, torch.optim.Optimizer):
-            engine.optimizer.register_step_pre_hook(self._look)
+            engine.optimizer.register_step_pre_hook(self._measure)
         else:
             log.info("no gradient norms by group: the engine's optimizer keeps its gradients to itself")
 
-    def _look(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        """Gradients live until the optimizer has made its step, so this is when they are looked at."""
+    def _measure(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        """Measure the gradients before the optimizer makes its step, because they do not outlive it."""
         if not self._due:
             return
         self._names = [group["name"] for group in optimizer.param_groups]
         self._squares = []
         for group in optimizer.param_groups:
-            parts = [p.grad for p in group["params"] if p.grad is not None]
-            local = [part.to_local() if isinstance(part, DTensor) else part for part in parts]
+            gradients = [p.grad for p in group["params"] if p.grad is not None]
+            local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
             norms = compat_torch.norms(local) if local else [torch.zeros(())]
             self._squares.append(torch.stack([norm.float() for norm in norms]).square().sum())
 
-    def __call__(self, position: Position, report: Report) -> None:
+    def __call__(self, position: Position, metrics: StepMetrics) -> None:
         if self._due and self._squares:
             squares = self.ranks.sum([float(square) for square in self._squares])
-            # By now they are clipped, and where each rank has all of them they count once per rank; the norm of the
-            # whole, which the engine knows, sets that right.
-            whole = math.sqrt(sum(squares)) or 1.0
-            shares = {name: math.sqrt(s) / whole for name, s in zip(self._names, squares, strict=True)}
-            norms = {f"gradient_norm/{name}": share * report.engine.gradient_norm for name, share in shares.items()}
+            # By now they are clipped, and where each rank has all of them they count once per rank; the norm over all
+            # groups, which the engine knows, corrects that.
+            total = math.sqrt(sum(squares)) or 1.0
+            shares = {name: math.sqrt(s) / total for name, s in zip(self._names, squares, strict=True)}
+            norms = {f"gradient_norm/{name}": share * metrics.engine.gradient_norm for name, share in shares.items()}
             self.board.scalars(position.step, norms)
         self._squares = []
         self._due = (position.step + 1) % self.every == 0
 
 
-class Progress:
-    """progress.json once a second, for `status`, and the bar on the terminal. Its rates are those of the last minute.
+class ProgressHook:
+    """Writes progress.json once a second, for `status`, and moves the bar on the terminal; rates of the last minute.
 
     Marks a stage's first step in this life by the event "first_step": until then the job was starting up.
     """
 
     WINDOW = 60.0  # seconds
 
-    def __init__(self, context: RunContext, bar: Bar, total_steps: int, stragglers: Stragglers) -> None:
+    def __init__(self, context: RunContext, bar: Bar, total_steps: int, stragglers: StragglerMonitor) -> None:
         self.context, self.bar, self.total_steps, self.stragglers = context, bar, total_steps, stragglers
         self._written = 0.0
         self._recent: deque[tuple[float, int, float]] = deque()  # after each step: time, its samples, its data wait
 
-    def __call__(self, position: Position, report: Report) -> None:
+    def __call__(self, position: Position, metrics: StepMetrics) -> None:
         now = time.monotonic()
         stage = self.context.recipe.stages[position.stage].name
         if not self._recent:
-            self.context.run.record(Event.FIRST_STEP, stage=stage, step=position.step, seconds=round(report.seconds, 3))
-            self._recent.append((now - report.seconds, 0, 0.0))
-        self._recent.append((now, report.samples, report.wait_seconds))
+            self.context.run.record(
+                Event.FIRST_STEP, stage=stage, step=position.step, seconds=round(metrics.seconds, 3)
+            )
+            self._recent.append((now - metrics.seconds, 0, 0.0))
+        self._recent.append((now, metrics.samples, metrics.wait_seconds))
         while len(self._recent) > 2 and self._recent[1][0] < now - self.WINDOW:
             self._recent.popleft()
         if now - self._written < 1 and not position.stage_done:
@@ -261,7 +265,7 @@ class Progress:
         steps, seconds = len(self._recent) - 1, max(now - self._recent[0][0], 1e-9)
         rate = sum(samples for _, samples, _ in list(self._recent)[1:]) / seconds
         wait = sum(wait for _, _, wait in list(self._recent)[1:]) / seconds
-        loss = report.engine.loss
+        loss = metrics.engine.loss
         self.bar.update(position.stage_step, f"loss {loss:.3f}  {rate:.0f} samples/s")
         slowest = self.stragglers.slowest
         self.context.run.write_progress(
@@ -279,7 +283,7 @@ class Progress:
 
 
 def export_adapter(stage: StageContext) -> None:
-    """Leave the stage's adapter where PEFT finds it."""
+    """Write the stage's adapter where PEFT finds it."""
     lora, context = stage.settings.lora, stage.context
     if lora is None:
         return
@@ -289,7 +293,7 @@ def export_adapter(stage: StageContext) -> None:
 
 
 def _memory(ranks: Ranks) -> float:
-    """Bytes: the most that this rank had on its GPU, or has resident now."""
+    """Return the most bytes that this rank had on its GPU, or those that it has resident now."""
     on_gpu = ranks.device.type == "cuda"
     return torch.cuda.max_memory_allocated(ranks.device) if on_gpu else _resident_bytes()
 

@@ -1,10 +1,11 @@
-"""What only a job can see of a cluster, rank by rank: `radhpc doctor --probe` asks, slurm/preflight/probe.py reads it.
+"""Measure what only a job can see of a cluster, rank by rank, for `radhpc doctor --probe`; slurm/preflight/probe.py
+reads the results.
 
     <run>/probe/rank-00000.jsonl     {"what": "store", "time": ..., "url": ..., "megabytes_per_second": ...}, ...
 
 Each rank writes to a file of its own, line by line, because its last lines are written while it is being killed: the
-ranks' all-reduce, clocks, free space, the stores' speed, and then every signal, and a sign of life four times a second,
-until SIGKILL comes. It ignores what it is sent, so that the seconds between SIGTERM and SIGKILL are the site's.
+ranks' all-reduce, clocks, free space, the speed of the stores, and then every signal and a sign of life four times a
+second until SIGKILL comes. It ignores the signals, so the seconds between SIGTERM and SIGKILL are the site's.
 """
 
 import json
@@ -29,46 +30,46 @@ from radhpc.core.manifest import Manifest
 from radhpc.distributed.ranks import Ranks
 from radhpc.storage.store import Store
 
-TICK = 0.25  # seconds between two signs of life: so exact is the time of a SIGKILL
-STORE_SECONDS = 5  # of reading from each URL
+TICK = 0.25  # seconds between two signs of life: the resolution of the measured time of a SIGKILL
+STORE_SECONDS = 5  # spent on reading from each URL
 PIECE = 1 << 20  # bytes of one read
 LONGEST = 900  # seconds until a rank that nobody kills ends by itself
-Say = Callable[..., None]
+Record = Callable[..., None]  # appends a line
 
 
 def run(folder: str) -> None:
-    """One rank of the probe. `folder`/probe/ask.json holds the URLs to read from."""
+    """Run one rank of the probe. `folder`/probe/ask.json holds the URLs to read from."""
     rank, place = int(os.environ.get("RANK", "0")), Path(folder) / "probe"
     descriptor = os.open(place / f"rank-{rank:05d}.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
-    def say(what: str, **found: Any) -> None:
-        os.write(descriptor, (json.dumps({"what": what, "time": time.time(), **found}) + "\n").encode())
+    def record(what: str, **fields: Any) -> None:
+        os.write(descriptor, (json.dumps({"what": what, "time": time.time(), **fields}) + "\n").encode())
 
     def on_signal(number: int, _: FrameType | None) -> None:
-        say("signal", name=signal.Signals(number).name)
+        record("signal", name=signal.Signals(number).name)
 
     for number in (signal.SIGTERM, signal.SIGCONT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, on_signal)
-    say("started", host=socket.gethostname(), gpu=_gpu())
+    record("started", host=socket.gethostname(), gpu=_gpu())
     for measure in (_ranks, _scheduler, _disks, _stores):
         try:
-            measure(say, Path(folder), read_json(place / "ask.json")["urls"])
-        except Exception as error:  # what fails is what was asked
-            say("failed", part=measure.__name__.strip("_"), error=f"{type(error).__name__}: {first_line(error)}")
-    say("measured")
+            measure(record, Path(folder), read_json(place / "ask.json")["urls"])
+        except Exception as error:  # a failure is a result, too
+            record("failed", part=measure.__name__.strip("_"), error=f"{type(error).__name__}: {first_line(error)}")
+    record("measured")
     until = time.monotonic() + LONGEST
     while time.monotonic() < until and not (place / "end").exists():
         time.sleep(TICK)
-        say("alive")
-    say("ended")
+        record("alive")
+    record("ended")
 
 
 def _gpu() -> str | None:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
-def _ranks(say: Say, folder: Path, urls: Sequence[str]) -> None:
-    """An all-reduce over the backend that a training uses, and the clocks at one moment."""
+def _ranks(record: Record, folder: Path, urls: Sequence[str]) -> None:
+    """Measure an all-reduce over the backend that a training uses, and the difference of the clocks."""
     started = time.perf_counter()
     ranks = Ranks()
     joined = time.perf_counter() - started
@@ -81,51 +82,53 @@ def _ranks(say: Say, folder: Path, urls: Sequence[str]) -> None:
             dist.all_reduce(tensor)
         seconds = time.perf_counter() - started
         backend = str(dist.get_backend_config()) if ranks.world > 1 else "none"
-        right = total == ranks.world and float(tensor[-1]) == ranks.world ** (2 if ranks.world > 1 else 0)
+        correct = total == ranks.world and float(tensor[-1]) == ranks.world ** (2 if ranks.world > 1 else 0)
         clocks = []
         for _ in range(5):  # the least of five differences, because a rank may be late for a barrier
             ranks.barrier()
             times = ranks.gather(time.time())
             clocks.append(max(times) - min(times))
-        say(
-            "ranks", world=ranks.world, right=right, backend=backend, join_seconds=joined,
+        record(
+            "ranks", world=ranks.world, right=correct, backend=backend, join_seconds=joined,
             megabytes_per_second=tensor.numel() * 4 / 1e6 / seconds, clock_seconds=min(clocks),
         )  # fmt: skip
     finally:
         ranks.close()
 
 
-def _scheduler(say: Say, folder: Path, urls: Sequence[str]) -> None:
+def _scheduler(record: Record, folder: Path, urls: Sequence[str]) -> None:
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         return
     try:
         done = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, timeout=30, check=False)
-        say("scontrol", works=done.returncode == 0, error=done.stderr.strip()[:200])
+        record("scontrol", works=done.returncode == 0, error=done.stderr.strip()[:200])
     except (OSError, subprocess.TimeoutExpired) as error:
-        say("scontrol", works=False, error=first_line(error))
+        record("scontrol", works=False, error=first_line(error))
 
 
-def _disks(say: Say, folder: Path, urls: Sequence[str]) -> None:
+def _disks(record: Record, folder: Path, urls: Sequence[str]) -> None:
     for name, path in (("/tmp", Path("/tmp")), ("run folder", folder)):
-        say("disk", name=name, free_gigabytes=shutil.disk_usage(path).free / 1e9)
+        record("disk", name=name, free_gigabytes=shutil.disk_usage(path).free / 1e9)
 
 
-def _stores(say: Say, folder: Path, urls: Sequence[str]) -> None:
-    """Random reads of a megabyte, one after the other: latency, and what one thread of a rank gets."""
+def _stores(record: Record, folder: Path, urls: Sequence[str]) -> None:
+    """Read random megabytes one after the other: latency, and the throughput of one thread of a rank."""
     for url in urls:
         store = Store(url)
         manifest = Manifest.load(store)
         sizes = np.asarray([shard.size for shard in manifest.shards])
-        random, latencies, got = np.random.default_rng(os.getpid()), [], 0
-        begin = time.perf_counter()
-        while time.perf_counter() - begin < STORE_SECONDS and len(latencies) < 200:
+        random, read_bytes = np.random.default_rng(os.getpid()), 0
+        latencies: list[float] = []
+        first = time.perf_counter()
+        while time.perf_counter() - first < STORE_SECONDS and len(latencies) < 200:
             shard = int(random.choice(len(sizes), p=sizes / sizes.sum()))
             offset = int(random.integers(0, max(1, sizes[shard] - PIECE)))
             started = time.perf_counter()
-            got += len(store.read_range(manifest.shards[shard].name, offset, min(PIECE, int(sizes[shard]) - offset)))
+            length = min(PIECE, int(sizes[shard]) - offset)
+            read_bytes += len(store.read_range(manifest.shards[shard].name, offset, length))
             latencies.append(time.perf_counter() - started)
-        say(
-            "store", url=url, megabytes_per_second=got / 1e6 / sum(latencies), reads=len(latencies),
+        record(
+            "store", url=url, megabytes_per_second=read_bytes / 1e6 / sum(latencies), reads=len(latencies),
             median_seconds=float(np.median(latencies)), slowest_seconds=max(latencies),
         )  # fmt: skip

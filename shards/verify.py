@@ -24,11 +24,11 @@ from radhpc.core.manifest import FINGERPRINTS, MANIFEST, Manifest, Member, Sampl
 from radhpc.core.sample import SPLITS, Sample
 from radhpc.storage.store import Store
 from shards import duplicates
-from shards.execution.writer import BLOCK
 from shards.text import deidentification
 
 Progress = Callable[[int, int], None]  # (samples done, samples in all)
 BEGINNINGS = {"jpg": (b"\xff\xd8\xff",), "png": (b"\x89PNG\r\n\x1a\n",), "jxl": (b"\xff\x0a", b"\x00\x00\x00\x0cJXL ")}
+BLOCK = tarfile.BLOCKSIZE  # bytes: headers and data start at multiples of it
 CHUNK = 16 << 20  # bytes read at a time for the checksum of a shard
 
 

@@ -350,7 +350,7 @@ def test_nobody_is_told_to_install_from_an_index() -> None:
     """The name is on no index, so whoever registered it there could run code here."""
     told = re.compile(r"pip3? install (?!.*(--no-index|--find-links|-e )).*\bradhpc\b|['\"]radhpc\[[a-z,]+\]")
     for path in tracked("*.py", "*.md", "*.yaml", "*.yml", "*.cfg", "*.toml", "*.def", "Makefile"):
-        if path != Path(__file__).resolve():
+        if path.name not in (Path(__file__).name, "test_wheel.py"):  # they look for it
             fault = told.search(path.read_text(encoding="utf-8"))
             assert not fault, f"{name_of(path)}: {fault and fault[0]}"
 

@@ -37,14 +37,14 @@ def plan(
 
     chosen, profile = recipes.load(recipe, overrides or []), profiles.load(on)
     earlier = RunFolder.open(like) if like else None
-    from radhpc.planning.forecast import foretell
-    from radhpc.planning.placeholders import told
+    from radhpc.planning.forecast import forecast
+    from radhpc.planning.placeholders import notes
 
     # With a range of nodes a GPU holds most on the fewest of them.
-    stages = foretell(chosen, profile.least_nodes * profile.tasks_per_node)
+    stages = forecast(chosen, profile.least_nodes * profile.tasks_per_node)
     result = plans.costs(stages, profile, run, earlier, samples_per_second)
     result["stages"] = [vars(stage) for stage in stages]
-    result["assumed"] = told(chosen)
+    result["assumed"] = notes(chosen)
     say(tables.plan(result), as_json)
     emit(result, as_json)
     raise typer.Exit(0 if result["fits"] else 1)

@@ -27,7 +27,7 @@ def audit(run: RunFolder) -> dict[str, Any]:
     if not recipe.stream.audit:
         raise UserError(f"{run.recipe_path}: stream.audit: false, so that the run keeps no ledger; allowed is true")
     seen = read_ledger(run.path / "ledger")
-    epochs = []
+    epochs: list[dict[str, Any]] = []
     # What was taken over from another run was trained on there.
     first = max((event["step"] for event in run.events(Event.TAKEN_OVER)), default=0) + 1
     for number, stage in enumerate(recipe.stages):

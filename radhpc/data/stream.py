@@ -1,9 +1,9 @@
-"""Samples to steps: which samples a step trains on, who of the ranks takes which, decoded and batched ahead of time.
+"""Turn samples into steps: which samples a step trains on, which rank takes which, decoded and batched ahead of time.
 
-    manifests -> source.py   numbers -> places -> checked bytes
+    manifests -> source.py     numbers -> locations -> checked bytes
     recipe    -> sampler.py    position -> number of a sample
-              -> prefetch.py    reads this rank's coming samples ahead, where they are far
-              -> Stream      decodes and batches them: Step after Step
+              -> prefetch.py   reads this rank's coming samples ahead, where they are far
+              -> Stream        decodes and batches them: Step after Step
 
 The samples of step k are positions k * batch to (k + 1) * batch of the order, whatever the number of ranks. Within
 them, the longest come first and like with like: sorted by images and length of text, they are cut into micro-batches,
@@ -44,23 +44,23 @@ from radhpc.data.sampler import Positions, Sampler
 from radhpc.data.source import BadSample, RawSample, Source, decode_study
 
 _TASK = 16  # samples that one task decodes
-_PATIENCE = 0.2  # seconds between two looks at whether the run has to stop
-_DEALT = 4096  # samples, of all ranks, whose order is computed at a time
+_POLL_SECONDS = 0.2  # between two looks at whether the run has to stop
+_PLANNED_SAMPLES = 4096  # of all ranks, whose order is computed at a time
 
 
-class Reader(Protocol):
-    """What becomes of a sample: collate.StudyEncoder for training."""
+class SampleEncoder(Protocol):
+    """Turns samples into rows, and rows into batches: collate.StudyEncoder for training."""
 
     def read(self, raw: RawSample) -> Any:
         """Decode and encode one sample; the result has `key`, `supervised` and `length`. Raises BadSample."""
         ...
 
     def empty(self) -> Any:
-        """A slot without a sample."""
+        """Return a slot without a sample."""
         ...
 
     def batch(self, rows: Sequence[Any]) -> Any:
-        """One micro-batch."""
+        """Return one micro-batch."""
         ...
 
 
@@ -83,59 +83,78 @@ class Step:
 
 
 def stage_samples(stage: Stage, length: int) -> int:
-    """How many samples a stage trains on."""
+    """Return how many samples a stage trains on."""
     return stage.steps * stage.batch if stage.steps is not None else (stage.epochs or 0) * length
 
 
 def stage_steps(stage: Stage, length: int) -> int:
-    """How many optimizer steps a stage has. With `epochs` the last one may be smaller than the batch."""
+    """Return how many optimizer steps a stage has. With `epochs` the last one may be smaller than the batch."""
     return -(-stage_samples(stage, length) // stage.batch)
 
 
 def stage_sampler(source: Source, stage_number: int, recipe: StreamSettings, seed: int) -> Sampler:
-    """The order of a stage: a pure function of seed, stage, manifests, window and weights. Raises UserError."""
-    shards, weights = [part.shard_samples() for part in source.datasets], source.weights
+    """Return the order of a stage: a pure function of seed, stage, manifests, window and weights. Raises UserError."""
+    shards, weights = [dataset.shard_samples() for dataset in source.datasets], source.weights
     if weights is None and recipe.temperature is None:
         shards = [np.concatenate(shards)]
     else:
-        for part in source.datasets:
-            if not len(part.rows):
-                raise UserError(f"{part.url}: no sample of split '{source.split}', but a weight")
+        for dataset in source.datasets:
+            if not len(dataset.rows):
+                raise UserError(f"{dataset.url}: no sample of split '{source.split}', but a weight")
         if weights is None and recipe.temperature is not None:
-            weights = tuple(len(part.rows) ** (1 / recipe.temperature) for part in source.datasets)
+            weights = tuple(len(dataset.rows) ** (1 / recipe.temperature) for dataset in source.datasets)
     return Sampler(shards, f"{seed}/{stage_number}/{'/'.join(source.hashes)}", recipe.window, weights)
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How the samples of each step are dealt to ranks and micro-batches: arithmetic, the same on every rank."""
+    """Divides the samples of each step into micro-batches and assigns them to ranks: arithmetic, the same on every
+    rank.
+    """
 
     samples: int  # of the stage
     batch: int
-    size: int  # of a micro-batch
+    micro_batch: int
     world: int
 
     @property
     def steps(self) -> int:
         return -(-self.samples // self.batch)
 
-    def count(self, step: int) -> int:
-        """The samples of a step, over all ranks."""
+    def step_samples(self, step: int) -> int:
+        """Return the number of samples of a step, over all ranks."""
         return min(self.batch, self.samples - step * self.batch)
 
-    def counts(self, step: int, rank: int) -> list[int]:
-        """The samples of each micro-batch of a rank; the number of micro-batches is the same for all ranks."""
-        rounds = -(-self.count(step) // (self.size * self.world))
-        before = (np.arange(rounds) * self.world + rank) * self.size
-        return [int(count) for count in np.clip(self.count(step) - before, 0, self.size)]
+    def micro_batch_sizes(self, step: int, rank: int) -> list[int]:
+        """Return the number of samples of each micro-batch of a rank; all ranks have as many micro-batches."""
+        samples = self.step_samples(step)
+        rounds = -(-samples // (self.micro_batch * self.world))
+        before = (np.arange(rounds) * self.world + rank) * self.micro_batch
+        return [int(count) for count in np.clip(samples - before, 0, self.micro_batch)]
 
-    def numbers(self, numbers: Positions, sizes: npt.NDArray[np.int64], rank: int) -> Positions:
-        """The samples of a rank in a step, micro-batch by micro-batch: the longest first (by images, then by text)."""
+    def rank_samples(self, numbers: Positions, sizes: npt.NDArray[np.int64], rank: int) -> Positions:
+        """Return the samples of a rank in a step, micro-batch by micro-batch, from `numbers` of the whole step and
+        their `sizes`, (numbers, 2): the longest first, by images, then by text.
+        """
         ranked = numbers[np.lexsort((-sizes[:, 1], -sizes[:, 0]))]  # a stable sort, so that it is repeatable
-        width = self.size * self.world
+        width = self.micro_batch * self.world
         return np.concatenate(
-            [ranked[at + rank * self.size :][: self.size] for at in range(0, len(numbers), width)]
-        )  # fmt: skip
+            [ranked[at + rank * self.micro_batch :][: self.micro_batch] for at in range(0, len(numbers), width)]
+        )
+
+
+@dataclass(frozen=True)
+class StreamSpec:
+    """The part of a stage that one rank streams, and how."""
+
+    stage: Stage
+    number: int  # of the stage, from 0
+    recipe: StreamSettings
+    seed: int
+    rank: int = 0
+    world: int = 1
+    cursor: int = 0  # samples of this stage that were trained on
+    pin: bool = False  # whether batches are left in memory that a GPU reads
 
 
 class Stream:
@@ -144,27 +163,21 @@ class Stream:
     def __init__(
         self,
         source: Source,
-        reader: Reader,
-        stage: Stage,
-        stage_number: int,
-        recipe: StreamSettings,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
-        cursor: int = 0,
-        pin: bool = False,
-        told: Callable[[], object] = lambda: False,
+        encoder: SampleEncoder,
+        settings: StreamSpec,
+        should_stop: Callable[[], object] = lambda: False,
     ) -> None:
-        """`cursor`: samples of this stage that were trained on; `pin`: leave batches in memory that a GPU reads.
-
-        `told`: whether the run has to stop. While data are slow to come it is asked, and if so StopRequested is raised.
+        """`should_stop`: whether the run has to stop. It is asked while data are slow to come; StopRequested is raised
+        if so.
         """
+        stage, recipe, cursor, world = settings.stage, settings.recipe, settings.cursor, settings.world
         samples = stage_samples(stage, len(source))
         assert cursor % stage.batch == 0 or cursor == samples, cursor
-        most = -(-stage.batch // world)
-        self.plan = BatchPlan(samples, stage.batch, min(stage.micro_batch or most, most), world)
-        self._source, self._reader, self._rank, self._pin, self._told = source, reader, rank, pin, told
-        self._order = stage_sampler(source, stage_number, recipe, seed)
+        largest = -(-stage.batch // world)
+        self.plan = BatchPlan(samples, stage.batch, min(stage.micro_batch or largest, largest), world)
+        self._source, self._encoder, self._should_stop = source, encoder, should_stop
+        self._rank, self._pin = settings.rank, settings.pin
+        self._sampler = stage_sampler(source, settings.number, recipe, settings.seed)
         self._first, self._prefetch = -(-cursor // stage.batch), recipe.prefetch
         self._epochs: dict[int, int] = {}  # of the turns that are read ahead
         self.prefetcher = Prefetcher(source, self._turns(), recipe, world, samples / max(1, len(source)))
@@ -176,20 +189,20 @@ class Stream:
         turn = 0
         for number in range(self._first, self.plan.steps):
             tasks = []
-            for count in self.plan.counts(number, self._rank):
+            for count in self.plan.micro_batch_sizes(number, self._rank):
                 ends = [*range(turn, turn + count, _TASK), turn + count]
                 tasks.append([self._decoders.submit(self._read, *ends) for ends in itertools.pairwise(ends)])
                 turn += count
             pending.append(self._assembler.submit(self._assemble, number, tasks))
             if len(pending) > self._prefetch:
-                yield self._awaited(pending.popleft())
+                yield self._await(pending.popleft())
         while pending:
-            yield self._awaited(pending.popleft())
+            yield self._await(pending.popleft())
 
-    def _awaited(self, future: "Future[Step]") -> Step:
+    def _await(self, future: "Future[Step]") -> Step:
         started = time.perf_counter()
-        while wait([future], _PATIENCE).not_done:
-            if self._told():
+        while wait([future], _POLL_SECONDS).not_done:
+            if self._should_stop():
                 raise StopRequested
         step = future.result()
         step.wait_seconds = time.perf_counter() - started
@@ -204,7 +217,7 @@ class Stream:
             pool.shutdown(wait=True)
 
     def traffic(self) -> dict[str, float]:
-        """What this rank has asked of stores and of the node's cache so far."""
+        """Return what this rank has asked of stores and of the node's cache so far."""
         traffic, cache = self._source.traffic, self.prefetcher.cache
         return {
             "requests": traffic.requests,
@@ -215,28 +228,28 @@ class Stream:
         }
 
     def _turns(self) -> Iterator[Positions]:
-        """This rank's samples from the cursor on, some steps at a time."""
-        deal = self.plan
-        at_once, turn = max(1, _DEALT // deal.batch), 0
-        for first in range(self._first, deal.steps, at_once):
-            positions = np.arange(first * deal.batch, min((first + at_once) * deal.batch, deal.samples))
-            drawn = self._order.at(positions)
-            numbers = drawn.sample
+        """Yield this rank's samples from the cursor on, step by step; the order of several is computed at once."""
+        plan = self.plan
+        steps_at_once, turn = max(1, _PLANNED_SAMPLES // plan.batch), 0
+        for first in range(self._first, plan.steps, steps_at_once):
+            positions = np.arange(first * plan.batch, min((first + steps_at_once) * plan.batch, plan.samples))
+            draws = self._sampler.at(positions)
+            numbers = draws.sample
             sizes = self._source.sizes(numbers)
-            for start in range(0, len(numbers), deal.batch):
-                step = slice(start, start + deal.batch)
-                mine = deal.numbers(np.arange(len(numbers[step])), sizes[step], self._rank)
-                self._epochs |= zip(range(turn, turn + len(mine)), drawn.epoch[step][mine].tolist(), strict=True)
-                turn += len(mine)
-                yield numbers[step][mine]
+            for start in range(0, len(numbers), plan.batch):
+                step = slice(start, start + plan.batch)
+                own = plan.rank_samples(np.arange(len(numbers[step])), sizes[step], self._rank)
+                self._epochs |= zip(range(turn, turn + len(own)), draws.epoch[step][own].tolist(), strict=True)
+                turn += len(own)
+                yield numbers[step][own]
 
     def _read(self, first: int, end: int) -> list[Any]:
-        """Some turns, decoded; a BadSample stands for itself."""
+        """Return the rows of turns first to end; a BadSample takes the place of a row."""
         rows: list[Any] = []
         for turn, raw in enumerate(self.prefetcher.take(first, end), first):
             epoch = self._epochs.pop(turn)
             try:
-                rows.append(raw if isinstance(raw, BadSample) else self._reader.read(raw._replace(epoch=epoch)))
+                rows.append(raw if isinstance(raw, BadSample) else self._encoder.read(raw._replace(epoch=epoch)))
             except BadSample as error:
                 rows.append(error)
         return rows
@@ -250,15 +263,15 @@ class Stream:
             step.keys += [row.key for row in rows]
             step.supervised += sum(row.supervised for row in rows)
             step.tokens += sum(row.length for row in rows)
-            rows += [self._reader.empty() for _ in range(self.plan.size - len(rows))]
+            rows += [self._encoder.empty() for _ in range(self.plan.micro_batch - len(rows))]
             step.padded += max(row.length for row in rows) * len(rows)
-            batch = self._reader.batch(rows)
+            batch = self._encoder.batch(rows)
             step.micro_batches.append({name: t.pin_memory() for name, t in batch.items()} if self._pin else batch)
         return step
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Say what the model will see of the first samples of a stage, and draw it. Raises UserError."""
+    """Print what the model will see of the first samples of a stage, and draw it. Raises UserError."""
     parser = argparse.ArgumentParser("python -m radhpc.data.stream", description="What the model will see of a recipe.")
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file, such as those in recipes/")
     parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="changes, such as seed=1")
@@ -267,18 +280,18 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--split", choices=SPLITS, default="train")
     parser.add_argument("--out", type=Path, default=Path("shown"), help="folder of the pictures; default: shown")
     parser.error = _refuse  # type: ignore[method-assign]
-    given = parser.parse_intermixed_args(arguments)
-    recipe = load(given.recipe, given.overrides)
+    options = parser.parse_intermixed_args(arguments)
+    recipe = load(options.recipe, options.overrides)
     names = [stage.name for stage in recipe.stages]
-    if given.stage not in (None, *names):
-        raise UserError(f"--stage {given.stage}: allowed are {', '.join(names)}")
-    if given.show < 1:
-        raise UserError(f"--show {given.show}: allowed are numbers from 1")
+    if options.stage not in (None, *names):
+        raise UserError(f"--stage {options.stage}: allowed are {', '.join(names)}")
+    if options.show < 1:
+        raise UserError(f"--show {options.show}: allowed are numbers from 1")
     try:
-        given.out.mkdir(mode=0o700, parents=True, exist_ok=True)  # pictures of patients
+        options.out.mkdir(mode=0o700, parents=True, exist_ok=True)  # pictures of patients
     except OSError as error:
-        raise UserError(f"--out {given.out}: {error.strerror}") from error
-    _show(recipe, names.index(given.stage or names[0]), given.split, given.show, given.out)
+        raise UserError(f"--out {options.out}: {error.strerror}") from error
+    _show(recipe, names.index(options.stage or names[0]), options.split, options.show, options.out)
 
 
 def _show(recipe: Recipe, number: int, split: Split, count: int, out: Path) -> None:
@@ -295,10 +308,14 @@ def _show(recipe: Recipe, number: int, split: Split, count: int, out: Path) -> N
     limit = recipe.images_of(stage).limit
     if limit is not None and (more := int((images > limit).sum())):
         print(f"{more} of them have more than {limit} view(s), of which the others are left out")
-    if near := recipe.text_of(stage).neighbours:
-        print(f"before the prompt of a report, not shown here: reports of {near} training studies that look alike")
+    if neighbours := recipe.text_of(stage).neighbours:
+        print(
+            f"before the prompt of a report, not shown here: reports of {neighbours} training studies that look alike"
+        )
     with tempfile.TemporaryDirectory() as temporary:
-        folder = recipe.model.tokenizer.folder or recipe.model.weights or temporary
+        folder = recipe.model.tokenizer.folder or temporary
+        if recipe.model.tokenizer.folder is None and isinstance(recipe.model.weights, str):
+            folder = recipe.model.weights
         if recipe.model.tokenizer.train_vocabulary is not None:  # on what the first stage is trained on, as a run does
             samples = Source(recipe.shards_of(recipe.stages[0]), "train").samples()
             first = recipe.text_of(recipe.stages[0])
@@ -307,27 +324,28 @@ def _show(recipe: Recipe, number: int, split: Split, count: int, out: Path) -> N
         family = models.family(recipe.model, folder)
     encoder = collate.StudyEncoder(family, recipe.text_of(stage), recipe.images_of(stage), recipe.findings, recipe.seed)
     turns = min(count, stage_samples(stage, len(source)))
-    drawn = stage_sampler(source, number, recipe.stream, recipe.seed).at(np.arange(turns))
-    for turn, place in enumerate(source.locate(drawn.sample)):
-        print(f"\n{turn} {place.key}, epoch {drawn.epoch[turn]} of {source.datasets[place.part].url}")
+    draws = stage_sampler(source, number, recipe.stream, recipe.seed).at(np.arange(turns))
+    for turn, location in enumerate(source.locate(draws.sample)):
+        print(f"\n{turn} {location.key}, epoch {draws.epoch[turn]} of {source.datasets[location.part].url}")
         try:
-            raw = next(source.read_raw(np.asarray([place.number])))._replace(epoch=int(drawn.epoch[turn]))
+            raw = next(source.read_raw(np.asarray([location.number])))._replace(epoch=int(draws.epoch[turn]))
             (_, described, views), row = decode_study(raw), encoder.read(raw)
         except BadSample as error:
             print(f"  cannot be read, and leaves an empty slot: {error.fault}")
             continue
-        taught = row.labels != IGNORE
+        supervised = row.labels != IGNORE
         for n, (view, image) in enumerate(itertools.zip_longest(views, described.images)):
             print(f"  view {n}     {image.view if image else None}, {view.width} x {view.height} pixels, {view.mode}")
         for name, values in row.images.items():
             small = f" {values.tolist()}" if values.size <= 8 else ""
             print(f"  {name:<10} {values.shape} {values.dtype}{small}")
         print(f"  task       {row.task or 'none: nothing is learnt'}")
-        print(f"  prompt     {(~taught).sum()} tokens: {family.tokenizer.decode(row.input_ids[~taught])}")
+        print(f"  prompt     {(~supervised).sum()} tokens: {family.tokenizer.decode(row.input_ids[~supervised])}")
         cut = f", cut at text.max_tokens {recipe.text_of(stage).max_tokens}" if row.cut else ""
-        print(f"  answer     {row.supervised} supervised tokens{cut}: {family.tokenizer.decode(row.input_ids[taught])}")
+        answer = family.tokenizer.decode(row.input_ids[supervised])
+        print(f"  answer     {row.supervised} supervised tokens{cut}: {answer}")
         picture = board.side_by_side({"in the shard": views, "what the model sees": family.show_images(row.images)})
-        path, data = out / f"{turn}-{place.key}.png", io.BytesIO()
+        path, data = out / f"{turn}-{location.key}.png", io.BytesIO()
         picture.save(data, "PNG")
         write_atomically(path, data.getvalue(), 0o600)
         print(f"  picture    {path}")

@@ -37,7 +37,7 @@ class Interrupted(Exception):
     def __init__(self, cause: Cause) -> None:
         super().__init__(cause)
         self.cause = cause
-        self.ending: Any = None  # what was committed since, see async_checkpoint.py
+        self.final_commit: Any = None  # FinalCommit of training/async_checkpoint.py
 
 
 class Stop:

@@ -196,11 +196,13 @@ class Checkpoints:
         """The parameters of a checkpoint, with Adam's moments or without."""
         from safetensors.torch import load, load_file
 
+        from radhpc.engine.state_layout import without_optimizer_state
+
         if isinstance(self.storage, FolderStorage):
             tensors: Tensors = load_file(self.storage.path / name / _STATE)
         else:
             tensors = load(self._read(name, _STATE))
-        return tensors if moments else {name: tensor for name, tensor in tensors.items() if "/" not in name}
+        return tensors if moments else without_optimizer_state(tensors)
 
     def _read(self, name: str, file: str) -> bytes:
         return b"".join(self.storage.pieces(name, file))

@@ -7,7 +7,7 @@ import json
 import sys
 
 from radhpc.core.run_folder import RunFolder
-from radhpc.planning.forecast import foretell
+from radhpc.planning.forecast import forecast
 
-stages = foretell(RunFolder.open(sys.argv[1]).recipe(), int(sys.argv[2]))
+stages = forecast(RunFolder.open(sys.argv[1]).recipe(), int(sys.argv[2]))
 print(json.dumps([[stage.name, stage.gigabytes_per_gpu] for stage in stages]))

@@ -269,7 +269,7 @@ def _write_beside(context: RunContext, encoder: StudyEncoder, folder: Path) -> N
         "views": shown.limit,
         "stitch": shown.stitch,
         "gap": shown.gap,
-        "square": images._background if isinstance(images, ClipImages) and images.fit == "pad" else None,
+        "square": images.background if isinstance(images, ClipImages) and images.fit == "pad" else None,
         "max_new_tokens": context.recipe.evaluation.max_new_tokens,
     }
     (folder / SETTINGS).write_text(json.dumps(asking, indent=2) + "\n", encoding="utf-8")
@@ -291,7 +291,7 @@ class Probe:
         encoder.retrieve = None  # whoever has no radhpc has no training studies to look up
         batch = encoder.batch([encoder.encode_prompt("", None, [picture])])
         inputs = {name: value for name, value in engine.to_device(batch).items() if name not in TARGET_KEYS}
-        with torch.no_grad(), engine._autocast:
+        with torch.no_grad(), engine.autocast:
             logits = engine.model.eval()(**inputs).logits[0, -1].float().cpu()
         dtypes = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
         return cls(picture, logits, dtypes[precision])

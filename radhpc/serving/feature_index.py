@@ -67,7 +67,7 @@ def features(
     for start in range(0, len(studies), batch):
         rows = [encoder.encode_prompt("", None, views) for views in studies[start : start + batch]]
         inputs = engine.to_device(encoder.batch(rows))
-        with torch.no_grad(), engine._autocast:
+        with torch.no_grad(), engine.autocast:
             output = vision(**{name: value for name, value in inputs.items() if name in wanted})
         states = getattr(output, "last_hidden_state", output)
         found.append(_pooled(states, inputs).float().cpu().numpy())

@@ -1,8 +1,8 @@
-"""Compilation as a part of starting up: kept for the next life, and ended by a signal like any other loading.
+"""Compile the layers of a stage as a part of starting up: kept for the next life, and ended by a signal.
 
 torch.compile does its work in the first passes through each kind of layer, which takes minutes on a large model. In the
 first step it would hold up a preemption's signal for as long. So a pass that changes nothing goes before the first
-step, beside which the ranks go on agreeing whether to stop; and what the compiler has made lies in the run folder
+step, while the ranks go on agreeing whether to stop; and what the compiler has made lies in the run folder
 (`compiled/`), where a requeued life finds it on whatever node it starts. A TORCHINDUCTOR_CACHE_DIR that the profile's
 environment names is left as it is: runs of one user may share theirs.
 """
@@ -15,6 +15,7 @@ import torch
 
 from radhpc.core.compat_torch import disable_duck_shapes
 from radhpc.core.protocol import Event
+from radhpc.data.collate import EncodedStudy
 from radhpc.data.source import BadSample
 from radhpc.distributed.background import run_in_background
 from radhpc.training.context import RunContext, StageContext
@@ -25,7 +26,7 @@ CACHE = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def prepare(context: RunContext) -> None:
-    """Before the engine is built: where the compiler keeps what it makes, and what it may not take for granted."""
+    """Set up the compiler before the engine is built: the folder of its output, and which sizes may change."""
     if context.recipe.model.compile:
         # torch would choose a place of its own.
         os.environ.setdefault(CACHE, str(context.run.folder("compiled")))
@@ -34,7 +35,7 @@ def prepare(context: RunContext) -> None:
 
 
 def warm_up(stage: StageContext) -> None:
-    """Compile the layers of a stage, if the recipe wants it; all ranks call it. Raises Interrupted on all."""
+    """Compile the layers of a stage, if the recipe asks for it; all ranks call it. Raises Interrupted on all."""
     context, engine, settings = stage.context, stage.engine, stage.settings
     if not context.recipe.model.compile:
         return
@@ -43,28 +44,28 @@ def warm_up(stage: StageContext) -> None:
     batch = encoder.batch([encoder.empty()] * size)
     started = time.perf_counter()
 
-    def work() -> None:
+    def compile_layers() -> None:
         if ranks.device.type == "cuda":
             torch.cuda.set_device(ranks.device)  # of this thread
         engine.warm_up(batch)
 
     ranks.watchdog.beat(f"compiling for stage {settings.name}", slow=True)
     if ranks.world > 1 and ranks.device.type == "cpu":
-        work()  # the engine's collectives and the agreements go over the same group, and must not mix
+        compile_layers()  # the engine's collectives and the agreements go over the same group, and must not mix
     else:
-        run_in_background(work, ranks, context.stop)
+        run_in_background(compile_layers, ranks, context.stop)
     if engine.meter.supported:
-        _count(stage, size)
+        _count_operations(stage, size)
     if ranks.first:
         context.run.record(Event.COMPILED, stage=settings.name, seconds=round(time.perf_counter() - started, 1))
 
 
-def _count(stage: StageContext, size: int) -> None:
-    """The operations of a step, by passes of their own through layers that are not compiled: inside of one that is
-    there are no single operations to be seen. They leave nothing else.
+def _count_operations(stage: StageContext, size: int) -> None:
+    """Count the operations of a step by passes of their own through layers that are not compiled, because inside of a
+    compiled one no single operations can be seen. The passes leave nothing else.
     """
     source, encoder = open_source(stage.context, stage.number, "train"), build_encoder(stage.context, stage.number)
-    rows = []
+    rows: list[EncodedStudy] = []
     for number in range(min(size, len(source))):
         with contextlib.suppress(BadSample):  # the stream names it
             rows.append(encoder.encode(*source.read(number)))

@@ -15,7 +15,7 @@ from radhpc.core.recipe import Recipe
 from radhpc.distributed.background import run_in_background
 from radhpc.engine import zero
 from radhpc.engine.checkpoint import Cursor
-from radhpc.engine.fsdp import Engine, check
+from radhpc.engine.fsdp import Engine, check_support
 from radhpc.models import adapters, extra_modules, lazy_loading
 from radhpc.models.quantization import quantise
 from radhpc.training.base_hash import compute_base_hash
@@ -34,7 +34,7 @@ def build_engine(
     family, recipe, ranks = build_family(context), context.recipe, context.ranks
     if not training and ranks.world == 1:
         recipe = recipe.model_copy(update={"engine": "single"})
-    check(recipe, ranks)
+    check_support(recipe, ranks)
     gc.collect()  # the engine of the stage before is full of reference cycles
     values_needed = any(each.lora is not None and each.lora.dora for each in recipe.stages)
     model = run_in_background(

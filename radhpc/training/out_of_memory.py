@@ -1,7 +1,7 @@
-"""What a GPU that ran out of memory is told: what was foretold, what there is, and what to change.
+"""Explain an out-of-memory error: predicted memory, available memory, and which settings to change.
 
-Between worker.py, which catches the error, and forecast.py, which foretells in a process of its own: this one has no
-memory left, and ranks that wait for it.
+Stands between worker.py, which catches the error, and planning/forecast.py, which predicts in a process of its own:
+this one has no memory left, and other ranks wait for it.
 """
 
 import json
@@ -15,24 +15,24 @@ from radhpc.core.errors import UserError
 from radhpc.core.recipe import Recipe
 from radhpc.core.run_folder import RunFolder
 
-SECONDS = 120  # that foretelling may take
+FORECAST_SECONDS = 120  # that the prediction may take
 
 
-def out_of_memory(run: RunFolder, rank: int, world: int) -> UserError:
-    """The one line for the user."""
+def explain_out_of_memory(run: RunFolder, rank: int, world: int) -> UserError:
+    """Return the one line for the user."""
     recipe = run.recipe()
-    there = ""
+    memory = ""
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 1e9
-        there = f": it has {total:.1f} GB, {torch.cuda.max_memory_reserved() / 1e9:.1f} were taken"
-    stages = _foretold(run, world)
-    foretold = ", ".join(f"{gigabytes:.3g} GB in stage '{name}'" for name, gigabytes in stages)
-    plan = f"; 'radhpc plan' foretells {foretold}, and what CUDA itself takes" if stages else ""
-    return UserError(f"rank {rank}'s GPU is out of memory{there}{plan}; {_advice(recipe, world)}")
+        memory = f": it has {total:.1f} GB, {torch.cuda.max_memory_reserved() / 1e9:.1f} were taken"
+    stages = _forecast(run, world)
+    predicted = ", ".join(f"{gigabytes:.3g} GB in stage '{name}'" for name, gigabytes in stages)
+    plan = f"; 'radhpc plan' predicts {predicted}, and what CUDA itself takes" if stages else ""
+    return UserError(f"rank {rank}'s GPU is out of memory{memory}{plan}; {_advice(recipe, world)}")
 
 
 def _advice(recipe: Recipe, world: int) -> str:
-    """What can still be changed, what costs least first."""
+    """Return what can still be changed, the cheapest change first."""
     micro = max(min(stage.micro_batch or stage.batch, -(-stage.batch // world)) for stage in recipe.stages)
     changes = {
         "precision: bf16, or fp16 on a GPU without it": recipe.precision == "fp32",
@@ -49,13 +49,13 @@ def _advice(recipe: Recipe, world: int) -> str:
     return "change, in this order: " + ", ".join(change for change, possible in changes.items() if possible)
 
 
-def _foretold(run: RunFolder, world: int) -> list[tuple[str, float]]:
-    """By stage; none where it cannot be foretold in time."""
-    alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+def _forecast(run: RunFolder, world: int) -> list[tuple[str, float]]:
+    """Return the predicted gigabytes by stage; none where they cannot be predicted in time."""
+    single = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     try:
         done = subprocess.run(
             [sys.executable, "-m", "radhpc.planning", str(run.path), str(world)],
-            env={**alone, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, timeout=SECONDS, check=True,
+            env={**single, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, timeout=FORECAST_SECONDS, check=True,
         )  # fmt: skip
         return [(name, gigabytes) for name, gigabytes in json.loads(done.stdout.splitlines()[-1])]
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):

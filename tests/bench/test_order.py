@@ -76,9 +76,9 @@ def test_a_cache_that_turns_all_away_fetches_what_is_wanted() -> None:
 
 def test_dealt_turns_are_the_batch() -> None:
     archive = measured.Archive(40 * measured.PER_SHARD)
-    deal = BatchPlan(archive.samples, 96, 4, 3)
+    plan = BatchPlan(archive.samples, 96, 4, 3)
     numbers = np.random.default_rng(0).permutation(archive.samples)[:192]
-    each = [measured.turns((numbers, archive.sizes(numbers)), deal, rank) for rank in range(3)]
+    each = [measured.turns((numbers, archive.sizes(numbers)), plan, rank) for rank in range(3)]
     assert np.array_equal(np.sort(np.concatenate(each)), np.sort(numbers))
     assert np.array_equal(np.sort(np.concatenate([one[:32] for one in each])), np.sort(numbers[:96]))
 

@@ -25,7 +25,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from radhpc.core.recipe import ModelSettings
-from radhpc.models import image_processors
+from radhpc.models import processor_files
 from radhpc.models.families.base import ImageTokenFamily, Inputs, language_model, load_pretrained, vision_model
 from radhpc.models.family import Arrays, Load
 from radhpc.models.image_processors import ClipImages
@@ -52,7 +52,7 @@ class Family(ImageTokenFamily):
         if self.config.vision_feature_select_strategy == "full":
             self.view_tokens += 1  # the class token, too
         folder = model.folders.get("model") or model.folders.get("vision")
-        path = image_processors.described(Path(folder)) if folder is not None else None
+        path = processor_files.description_file(Path(folder)) if folder is not None else None
         self.image_processor = (
             ClipImages(vision.image_size, fit="pad") if path is None else ClipImages.from_file(path, fit="pad")
         )
@@ -98,7 +98,7 @@ class Family(ImageTokenFamily):
             crop_size={"height": self.image_processor.size, "width": self.image_processor.size},
         )
         folder = self.recipe.folders.get("model") or self.recipe.folders.get("vision")
-        if folder is not None and image_processors.described(Path(folder)):
+        if folder is not None and processor_files.description_file(Path(folder)):
             images = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
         strategy = self.config.vision_feature_select_strategy
         return LlavaProcessor(  # type: ignore[no-untyped-call]

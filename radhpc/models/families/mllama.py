@@ -25,7 +25,7 @@ from transformers.models.mllama.processing_mllama import (
 
 from radhpc.core.errors import UserError, first_line
 from radhpc.core.recipe import ModelSettings
-from radhpc.models import compat_transformers, image_processors
+from radhpc.models import compat_transformers, processor_files
 from radhpc.models.families import mllama_attention, mllama_tiles
 from radhpc.models.families.base import check_keys, component_keys, load_pretrained, read_tokenizer
 from radhpc.models.family import Arrays, FeaturePoints, Load
@@ -67,7 +67,7 @@ class Family:
 
     def _image_processor(self, size: int) -> MllamaImages:
         """Return the image processor that the weights' folder describes, or the usual one."""
-        path = image_processors.described(Path(self._folder)) if self._folder is not None else None
+        path = processor_files.description_file(Path(self._folder)) if self._folder is not None else None
         if path is None:
             return MllamaImages(size, self.max_tiles)
         result = MllamaImages.from_file(path)
@@ -82,7 +82,7 @@ class Family:
         from transformers import MllamaProcessor
         from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 
-        if self._folder is not None and (path := image_processors.described(Path(self._folder))):
+        if self._folder is not None and (path := processor_files.description_file(Path(self._folder))):
             images = MllamaImageProcessorPil.from_pretrained(str(path.parent), local_files_only=True)
         else:
             size = {"height": self.image_processor.size, "width": self.image_processor.size}

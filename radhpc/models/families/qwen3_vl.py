@@ -21,7 +21,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from radhpc.core.errors import UserError
 from radhpc.core.recipe import ModelSettings
-from radhpc.models import compat_transformers, image_processors
+from radhpc.models import compat_transformers, processor_files
 from radhpc.models.families.base import ImageTokenFamily, Inputs, load_pretrained
 from radhpc.models.family import Arrays, Load
 from radhpc.models.image_processors import QwenImages
@@ -45,7 +45,7 @@ class Family(ImageTokenFamily):
         super().__init__(model, tokenizer_folder)
         vision = self.config.vision_config
         folder = model.folders.get("model")
-        path = image_processors.described(Path(folder)) if folder is not None else None
+        path = processor_files.description_file(Path(folder)) if folder is not None else None
         if path is None:
             side, most = vision.patch_size * vision.spatial_merge_size, model.max_pixels or 1 << 20
             self.image_processor = QwenImages(vision.patch_size, vision.spatial_merge_size, side * side, most)
@@ -90,7 +90,7 @@ class Family(ImageTokenFamily):
 
     def processor(self) -> Any:
         """Return a processor that works without radhpc. transformers' own needs torchvision, for videos."""
-        images = Qwen2VLImageProcessorPil(**self.image_processor.described())
+        images = Qwen2VLImageProcessorPil(**self.image_processor.transformers_arguments())
         return StudyProcessor(images, self.tokenizer, chat_template=self.plain_template(), image_token=self.image_token)
 
     def tokens(self, images: Arrays) -> list[int]:

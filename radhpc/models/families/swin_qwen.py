@@ -26,7 +26,7 @@ from transformers.models.swin.modeling_swin import SwinLayer
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from radhpc.core.recipe import ConnectorSettings, ModelSettings
-from radhpc.models import image_processors
+from radhpc.models import processor_files
 from radhpc.models.families.base import ImageTokenFamily, all_values, language_model, vision_model
 from radhpc.models.family import Arrays, Load
 from radhpc.models.image_processors import SwinImages
@@ -55,7 +55,7 @@ class Family(ImageTokenFamily):
         self.connector = model.connector or ConnectorSettings()  # type: ignore[call-arg]
         super().__init__(model, tokenizer_folder)
         folder = model.folders.get("vision")
-        path = image_processors.described(Path(folder)) if folder is not None else None
+        path = processor_files.description_file(Path(folder)) if folder is not None else None
         size = self.config.vision_config.image_size
         self.image_processor = SwinImages(size) if path is None else SwinImages.from_file(path)
         linear = self.connector.kind == "linear"
@@ -93,7 +93,7 @@ class Family(ImageTokenFamily):
 
     def processor(self) -> Any:
         """Return a processor that works without radhpc: it repeats a study's one image token for each vector."""
-        images = ViTImageProcessorPil(**self.image_processor.described())
+        images = ViTImageProcessorPil(**self.image_processor.transformers_arguments())
         return StudyProcessor(
             images,
             self.tokenizer,

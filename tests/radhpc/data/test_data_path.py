@@ -14,7 +14,7 @@ from radhpc.core.recipe import Recipe, Stage, load
 from radhpc.core.sample import Report, Sample, View
 from radhpc.data.collate import IGNORE, StudyEncoder
 from radhpc.data.source import BadSample, Source
-from radhpc.data.stream import Stream, stage_samples, stage_steps
+from radhpc.data.stream import Stream, StreamSpec, stage_samples, stage_steps
 from radhpc.models.family import ModelFamily
 from radhpc.storage.store import Store
 from tests.conftest import TINY_RECIPE, tiny_family
@@ -41,7 +41,7 @@ def steps(
     source: Source, encoder: StudyEncoder, recipe: Recipe, stage: Stage, world: int, cursor: int = 0
 ) -> list[list[str]]:
     """The keys of each step over all ranks, sorted; fails where ranks differ in steps or micro-batches."""
-    streams = [Stream(source, encoder, stage, 0, recipe.stream, 0, r, world, cursor) for r in range(world)]
+    streams = [Stream(source, encoder, StreamSpec(stage, 0, recipe.stream, 0, r, world, cursor)) for r in range(world)]
     rows = [list(stream) for stream in streams]
     for stream in streams:
         stream.close()

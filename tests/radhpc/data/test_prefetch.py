@@ -18,7 +18,7 @@ from radhpc.core.errors import UserError
 from radhpc.core.recipe import CacheSettings, OptimizerSettings, Stage, StreamSettings
 from radhpc.data import prefetch
 from radhpc.data.source import RawSample, SampleLocation, Source
-from radhpc.data.stream import Stream
+from radhpc.data.stream import Stream, StreamSpec
 from radhpc.storage import object_store, store as stores
 from radhpc.storage.store import Store
 from tests.conftest import Server, reach
@@ -64,7 +64,7 @@ def upload(folder: Path, url: str) -> str:
 
 def stream(url: str, recipe: StreamSettings, epochs: int = 1, cursor: int = 0, source: Source | None = None) -> Stream:
     stage = Stage(name="s", epochs=epochs, batch=BATCH, train=(".*",), optimizer=OptimizerSettings(learning_rate=1.0))
-    return Stream(source or Source((url,), "train"), Digests(), stage, 0, recipe, seed=0, cursor=cursor)
+    return Stream(source or Source((url,), "train"), Digests(), StreamSpec(stage, 0, recipe, seed=0, cursor=cursor))
 
 
 def read(url: str, recipe: StreamSettings, **options: Any) -> tuple[list[list[Row]], Stream]:

@@ -13,7 +13,7 @@ from radhpc.core.recipe import ImageSettings, Recipe, load
 from radhpc.core.sample import Report, Sample, View
 from radhpc.data.collate import StudyEncoder
 from radhpc.data.source import Source
-from radhpc.data.stream import Stream, main, stage_sampler
+from radhpc.data.stream import Stream, StreamSpec, main, stage_sampler
 from radhpc.models.family import ModelFamily
 from radhpc.models.image_processors import stitch
 from tests.conftest import ROOT, TINY_RECIPE, tiny_family
@@ -88,7 +88,7 @@ def test_the_first_views_are_used_and_the_others_left_out(
 
 def test_a_stream_stitches_what_it_trains_on(kind: ModelFamily, recipe: Recipe, source: Source) -> None:
     encoder = StudyEncoder(kind, recipe.text, ImageSettings(stitch=True))
-    stream = Stream(source, encoder, recipe.stages[1], 1, recipe.stream, recipe.seed)
+    stream = Stream(source, encoder, StreamSpec(recipe.stages[1], 1, recipe.stream, recipe.seed))
     try:
         steps = list(stream)
     finally:

@@ -21,7 +21,7 @@ from radhpc.core.manifest import INDEX, MANIFEST, FileEntry, Manifest, Shard, sh
 from radhpc.core.recipe import OptimizerSettings, Stage, StreamSettings
 from radhpc.core.sample import SPLITS, Sample
 from radhpc.data.source import BadSample, RawSample, Source
-from radhpc.data.stream import BatchPlan, Step, Stream, stage_sampler, stage_samples, stage_steps
+from radhpc.data.stream import BatchPlan, Step, Stream, StreamSpec, stage_sampler, stage_samples, stage_steps
 from shards.execution.assembly import concatenate, index_of_shard
 from shards.execution.writer import write_shard
 
@@ -181,7 +181,7 @@ def lived(source: Source, data: Data, life: Life, done: int) -> list[list[Step]]
     stage = data.stage(life)
     cursor = min(done * data.batch, stage_samples(stage, len(source)))
     streams = [
-        Stream(source, Light(), stage, 0, data.recipe(life), data.seed, rank, life.world, cursor)
+        Stream(source, Light(), StreamSpec(stage, 0, data.recipe(life), data.seed, rank, life.world, cursor))
         for rank in range(life.world)
     ]
     try:
@@ -296,7 +296,7 @@ def test_of_real_wordings_little_is_padded(tmp_path: Path) -> None:
     reader = Tokens(AutoTokenizer.from_pretrained(tmp_path / "tokenizer"))
     batch, size = 64, 4
     stage = stage_of(epochs=1, batch=batch, micro_batch=size)
-    streams = [Stream(source, reader, stage, 0, StreamSettings(), 0, rank, 2) for rank in range(2)]
+    streams = [Stream(source, reader, StreamSpec(stage, 0, StreamSettings(), 0, rank, 2)) for rank in range(2)]
     steps = list(zip(*streams, strict=True))[:-1]  # the last batch is filled up with empty slots
     for stream in streams:
         stream.close()
@@ -377,11 +377,11 @@ def is_flipped(source: Source, sample: int) -> bool:
 def test_the_documented_example_of_a_deal() -> None:
     """Six samples, micro-batches of two, two ranks; and a last batch of three."""
     numbers, sizes = np.arange(6), np.asarray([[1, 5], [1, 9], [2, 1], [1, 7], [1, 6], [1, 8]])
-    deal = BatchPlan(samples=9, batch=6, size=2, world=2)
-    assert deal.steps == 2
-    assert [deal.numbers(numbers, sizes, rank).tolist() for rank in range(2)] == [[2, 1, 4, 0], [5, 3]]
-    assert [deal.counts(0, rank) for rank in range(2)] == [[2, 2], [2, 0]]
-    assert [deal.counts(1, rank) for rank in range(2)] == [[2], [1]]
+    plan = BatchPlan(samples=9, batch=6, micro_batch=2, world=2)
+    assert plan.steps == 2
+    assert [plan.rank_samples(numbers, sizes, rank).tolist() for rank in range(2)] == [[2, 1, 4, 0], [5, 3]]
+    assert [plan.micro_batch_sizes(0, rank) for rank in range(2)] == [[2, 2], [2, 0]]
+    assert [plan.micro_batch_sizes(1, rank) for rank in range(2)] == [[2], [1]]
 
 
 def row(source: Source, stage: int = 0, seed: int = 0, **changes: Any) -> list[str]:

@@ -148,6 +148,22 @@ def test_exactly_the_answer_is_supervised(kind: ModelFamily, recipe: Recipe) -> 
     assert "findings" not in encoder.batch([row], left=True)
 
 
+@pytest.mark.parametrize("left", [False, True])
+def test_padding_is_masked_and_nothing_else_is(kind: ModelFamily, recipe: Recipe, left: bool) -> None:
+    """Rows of three lengths: attention sees all tokens of each row, in their order, and no padding on either side."""
+    encoder, view = StudyEncoder(kind, recipe.text, recipe.images), Image.new("L", (56, 56), 99)
+    questions = ("Is it big?", "Is it big? " * 3, "Is it big? " * 6)
+    rows = [encoder.encode_prompt(question, question, [view]) for question in questions]
+    lengths = [row.length for row in rows]
+    assert lengths[0] < lengths[1] < lengths[2]
+    batch = encoder.batch(rows, left=left)
+    assert batch["attention_mask"].sum(1).tolist() == lengths
+    for row, ids, mask in zip(rows, batch["input_ids"], batch["attention_mask"].bool(), strict=True):
+        assert ids[mask].tolist() == row.input_ids.tolist()
+        assert (ids[~mask] == kind.tokenizer.pad_token_id).all()
+        assert bool(mask[-1 if left else 0]), "padding is on the other side"
+
+
 def source_numbers(source: Source) -> Any:
     import numpy as np
 

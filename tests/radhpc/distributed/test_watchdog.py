@@ -27,8 +27,8 @@ from radhpc.core.ledger import read_ledger
 from radhpc.core.recipe import load
 from radhpc.core.run_folder import RunFolder
 from radhpc.distributed.watchdog import EXIT_STATUS, Beat, Limits, Watchdog, describe, judge, read
-from radhpc.training.loop import Pace
-from radhpc.training.straggler import slowest
+from radhpc.training.loop import StepTiming
+from radhpc.training.straggler import find_slowest
 from tests.conftest import free_port
 from tests.waiting import wait_for
 
@@ -74,14 +74,14 @@ def at_step(numbers: int | range, trouble: Callable[[], Any]) -> None:
     """Inside a step, between the ranks' agreement and the engine's first collective."""
     from radhpc.training import loop
 
-    before = loop.schedule
+    before = loop.learning_rate_factor
 
-    def schedule(stage: Any, step: int, steps: int) -> float:
+    def factor(stage: Any, step: int, steps: int) -> float:
         if step in (numbers if isinstance(numbers, range) else [numbers]):
             trouble()
         return before(stage, step, steps)
 
-    loop.schedule = schedule
+    loop.learning_rate_factor = factor
 
 
 def endless_loop() -> None:
@@ -150,9 +150,9 @@ def another_recipe() -> None:
 def full_gpu() -> None:
     import torch
 
-    from radhpc.training import out_of_memory as exhausted
+    from radhpc.training import out_of_memory as explanation
 
-    exhausted.SECONDS = 0  # what it would foretell is tested in test_engines.py
+    explanation.FORECAST_SECONDS = 0  # what it would predict is tested in test_engines.py
 
     def out_of_memory() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -431,9 +431,9 @@ def test_the_collectives_timeout_comes_after_the_report(monkeypatch: pytest.Monk
 
 
 def test_the_slowest_rank_is_the_one_that_waits_least() -> None:
-    paces = [Pace(0.31, waits, 0.0) for waits in (0.21, 0.22, 0.01, 0.21)]
-    found, own = slowest(["a", "a", "b", "b"], paces)
+    timings = [StepTiming(0.31, waits, 0.0) for waits in (0.21, 0.22, 0.01, 0.21)]
+    found, own = find_slowest(["a", "a", "b", "b"], timings)
     assert own == pytest.approx([0.11, 0.10, 0.31, 0.11])
-    assert (found.rank, found.host, found.ratio, found.straggles) == (2, "b", 2.82, True)
-    found, _ = slowest(["a", "b"], [Pace(0.0031, 0.0021, 0.0), Pace(0.0031, 0.0001, 0.0)])
-    assert not found.straggles, "two milliseconds are no straggler"
+    assert (found.rank, found.host, found.ratio, found.is_straggler) == (2, "b", 2.82, True)
+    found, _ = find_slowest(["a", "b"], [StepTiming(0.0031, 0.0021, 0.0), StepTiming(0.0031, 0.0001, 0.0)])
+    assert not found.is_straggler, "two milliseconds are no straggler"

@@ -26,7 +26,7 @@ from radhpc.engine import zero
 from radhpc.engine.fsdp import Engine
 from radhpc.models import adapters, family as models, lazy_loading, quantization
 from radhpc.planning import forecast
-from radhpc.planning.memory_trace import Allocations
+from radhpc.planning.memory_trace import MemoryTrace
 from tests.conftest import ROOT, free_port
 
 SPECS: dict[str, list[str]] = {
@@ -228,13 +228,13 @@ def peak(life: Life, name: str, stage: int) -> float:
         *getattr(engine, "_values", {}).values(),
     ]
     held += [p.ds_tensor for p in engine.model.parameters() if hasattr(p, "ds_tensor")]
-    with Allocations(held) as memory:
-        return forecast.trace(engine, [batch, batch], memory) / 1e9
+    with MemoryTrace(held) as memory:
+        return forecast.trace_step(engine, [batch, batch], memory) / 1e9
 
 
-def foretold(life: Life, name: str, world: int) -> list[float]:
+def forecast_of(life: Life, name: str, world: int) -> list[float]:
     """The same by `plan`, of each stage, without peers."""
-    return [stage.gigabytes_per_gpu for stage in forecast.foretell(life.recipe, world)]
+    return [stage.gigabytes_per_gpu for stage in forecast.forecast(life.recipe, world)]
 
 
 def language_rows(folder: Path) -> int:

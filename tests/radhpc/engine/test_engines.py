@@ -9,7 +9,7 @@ import pytest
 from tests.conftest import TINY_RECIPE, tiny_family
 from tests.radhpc.engine.engine_ranks import (
     Lives,
-    foretold,
+    forecast_of,
     go_on,
     peak,
     read_folder,
@@ -148,12 +148,12 @@ def test_a_model_of_several_folders_is_read_row_by_row_too(lives: Lives) -> None
 
 
 @pytest.mark.parametrize("spec", ["fsdp", "zero2", "zero3"])
-def test_the_memory_of_a_rank_is_foretold(lives: Lives, spec: str) -> None:
+def test_the_memory_of_a_rank_is_forecast(lives: Lives, spec: str) -> None:
     """By a step on fake tensors and without peers, against a real one on two ranks: all that is alive at its peak."""
-    wanted = lives.run(f"foretold-{spec}", spec, 1, partial(foretold, world=2), WIDE)
+    wanted = lives.run(f"forecast-{spec}", spec, 1, partial(forecast_of, world=2), WIDE)
     for stage in (0, 1):
         found = lives.run(f"peak-{spec}-{stage}", spec, 2, partial(peak, stage=stage), WIDE)
-        print(f"{spec}, stage {stage}: foretold {1e3 * wanted[stage]:.2f} MB, measured {1e3 * found:.2f} MB")
+        print(f"{spec}, stage {stage}: forecast {1e3 * wanted[stage]:.2f} MB, measured {1e3 * found:.2f} MB")
         assert wanted[stage] == pytest.approx(found, rel=0.15)
 
 
@@ -198,25 +198,25 @@ def test_a_card_without_bf16_is_named(lives: Lives, monkeypatch: pytest.MonkeyPa
     from radhpc.core.errors import UserError
     from radhpc.core.recipe import load
     from radhpc.distributed.ranks import Ranks
-    from radhpc.engine.fsdp import check
+    from radhpc.engine.fsdp import check_support
 
     ranks = Ranks()
     ranks.device = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    check(load(lives.folder / "tiny.yaml", ["precision=fp16"]), ranks)
+    check_support(load(lives.folder / "tiny.yaml", ["precision=fp16"]), ranks)
     with pytest.raises(UserError, match="precision: bf16: Tesla T4 cannot compute in it; allowed here are fp16 and"):
-        check(load(lives.folder / "tiny.yaml", ["precision=bf16"]), ranks)
+        check_support(load(lives.folder / "tiny.yaml", ["precision=bf16"]), ranks)
 
 
 def test_a_gpu_that_is_full_is_told_what_to_change(lives: Lives, tmp_path: Path) -> None:
     from radhpc.core.errors import UserError
     from radhpc.core.recipe import load
     from radhpc.core.run_folder import RunFolder
-    from radhpc.training.out_of_memory import out_of_memory
+    from radhpc.training.out_of_memory import explain_out_of_memory
 
     run = RunFolder.create(tmp_path / "run", load(lives.folder / "tiny.yaml"))
-    error = out_of_memory(run, rank=1, world=2)
+    error = explain_out_of_memory(run, rank=1, world=2)
     assert isinstance(error, UserError)
     for said in ("rank 1's GPU", "GB in stage 'adapt'", "precision: bf16", "micro_batch below 3", "nf4", "more ranks"):
         assert said in str(error)

@@ -7,8 +7,8 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
-from radhpc.engine.flop_counter import FlopMeter, _needed, peak_flops
-from radhpc.hooks import by_node
+from radhpc.engine.flop_counter import FlopMeter, _operations_of, peak_flops
+from radhpc.hooks import node_curves
 
 
 def counted(module: nn.Module, *inputs: torch.Tensor) -> float:
@@ -57,7 +57,7 @@ def test_it_is_what_torch_counts_of_both_passes() -> None:
 
 def test_attention_of_segments_counts_pairs_within_them() -> None:
     tensor, ends = torch.randn(7, 2, 8), torch.tensor([0, 3, 7])
-    assert _needed("flash_attn._flash_attn_varlen_forward", (tensor, tensor, tensor, ends, ends), {}, None) == (
+    assert _operations_of("flash_attn._flash_attn_varlen_forward", (tensor, tensor, tensor, ends, ends), {}, None) == (
         4 * (9 + 16) * 2 * 8
     )
 
@@ -89,7 +89,7 @@ def test_compiled_layers_are_counted_by_a_pass_of_their_own_and_zeros_not_at_all
             layer(x)
         meter.close(4)
         assert meter.per_sample is None
-        with meter.forward(anyway=True):
+        with meter.forward(even_if_compiled=True):
             layer(x)
         meter.close(4)
         assert meter.per_sample == wanted
@@ -97,11 +97,11 @@ def test_compiled_layers_are_counted_by_a_pass_of_their_own_and_zeros_not_at_all
 
 def test_curves_of_nodes() -> None:
     told = [(f"n{n // 2}", {"gigabytes": float(n), "requests": 1.0}) for n in range(6)]
-    found = by_node(told, many=3)
+    found = node_curves(told, many=3)
     assert found == {
         **{f"nodes_gigabytes/n{n}": 2.0 * n + 1 for n in range(3)},
         **{f"nodes_requests/n{n}": 2.0 for n in range(3)},
     }
-    few = by_node(told, many=2)
+    few = node_curves(told, many=2)
     assert [few[f"nodes_gigabytes/{which}"] for which in ("least", "middle", "most")] == [1.0, 3.0, 5.0]
     assert np.isfinite(list(few.values())).all()

@@ -23,7 +23,8 @@ from radhpc.core.image_decoding import decode
 from radhpc.core.recipe import ModelSettings
 from radhpc.core.sample import View
 from radhpc.models.families.mllama import Family
-from radhpc.models.image_processors import CLIP_MEAN, CLIP_STD, ClipImages, MllamaImages, SwinImages, described, stitch
+from radhpc.models.image_processors import ClipImages, MllamaImages, SwinImages, stitch
+from radhpc.models.processor_files import CLIP_MEAN, CLIP_STD, description_file
 from radhpc.models.tokenizer import train as train_tokenizer
 
 pytestmark = pytest.mark.timeout(120)
@@ -299,14 +300,14 @@ def test_a_file_that_describes_nothing_is_named(tmp_path: Path, text: str | None
 
 
 def test_the_file_is_found_where_transformers_finds_it(tmp_path: Path) -> None:
-    assert described(tmp_path) is None
+    assert description_file(tmp_path) is None
     old, new = tmp_path / "preprocessor_config.json", tmp_path / "processor_config.json"
     new.write_text('{"processor_class": "MllamaProcessor"}')
-    assert described(tmp_path) is None
+    assert description_file(tmp_path) is None
     old.write_text('{"size": {"height": 112, "width": 112}}')
-    assert described(tmp_path) == old
+    assert description_file(tmp_path) == old
     new.write_text('{"image_processor": {"size": {"height": 168, "width": 168}, "max_image_tiles": 2}}')
-    assert described(tmp_path) == new
+    assert description_file(tmp_path) == new
     assert MllamaImages.from_file(new).size == MllamaImageProcessorPil.from_pretrained(tmp_path).size["height"] == 168
 
 

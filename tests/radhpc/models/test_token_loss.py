@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from radhpc.data.collate import IGNORE
 from radhpc.models import token_loss
-from radhpc.planning.memory_trace import Allocations
+from radhpc.planning.memory_trace import MemoryTrace
 
 
 def llama(**more: Any) -> Any:
@@ -132,7 +132,7 @@ def test_memory_stays_below_that_of_the_logits(head: str) -> None:
 
     def peak(way: Any) -> float:
         model.zero_grad()
-        with Allocations([*model.parameters(), *model.buffers(), ids]) as memory:
+        with MemoryTrace([*model.parameters(), *model.buffers(), ids]) as memory:
             way(model, {"input_ids": ids}, ids).backward()
         return memory.peak / 1e6
 

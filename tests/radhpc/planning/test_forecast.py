@@ -1,4 +1,4 @@
-"""What `plan` foretells on fake tensors against what the same step takes on real ones."""
+"""The forecast of `plan` on fake tensors against the memory that the same step takes on real ones."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ import pytest
 
 from radhpc.core import recipe as recipes
 from radhpc.core.run_folder import RunFolder
-from radhpc.planning.forecast import foretell
+from radhpc.planning.forecast import forecast
 from slurm.preflight.plan import costs, fits
 from slurm.profile import Profile
 from tests.conftest import ROOT
@@ -27,65 +27,24 @@ WIDE = [
     "stages.adapt.batch=32", "stages.adapt.micro_batch=16",
 ]  # fmt: skip
 
-# One real step over the plan's own batch, in a process of its own. Its peak is the kernel's figure for the process,
-# less what was there before the model; large blocks go straight back to the system, so that it is what was alive.
-MEASURE = """
-import json, sys, tempfile
-from pathlib import Path
-from types import SimpleNamespace
-import numpy as np, torch
-from radhpc.core import recipe as recipes
-from radhpc.models import adapters
-from radhpc.planning import forecast as plan
-from radhpc.data.collate import StudyEncoder
-from radhpc.distributed.ranks import Ranks
-from radhpc.engine.fsdp import Engine
-from radhpc.data.source import Source
-
-def memory(key):
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
-
-def step(overrides):
-    recipe = recipes.load(Path(sys.argv[1]), overrides)
-    stage = recipe.stages[int(sys.argv[3])]
-    source = Source(recipe.shards, "train")
-    with tempfile.TemporaryDirectory() as folder:
-        family, _ = plan._family(recipe, source, Path(folder))
-    encoder = StudyEncoder(family, recipe.text, recipe.images)
-    rows, _, _ = plan._largest_rows(recipe, source, encoder, stage.micro_batch or 2, False)
-    before = memory("VmRSS")
-    model = family.build(0)
-    if stage.lora is not None:
-        adapters.attach(model, stage.lora, 0)
-    adapters.choose_trained(model, stage)
-    engine = Engine(model, recipe, stage.optimizer, family.blocks, Ranks())
-    batch = encoder.batch(rows)
-    plan.trace(engine, [batch, batch], SimpleNamespace(now=0, peak=0))
-    return before
-
-step([])  # the libraries and their own memory are there now
-before = step(json.loads(sys.argv[2]))
-print(json.dumps((memory("VmHWM") - before) / 1e9))
-"""
-
 
 @pytest.mark.parametrize(
     ("number", "more"), [(0, []), (1, ["model.checkpoint_activations=true"])], ids=["plain", "recomputed"]
 )
-def test_the_foretold_peak_is_what_a_step_takes(recipe_file: Path, number: int, more: list[str]) -> None:
+def test_the_forecast_peak_is_what_a_step_takes(recipe_file: Path, number: int, more: list[str]) -> None:
     overrides = [*WIDE, *more]
     recipe = recipes.load(recipe_file, overrides)
-    foretold = foretell(recipe, world=1)[number].gigabytes_per_gpu
+    predicted = forecast(recipe, world=1)[number].gigabytes_per_gpu
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, recipe_file, json.dumps(overrides), str(number)],
+        [sys.executable, "-m", "tests.radhpc.planning.measure_step", recipe_file, json.dumps(overrides), str(number)],
         cwd=ROOT, capture_output=True, text=True, check=False, timeout=200,
         env={"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     measured = float(done.stdout.splitlines()[-1])
-    print(f"stage {number} {more}: foretold {foretold:.3f} GB, measured {measured:.3f} GB")
+    print(f"stage {number} {more}: predicted {predicted:.3f} GB, measured {measured:.3f} GB")
     assert measured > 0.1, "too small to tell"
-    assert foretold == pytest.approx(measured, rel=0.15)
+    assert predicted == pytest.approx(measured, rel=0.15)
 
 
 def test_sharding_and_a_folder_with_its_configuration_alone(recipe_file: Path, tmp_path: Path) -> None:
@@ -100,7 +59,7 @@ def test_sharding_and_a_folder_with_its_configuration_alone(recipe_file: Path, t
         recipe_file,
         [f"model={{weights: {tmp_path / 'model'}}}", "text.max_tokens=77", "stages.scratch.batch=8", "precision=bf16"],
     )
-    one, four = foretell(recipe, world=1), foretell(recipe, world=4)
+    one, four = forecast(recipe, world=1), forecast(recipe, world=4)
     assert [stage.name for stage in one] == ["scratch", "adapt", "refine"]
     assert one[0].trainable == one[0].parameters >= 2 * 32 * 128256
     assert 2 * one[1].trainable == one[2].trainable, "twice the rank"
@@ -115,37 +74,37 @@ def test_sharding_and_a_folder_with_its_configuration_alone(recipe_file: Path, t
 def test_the_verb_says_what_it_knows_and_null_for_what_it_does_not(
     launch_json: Callable[..., Any], recipe_file: Path, tmp_path: Path
 ) -> None:
-    found = launch_json("plan", recipe_file, "--run", tmp_path)
+    result = launch_json("plan", recipe_file, "--run", tmp_path)
     keys = "fits gigabytes_per_gpu parameters trainable steps hours checkpoint_megabytes save_seconds grace_seconds"
-    assert set(keys.split()) <= set(found)
-    assert found["fits"]
-    assert found["hours"] is None
-    assert found["grace_seconds"] is None
-    assert found["steps"] == sum(stage["steps"] for stage in found["stages"])
-    assert found["save_seconds"] > 0
-    assert all(found["fits_on"].values())
+    assert set(keys.split()) <= set(result)
+    assert result["fits"]
+    assert result["hours"] is None
+    assert result["grace_seconds"] is None
+    assert result["steps"] == sum(stage["steps"] for stage in result["stages"])
+    assert result["save_seconds"] > 0
+    assert all(result["fits_on"].values())
     assert not list(tmp_path.glob(".radhpc*")), "the measurement leaves nothing"
 
 
 def test_what_cannot_fit_is_refused_and_hours_come_from_a_run(recipe_file: Path, tmp_path: Path) -> None:
     from dataclasses import replace
 
-    stages = [replace(stage, gigabytes_per_gpu=22.9) for stage in foretell(recipes.load(recipe_file), world=1)]
+    stages = [replace(stage, gigabytes_per_gpu=22.9) for stage in forecast(recipes.load(recipe_file), world=1)]
     like = RunFolder.create(tmp_path / "run", recipes.load(recipe_file))
     like.record("started", world=2)
     like.write_progress(samples_per_second=3.0)
     profile = Profile(cluster="local", tasks_per_node=4, gpus_per_node=4, constraint="t4")
-    found = costs(stages, profile, tmp_path, like)
-    assert not found["fits"]
-    assert "22.9 GB" in found["problems"][0]
-    assert "T4" in found["problems"][0]
-    assert found["fits_on"] == {
+    result = costs(stages, profile, tmp_path, like)
+    assert not result["fits"]
+    assert "22.9 GB" in result["problems"][0]
+    assert "T4" in result["problems"][0]
+    assert result["fits_on"] == {
         "T4": False, "RTX 3090": True, "A100 40GB": True, "A100 80GB": True, "H100 80GB": True,
     }  # fmt: skip
-    assert found["samples_per_second"] == 6.0
-    assert "scaled from 2 to 4 ranks" in found["samples_per_second_from"]
+    assert result["samples_per_second"] == 6.0
+    assert "scaled from 2 to 4 ranks" in result["samples_per_second_from"]
     samples = sum(stage.samples for stage in stages)
-    assert found["hours"] == pytest.approx(samples / 6 / 3600)
-    assert found["gpu_hours"] == pytest.approx(found["hours"] * 4)
+    assert result["hours"] == pytest.approx(samples / 6 / 3600)
+    assert result["gpu_hours"] == pytest.approx(result["hours"] * 4)
     assert fits(13.0, 14.7 * 2**30)
     assert not fits(15.0, 14.7 * 2**30), "the context and workspaces want room, too"

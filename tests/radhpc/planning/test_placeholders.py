@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
+from radhpc.core import families
 from radhpc.core.errors import UserError
 from radhpc.core.recipe import Recipe, load
 from radhpc.planning import placeholders
-from radhpc.planning.forecast import foretell
+from radhpc.planning.forecast import forecast
 from slurm.cluster import GPUS
 from slurm.preflight.plan import fits
 from tests.conftest import ROOT
@@ -31,12 +32,12 @@ def full(name: str, *changes: str) -> Recipe:
 def test_what_stands_in_is_said(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = full(name)
-    *weights, data = placeholders.told(recipe)
+    *weights, data = placeholders.notes(recipe)
     assert len(weights) == len(recipe.model.folders), "no configuration of a model that it names"
     assert all(line.startswith("models/") and "not there yet; the published configuration" in line for line in weights)
     assert data.startswith("data/")
     (tmp_path / "data" / "roco_v2").mkdir(parents=True)
-    assert placeholders.missing((f"{tmp_path}/data/roco_v2", "s3://bucket/roco")) == [], (
+    assert placeholders.missing_shards((f"{tmp_path}/data/roco_v2", "s3://bucket/roco")) == [], (
         "a mistake, if they are no shards"
     )
 
@@ -44,9 +45,9 @@ def test_what_stands_in_is_said(name: str, tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("name", BASE)
 def test_a_published_configuration_gives_the_published_size(name: str, tmp_path: Path) -> None:
     recipe = full(name)
-    model = placeholders.configured(recipe.model, tmp_path)
-    placeholders.tokenizer(recipe, tmp_path / "tokenizer")
-    family = importlib.import_module(f"radhpc.models.{model.family}").Family
+    model = placeholders.fill_missing_folders(recipe.model, tmp_path)
+    placeholders.write_tokenizer(recipe, tmp_path / "tokenizer")
+    family = importlib.import_module(families.entry(model.family).module).Family
     if model.attention == "auto":
         model = model.model_copy(update={"attention": getattr(family, "attention", "sdpa")})
     made: Any = family(model, str(tmp_path / "tokenizer"))
@@ -57,14 +58,14 @@ def test_shards_that_are_there_are_measured_and_steps_need_no_shards(recipe_file
     """Of three stages one has whole epochs of shards that are missing; the others are as if all were there."""
     recipe = load(recipe_file)
     part = load(recipe_file, ["stages.adapt.shards=[data/none]", "stages.refine.shards=[data/none]"])
-    whole, found = foretell(recipe, world=1), foretell(part, world=1)
-    assert found[0] == whole[0]
-    assert (found[1].steps, found[1].samples, found[1].epoch_samples) == (None, None, None)
-    assert (found[2].steps, found[2].samples, found[2].epoch_samples) == (14, 14 * 6, None)
-    assert (found[2].tokens, found[2].views) == (recipe.text.max_tokens, placeholders.VIEWS)
-    assert found[2].gigabytes_per_gpu > whole[2].gigabytes_per_gpu
+    complete, partial = forecast(recipe, world=1), forecast(part, world=1)
+    assert partial[0] == complete[0]
+    assert (partial[1].steps, partial[1].samples, partial[1].epoch_samples) == (None, None, None)
+    assert (partial[2].steps, partial[2].samples, partial[2].epoch_samples) == (14, 14 * 6, None)
+    assert (partial[2].tokens, partial[2].views) == (recipe.text.max_tokens, placeholders.VIEWS)
+    assert partial[2].gigabytes_per_gpu > complete[2].gigabytes_per_gpu
     with pytest.raises(UserError, match=r"no manifest\.json there"):
-        foretell(load(recipe_file, [f"shards=[{recipe_file.parent}]"]), world=1)
+        forecast(load(recipe_file, [f"shards=[{recipe_file.parent}]"]), world=1)
 
 
 @pytest.mark.heavy
@@ -78,7 +79,7 @@ def test_the_recipes_for_one_card_fit_it() -> None:
     for name in ("name", "evaluation"):
         del smaller[name], recipe[name]
     assert smaller == recipe
-    (stage,) = foretell(full("rtx3090"), world=1)
+    (stage,) = forecast(full("rtx3090"), world=1)
     assert stage.trainable == 67_174_400
     assert stage.parameters == BASE["radixpert"] + 67_174_400
     assert 8 < stage.gigabytes_per_gpu < 13, "of tensors alone, on a card of 16 and on one of 24"
