@@ -36,7 +36,8 @@ import typer
 
 from radhpc.core.errors import UserError
 from radhpc.core.files import exclusive, private_folder
-from slurm.box import ENVIRONMENT, free_ports
+from slurm.box import ENVIRONMENT
+from slurm.box_files import free_ports
 
 START_SECONDS = 90
 DAEMONS = ("ceph-mon", "ceph-mgr", "ceph-osd", "radosgw")  # each in Debian's package of that name

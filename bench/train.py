@@ -43,7 +43,7 @@ from radhpc.training.encoder_builder import build_encoder, build_family
 from radhpc.training.engine_builder import build_engine
 from radhpc.training.loop import Hook, Position, Quarantine, StageLoop, train
 from radhpc.training.sources import open_source
-from slurm.box import free_ports
+from slurm.box_files import free_ports
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 BATCH, MICRO_BATCH = 16, 4

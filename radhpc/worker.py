@@ -42,7 +42,7 @@ from radhpc.training.engine_builder import build_engine, check_cursor
 from radhpc.training.loop import Hook, Position, Quarantine, StageLoop, train
 from radhpc.training.out_of_memory import explain_out_of_memory
 from radhpc.training.profiling import ProfilerHook
-from radhpc.training.retrieval_libraries import build_libraries
+from radhpc.training.retrieval_indexes import build_retrieval_indexes
 from radhpc.training.sources import open_source
 from radhpc.training.straggler import StragglerMonitor
 
@@ -110,7 +110,7 @@ def _run(run: RunFolder, ranks: Ranks, stop: Stop, trial: Trial | None) -> Outco
     position: Position | None = None
     try:
         lengths = _check_data(context)
-        build_libraries(context)
+        build_retrieval_indexes(context)
         cursor = _restore(context, life)
         recorders = _open_recorders(context, life, cursor)
         total_steps = sum(map(stage_steps, recipe.stages, lengths))

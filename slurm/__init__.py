@@ -1,1 +1,1 @@
-"""Where and when a job runs: submitting, requeueing, sweeping and watching on SLURM clusters. Imports no torch."""
+"""Decide where and when jobs run: submit, requeue, sweep and monitor on SLURM clusters. Imports no torch."""

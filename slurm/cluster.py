@@ -1,4 +1,4 @@
-"""What a cluster says of itself: its configuration, partitions and nodes, by scontrol. Asks, and changes nothing.
+"""Read a cluster's configuration, partitions and nodes by scontrol. Changes nothing.
 
 cluster = Cluster.ask(profile.environment)
 cluster.partition(None).fields["GraceTime"]         # of the default partition
@@ -52,7 +52,7 @@ class Node:
 
     @property
     def gpus(self) -> dict[str, int]:
-        """How many of each type; "" is the type of those without a name."""
+        """Return the number of GPUs of each type; "" is the type of those without a name."""
         found: dict[str, int] = {}
         for kind, count in re.findall(r"gpu:(?:([^:,()]+):)?(\d+)", self.gres):
             found[kind] = found.get(kind, 0) + int(count)
@@ -69,7 +69,7 @@ class Cluster:
 
     @classmethod
     def ask(cls, environment: Mapping[str, str]) -> "Cluster":
-        """Raises UserError where there is no SLURM, or where it does not answer."""
+        """Ask scontrol. Raises UserError where there is no SLURM, or where it does not answer."""
         lines = call(["scontrol", "show", "config"], environment).splitlines()
         config = {
             key.strip(): value.strip() for key, equals, value in (line.partition("=") for line in lines) if equals
@@ -81,7 +81,7 @@ class Cluster:
         return cls(config, {row["PartitionName"]: row for row in partitions if "PartitionName" in row}, nodes)
 
     def is_here(self, partition: str | None) -> bool:
-        """Whether all nodes are this machine, as on a workstation with a SLURM of its own: every folder is shared."""
+        """Return whether all nodes are this machine, as on a workstation with its own SLURM: every folder is shared."""
         here = socket.gethostname().partition(".")[0]
         return all(node.host.partition(".")[0] in (here, "localhost") for node in self.nodes_of(partition))
 
@@ -90,17 +90,17 @@ class Cluster:
         return next((name for name, row in self.partitions.items() if row.get("Default") == "YES"), None)
 
     def nodes_of(self, partition: str | None) -> list[Node]:
-        """The nodes that a job for this partition (None: the default one) may get."""
+        """Return the nodes that a job for this partition (None: the default one) may get."""
         names = (partition or self.default or "").split(",")
         return [node for node in self.nodes if node.partitions.intersection(names)]
 
     def seconds(self, key: str) -> int | None:
-        """A number at the start of a value of the configuration, such as `10 sec`."""
+        """Return a number at the start of a value of the configuration, such as `10 sec`."""
         found = re.match(r"\d+", self.config.get(key, ""))
         return int(found[0]) if found else None
 
     def grace_seconds(self, partition: str | None) -> int | None:
-        """Between the first signal of a preemption and SIGKILL, at least; None where nothing is ever preempted.
+        """Return the least seconds from the first signal of a preemption to SIGKILL; None if nothing is preempted.
 
         A partition's GraceTime; without one SLURM kills at once, and KillWait is what lies between TERM and KILL.
         """
@@ -111,13 +111,13 @@ class Cluster:
 
 
 def preempts(config: Mapping[str, str], partition: Mapping[str, str]) -> bool:
-    """Whether jobs of this partition may be preempted."""
+    """Return whether jobs of this partition may be preempted."""
     mode = partition.get("PreemptMode", config.get("PreemptMode", "OFF")).upper()
     return config.get("PreemptType", "preempt/none") != "preempt/none" and mode not in ("OFF", "")
 
 
 def call(command: list[str], environment: Mapping[str, str]) -> str:
-    """One question to the scheduler. Raises UserError where it is missing or refuses."""
+    """Return the output of one of SLURM's commands. Raises UserError where it is missing or refuses."""
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=60, check=False, env={**os.environ, **environment}
@@ -132,7 +132,7 @@ def call(command: list[str], environment: Mapping[str, str]) -> str:
 
 
 def minutes(text: str) -> float | None:
-    """A time limit of SLURM, [days-]hours:minutes:seconds; None for one without a limit."""
+    """Return the minutes of a time limit of SLURM, [days-]hours:minutes:seconds; None where there is no limit."""
     found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
     if found is None:
         return None
@@ -141,7 +141,7 @@ def minutes(text: str) -> float | None:
 
 
 def known_gpu(names: str) -> tuple[str, float] | None:
-    """A GPU and its bytes by a gres type or node features; None for what is not in the list."""
+    """Return a GPU and its bytes by a gres type or node features; None for what is not in the list."""
     return next(((name, size * _GIB) for match, name, size in GPUS if re.search(match, names.lower())), None)
 
 

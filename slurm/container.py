@@ -1,4 +1,4 @@
-"""How ranks start inside a container: the words for Apptainer, and the options of srun for pyxis.
+"""Start ranks inside a container: the command line for Apptainer, and the options of srun for pyxis.
 
     apptainer exec --nv --pwd RUN --bind RUN:RUN,/data:/data /images/radhpc.sif python3        ranks, by srun
     srun --container-image=/images/radhpc.sqsh --container-mounts=RUN:RUN,/data:/data ...      likewise
@@ -33,7 +33,7 @@ def check(container: Container) -> None:
 
 
 def required_binds(run: RunFolder) -> list[str]:
-    """The binds that a run asks for by itself: its folder, and what its recipe names on local paths."""
+    """Return the binds that every run needs: its folder, and what its recipe names on local paths."""
     inputs = _inputs(run.recipe()) + _of_evaluation(run) if run.recipe_path.exists() else []  # a probe has none
     folder = (run.evaluated_run or run).path  # an evaluation's job lies in the folder of the run, and writes there
     found = {path for path in inputs if path.startswith("/") and not Path(path).is_relative_to(folder)}
@@ -41,7 +41,7 @@ def required_binds(run: RunFolder) -> list[str]:
 
 
 def python_command(profile: Profile, binds: list[str], folder: Path) -> str:
-    """The shell words that start a rank's Python in the container; `folder`: the working directory inside."""
+    """Return the shell words that start a rank's Python in the container; `folder`: the working directory inside."""
     container = profile.container
     assert container is not None
     if container.pyxis:
@@ -53,7 +53,7 @@ def python_command(profile: Profile, binds: list[str], folder: Path) -> str:
 
 
 def srun_options(profile: Profile, binds: list[str], folder: Path, code: Path) -> list[str]:
-    """Options of srun: pyxis has all of its own there."""
+    """Return the options of srun, where pyxis takes all of its own."""
     container = profile.container
     if container is None or not container.pyxis:
         return []
@@ -70,7 +70,7 @@ def srun_options(profile: Profile, binds: list[str], folder: Path, code: Path) -
 
 
 def variables(container: Container | None, code: Path) -> dict[str, str]:
-    """Variables of the host that Apptainer, by either of its names, sets inside."""
+    """Return variables of the host that Apptainer, by either of its names, sets inside."""
     if container is None or not container.apptainer:
         return {}
     inside = [f"PYTHONPATH={code}", *_INSIDE]
@@ -84,13 +84,13 @@ def _inputs(recipe: Recipe) -> list[str]:
 
 
 def _with_blobs(folder: str) -> str:
-    """A snapshot in a hub's cache is a folder of links to blobs two folders up."""
+    """Return what to bind for a folder: a snapshot in a hub's cache is a folder of links to blobs two folders up."""
     path = Path(folder)
     return str(path.parent.parent) if path.parent.name == "snapshots" else folder
 
 
 def _of_evaluation(run: RunFolder) -> list[str]:
-    """What a job that evaluates another run reads beside it."""
+    """Return the paths that an evaluation reads besides the run that it evaluates."""
     task = read_json(run.path / EVALUATION)
     if task is None:
         return []
@@ -99,7 +99,7 @@ def _of_evaluation(run: RunFolder) -> list[str]:
 
 
 def _bind(text: str) -> str:
-    """PATH:INSIDE, as pyxis wants it and Apptainer allows it."""
+    """Return PATH:INSIDE, as pyxis requires it and Apptainer allows it."""
     if "," in text:
         raise UserError(f"{text}: a container's binds cannot have a comma")
     return text if ":" in text else f"{text}:{text}"

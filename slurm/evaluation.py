@@ -1,9 +1,9 @@
-"""The folder of an evaluation, and the job in it: what `radhpc evaluate` prepares before anything is submitted.
+"""Prepare the folder of an evaluation and its job: what `radhpc evaluate` does before anything is submitted.
 
     job = prepare(run, "step-000430", "9f86d0...", "test", [], settings, against=None)     # a RunFolder
     submit.submit(job, profile)
 
-An evaluation that was interrupted goes on when it is said again; what was asked otherwise begins anew (generated.py).
+An interrupted evaluation goes on when the command is called again; one with other settings begins anew (generated.py).
 """
 
 import json
@@ -19,7 +19,7 @@ from slurm import scheduler
 
 
 def settings_of(run: RunFolder, overrides: Sequence[str], samples: int | None) -> EvaluationSettings:
-    """The evaluation section of a run's recipe, with changes such as `beams=3`; all studies unless told otherwise."""
+    """Return the evaluation section of a run's recipe, with changes such as `beams=3`; by default for all studies."""
     section = run.recipe().evaluation
     return override(section, overrides, "evaluation").model_copy(update={"samples": samples, "images": 0})
 

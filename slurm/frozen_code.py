@@ -1,4 +1,4 @@
-"""The code that a run was submitted with, frozen into its folder: what its jobs run, whatever the checkout becomes.
+"""Freeze the code that a run is submitted with into its folder: its jobs run it, whatever the checkout becomes.
 
     RUN/code/radhpc/, slurm/, shards/, verbs/, ...   copies, under a megabyte
     RUN/code/environment.json                        hash of the code, commit, Python, versions of the libraries
@@ -52,7 +52,7 @@ def replace(code: Path, same_python: bool = True) -> tuple[str, str, str]:
 
 
 def environment(code: Path) -> dict[str, Any]:
-    """The environment.json of frozen code. Raises UserError where it is missing."""
+    """Return the environment.json of frozen code. Raises UserError where it is missing."""
     found: dict[str, Any] | None = read_json(code / ENVIRONMENT)
     if found is None:
         raise UserError(f"{code}: no {ENVIRONMENT} there; 'radhpc resume --current-code' freezes the code anew")
@@ -60,18 +60,18 @@ def environment(code: Path) -> dict[str, Any]:
 
 
 def current() -> str:
-    """The hash of this process's code."""
+    """Return the hash of this process's code."""
     return fingerprint.code_hash(fingerprint.root())
 
 
 def variables(code: Path) -> dict[str, str]:
-    """What lets a Python import the frozen code first, and nothing from its working directory."""
+    """Return variables that make a Python import the frozen code first, and nothing from its working directory."""
     behind = os.environ.get("PYTHONPATH")
     return {"PYTHONSAFEPATH": "1", "PYTHONPATH": f"{code}:{behind}" if behind else str(code)}
 
 
 def exports(code: Path) -> str:
-    """The same as a line of a batch script; what modules loaded before have put into PYTHONPATH stays behind it."""
+    """Return the same as a line of a batch script; what loaded modules have put into PYTHONPATH stays behind it."""
     return f"export PYTHONSAFEPATH=1 PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}"
 
 
@@ -111,7 +111,7 @@ def _copy(code: Path, same_python: bool) -> None:
 
 
 def _commit(source: Path) -> dict[str, Any]:
-    """The commit of a checkout and whether files differ from it; nothing where the code is no checkout of its own."""
+    """Return the commit of a checkout and whether files differ from it; None if the code is no checkout of its own."""
     top = _git(source, "rev-parse", "--show-toplevel")
     if top is None or Path(top) != source:
         return {"commit": None, "dirty": None}

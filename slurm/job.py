@@ -1,4 +1,4 @@
-"""What every rank of a job starts with: the scheduler's variables become PyTorch's, then radhpc.worker takes over."""
+"""Start a rank of a job: the scheduler's variables become PyTorch's, then radhpc.worker takes over."""
 
 import contextlib
 import gc
@@ -45,7 +45,7 @@ def main(run: str) -> Any:
 
 @contextlib.contextmanager
 def without_garbage_collection() -> Iterator[None]:
-    """What is imported here stays until the process ends, and is never searched for garbage.
+    """Import without garbage collection: what is imported here stays until the process ends and is never searched.
 
     PyTorch and transformers make half a million objects: without searching them a rank starts 10% sooner. The same
     search at the end of a process takes a second or more, which a preempted job waits for before it is requeued.
@@ -67,7 +67,7 @@ def probe(folder: str) -> None:
 
 
 def join_ranks(run: RunFolder | None = None) -> bool:
-    """Set the variables by which PyTorch's ranks find each other; whether this is a job at all. A run's life begins."""
+    """Set the variables by which PyTorch's ranks find each other; begin a run's life. Returns whether this is a job."""
     environment = submitit.JobEnvironment() if compat_submitit.in_job() else None
     if environment is not None:
         logs.mark(environment.global_rank, socket.gethostname())
@@ -93,7 +93,7 @@ def _begin(run: RunFolder, environment: submitit.JobEnvironment) -> None:
 
 
 def master_address(first_host: str) -> str:
-    """Where rank 0 is reached: the first node's name, or where that does not resolve the address srun was called on."""
+    """Return rank 0's address: the first node's name, or where that does not resolve the address of srun's call."""
     try:
         socket.getaddrinfo(first_host, None)
         return first_host
@@ -102,6 +102,6 @@ def master_address(first_host: str) -> str:
 
 
 def master_port(job_id: str) -> int:
-    """A port that two jobs on one node hardly share, below the range from which systems pick their own."""
+    """Return a port that two jobs on one node hardly share, below the range from which systems pick their own."""
     lives = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     return 12000 + (int(job_id) * 7 + lives) % 20000

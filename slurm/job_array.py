@@ -1,4 +1,4 @@
-"""Independent calls as one job array: each element is one process on one node, and comes back after a preemption.
+"""Run independent calls as one job array: each element is one process on one node, and comes back after a preemption.
 
     array = submit(profile, folder, "build", function, [first, second, ...])       # function(first), ...
     array.alive(), array.cancel()
@@ -33,7 +33,7 @@ class JobArray:
     environment: dict[str, str]
 
     def alive(self) -> bool:
-        """Whether any element runs, or waits to run; also while the scheduler does not answer."""
+        """Return whether any element runs, or waits to run; also while the scheduler does not answer."""
         done = self._call("squeue", "--noheader", "--array", f"--jobs={self.id}", "--format=%i")
         if done.returncode:
             return "Invalid job id" not in done.stderr

@@ -1,4 +1,4 @@
-"""What would fail in the queue, said before sbatch is called: one line per mistake, with what is allowed.
+"""Find what would fail in the queue before sbatch is called: one line per mistake, with what is allowed.
 
     refuse(run, profile, parameters)      # UserError: partition 'gpuu': no such partition (did you mean 'gpu'?) ...
 
@@ -42,7 +42,7 @@ def refuse(run: RunFolder, profile: Profile, parameters: Mapping[str, Any], elem
 
 
 def array_problems(cluster: Cluster, elements: int) -> list[str]:
-    """An array of more elements than the site takes at all."""
+    """Return a problem if an array has more elements than the site takes."""
     most = int(cluster.config.get("MaxArraySize", "1001"))
     if elements <= most:
         return []
@@ -50,7 +50,7 @@ def array_problems(cluster: Cluster, elements: int) -> list[str]:
 
 
 def problems(profile: Profile, cluster: Cluster, parameters: Mapping[str, Any], elements: int = 0) -> list[str]:
-    """What the cluster will not do."""
+    """Return what the cluster would refuse."""
     names = (profile.partition or cluster.default or "").split(",")
     for name in names:
         if name not in cluster.partitions:
@@ -66,7 +66,7 @@ def problems(profile: Profile, cluster: Cluster, parameters: Mapping[str, Any], 
 
 
 def _limits(profile: Profile, cluster: Cluster, names: list[str]) -> list[str]:
-    """Nodes, time, CPUs and memory."""
+    """Return problems with nodes, time, CPUs and memory."""
     where = f"partition '{','.join(names)}'"
     row, nodes = cluster.partitions[names[0]], cluster.nodes_of(profile.partition)
     found = []
@@ -89,7 +89,7 @@ def _limits(profile: Profile, cluster: Cluster, names: list[str]) -> list[str]:
 
 
 def _accounts(profile: Profile, cluster: Cluster, names: list[str]) -> list[str]:
-    """An account that the partition does not take, or that the user does not have, where SLURM keeps accounts."""
+    """Return a problem with an account that the partition does not take or, if SLURM keeps accounts, the user lacks."""
     allowed = cluster.partitions[names[0]].get("AllowAccounts", "ALL")
     if allowed != "ALL" and profile.account not in allowed.split(","):
         hint = nearest(profile.account or "", allowed.split(","))
@@ -109,7 +109,7 @@ def _accounts(profile: Profile, cluster: Cluster, names: list[str]) -> list[str]
 
 
 def _user() -> str:
-    """Whose jobs these will be: SLURM looks at the process, not at $USER, which cron and containers leave out."""
+    """Return the user of the jobs: SLURM looks at the process, not at $USER, which cron and containers leave out."""
     try:
         return pwd.getpwuid(os.getuid()).pw_name
     except KeyError:  # known to the cluster alone
@@ -127,7 +127,7 @@ def _features(profile: Profile, cluster: Cluster) -> list[str]:
 
 
 def _gpus(profile: Profile, cluster: Cluster) -> list[str]:
-    """GPUs that no node of the partition has: too many of them, or of another type."""
+    """Return problems with GPUs that no node of the partition has: too many of them, or of another type."""
     asked = [str(profile.sbatch[key]).removeprefix("gpu:") for key in _GPU_OPTIONS if key in profile.sbatch]
     types = [text.partition(":")[0] for text in asked if not text.partition(":")[0].isdecimal()]
     if not profile.gpus_per_node and not asked:
@@ -150,7 +150,7 @@ def _gpus(profile: Profile, cluster: Cluster) -> list[str]:
 
 
 def _refused(profile: Profile, parameters: Mapping[str, Any], elements: int) -> list[str]:
-    """What sbatch says of the very script that would be submitted, without submitting it."""
+    """Return what sbatch objects to in the very script that would be submitted, without submitting it."""
     script = compat_submitit.batch_script("true", Path("logs"), parameters, elements)
     done = subprocess.run(
         ["sbatch", "--test-only"],
@@ -168,7 +168,7 @@ def _refused(profile: Profile, parameters: Mapping[str, Any], elements: int) -> 
 
 
 def time_problems(run: RunFolder, profile: Profile) -> list[str]:
-    """A life that is too short to save in, by the run's own saves where it has made any."""
+    """Return a problem if a life is too short to save in, judged by the run's own saves if there are any."""
     if profile.signal_seconds >= profile.minutes * 60:
         return [
             f"minutes {profile.minutes}: the warning of signal_seconds {profile.signal_seconds} would come at once; "
@@ -184,7 +184,7 @@ def time_problems(run: RunFolder, profile: Profile) -> list[str]:
 
 
 def folder_problems(profile: Profile, cluster: Cluster, folder: Path) -> list[str]:
-    """A run folder on a disk that only this machine has, though the job runs elsewhere."""
+    """Return a problem if the run folder is on a disk that only this machine has, though the job runs elsewhere."""
     kind = file_system(folder)
     if kind not in NODE_LOCAL or profile.shared or cluster.is_here(profile.partition):
         return []
@@ -195,7 +195,7 @@ def folder_problems(profile: Profile, cluster: Cluster, folder: Path) -> list[st
 
 
 def environment_problems(profile: Profile) -> list[str]:
-    """A Python, a container or a file to source that is not there; lines with variables are left to the job."""
+    """Return problems with a missing Python, container or file to source; lines with variables are skipped."""
     found = []
     words = shlex.split(profile.python or "")
     if words:

@@ -1,4 +1,4 @@
-"""Where a job runs: a YAML file in slurm/profiles/, or anywhere else.
+"""Read profiles, which say where a job runs: YAML files in slurm/profiles/, or anywhere else.
 
 profile = load("local")          # slurm/profiles/local.yaml
 profile = load("~/a100.yaml")    # a file of one's own
@@ -20,7 +20,7 @@ FOLDER = resources.folder("slurm") / "profiles"
 
 
 class Container(Section):
-    """What the ranks run in: an image for Apptainer, or one for pyxis. The batch script stays outside."""
+    """A container for the ranks: an image for Apptainer, or one for pyxis. The batch script stays outside."""
 
     apptainer: str | None = Field(None, description="path of a .sif")
     pyxis: str | None = Field(None, description="path of a .sqsh, or a name that enroot knows")
@@ -141,7 +141,7 @@ class Profile(Section):
         return self.most_nodes * self.tasks_per_node
 
     def to_yaml(self) -> bytes:
-        """A file that load() reads: only what is no default, so that frozen code reads what a newer radhpc writes."""
+        """Return a file that load() reads, without defaults, so that frozen code reads what a newer radhpc writes."""
         settings = self.model_dump(mode="json", exclude_defaults=True)
         return yaml.safe_dump({"cluster": self.cluster, **settings}).encode()
 

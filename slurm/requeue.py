@@ -1,4 +1,4 @@
-"""After the last rank is gone: why did this life end, and does the job come back?
+"""Decide, after the last rank is gone, why this life ended and whether the job comes back.
 
 The batch script calls it behind srun: `python -m slurm.requeue RUN EXIT_STATUS`. Not the ranks, because the requeue
 ends them, and one that still writes would be killed; not a rank's exit handler, because a killed rank has none. Here
@@ -49,7 +49,7 @@ _LOSSES = (Event.NODE_LOST, Event.RANK_LOST, Event.HUNG)
 
 @dataclass(frozen=True)
 class Decision:
-    """Why a life ended and what follows."""
+    """The reason why a life ended, and what follows."""
 
     cause: Event
     requeue: bool
@@ -61,7 +61,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class History:
-    """What the events of a run tell of its lives since it was last submitted, up to the one that has just ended."""
+    """The lives of a run since it was last submitted, up to the one that has just ended, as its events tell them."""
 
     fruitless: int = 0  # lives in a row that left no new checkpoint, this one included
     losses: int = 0  # of a rank, a node or patience since the last new checkpoint, before this life's end
@@ -104,7 +104,7 @@ def decide(
     restarts: int = 0,
     down: Sequence[str] = (),
 ) -> Decision:
-    """The policy, as a pure function.
+    """Apply the policy: a pure function.
 
     `job`: fields of scontrol; `ends`: what the ranks wrote on their way out; `restarts`: how often SLURM had started
     the job again before this life; `down`: nodes of the job that do not answer.
@@ -124,7 +124,7 @@ def _cause(
     restarts: int,
     down: tuple[str, ...],
 ) -> Decision:
-    """Why the life ended, and whether such a life may come back at all."""
+    """Return why the life ended, and whether such a life may come back at all."""
     states = {end["state"] for end in ends.values()}
     causes = {end["cause"] for end in ends.values() if end["state"] == OutcomeState.INTERRUPTED}
     preempted = job.get("PreemptTime", "None") != "None"
@@ -167,7 +167,7 @@ def _cause(
 
 
 def _refusal(decision: Decision, profile: Profile, history: History) -> str | None:
-    """Why a life that may come back shall not, or None."""
+    """Return why a life that may come back does not, or None."""
     if not profile.requeue:
         return "the profile says requeue: false"
     if history.fruitless >= profile.lives_without_progress:
@@ -185,7 +185,7 @@ def _refusal(decision: Decision, profile: Profile, history: History) -> str | No
 
 
 def crash_signature(traceback: str) -> str:
-    """What two crashes at the same place share: the calls and the kind of the error, not what it says of numbers."""
+    """Hash what two crashes at the same place share: the calls and the kind of error, not what it says of numbers."""
     calls = re.findall(r'^ *File "(.+?)", line (\d+), in (.+)$', traceback, re.MULTILINE)
     places = [f"{'/'.join(Path(file).parts[-2:])}:{line}:{function}" for file, line, function in calls]
     kinds = re.findall(r"^([\w.]+)(?::|$)", traceback, re.MULTILINE)
@@ -195,7 +195,7 @@ def crash_signature(traceback: str) -> str:
 def excluded_nodes(
     job: Mapping[str, str], decision: Decision, history: History, profile: Profile, usable: Sequence[str]
 ) -> str:
-    """The job's new list of nodes to stay away from, or "" where nothing changes.
+    """Return the job's new list of nodes to avoid, or "" where nothing changes.
 
     `usable`: nodes of its partition that could run it. None is left out if too few would remain.
     """
@@ -206,7 +206,7 @@ def excluded_nodes(
 
 
 def record_unseen_end(run: RunFolder) -> None:
-    """At the start of a life: record the end of the one before, where the batch script was killed with its ranks.
+    """Record, at the start of a life, the end of the one before if the batch script was killed with its ranks.
 
     Nobody has submitted the run since, so it is this very job that SLURM has started again.
     """
@@ -224,7 +224,7 @@ def record_unseen_end(run: RunFolder) -> None:
 
 
 def split_earlier_attempt(events: Sequence[dict[str, Any]], job_id: str) -> tuple[list[dict[str, Any]], list[str]]:
-    """The events without what a first attempt at this decision recorded before it failed, and the names of that."""
+    """Return the events without those that a failed first attempt at this decision recorded, and the names of those."""
     begun = max((n for n, event in enumerate(events) if event["event"] in JOB_BEGINNINGS), default=0)
     mine = [event for event in events[begun:] if event["event"] in REQUEUE_VERDICTS and event.get("job") == job_id]
     return [event for event in events if event not in mine], [event["event"] for event in mine]

@@ -1,4 +1,4 @@
-"""What the scheduler says of a job: by scontrol, which needs no accounting as submitit's sacct does."""
+"""Ask the scheduler about a job: by scontrol, which needs no accounting as submitit's sacct does."""
 
 import contextlib
 import os
@@ -30,14 +30,14 @@ _PAUSES = (1, 2, 4, 8, 16)  # seconds between questions that must be answered
 
 
 def show_job(job_id: str, environment: dict[str, str] | None = None) -> dict[str, str]:
-    """The fields of `scontrol show job`, such as JobState and PreemptTime; empty where the job is forgotten."""
+    """Return the fields of `scontrol show job`, such as JobState and PreemptTime; empty where the job is forgotten."""
     return fields(_output(["scontrol", "show", "job", "--oneliner", job_id], environment))
 
 
 def own_job(job_id: str) -> dict[str, str]:
-    """The fields of the job that this process is part of, however long the controller takes to answer.
+    """Return the fields of the job that this process is part of, however long the controller takes to answer.
 
-    Raises RuntimeError where it does not: who does not know whether a job was cancelled must not bring it back.
+    Raises RuntimeError where it does not answer: if the job's state is unknown, do not requeue it.
     """
     for pause in (*_PAUSES, 0):
         if found := show_job(job_id):
@@ -47,7 +47,7 @@ def own_job(job_id: str) -> dict[str, str]:
 
 
 def requeue(name: str) -> str:
-    """Put a job that runs back into the queue; "" or why that is refused. A controller that is away may come back."""
+    """Put a running job back into the queue; a controller that is away may come back. Returns "" or the refusal."""
     for pause in (*_PAUSES, 0):
         done = subprocess.run(["scontrol", "requeue", name], capture_output=True, text=True, check=False)
         if not done.returncode:
@@ -57,12 +57,12 @@ def requeue(name: str) -> str:
 
 
 def hostnames(nodes: str) -> list[str]:
-    """`node[1-2]` -> node1, node2."""
+    """Expand `node[1-2]` to node1, node2."""
     return _output(["scontrol", "show", "hostnames", nodes]).split() if nodes else []
 
 
 def down_nodes(nodes: str) -> list[str]:
-    """Those of `node[1-2]` that are down, or that the controller cannot reach (a star after the state)."""
+    """Return those of `node[1-2]` that are down, or that the controller cannot reach (a star after the state)."""
     lines = (
         _output(["sinfo", "--noheader", "--Node", f"--nodes={nodes}", "--format=%N %T"]).splitlines() if nodes else []
     )
@@ -70,13 +70,13 @@ def down_nodes(nodes: str) -> list[str]:
 
 
 def usable_nodes(partition: str) -> list[str]:
-    """The nodes of a partition that jobs can run on, now or later."""
+    """Return the nodes of a partition that jobs can run on, now or later."""
     lines = _output(["sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N %T"]).splitlines()
     return sorted({name for name, found in map(str.split, lines) if re.match(r"idle|mix|alloc|comp|plan", found)})
 
 
 def node_restarted(node: str, since: datetime) -> bool:
-    """Whether a node is down, or its slurmd was started after `since`."""
+    """Return whether a node is down, or its slurmd was started after `since`."""
     found = fields(_output(["scontrol", "show", "node", "--oneliner", node]))
     if found.get("State", "").startswith("DOWN") or found.get("State", "").endswith("*"):
         return True
@@ -86,7 +86,7 @@ def node_restarted(node: str, since: datetime) -> bool:
 
 
 def exclude_nodes(job_id: str, nodes: str) -> bool:
-    """Tell a job that waits, or is about to, which nodes not to run on; whether it was accepted."""
+    """Tell a job that waits, or is about to, which nodes to avoid. Returns whether it was accepted."""
     done = subprocess.run(
         ["scontrol", "update", f"JobId={job_id}", f"ExcNodeList={nodes}"], capture_output=True, check=False
     )
@@ -94,7 +94,7 @@ def exclude_nodes(job_id: str, nodes: str) -> bool:
 
 
 def _output(command: list[str], environment: dict[str, str] | None = None) -> str:
-    """What one of SLURM's commands prints; nothing where it fails or is not there."""
+    """Return what one of SLURM's commands prints; nothing where it fails or is missing."""
     variables = {**os.environ, **(environment or {})}
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=variables)
@@ -104,12 +104,12 @@ def _output(command: list[str], environment: dict[str, str] | None = None) -> st
 
 
 def fields(line: str) -> dict[str, str]:
-    """What scontrol writes as KEY=VALUE in one line."""
+    """Parse what scontrol writes as KEY=VALUE in one line."""
     return dict(re.findall(r"(\S+?)=(\S*)", line))
 
 
 def state(job: dict[str, Any] | None) -> str:
-    """PENDING, RUNNING, ... of a run's job; "" where it lives no longer."""
+    """Return PENDING, RUNNING, ... of a run's job; "" where it lives no longer."""
     if job is None:
         return ""
     if job["cluster"] == "slurm":
@@ -120,7 +120,7 @@ def state(job: dict[str, Any] | None) -> str:
 
 @dataclass(frozen=True)
 class QueueEntry:
-    """What is known of a run's job."""
+    """A run's job as the queue shows it."""
 
     state: str = ""  # PENDING, RUNNING, ...; one that has ended stays for some minutes; "" where it is forgotten
     reason: str = ""  # SLURM's code of why it waits or has ended
@@ -134,7 +134,7 @@ class QueueEntry:
 
 
 def queue_entries(jobs: Sequence[dict[str, Any] | None]) -> list[QueueEntry]:
-    """`state` and more of many jobs (what job.json holds), by one squeue for each cluster that they are on."""
+    """Return the entries of many jobs (what job.json holds), by one squeue for each cluster that they are on."""
     clusters: dict[frozenset[tuple[str, str]], dict[str, QueueEntry]] = {}
     for job in jobs:
         if job is not None and job["cluster"] == "slurm":
@@ -163,7 +163,7 @@ _FIELDS = ("JobArrayID", "State", "exit_code", "StartTime", "Reason")
 
 
 def _squeue(ids: list[str], environment: dict[str, str]) -> dict[str, QueueEntry]:
-    """What squeue says of these jobs; those it has forgotten are left out."""
+    """Return the entries of squeue for these jobs, without those it has forgotten."""
     command = ["squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(ids)}"]
     command.append("--Format=" + ",".join(f"{field}:|" for field in _FIELDS))
     try:
@@ -194,7 +194,7 @@ def _time(text: str) -> float | None:
 
 
 def _status(code: str) -> str:
-    """A wait status, 32512, or as newer releases write it, 127:0."""
+    """Explain a wait status, 32512, or as newer releases write it, 127:0."""
     exit_status, _, signal = code.partition(":")
     if not exit_status.isdigit():
         return ""

@@ -1,4 +1,4 @@
-"""A frozen run and a profile to a job, through submitit's executors.
+"""Submit a frozen run on a profile, through submitit's executors.
 
 The pickle that submitit leaves for the job holds the run folder's path and nothing else, so a job that SLURM starts
 again, days later, reads the run as it is then; and imports the code that was frozen into the run folder
@@ -26,7 +26,7 @@ from slurm.profile import Profile
 
 
 def submit(run: RunFolder, profile: Profile, current_code: bool = False) -> submitit.Job[Any]:
-    """Submit, and make the job the run's owner. An inline job runs when its outcome is asked for.
+    """Submit, and make the job the run's owner. An inline job runs when its result is requested.
 
     The job runs the code in the run folder, which is this process's where there is none yet, or where
     `current_code` is asked for. An inline job cannot but run this process's.
@@ -63,7 +63,7 @@ def submit(run: RunFolder, profile: Profile, current_code: bool = False) -> subm
 
 
 def executor(run: RunFolder, profile: Profile) -> submitit.Executor:
-    """The submitit executor that a profile describes."""
+    """Return the submitit executor that a profile describes."""
     folder = run.folder("logs")
     if profile.cluster == "inline":
         if profile.world > 1:
@@ -94,17 +94,17 @@ def executor(run: RunFolder, profile: Profile) -> submitit.Executor:
 
 
 def host_python(profile: Profile) -> str:
-    """The shell words for Python in the batch script itself, outside any container."""
+    """Return the shell words for Python in the batch script itself, outside any container."""
     return profile.python or shlex.quote(sys.executable)
 
 
 def rank_python(profile: Profile, folder: Path, binds: list[str]) -> str:
-    """The shell words for a rank's Python; `folder` and `binds` are for a container (slurm/container.py)."""
+    """Return the shell words for a rank's Python; `folder` and `binds` are for a container (slurm/container.py)."""
     return container.python_command(profile, binds, folder) if profile.container else host_python(profile)
 
 
 def setup_lines(profile: Profile, frozen: Path) -> list[str]:
-    """Lines of any batch script of this profile: its own, then what makes a job import the frozen code."""
+    """Return lines of any batch script of this profile: its own, then what makes a job import the frozen code."""
     inside = container.variables(profile.container, frozen)
     return [
         *profile.setup,
@@ -114,8 +114,10 @@ def setup_lines(profile: Profile, frozen: Path) -> list[str]:
 
 
 def slurm_parameters(run: RunFolder, profile: Profile, python: str, frozen: Path | None = None) -> dict[str, Any]:
-    """What submitit shall put into the batch script. `python`: the shell words for slurm.requeue's Python, outside any
-    container; `frozen`: the code that the job runs, the run's own by default.
+    """Return what submitit puts into the batch script.
+
+    `python`: the shell words for slurm.requeue's Python, outside any container; `frozen`: the code that the job runs,
+    the run's own by default.
     """
     frozen = frozen or run.code
     decide = f"{python} -m slurm.requeue {shlex.quote(str(run.path))} $status"
@@ -161,7 +163,7 @@ def slurm_parameters(run: RunFolder, profile: Profile, python: str, frozen: Path
 
 
 def _elastic(profile: Profile) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
-    """For a range of nodes: parameters of submitit, options of sbatch, and lines of the batch script.
+    """Return, for a range of nodes: parameters of submitit, options of sbatch, and lines of the batch script.
 
     SLURM gives as many nodes as the tasks need. Asked for tasks per node, it counts those of the fewest nodes and never
     gives more than these; asked for the tasks of the most nodes, it never gives fewer. So the job asks for the tasks of
@@ -179,7 +181,7 @@ def _elastic(profile: Profile) -> tuple[dict[str, Any], dict[str, Any], list[str
 
 
 def site_parameters(profile: Profile) -> dict[str, Any]:
-    """What any job of this profile asks for, whatever it does."""
+    """Return what any job of this profile asks for, whatever it does."""
     wanted = {
         "cpus_per_task": profile.cpus_per_task,
         "mem": f"{profile.memory_gb}GB" if profile.memory_gb else None,
@@ -205,8 +207,9 @@ def refusals_as_user_errors() -> Iterator[None]:
 
 @contextmanager
 def detached_output(run: RunFolder) -> Iterator[None]:
-    """What the processes started in here inherit: their output goes to the run's logs, so that nobody waits for the end
-    of a pipe that they hold; and Ctrl-C passes submitit's controller by, which would kill the ranks before they save.
+    """Redirect the output of processes started in here to the run's logs: nobody waits for the end of a pipe they hold.
+
+    Ctrl-C is hidden from submitit's controller, which would kill the ranks before they save.
     """
     log = os.open(run.folder("logs") / "controller.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -225,7 +228,7 @@ def detached_output(run: RunFolder) -> Iterator[None]:
 
 @contextmanager
 def submission_environment(run: RunFolder, profile: Profile) -> Iterator[None]:
-    """What submission happens in: the profile's variables, and for local ranks the code they import."""
+    """Set what submission needs: the profile's variables, and for local ranks the code they import."""
     if profile.cluster != "local":
         with profile_environment(profile):
             yield
@@ -237,7 +240,7 @@ def submission_environment(run: RunFolder, profile: Profile) -> Iterator[None]:
 
 @contextmanager
 def profile_environment(profile: Profile, more: dict[str, str] | None = None) -> Iterator[None]:
-    """The profile's variables, for submitit's own calls of sbatch and for the processes it starts."""
+    """Set the profile's variables, for submitit's own calls of sbatch and for the processes it starts."""
     threads = profile.threads or profile.cpus_per_task
     limits = {
         "RADHPC_HANG_SECONDS": str(profile.hang_seconds),
@@ -261,7 +264,7 @@ def profile_environment(profile: Profile, more: dict[str, str] | None = None) ->
 
 
 def _reason(error: Exception) -> str:
-    """What sbatch said, without its own banner."""
+    """Return sbatch's message without its banner."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = [line.removeprefix("sbatch: error: ") for line in lines if line.startswith("sbatch: error: ")]
     return "; ".join(said) or first_line(error)

@@ -38,13 +38,13 @@ _ANY = "/the-run-folder-of-this-element"  # in the one batch script of all; no s
 
 
 def newest(runs: Path, name: str, sweep: Sweep, base: Recipe) -> Path | None:
-    """The newest folder in `runs` of this very sweep: the command, said again, goes on with it."""
+    """Return the newest folder in `runs` of this very sweep: the command, called again, goes on with it."""
     found = sorted((path.parent for path in runs.glob(f"sweep-{name}-*/sweep.yaml")), key=lambda path: path.name)
     return next((path for path in reversed(found) if not SweepStudy(path).difference(sweep, base)), None)
 
 
 def due(study: SweepStudy) -> list[int]:
-    """The trials that a job shall be given: those without one that never began, failed or were cancelled.
+    """Return the trials that need a job: those without one that never began, failed or were cancelled.
 
     Not those that `radhpc stop` has ended: a user's word.
     """
@@ -105,7 +105,7 @@ def stop(study: SweepStudy) -> list[str]:
 
 
 def run_here(study: SweepStudy, profile: Profile, say: Any) -> bool:
-    """Work off what is due one after the other, on this machine; returns whether it was not interrupted."""
+    """Run the trials that are due one after the other on this machine. Returns whether it was not interrupted."""
     for number in due(study):
         run = study.prepare(number)
         say(f"trial {run.path.name}")
@@ -138,7 +138,7 @@ def _wait(run: RunFolder) -> bool:
 def _array_parameters(
     study: SweepStudy, profile: Profile, python: str, numbers: list[int], frozen: Path
 ) -> dict[str, Any]:
-    """What submitit shall put into the batch script: that of one run, with the run a variable of the shell."""
+    """Return what submitit puts into the batch script: that of one run, with the run as a variable of the shell."""
     parameters = slurm_parameters(RunFolder(_ANY), profile, python, study.path / "code")
     for part in ("setup", "teardown"):
         parameters[part] = [line.replace(_ANY, '"$trial"') for line in parameters[part]]

@@ -19,7 +19,7 @@ from slurm.trial_array import ENDED, owner_record, take_ownership
 
 
 def main(folder: str, number: int, frozen: str) -> int:
-    """In the batch script of an element, before its ranks start."""
+    """Prepare an element's trial. Returns 0, or ENDED where there is nothing left to train."""
     study = SweepStudy.open(folder)
     study.settle()
     run = study.prepare(number)

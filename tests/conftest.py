@@ -196,7 +196,7 @@ class Moto:
 
 
 def free_port() -> int:
-    from slurm.box import free_ports
+    from slurm.box_files import free_ports
 
     return free_ports("127.0.0.1", 1)[0]
 

@@ -1,1 +1,1 @@
-"""The verbs of the command line: each a few calls into shards (data), slurm (where jobs run) and radhpc (what runs)."""
+"""Hold the verbs of the command line: each makes a few calls into shards (data), slurm (where jobs run) and radhpc."""

@@ -1,4 +1,4 @@
-"""The command `radhpc`: raw archives to shards, a recipe to a job, and everything that follows.
+"""Run the command `radhpc`: from raw archives to shards, from a recipe to a job, and everything that follows.
 
 PyTorch is imported only where a model is.
 """

@@ -72,7 +72,7 @@ class StudyEncoder:
         self.family, self.text, self.images, self.labelled = family, text, images, labelled
         self.tasks = Tasks(text, findings, seed)
         self.loss_groups: tuple[tuple[str, str], ...] = ()  # whose losses are told apart: set_loss_groups
-        # Views and patient -> reports of similar training studies, where the recipe wants them: retrieval_libraries.py
+        # Views and patient -> reports of similar training studies, where the recipe wants them: retrieval_indexes.py
         self.retrieve: Callable[[Sequence[Image.Image], str], list[str]] | None = None
         self._known: dict[tuple[str, int], list[int]] = {}  # the ids of the recipe's own prompts, by number of views
         for name, task in self.tasks.mixture.items():

@@ -203,7 +203,7 @@ def fake_engine(
     adapters.choose_trained(model, stage)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     _replace_tensors(model, mode)
-    model.to = lambda *_, **__: model  # type: ignore[method-assign,assignment]  # they lie where they should
+    model.to = lambda *_, **__: model  # type: ignore[method-assign]  # they lie where they should
     if recipe.engine != "deepspeed":
         return Engine(model, recipe, stage.optimizer, family.blocks, ranks, stage.objective), mode
     with mode:

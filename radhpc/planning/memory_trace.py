@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from radhpc.core.compat_torch import (
     FakeTensor,
+    FakeTensorMode,
     TorchDispatchMode,
     is_value_request,
     storage_key,
@@ -30,12 +31,12 @@ SMALL = 1 << 12  # entries of a tensor whose values may still tell a shape
 _INDEXED = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
 
 
-class MemoryTrace(TorchDispatchMode):
+class MemoryTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The bytes of live storages, current and peak. Use one at a time: it patches how storages change their size."""
 
     def __init__(self, existing: Iterable[torch.Tensor] = (), fake_values: bool = False) -> None:
         """`existing`: tensors that are alive already; `fake_values`: for fake tensors, which have no values."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.current = self.peak = 0
         self._fake_values = fake_values
         self._held: dict[int, int] = {}  # bytes, by the address of the storage
@@ -50,12 +51,12 @@ class MemoryTrace(TorchDispatchMode):
             self._measure(storage)
             return done
 
-        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
-        super().__enter__()
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign,assignment]
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -74,9 +75,7 @@ class MemoryTrace(TorchDispatchMode):
         """Compute for real what has no fake tensor among its arguments, such as the integers of a batch: shapes may
         follow from it, as from the sizes of pictures. Large floating-point results become fake.
         """
-        if (
-            self._fake_values and func in _INDEXED
-        ):  # the values of the mask are known, so the size of the result is, too
+        if self._fake_values and func in _INDEXED:  # the values of a real mask give the size of the result
             tensor, indices, *rest = args
             args = (tensor, [index for one in indices for index in _positions(one)], *rest)
         tensors = [value for value in tree_iter((args, kwargs)) if isinstance(value, torch.Tensor)]
@@ -87,11 +86,11 @@ class MemoryTrace(TorchDispatchMode):
         with unset_fake_temporarily() as mode:
             result = func(*args, **kwargs)
 
-        def back(tensor: Any) -> Any:
+        def fake_if_large(tensor: Any) -> Any:
             large = isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.numel() > SMALL
-            return mode.from_tensor(tensor) if large and mode is not None else tensor
+            return mode.from_tensor(tensor) if large and isinstance(mode, FakeTensorMode) else tensor
 
-        return tree_map(back, result)
+        return tree_map(fake_if_large, result)
 
     def _hold(self, tensor: torch.Tensor) -> None:
         storage = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()

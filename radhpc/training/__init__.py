@@ -1,1 +1,1 @@
-"""The context of a run and its builders, the loop, asynchronous checkpoints, compilation, profiling, stragglers."""
+"""Train a run: its context and builders, the loop, asynchronous checkpoints, compilation, profiling, stragglers."""

@@ -35,7 +35,7 @@ _UNWIND = 2.0  # seconds that a cancelled save may take to remove what it has wr
 
 @dataclass(frozen=True)
 class FinalCommit:
-    """What a run that was told to stop has committed; complete on rank 0 only."""
+    """The last commit of a run that was told to stop; complete on rank 0 only."""
 
     committed_step: int | None  # the next life goes on from here; None: from the beginning
     planned: Plan

@@ -1,4 +1,4 @@
-"""The context of a run: what its training, evaluation and generation share, as data.
+"""Hold the context of a run: the data that its training, evaluation and generation share.
 
     context = open_context(run, run.recipe(), ranks)
     training = open_source(context, 0, "train")    # sources.py

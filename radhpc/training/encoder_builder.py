@@ -11,7 +11,7 @@ from radhpc.data.collate import StudyEncoder, conversation
 from radhpc.distributed.background import run_on_first
 from radhpc.models import family as models, tokenizer
 from radhpc.training.context import RunContext
-from radhpc.training.retrieval_libraries import load_retrieval
+from radhpc.training.retrieval_indexes import load_retriever
 from radhpc.training.sources import open_source
 
 
@@ -31,7 +31,7 @@ def build_encoder(context: RunContext, stage: int) -> StudyEncoder:
         labelled = bool(settings.objective.clinical)
         encoder = StudyEncoder(build_family(context), text, images, recipe.findings, recipe.seed, labelled)
         if text.neighbours:
-            encoder.retrieve = load_retrieval(context, stage, text.neighbours)
+            encoder.retrieve = load_retriever(context, stage, text.neighbours)
         encoders[stage] = encoder
     return encoders[stage]
 

@@ -1,1 +1,1 @@
-"""Where runs stand and why: status, goodput, logs, pending reasons, tables and live views."""
+"""Tell where runs stand and why: status, goodput, logs, pending reasons, tables and live views."""

@@ -1,4 +1,4 @@
-"""What became of a run's time, from its events: steps that count, steps that were lost, start-up, saving, evaluation.
+"""Account for a run's time by its events: steps that count, steps that were lost, start-up, saving, evaluation.
 
     ----|=====s=====s==x          |----=====s==      = a step that counts   s a checkpoint   x the life ends
         start-up       lost        start-up          the steps behind the last checkpoint are made again
@@ -61,7 +61,7 @@ class TimeAccount:
         return self.useful + self.lost + self.overhead
 
     def living(self, now: float) -> "TimeAccount":
-        """The same at `now`, where the last life still lives: its steps count until they are lost."""
+        """Return the same at the time `now`, where the last life still lives: its steps count until they are lost."""
         if not self.growing:  # the last life is over, though perhaps another is in the queue
             return self
         last = self.lives[-1]
@@ -74,17 +74,17 @@ class TimeAccount:
 
     @property
     def restarts(self) -> Counter[str]:
-        """How often the same job came back, by what had ended its life; "unknown" where nobody recorded that."""
+        """Count how often the same job came back, by what had ended its life; "unknown" where nobody recorded that."""
         return Counter(life.cause or "unknown" for life in self.lives if life.came_back)
 
     @property
     def goodput(self) -> float | None:
-        """From 0 to 1; None before any time was used."""
+        """Return useful over used, from 0 to 1; None before any time was used."""
         return self.useful / self.used if self.used else None
 
 
 def lives(events: Events, now: float | None = None) -> list[Life]:
-    """The lives, oldest first; `now` where the last one still lives."""
+    """Return the lives, oldest first; `now` where the last one still lives."""
     return account(events, now).lives
 
 
@@ -109,12 +109,12 @@ def _lives(events: Events) -> list[Life]:
 
 
 def restarts(events: Events) -> Counter[str]:
-    """How often the same job came back, by what had ended its life; "unknown" where nobody recorded that."""
+    """Count how often the same job came back, by what had ended its life; "unknown" where nobody recorded that."""
     return account(events).restarts
 
 
 def account(events: Events, now: float | None = None) -> TimeAccount:
-    """Share out the time of all lives; `now` where the last one still lives: its steps count until they are lost.
+    """Account for the time of all lives; `now` where the last one still lives: its steps count until they are lost.
 
     A step that no checkpoint holds is lost once its life is over.
     """
@@ -140,7 +140,7 @@ def account(events: Events, now: float | None = None) -> TimeAccount:
 
 
 def _one_start(events: Events) -> list[dict[str, Any]]:
-    """The events with one "started" for each life, at its very beginning, of as many ranks as there are known to be."""
+    """Return the events with one "started" for each life, at its very beginning, with the known number of ranks."""
     rows: list[dict[str, Any]] = []
     opening: dict[str, Any] | None = None
     for event in events:
@@ -173,7 +173,7 @@ class _Bookkeeper:
         self.life, self.at, self.mode, self.restored = life, life.started, mode, False
 
     def close(self) -> None:
-        """The life is over: time up to its end, and what it had not saved."""
+        """End the life: account for the time up to its end, and for what it had not saved."""
         if self.life is not None:
             self.pass_until(self.life.ended)
             self.account.lost += self.pending
@@ -210,14 +210,14 @@ class _Bookkeeper:
             self.mode = "way out"
 
     def go_on_from(self, step: int) -> None:
-        """What was kept behind the step from which this life goes on, is made again."""
+        """Count as lost what was kept beyond the step from which this life goes on: it is made again."""
         if not self.restored:
             self.account.lost += sum(seconds for kept, seconds in self.kept if kept > step)
             self.kept = [piece for piece in self.kept if piece[0] <= step]
             self.step, self.restored = step, True
 
     def keep(self, step: int) -> None:
-        """A checkpoint holds all steps so far."""
+        """Keep all steps so far: a checkpoint holds them."""
         if self.pending:
             self.kept.append((step, self.pending))
             self.pending = 0.0
@@ -244,7 +244,7 @@ class _Bookkeeper:
 
 
 def seconds(event: dict[str, Any]) -> float:
-    """The time of an event, in seconds since 1970."""
+    """Return the time of an event, in seconds since 1970."""
     return _seconds(event["time"])
 
 

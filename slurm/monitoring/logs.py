@@ -1,4 +1,4 @@
-"""What the jobs of a run have printed, and of a failed one the lines that matter first.
+"""Show what the jobs of a run have printed, and of a failed one first the lines that matter.
 
 submitit leaves two files for each job and rank in <run>/logs: JOB_RANK_log.out and JOB_RANK_log.err. All lives of a job
 append to the same ones; `mark` writes a line into both where a life begins. What the batch script itself prints,
@@ -51,7 +51,7 @@ def mark(rank: int, host: str) -> None:
 
 
 def files(run: RunFolder, job: str | None = None) -> list[Log]:
-    """The files of a run's jobs, by age of the job, rank and kind."""
+    """Return the files of a run's jobs, by age of the job, rank and kind."""
     found = []
     for path in (run.path / "logs").glob("*_log.*"):
         parsed = compat_submitit.parse_log_name(path.name)
@@ -100,7 +100,7 @@ def _no_logs(run: RunFolder, rank: int | None) -> str:
 
 
 def _window(run: RunFolder, life: int) -> tuple[str, str]:
-    """From when to when a life lasted, as the times of events: from its start until that of the next."""
+    """Return when a life began and ended, as the times of events: from its start until that of the next."""
     starts = run.events(Event.STARTED)
     if life > len(starts):
         raise UserError(
@@ -122,7 +122,7 @@ def _print(log: Log, console: Console, window: tuple[str, str] | None) -> int:
 
 
 def _life(text: str, start: str, end: str) -> str:
-    """What lies between the last mark before a life's "started" and the last mark before the next one's."""
+    """Return what lies between the last mark before a life's "started" and the last mark before the next one's."""
     marks = [(match[1], match.start()) for match in _MARK.finditer(text)]
     begins = [place for at, place in marks if at <= start]
     ends = [place for at, place in marks if start < at <= end]
@@ -143,7 +143,7 @@ def _print_more(log: Log, console: Console, done: int) -> int:
 
 
 def first_error(run: RunFolder) -> list[Text]:
-    """Of a run that failed: who failed first and how, and the traceback. Empty for one that did not."""
+    """Return who failed first in a failed run, how, and the traceback. Empty for a run that did not fail."""
     last = run.events(
         *JOB_BEGINNINGS, Event.FINISHED, Event.STOPPED, Event.CANCELLED, Event.PREEMPTED, Event.TIME_LIMIT
     )
@@ -163,7 +163,7 @@ def first_error(run: RunFolder) -> list[Text]:
 
 
 def culprit(run: RunFolder) -> dict[str, Any] | None:
-    """What the rank left behind that ended the newest life by an error; its peers' errors follow from its own."""
+    """Return the end file of the rank that ended the newest life by an error; its peers' errors follow from its own."""
     starts = run.events(Event.STARTED)
     found = []
     for rank, path in run.end_paths().items():
@@ -174,7 +174,7 @@ def culprit(run: RunFolder) -> dict[str, Any] | None:
 
 
 def last_words(run: RunFolder, job: str, first: bool) -> str:
-    """The line of a job's logs that says best why it died, or "".
+    """Return the line of a job's logs that says best why it died, or "".
 
     `first`: the first one that names an error, as what follows follows from it. Otherwise the last one: a job that had
     started has earlier errors and lives in the same files.
@@ -187,7 +187,7 @@ def last_words(run: RunFolder, job: str, first: bool) -> str:
 
 
 def tail(path: Path) -> list[str]:
-    """The last lines of a file."""
+    """Return the last lines of a file."""
     with path.open("rb") as file:
         size = file.seek(0, 2)
         file.seek(max(0, size - _TAIL))
@@ -196,7 +196,7 @@ def tail(path: Path) -> list[str]:
 
 
 def _telling(lines: list[str], first: bool) -> str:
-    """The line that names an error: of a traceback its last one; else the last line at all."""
+    """Return the line that names an error: of a traceback its last one; else the last line at all."""
     said = [line for line in lines if line.strip() and not _ECHO.search(line)]
     errors = [line.strip() for line in said if _TELLING.search(line) and not line.startswith((" ", "Traceback"))]
     return (errors[0 if first else -1] if errors else said[-1] if said else "").strip()

@@ -89,7 +89,7 @@ _OTHER = {"QOS": "another qos", "Assoc": "another account", "": "another partiti
 
 
 def words(code: str) -> str:
-    """A sentence for a code, and the code behind it; one that is not known is given as it is."""
+    """Return a sentence for a code, and the code behind it; one that is not known is given as it is."""
     name, comma, rest = code.partition(",")
     said = WORDS.get(name) or _limit(name)
     if said is None:
@@ -98,7 +98,7 @@ def words(code: str) -> str:
 
 
 def _limit(name: str) -> str | None:
-    """The systematic names: whose limit, on what, for whom."""
+    """Explain the systematic names of limits: whose limit, on what, for whom."""
     found = _LIMIT.fullmatch(name.removesuffix("Limit"))
     if found is None:
         return None

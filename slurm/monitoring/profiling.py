@@ -15,7 +15,7 @@ from slurm import scheduler
 
 
 def trace(run: RunFolder, steps: int, seconds: float) -> dict[str, Any]:
-    """What the job says of the trace. Raises UserError where no job runs, or none came in time."""
+    """Request a trace and return the job's summary of it. Raises UserError where no job runs, or none came in time."""
     if scheduler.state(run.job()) != "RUNNING":
         raise UserError(f"{run.path}: no running job to trace")
     request = run.folder(TRACE_FOLDER) / TRACE_REQUEST
@@ -35,5 +35,5 @@ def trace(run: RunFolder, steps: int, seconds: float) -> dict[str, Any]:
 
 
 def _told(run: RunFolder) -> set[tuple[int, str]]:
-    """A step may be traced once more after a restart, so a file is known by its time, too."""
+    """Return the traces there are. A step may be traced again after a restart, so a file is known by its time, too."""
     return {(path.stat().st_mtime_ns, path.name) for path in (run.path / TRACE_FOLDER).glob("step-*.json")}

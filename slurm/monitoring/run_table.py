@@ -44,8 +44,7 @@ class _Column:
 
 
 class RunTable:
-    """Where runs stand, as slurm.monitoring.status says, for any width; below the table why those wait, or failed.
-
+    """The state of runs as slurm.monitoring.status gives it, for any width; below the table, why runs wait or failed.
 
     `height`: lines it may take; what lives or failed is shown before what has ended, and what is not shown is counted.
     """
@@ -78,7 +77,7 @@ class RunTable:
             yield Text(said_out, style="dim")
 
     def _fit(self, shown: Sequence[dict[str, Any]], options: ConsoleOptions) -> tuple[Text, list[str]]:
-        """The table with as many columns as fit, and the titles of those that do not. Empty ones are not missed."""
+        """Return the table with as many columns as fit, and the titles of those that do not, except for empty ones."""
         for brief in (False, True):
             widths = {}
             for column in _columns(self.results, options.max_width // 3, brief):
@@ -97,7 +96,7 @@ class RunTable:
         return _lines_of({column: widths[column] for column in columns if column in chosen}, shown), left_out
 
     def _notes(self) -> list[tuple[str, str, str]]:
-        """(state, runs, sentence) of those that have something to say, the same sentence once."""
+        """Return (state, runs, sentence) of runs with a reason to show; runs with the same sentence share a row."""
         said: dict[tuple[str, str], list[str]] = {}
         for result in sorted(self.results, key=lambda result: _ORDER.index(result["state"])):
             if result["why"]:
@@ -121,7 +120,7 @@ class RunTable:
 
 
 def _columns(results: Sequence[dict[str, Any]], longest: int, brief: bool) -> list[_Column]:
-    """All that is known; `brief` says restarts by their number alone."""
+    """Return all columns; `brief` gives restarts by their number alone."""
     on_cpus = bool(results) and {result["device"] for result in results} <= {"cpu", None}
     device = "rank" if on_cpus else "GPU"
     return [
@@ -144,7 +143,7 @@ def _columns(results: Sequence[dict[str, Any]], longest: int, brief: bool) -> li
 
 
 def line(result: dict[str, Any]) -> str:
-    """The same in one line, as far as it is known."""
+    """Return a run's state in one line, as far as it is known."""
     step = f"step {result['step']:,} of {result['steps']:,}" if result["steps"] else ""
     loss = "" if result["loss"] is None else f"loss {result['loss']:.3f}"
     saved = "" if result["checkpoint_step"] is None else f"saved at {result['checkpoint_step']:,}"
@@ -156,7 +155,7 @@ def line(result: dict[str, Any]) -> str:
 
 
 def _lines_of(widths: Mapping[_Column, int], results: Sequence[dict[str, Any]]) -> Text:
-    """The head, a rule and a line for each result. Not a table of Rich's, which takes seconds for a thousand rows."""
+    """Render the head, a rule and a line for each result. Rich's own table takes seconds for a thousand rows."""
     total = sum(widths.values()) + _GAP * (len(widths) - 1)
     text = Text("\n ", no_wrap=True, overflow="ellipsis")
     text.append_text(_line([Text(column.title, style="bold") for column in widths], widths))
@@ -181,13 +180,13 @@ def _width(cell: str | Text) -> int:
 
 
 def name(result: dict[str, Any]) -> str:
-    """A run's name: its folder's, and of a trial its sweep's before it."""
+    """Return a run's name: its folder's, and of a trial its sweep's before it."""
     path = Path(result["run"])
     return f"{path.parent.parent.name}/{path.name}" if path.parent.name == "trials" else path.name
 
 
 def span(seconds: float | None) -> str:
-    """A length of time with two figures that matter: 45 s, 12 min, 3 h 05, 2 d 04 h."""
+    """Return a length of time with two figures that matter: 45 s, 12 min, 3 h 05, 2 d 04 h."""
     if seconds is None:
         return ""
     if seconds < 99.5:
@@ -200,18 +199,18 @@ def span(seconds: float | None) -> str:
 
 
 def _left(result: dict[str, Any]) -> str:
-    """Time to the end; of a pending run to its start."""
+    """Return the time to the end, or of a pending run to its start."""
     starts = result["starts_in_seconds"]
     return f"in {span(starts)}" if starts else span(result["eta_seconds"])
 
 
 def _several(runs: Sequence[str]) -> str:
-    """Names of runs, and how many more there are."""
+    """Return the names of a few runs, and how many more there are."""
     return ", ".join(runs[:3]) + (f" and {len(runs) - 3} more" if len(runs) > 3 else "")
 
 
 def _short(text: str, most: int) -> str:
-    """The beginning and the end of a long name: dates stand at the end."""
+    """Return the beginning and the end of a long name: dates stand at the end."""
     return text if len(text) <= most else f"{text[: (most - 1) // 2]}…{text[-(most // 2) :]}"
 
 

@@ -1,4 +1,4 @@
-"""Where runs stand, and why: read from their folders and from one look at each cluster's queue.
+"""Tell where runs stand, and why: from their folders and one look at each cluster's queue.
 
 status(RunFolder.open("runs/padchest-1"))          # the keys of `radhpc status --json`
 look = Statuses([RunFolder.open(path) for path in paths])
@@ -35,13 +35,13 @@ LIVING = (RunState.PENDING, RunState.RUNNING)
 
 
 def status(run: RunFolder) -> dict[str, Any]:
-    """Where one run stands."""
+    """Return where one run stands."""
     return Statuses([run]).now()[0]
 
 
 @dataclass
 class _Digest:
-    """What is asked of a run's events. They are append-only, so a file of the same size and time is the same file."""
+    """A summary of a run's events. They are append-only, so a file of the same size and time is the same file."""
 
     key: str = ""  # of events.jsonl: inode, size, time of change
     newest: str = ""  # the last event's name
@@ -116,7 +116,7 @@ class _Digests:
 
 @dataclass
 class _Read:
-    """What was read of a run's folder."""
+    """The files of a run's folder as they were last read."""
 
     run: RunFolder
     job: dict[str, Any] | None = None
@@ -136,7 +136,7 @@ class _Read:
 
 
 class Statuses:
-    """Where several runs stand. Looks at the queue at most every so many seconds, at a run's events when they grow."""
+    """The states of several runs. Reads the queue at most every `queue_seconds`, and a run's events when they grow."""
 
     def __init__(self, runs: Sequence[RunFolder], queue_seconds: float = 0.0) -> None:
         self.queue_seconds = queue_seconds
@@ -147,7 +147,7 @@ class Statuses:
         self._digests = _Digests()
 
     def now(self) -> list[dict[str, Any]]:
-        """The keys of `radhpc status --json`, for each run."""
+        """Return the keys of `radhpc status --json`, for each run."""
         with ThreadPoolExecutor(_THREADS) as pool:
             list(pool.map(lambda read: read.read(self._digests), self._read))
         if self._asked == float("-inf"):  # once: whoever watches has all in memory
@@ -164,7 +164,7 @@ class Statuses:
 
 
 def _has_finished(read: _Read) -> bool:
-    """The scheduler need not be asked: after this event no life follows."""
+    """Return whether the run is over for certain: no life follows, and the scheduler need not be asked."""
     return read.digest.newest == Event.FINISHED and "process_start" not in (read.job or {})
 
 
@@ -208,7 +208,7 @@ def _describe(read: _Read, entry: QueueEntry, now: float) -> dict[str, Any]:
 
 
 def _state(read: _Read, entry: QueueEntry) -> tuple[RunState, str]:
-    """The state of a run and the reason."""
+    """Return the state of a run and the reason."""
     if entry.living:
         if entry.state in _WAITING:
             return RunState.PENDING, pending_reasons.words(entry.reason)
@@ -229,7 +229,7 @@ def _state(read: _Read, entry: QueueEntry) -> tuple[RunState, str]:
 
 
 def _gone(read: _Read, entry: QueueEntry, started: bool, stepped: bool) -> tuple[RunState, str]:
-    """The job is gone, and the run's events do not say why: the scheduler and the log may."""
+    """Explain a job that is gone without an event that says why: the scheduler and the log may know."""
     assert read.job is not None
     if entry.state == "CANCELLED":
         return RunState.STOPPED, "cancelled while it ran" if started else "cancelled while it waited in the queue"
@@ -242,7 +242,7 @@ def _gone(read: _Read, entry: QueueEntry, started: bool, stepped: bool) -> tuple
 
 
 def _running(lives: list[Life], progress: dict[str, Any], now: float) -> str:
-    """What a person should know of a job that runs: nothing while it makes steps."""
+    """Return what people should know about a running job; nothing while it makes steps."""
     if not lives or progress.get("time", 0.0) < lives[-1].started:
         return "starting up"
     quiet = now - progress["time"]
@@ -254,7 +254,7 @@ def _running(lives: list[Life], progress: dict[str, Any], now: float) -> str:
 
 
 def _eta(progress: dict[str, Any], now: float) -> float | None:
-    """Seconds to the last step at the pace of the last minute."""
+    """Return the seconds to the last step at the pace of the last minute."""
     if not progress.get("step_seconds") or not progress.get("steps"):
         return None
     left: float = (progress["steps"] - progress["step"]) * progress["step_seconds"] - (now - progress["time"])
@@ -262,7 +262,7 @@ def _eta(progress: dict[str, Any], now: float) -> float | None:
 
 
 def _events(run: RunFolder) -> list[dict[str, Any]]:
-    """All events, parsed in one go: there may be a thousand runs with hundreds of checkpoints each."""
+    """Return all events, parsed in one go: there may be a thousand runs with hundreds of checkpoints each."""
     try:
         data = (run.path / "events.jsonl").read_text()
     except FileNotFoundError:
@@ -281,7 +281,7 @@ def _newest_evaluation(run: RunFolder) -> dict[str, Any] | None:
 
 
 def find_runs(paths: Sequence[Path] | None, strict: bool = True) -> list[RunFolder]:
-    """The runs at these paths, and of a folder that is none (a sweep) those in it; by default all in runs/.
+    """Return the runs at these paths, and of a folder that is none (a sweep) those in it; by default all in runs/.
 
     Raises UserError for a path without any, if `strict`.
     """

@@ -1,4 +1,4 @@
-"""What people read of the verbs about runs: their JSON objects in, Rich's tables out. Nothing is printed here."""
+"""Render the results of verbs about runs: their JSON objects in, Rich's tables out. Nothing is printed here."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,8 +15,9 @@ SHOWN = 20  # samples that were seen too often or never
 
 
 def scores(found: dict[str, Any]) -> Iterator[Table | str]:
-    """scores.json of an evaluation beside its baselines, the difference to another run, and what is missing. Scores of
-    single findings have a table for each kind of them.
+    """Show scores.json of an evaluation next to its baselines, the difference to another run, and what is missing.
+
+    Scores of single findings have a table for each kind of score.
     """
     groups: dict[str, list[str]] = {}
     for name in found["scores"]:
@@ -55,7 +56,7 @@ def scores(found: dict[str, Any]) -> Iterator[Table | str]:
 
 
 def weights(found: dict[str, Any]) -> RenderableType:
-    """The files of a recipe's model, part by part."""
+    """Show the files of a recipe's model, part by part."""
     if not found["parts"]:
         return Text(f"family {found['family']}: random weights from the recipe's configuration, no file is needed")
     table = Table("part", "file", "size", "state", box=SIMPLE_HEAD)
@@ -74,7 +75,7 @@ def _bytes(count: int) -> str:
 
 
 def audit(results: list[dict[str, Any]]) -> Table:
-    """What radhpc.data.audit says of each run, epoch by epoch."""
+    """Show the audit of each run, epoch by epoch."""
     mixed = any("dataset" in epoch for result in results for epoch in result["epochs"])
     dataset = ["dataset"] if mixed else []
     titles = ("run", "stage", *dataset, "epoch", "due", "of", "seen", "missing", "repeated", "exactly once")
@@ -90,7 +91,7 @@ def audit(results: list[dict[str, Any]]) -> Table:
 
 
 def audit_sentences(results: list[dict[str, Any]]) -> Iterator[str]:
-    """A sentence for each audited run, and the samples that went wrong."""
+    """Yield a sentence for each audited run, and the samples that went wrong."""
     for result in results:
         lives, worlds = len(result["topologies"]), sorted({life["world_size"] for life in result["topologies"]})
         over = f"{lives} lives on {' and '.join(map(str, worlds))} rank(s)"
@@ -105,7 +106,7 @@ def audit_sentences(results: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def plan(result: dict[str, Any]) -> Iterator[RenderableType]:
-    """What a recipe will take on a profile, and what of it does not fit."""
+    """Show what a recipe needs on a profile, and what does not fit."""
     table = Table(
         "stage", "steps", "trained of all", "GB per GPU", "of it a batch of", "checkpoint MB", box=SIMPLE_HEAD
     )
@@ -138,7 +139,7 @@ def plan(result: dict[str, Any]) -> Iterator[RenderableType]:
 
 
 def checks(found: list[dict[str, Any]]) -> Iterator[str]:
-    """What doctor found, and what it wants where something is not as it should be."""
+    """Show the checks of doctor, and what is expected where one fails."""
     for check in found:
         yield f"{'[green]ok[/]' if check['ok'] else '[red]NO[/]'}  [bold]{check['name']}[/]: {check['found']}"
         if not check["ok"]:
@@ -146,7 +147,7 @@ def checks(found: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def sweep(standing: dict[str, Any]) -> Iterator[RenderableType]:
-    """The trials of a sweep, the best first."""
+    """Show the trials of a sweep, the best first."""
     keys = list(dict.fromkeys(key for trial in standing["trials"] for key in trial["parameters"]))
     title = f"{Path(standing['sweep']).name}: {standing['metric']}, {standing['direction']}"
     columns = ("trial", "state", standing["metric"], "step", *(_tail(key, keys) for key in keys))
@@ -163,7 +164,7 @@ def sweep(standing: dict[str, Any]) -> Iterator[RenderableType]:
 
 
 def _tail(key: str, keys: list[str]) -> str:
-    """The last words of a key that tell it from the others."""
+    """Return the last words of a key that tell it from the others."""
     parts = key.split(".")
     tails = (".".join(parts[-n:]) for n in range(1, len(parts) + 1))
     return next(tail for tail in tails if sum(other == key or other.endswith(f".{tail}") for other in keys) == 1)
@@ -174,7 +175,7 @@ def _label(value: Any) -> str:
 
 
 def answer(result: Mapping[str, Any], console: Console, heading: bool) -> None:
-    """What `generate` prints of one study: its warnings, its text by sections, its neighbours."""
+    """Print the answer of `generate` for one study: its warnings, its text by sections, its neighbours."""
     if heading:
         console.print(Text(result["name"], style="bold"))
     if "error" in result:
@@ -191,13 +192,13 @@ def answer(result: Mapping[str, Any], console: Console, heading: bool) -> None:
 
 
 def neighbours(found: Sequence[Mapping[str, Any]]) -> Iterator[Text]:
-    """Training studies that look alike, a line each."""
+    """Show similar training studies, one line each."""
     for neighbour in found:
         yield Text.assemble((f"  {neighbour['similarity']:.2f} {neighbour['key']} ", "dim"), neighbour["text"])
 
 
 def traced(found: dict[str, Any]) -> Iterator[RenderableType]:
-    """Where a trace lies and the operators that took longest."""
+    """Show where a trace lies and the operators that took longest."""
     table = Table("operator", "calls", "ms", "share", box=SIMPLE_HEAD)
     for row in found["operators"]:
         table.add_row(row["operator"], str(row["calls"]), f"{row['milliseconds']:.1f}", f"{row['share']:.1%}")

@@ -1,4 +1,4 @@
-"""Follows runs: a live table on a terminal; elsewhere a line for each thing that changes, for a log or a mail."""
+"""Follow runs: a live table on a terminal; elsewhere a line for each thing that changes, for a log or a mail."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ SECONDS = 2.0  # between looks at the runs' folders
 
 
 def watch(find: Callable[[], Sequence[RunFolder]], console: Console) -> None:
-    """Until Ctrl-C; without a terminal until no run lives any more. `find` is asked again for runs that are new."""
+    """Follow runs until Ctrl-C; without a terminal, until no run lives. `find` is called again to find new runs."""
     with suppress(KeyboardInterrupt):
         if console.is_terminal:
             _table(find, console)
@@ -39,7 +39,7 @@ def _table(find: Callable[[], Sequence[RunFolder]], console: Console) -> None:
 
 
 def _lines(find: Callable[[], Sequence[RunFolder]], console: Console) -> None:
-    """What stays the same from step to step, when it changes."""
+    """Print a line whenever something changes that stays the same from step to step."""
     look, said = Statuses(list(find()), QUEUE_SECONDS), dict[str, Any]()
     while True:
         results = look.now()

@@ -1,1 +1,1 @@
-"""What is known before anything is queued: doctor, the probe job and the plan."""
+"""Check before anything is queued: doctor, the probe job and the plan."""

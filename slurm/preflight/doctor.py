@@ -1,9 +1,9 @@
-"""Will a run survive on this cluster? Each check says what was found and what is wanted, in words for a first day.
+"""Check whether a run would survive on this cluster: what was found and what is expected, in plain words.
 
     for check in examine(profile, Path("runs")):
         print(check["name"], check["ok"], check["found"], check["wanted"])
 
-Enters: a profile and the place where runs will lie. Leaves: dictionaries {name, ok, found, wanted}. It reads what
+Enters: a profile and the folder of the runs. Leaves: dictionaries {name, ok, found, wanted}. It reads what
 scontrol and sinfo say and submits nothing; what only a job can see is in probe.py.
 """
 
@@ -29,7 +29,7 @@ def check(name: str, ok: bool, found: str, wanted: str) -> Check:
 
 
 def examine(profile: Profile, folder: Path) -> list[Check]:
-    """All that can be known from here. Raises UserError where there is no scheduler to ask."""
+    """Return all checks that can be made from here. Raises UserError where there is no scheduler to ask."""
     if profile.cluster != "slurm":
         return [*_here(profile), *_folder(profile, None, folder)]
     cluster = Cluster.ask(profile.environment)
@@ -42,7 +42,7 @@ def examine(profile: Profile, folder: Path) -> list[Check]:
 
 
 def _job(profile: Profile, cluster: Cluster, folder: Path) -> list[Check]:
-    """Would sbatch take the job?"""
+    """Check whether sbatch would take the job."""
     parameters = slurm_parameters(RunFolder(folder / "doctor"), profile, "python")
     problems = [*precheck.environment_problems(profile), *precheck.problems(profile, cluster, parameters)]
     nodes = cluster.nodes_of(profile.partition)
@@ -61,7 +61,7 @@ def _job(profile: Profile, cluster: Cluster, folder: Path) -> list[Check]:
 
 
 def _preemption(profile: Profile, cluster: Cluster) -> list[Check]:
-    """What happens when another job wants the nodes."""
+    """Check what happens when another job wants the nodes."""
     config = cluster.config
     row = cluster.partitions.get(profile.partition or cluster.default or "", {})
     partition = row.get("PartitionName", "?")
@@ -114,7 +114,7 @@ def _preemption(profile: Profile, cluster: Cluster) -> list[Check]:
 
 
 def _ends(profile: Profile, cluster: Cluster) -> list[Check]:
-    """Requeue, time limits, the last seconds, and accounting."""
+    """Check requeue, time limits, the last seconds, and accounting."""
     config = cluster.config
     row = cluster.partitions.get(profile.partition or cluster.default or "", {})
     limit = minutes(row.get("MaxTime", "UNLIMITED"))
@@ -165,7 +165,7 @@ def _ends(profile: Profile, cluster: Cluster) -> list[Check]:
 
 
 def _here(profile: Profile) -> list[Check]:
-    """What a run on this machine needs."""
+    """Check what a run on this machine needs."""
     gpus = len(call(["nvidia-smi", "--list-gpus"], {}).splitlines()) if shutil.which("nvidia-smi") else 0
     wanted = profile.gpus_per_node or 0
     try:
@@ -186,7 +186,7 @@ def _here(profile: Profile) -> list[Check]:
 
 
 def _folder(profile: Profile, cluster: Cluster | None, folder: Path) -> list[Check]:
-    """The place of the runs."""
+    """Check the folder of the runs."""
     kind, found = file_system(folder), precheck.folder_problems(profile, cluster, folder) if cluster else []
     rate = write_rate(folder)
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())

@@ -1,6 +1,6 @@
-"""What a recipe costs on a profile: whether it fits, how long it takes, whether a save fits into the grace.
+"""Estimate what a recipe costs on a profile: whether it fits, how long it takes, whether a save fits into the grace.
 
-Enters the result of radhpc.planning.forecast, leaves the keys of `radhpc plan --json`. The login node knows the
+The forecast of radhpc.planning.forecast enters; the keys of `radhpc plan --json` leave. The login node knows the
 profile's GPUs, the grace of its partition, and how fast the run folder's file system takes a checkpoint. What nobody
 has measured is null, not guessed.
 """
@@ -32,7 +32,7 @@ def costs(
     like: RunFolder | None = None,
     samples_per_second: float | None = None,
 ) -> dict[str, Any]:
-    """The keys of `radhpc plan --json`. `stages`: of radhpc.planning.forecast; `folder`: where the run will lie."""
+    """Return the keys of `radhpc plan --json`. `stages`: from planning.forecast; `folder`: where the run will be."""
     cluster = Cluster.ask(profile.environment) if profile.cluster == "slurm" else None
     peak = max(stage.gigabytes_per_gpu for stage in stages)
     gpu = own_gpu(profile, cluster)
@@ -89,18 +89,18 @@ def costs(
 
 
 def _sum(counts: Iterable[int | None]) -> int | None:
-    """Of all stages; None where that of one is not known."""
+    """Return the sum over all stages; None where a count is not known."""
     known = list(counts)
     return None if None in known else sum(count for count in known if count is not None)
 
 
 def fits(gigabytes: float, gpu_bytes: float) -> bool:
-    """Whether tensors of so many gigabytes leave room for what is not tensors."""
+    """Return whether tensors of so many gigabytes leave room for what is not tensors."""
     return gigabytes * 1e9 <= gpu_bytes * (1 - SPARE) - CONTEXT
 
 
 def own_gpu(profile: Profile, cluster: Cluster | None) -> tuple[str, float] | None:
-    """The smallest GPU that a job of this profile may get, with its bytes; None where nothing names it."""
+    """Return the smallest GPU that a job of this profile may get, with its bytes; None where nothing names it."""
     if not profile.gpus_per_node:
         return None
     asked = f"{profile.constraint or ''} {profile.sbatch.get('gres', '')} {profile.sbatch.get('gpus-per-node', '')}"
@@ -114,8 +114,8 @@ def own_gpu(profile: Profile, cluster: Cluster | None) -> tuple[str, float] | No
 
 
 def write_rate(folder: Path) -> float:
-    """Bytes a second that a save gets onto the file system of `folder`: written, flushed, read again for its checksum,
-    as a checkpoint is. Raises UserError where nothing can be written.
+    """Measure the bytes per second of a save on the file system of `folder`: written, flushed, and read again for its
+    checksum, as a checkpoint is. Raises UserError where nothing can be written.
     """
     while not folder.exists():
         folder = folder.absolute().parent
@@ -135,7 +135,7 @@ def write_rate(folder: Path) -> float:
 
 
 def _rate(profile: Profile, like: RunFolder | None, stated: float | None) -> tuple[float | None, str | None]:
-    """Samples per second over all ranks, and where the figure comes from."""
+    """Return samples per second over all ranks, and where the figure comes from."""
     if stated is not None:
         return stated, "stated"
     if like is None:

@@ -1,4 +1,4 @@
-"""A job of two minutes that sees what only a job can see: `radhpc doctor --on PROFILE --probe`.
+"""Submit a job of two minutes that sees what only a job can see: `radhpc doctor --on PROFILE --probe`.
 
     checks = run_probe(profile, Path("runs"), urls=["s3://bucket/padchest"], preempt_with="urgent")
 
@@ -73,7 +73,7 @@ def run_probe(
 
 
 def _why_not_preempted(owner: dict[str, Any], urgent: list[str]) -> str:
-    """Why an urgent job did not preempt the probe; "" where it did, or where there was none."""
+    """Return why an urgent job did not preempt the probe; "" where it did, or where there was none."""
     environment = owner["environment"]
     if not urgent or scheduler.show_job(owner["id"], environment).get("PreemptTime", "None") != "None":
         return ""
@@ -117,7 +117,7 @@ def _wait(
     patience: float,
     progress: Callable[[str], None],
 ) -> None:
-    """Until the job is gone; the urgent one is sent as soon as all ranks have measured, its id goes into `urgent`."""
+    """Wait until the job is gone; when all ranks have measured, send the urgent job and put its id into `urgent`."""
     deadline = time.monotonic() + patience
     while True:
         lines = _lines(run)
@@ -159,7 +159,7 @@ def _lines(run: RunFolder) -> dict[str, list[dict[str, Any]]]:
 def judge(
     ranks: dict[str, list[dict[str, Any]]], profile: Profile, submitted: float, preempt_with: str | None
 ) -> list[Check]:
-    """Checks from what the ranks wrote down."""
+    """Make checks from what the ranks wrote down."""
     from slurm.preflight.doctor import check
 
     lines = [line for rank in ranks.values() for line in rank]
@@ -227,7 +227,7 @@ def judge(
 
 
 def _signals(ranks: dict[str, list[dict[str, Any]]], preempt_with: str | None) -> list[Check]:
-    """Which signals came, how long after the start, and how long SIGKILL took from the first SIGTERM."""
+    """Check which signals came, how long after the start, and how long SIGKILL took from the first SIGTERM."""
     from slurm.preflight.doctor import check
 
     rows: list[

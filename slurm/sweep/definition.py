@@ -1,4 +1,4 @@
-"""What to search: a YAML file over a recipe, proven before anything is submitted.
+"""Define a sweep: a YAML file over a recipe, validated before anything is submitted.
 
     recipe: ../quickstart.yaml                # relative to this file, or a name: quickstart
     overrides: [evaluation.every=50]          # the same for every trial, as on the command line
@@ -71,11 +71,11 @@ class Axis(Section):
 
     @property
     def whole(self) -> bool:
-        """Whether a range has whole numbers only."""
+        """Return whether a range has whole numbers only."""
         return isinstance(self.low, int) and isinstance(self.high, int)
 
     def points(self) -> list[Scalar] | None:
-        """All values, as a study keeps them; None where they are too many to be counted."""
+        """Return all values, as a study keeps them; None where they are too many to be counted."""
         if self.values is not None:
             return [_kept(value) for value in self.values]
         assert self.low is not None
@@ -86,17 +86,17 @@ class Axis(Section):
         return [self.low + n * step for n in range(round((self.high - self.low) / step) + 1)]
 
     def corners(self) -> list[Scalar]:
-        """The values of a list, or the ends of a range."""
+        """Return the values of a list, or the ends of a range."""
         return [_kept(value) for value in self.values] if self.values is not None else [self.low, self.high]
 
     def given(self, kept: Scalar) -> Any:
-        """The value as the sweep file gives it, from how a study keeps it."""
+        """Return the value as the sweep file gives it, from how a study keeps it."""
         if self.values is None:
             return kept
         return next(value for value in self.values if _kept(value) == kept and type(_kept(value)) is type(kept))
 
     def label(self, kept: Scalar) -> Scalar:
-        """A short name of the value for tables: of a section what tells it from the list's other sections."""
+        """Return a short name of the value for tables: of a section, what tells it from the list's other sections."""
         value = self.given(kept)
         if isinstance(value, list):
             return ", ".join(map(str, value)) or kept
@@ -114,7 +114,7 @@ class Axis(Section):
 
 
 class Pruner(Section):
-    """Which trials end early. ASHA: Li et al., 2018, asynchronous successive halving."""
+    """A rule that ends trials early. ASHA: Li et al., 2018, asynchronous successive halving."""
 
     method: Literal["asha"] = "asha"
     min_steps: int = Field(ge=1, description="optimizer steps that every trial gets")
@@ -122,7 +122,7 @@ class Pruner(Section):
 
 
 class Sweep(Section):
-    """The whole sweep."""
+    """A sweep."""
 
     recipe: str = Field(
         description="the recipe that all trials start from: a file, relative to the sweep's, or a name that "
@@ -174,7 +174,7 @@ class Sweep(Section):
 
     @property
     def count(self) -> int:
-        """How many trials there are."""
+        """Return the number of trials."""
         return len(self.grid()) if self.method == "grid" else self.trials or 0
 
     @property
@@ -182,16 +182,16 @@ class Sweep(Section):
         return self.metric != "loss" if self.direction is None else self.direction == "maximize"
 
     def grid(self) -> list[dict[str, Scalar]]:
-        """Every point, the last key changing first."""
+        """Return every point, the last key changing first."""
         points = [axis.points() or [] for axis in self.space.values()]
         return [dict(zip(self.space, point, strict=True)) for point in itertools.product(*points)]
 
     def trial_overrides(self, parameters: dict[str, Scalar]) -> list[str]:
-        """What a trial changes in the base recipe, as on the command line."""
+        """Return what a trial changes in the base recipe, as on the command line."""
         return [f"{key}={_yaml(axis.given(parameters[key]))}" for key, axis in self.space.items()]
 
     def to_yaml(self) -> str:
-        """The file that `load` reads back."""
+        """Return the file that `load` reads back."""
         data = self.model_dump(mode="json", exclude_defaults=True)
         data["recipe"] = self.recipe
         data["space"] = {key: axis.get("values", axis) for key, axis in data["space"].items()}
@@ -218,7 +218,7 @@ def base_path(path: Path, recipe: str) -> Path:
 
 
 def check(sweep: Sweep, base: Recipe, path: Path) -> list[Recipe]:
-    """The recipes at the corners of the space; of a space of more than 1000 corners, those along each axis.
+    """Return the recipes at the corners of the space; of a space of more than 1000 corners, those along each axis.
 
     Raises UserError for a key that no recipe has and for values that do not fit together.
     """
@@ -245,7 +245,7 @@ def check(sweep: Sweep, base: Recipe, path: Path) -> list[Recipe]:
 
 
 def distinct_data(sweep: Sweep, base: Recipe, path: Path) -> list[Recipe]:
-    """Of the corners one recipe for each set of data, weights and split that a trial may need."""
+    """Return one recipe of the corners for each set of data, weights and split that a trial may need."""
     found = {
         repr(
             [recipe.evaluation.split, recipe.model.weights, *(recipe.shards_of(stage) for stage in recipe.stages)]
@@ -263,7 +263,7 @@ def corners(sweep: Sweep) -> list[dict[str, Scalar]]:
 
 
 def _refuse_new_free_key(data: dict[str, Any], key: str, path: Path) -> None:
-    """In model.config, whose keys are transformers', a misspelt one would be a new one; elsewhere a recipe says so."""
+    """Raise UserError for a misspelt key in model.config, whose keys are transformers': it would pass as a new one."""
     parts = key.split(".")
     if parts[:2] != ["model", "config"]:
         return
@@ -280,7 +280,7 @@ def _plain(value: Any) -> bool:
 
 
 def _leaves(section: dict[str, Any], before: str = "") -> dict[str, Any]:
-    """A section's values by dotted key."""
+    """Return a section's values by dotted key."""
     found: dict[str, Any] = {}
     for key, value in section.items():
         found |= _leaves(value, f"{before}{key}.") if isinstance(value, dict) else {f"{before}{key}": value}
@@ -288,10 +288,10 @@ def _leaves(section: dict[str, Any], before: str = "") -> dict[str, Any]:
 
 
 def _kept(value: Any) -> Scalar:
-    """A value as a study keeps it: plain ones as they are, lists and mappings as JSON."""
+    """Return a value as a study keeps it: plain ones as they are, lists and mappings as JSON."""
     return value if _plain(value) or value is None else json.dumps(value)
 
 
 def _yaml(value: Any) -> str:
-    """One line of YAML that reads as this value: JSON's 1e-05 would be read as a text."""
+    """Return one line of YAML that reads as this value: JSON's 1e-05 would be read as a text."""
     return yaml.safe_dump([value], default_flow_style=True, width=math.inf).strip()[1:-1]

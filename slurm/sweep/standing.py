@@ -21,7 +21,7 @@ _STOPPED = tuple(name for name, state in LIFE_ENDS.items() if state == RunState.
 
 
 def summary(study: SweepStudy) -> dict[str, Any]:
-    """The keys of `status SWEEP --json`: sweep, trials (best first) and best; best.yaml is written beside it."""
+    """Return the keys of `status SWEEP --json`: sweep, trials (best first) and best; best.yaml is written beside it."""
     study.settle()
     frozen, living = study.frozen_trials(), live_states(study)
     trials = [_trial(study, number, frozen[number].params, living.get(number, "")) for number in range(len(frozen))]
@@ -69,7 +69,7 @@ def _trial(study: SweepStudy, number: int, parameters: dict[str, Any], living: s
 
 
 def trial_state(study: SweepStudy, number: int, living: str) -> tuple[RunState, str]:
-    """(missing, pending, running, finished, pruned, stopped or failed, why); `living` as `living` says."""
+    """Return a trial's state and why; `living`: SLURM's state of its job, as `live_states` gives it."""
     run = RunFolder(study.run_path(number))
     events = run.events() if run.path.exists() else []
     names = [event["event"] for event in events]
@@ -95,17 +95,17 @@ def trial_state(study: SweepStudy, number: int, living: str) -> tuple[RunState, 
 
 
 def submitted_jobs(study: SweepStudy) -> dict[str, dict[str, Any]]:
-    """The job that each trial was given last, by the name of its folder."""
+    """Return the job that each trial was given last, by the name of its folder."""
     return read_json(study.path / "jobs.json") or {}
 
 
 def live_states(study: SweepStudy) -> dict[int, str]:
-    """Number and SLURM's state of each trial whose job is in the queue or runs."""
+    """Return number and SLURM's state of each trial whose job is in the queue or runs."""
     return {number: state for number, (_, state) in live_jobs(study).items()}
 
 
 def live_jobs(study: SweepStudy) -> dict[int, tuple[dict[str, Any], str]]:
-    """The job, as in job.json, and SLURM's state of each trial whose job is in the queue or runs."""
+    """Return the job, as in job.json, and SLURM's state of each trial whose job is in the queue or runs."""
     candidates = []
     for number in range(study.sweep.count):
         run = RunFolder(study.run_path(number))

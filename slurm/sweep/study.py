@@ -1,4 +1,4 @@
-"""A sweep's folder: who has which parameters, what came of it, and which is best.
+"""Keep a sweep's folder: the parameters of its trials, their results, and the decision to prune.
 
     sweep.yaml    the frozen sweep             trials/0007/  an ordinary run folder for each trial
     base.yaml     the recipe they start from   jobs.json     the job that each trial was given last
@@ -82,7 +82,7 @@ class SweepStudy:
         return cls(path)
 
     def difference(self, sweep: Sweep, base: Recipe) -> str:
-        """Why this folder is not that sweep's, or an empty string."""
+        """Return why this folder belongs to another sweep, or an empty string."""
         mine = self.sweep.model_dump(mode="json", exclude={"recipe", "overrides", *_CHANGEABLE})
         theirs = sweep.model_dump(mode="json", exclude={"recipe", "overrides", *_CHANGEABLE})
         keys = [key for key in mine if mine[key] != theirs[key]]
@@ -99,7 +99,7 @@ class SweepStudy:
         return recipes.load(self.path / "base.yaml")
 
     def run_path(self, number: int) -> Path:
-        """The run folder of a trial, there or not."""
+        """Return the run folder of a trial, there or not."""
         return self.path / "trials" / f"{number:04d}"
 
     # Parameters
@@ -117,8 +117,10 @@ class SweepStudy:
         return optuna.storages.JournalStorage(JournalFileBackend(journal, lock))
 
     def _optuna(self, number: int = 0) -> "optuna.Study":
-        """The study, with a sampler whose random numbers are a function of the sweep's seed and the trial's number:
-        not of the process that asks, nor of when a preempted one asks again.
+        """Load the study with its sampler and its pruner.
+
+        The sampler's random numbers are a function of the sweep's seed and the trial's number: not of the process that
+        asks, nor of when a preempted one asks again.
         """
         import optuna
 
@@ -148,7 +150,7 @@ class SweepStudy:
             study.enqueue_trial(grid[number] if grid else {})
 
     def parameters(self, number: int) -> dict[str, Scalar]:
-        """The parameters of a trial: drawn when it is asked for the first time, from what is known by then."""
+        """Return the parameters of a trial: drawn when it is asked for the first time, from what is known by then."""
         study = self._optuna(number)
         frozen = study.get_trials(deepcopy=False)[number]
         if frozen.state.is_finished():
@@ -162,7 +164,7 @@ class SweepStudy:
         return self._optuna().get_trials(deepcopy=False)
 
     def prepare(self, number: int) -> RunFolder:
-        """The run of a trial, made with its frozen recipe where it is not there yet."""
+        """Return the run of a trial, made with its frozen recipe where it is not there yet."""
         path = self.run_path(number)
         if (path / "recipe.yaml").exists():
             return RunFolder(path)
@@ -202,7 +204,7 @@ class SweepStudy:
             study.tell(number, state=TrialState.PRUNED, skip_if_finished=True)
 
     def should_prune(self, number: int, step: int) -> bool:
-        """Whether the trial shall end at this step. A yes is kept: a job killed before it has saved asks again."""
+        """Return whether the trial ends at this step. A yes is kept: a job killed before it has saved asks again."""
         self.report(number)
         study = self._optuna()
         frozen = study.get_trials()[number]
@@ -223,13 +225,14 @@ class SweepStudy:
 
 
 def is_sweep(path: Path) -> bool:
-    """Whether a folder is a sweep's."""
+    """Return whether a folder is a sweep's."""
     return (path / "sweep.yaml").exists()
 
 
 def scores(run: Path, metric: str, split: str) -> dict[int, float]:
-    """Step and value of each evaluation of a run so far, in the order of steps. Raises UserError for a score that its
-    evaluations do not have.
+    """Return step and value of each evaluation of a run so far, in the order of steps.
+
+    Raises UserError for a score that its evaluations do not have.
     """
     found = {}
     for path in (run / "evaluation").glob("step-*/scores.json"):

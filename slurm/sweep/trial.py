@@ -11,14 +11,14 @@ from slurm.sweep.study import SweepStudy, is_sweep
 
 
 class SweepTrial:
-    """What radhpc.worker asks of the sweep that a run belongs to."""
+    """A run's trial in its sweep, as radhpc.worker uses it."""
 
     def __init__(self, run: Path) -> None:
         self._study, self._number = SweepStudy(run.parent.parent), int(run.name)
 
     @classmethod
     def of(cls, run: str) -> "SweepTrial | None":
-        """The trial of a run folder; None for a run that belongs to no sweep."""
+        """Return the trial of a run folder; None for a run that belongs to no sweep."""
         path = Path(run).absolute()
         inside = path.parent.name == "trials" and path.name.isdecimal() and is_sweep(path.parent.parent)
         return cls(path) if inside else None
@@ -28,7 +28,7 @@ class SweepTrial:
         return self._study.sweep.metric
 
     def parameters(self) -> dict[str, Scalar]:
-        """By key, in the words of a table."""
+        """Return the drawn parameters by key, as tables show them."""
         drawn = self._study.parameters(self._number)
         return {key: self._study.sweep.space[key].label(value) for key, value in drawn.items()}
 

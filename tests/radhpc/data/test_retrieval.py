@@ -14,7 +14,7 @@ from radhpc.data.retrieval import RetrievalIndex, encode_thumbnail
 from radhpc.distributed.ranks import Ranks
 from radhpc.training.context import RunContext, open_context
 from radhpc.training.encoder_builder import build_encoder
-from radhpc.training.retrieval_libraries import build_libraries, library_path
+from radhpc.training.retrieval_indexes import build_retrieval_indexes, retrieval_index_path
 from radhpc.training.sources import open_source
 from tests.conftest import TINY_MODEL
 
@@ -85,14 +85,14 @@ def test_a_resume_needs_the_same_library(run: RunFolder, tmp_path: Path) -> None
     path.unlink()
     with pytest.raises(UserError, match="missing; without it the model does not get the reports"):
         build_encoder(context, 0)
-    build_libraries(context)
+    build_retrieval_indexes(context)
     assert path.read_bytes() == kept, "it follows from the data alone"
     assert len(run.events("neighbours")) == 1
     library = RetrievalIndex.load(path)
     library.texts[0] += " And more."
     library._save(path)
     with pytest.raises(UserError, match="changed since stage 'scratch' began"):
-        build_libraries(opened(run))
+        build_retrieval_indexes(opened(run))
     path.write_bytes(kept)
     assert event["stage"] == "scratch"
 
@@ -113,7 +113,8 @@ def test_whoever_asks_sees_what_the_model_got(run: RunFolder) -> None:
     (answer,) = reader.read([Study("one", views)])
     assert answer.given == build_encoder(context, 0).neighbour_texts(views)
     assert (
-        answer.given[0] == RetrievalIndex.load(library_path(context, 0)).most_similar(encode_thumbnail(views), 1, "")[0]
+        answer.given[0]
+        == RetrievalIndex.load(retrieval_index_path(context, 0)).most_similar(encode_thumbnail(views), 1, "")[0]
     )
 
 

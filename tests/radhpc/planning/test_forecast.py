@@ -74,15 +74,15 @@ def test_sharding_and_a_folder_with_its_configuration_alone(recipe_file: Path, t
 def test_the_verb_says_what_it_knows_and_null_for_what_it_does_not(
     launch_json: Callable[..., Any], recipe_file: Path, tmp_path: Path
 ) -> None:
-    found = launch_json("plan", recipe_file, "--run", tmp_path)
+    result = launch_json("plan", recipe_file, "--run", tmp_path)
     keys = "fits gigabytes_per_gpu parameters trainable steps hours checkpoint_megabytes save_seconds grace_seconds"
-    assert set(keys.split()) <= set(found)
-    assert found["fits"]
-    assert found["hours"] is None
-    assert found["grace_seconds"] is None
-    assert found["steps"] == sum(stage["steps"] for stage in found["stages"])
-    assert found["save_seconds"] > 0
-    assert all(found["fits_on"].values())
+    assert set(keys.split()) <= set(result)
+    assert result["fits"]
+    assert result["hours"] is None
+    assert result["grace_seconds"] is None
+    assert result["steps"] == sum(stage["steps"] for stage in result["stages"])
+    assert result["save_seconds"] > 0
+    assert all(result["fits_on"].values())
     assert not list(tmp_path.glob(".radhpc*")), "the measurement leaves nothing"
 
 
@@ -94,17 +94,17 @@ def test_what_cannot_fit_is_refused_and_hours_come_from_a_run(recipe_file: Path,
     like.record("started", world=2)
     like.write_progress(samples_per_second=3.0)
     profile = Profile(cluster="local", tasks_per_node=4, gpus_per_node=4, constraint="t4")
-    found = costs(stages, profile, tmp_path, like)
-    assert not found["fits"]
-    assert "22.9 GB" in found["problems"][0]
-    assert "T4" in found["problems"][0]
-    assert found["fits_on"] == {
+    result = costs(stages, profile, tmp_path, like)
+    assert not result["fits"]
+    assert "22.9 GB" in result["problems"][0]
+    assert "T4" in result["problems"][0]
+    assert result["fits_on"] == {
         "T4": False, "RTX 3090": True, "A100 40GB": True, "A100 80GB": True, "H100 80GB": True,
     }  # fmt: skip
-    assert found["samples_per_second"] == 6.0
-    assert "scaled from 2 to 4 ranks" in found["samples_per_second_from"]
+    assert result["samples_per_second"] == 6.0
+    assert "scaled from 2 to 4 ranks" in result["samples_per_second_from"]
     samples = sum(stage.samples for stage in stages)
-    assert found["hours"] == pytest.approx(samples / 6 / 3600)
-    assert found["gpu_hours"] == pytest.approx(found["hours"] * 4)
+    assert result["hours"] == pytest.approx(samples / 6 / 3600)
+    assert result["gpu_hours"] == pytest.approx(result["hours"] * 4)
     assert fits(13.0, 14.7 * 2**30)
     assert not fits(15.0, 14.7 * 2**30), "the context and workspaces want room, too"

@@ -58,12 +58,12 @@ def test_shards_that_are_there_are_measured_and_steps_need_no_shards(recipe_file
     """Of three stages one has whole epochs of shards that are missing; the others are as if all were there."""
     recipe = load(recipe_file)
     part = load(recipe_file, ["stages.adapt.shards=[data/none]", "stages.refine.shards=[data/none]"])
-    whole, found = forecast(recipe, world=1), forecast(part, world=1)
-    assert found[0] == whole[0]
-    assert (found[1].steps, found[1].samples, found[1].epoch_samples) == (None, None, None)
-    assert (found[2].steps, found[2].samples, found[2].epoch_samples) == (14, 14 * 6, None)
-    assert (found[2].tokens, found[2].views) == (recipe.text.max_tokens, placeholders.VIEWS)
-    assert found[2].gigabytes_per_gpu > whole[2].gigabytes_per_gpu
+    complete, partial = forecast(recipe, world=1), forecast(part, world=1)
+    assert partial[0] == complete[0]
+    assert (partial[1].steps, partial[1].samples, partial[1].epoch_samples) == (None, None, None)
+    assert (partial[2].steps, partial[2].samples, partial[2].epoch_samples) == (14, 14 * 6, None)
+    assert (partial[2].tokens, partial[2].views) == (recipe.text.max_tokens, placeholders.VIEWS)
+    assert partial[2].gigabytes_per_gpu > complete[2].gigabytes_per_gpu
     with pytest.raises(UserError, match=r"no manifest\.json there"):
         forecast(load(recipe_file, [f"shards=[{recipe_file.parent}]"]), world=1)
 

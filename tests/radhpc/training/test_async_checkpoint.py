@@ -68,7 +68,7 @@ def new_run(tmp_path: Path, phantom_shards: Path) -> Callable[..., RunFolder]:
 
 
 @pytest.fixture(scope="module")
-def wanted(tmp_path_factory: pytest.TempPathFactory, phantom_shards: Path) -> Path:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, phantom_shards: Path) -> Path:
     """The run that nobody disturbs."""
     folder = tmp_path_factory.mktemp("undisturbed")
     (folder / "one.yaml").write_text(ONE_STAGE.format(shards=phantom_shards))
@@ -78,15 +78,15 @@ def wanted(tmp_path_factory: pytest.TempPathFactory, phantom_shards: Path) -> Pa
 
 
 def state(run: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = load_file(run / f"checkpoints/step-{step:06d}/state.safetensors")
-    return found
+    tensors: dict[str, torch.Tensor] = load_file(run / f"checkpoints/step-{step:06d}/state.safetensors")
+    return tensors
 
 
-def assert_equal(run: Path, wanted: Path) -> None:
-    ours, theirs = state(run), state(wanted)
+def assert_equal(run: Path, undisturbed: Path) -> None:
+    ours, theirs = state(run), state(undisturbed)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert read_ledger(run / "ledger").steps == read_ledger(wanted / "ledger").steps
+    assert read_ledger(run / "ledger").steps == read_ledger(undisturbed / "ledger").steps
 
 
 def at_step(monkeypatch: pytest.MonkeyPatch, wanted_step: int, act: Callable[[], object]) -> None:
@@ -109,14 +109,16 @@ def events(run: RunFolder, name: Any) -> list[dict[str, Any]]:
     return run.events(name)
 
 
-def test_steps_wait_for_the_copy_alone(new_run: Callable[..., RunFolder], slow: type[SlowFolder], wanted: Path) -> None:
+def test_steps_wait_for_the_copy_alone(
+    new_run: Callable[..., RunFolder], slow: type[SlowFolder], undisturbed: Path
+) -> None:
     run = new_run()
     assert worker.run(str(run.path)).state == "finished"
     first, *_ = events(run, "saved")
     assert [event["step"] for event in events(run, "saved")] == [4, 8, 12]
     assert first["copy_seconds"] <= first["blocked_seconds"] < 0.3 * first["seconds"], first
     assert first["seconds"] > slow.seconds
-    assert_equal(run.path, wanted)
+    assert_equal(run.path, undisturbed)
 
 
 def test_two_saves_never_overlap_and_none_is_left_out(
@@ -157,7 +159,9 @@ def wait_while_running(condition: Callable[[], bool], processes: list[subprocess
     wait_for(holds, 60)
 
 
-def test_a_kill_while_a_save_is_written_leaves_the_one_before(new_run: Callable[..., RunFolder], wanted: Path) -> None:
+def test_a_kill_while_a_save_is_written_leaves_the_one_before(
+    new_run: Callable[..., RunFolder], undisturbed: Path
+) -> None:
     run = new_run()
     (process,) = ranks(run, 1.0, 1)
     try:
@@ -170,25 +174,27 @@ def test_a_kill_while_a_save_is_written_leaves_the_one_before(new_run: Callable[
     assert Checkpoints(FolderStorage(run.path / "checkpoints")).newest() == ("step-000004", [])
     assert worker.run(str(run.path)).state == "finished"
     assert [event["step"] for event in events(run, "resumed")] == [4]
-    assert_equal(run.path, wanted)
+    assert_equal(run.path, undisturbed)
     assert not half.parent.exists()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs to mount a small file system")
 def test_a_full_disk_ends_all_ranks_in_one_line_at_the_next_step(
-    new_run: Callable[..., RunFolder], wanted: Path
+    new_run: Callable[..., RunFolder], undisturbed: Path
 ) -> None:
     """The disk holds one checkpoint and a half."""
     run = new_run("checkpoint.every=2")
-    size = sum(file.stat().st_size for file in (wanted / f"checkpoints/step-{STEPS:06d}").iterdir())
+    size = sum(file.stat().st_size for file in (undisturbed / f"checkpoints/step-{STEPS:06d}").iterdir())
     subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={size * 3 // 2}", "tmpfs", run.path / "checkpoints"], check=True
     )
     try:
         processes = ranks(run, 0.0, 2)
-        said = [process.communicate(timeout=90)[1].strip().splitlines()[-1] for process in processes]
-        assert said[0] == said[1]
-        assert "step-000004: the checkpoint could not be written: No space left on device; free some space" in said[0]
+        messages = [process.communicate(timeout=90)[1].strip().splitlines()[-1] for process in processes]
+        assert messages[0] == messages[1]
+        assert (
+            "step-000004: the checkpoint could not be written: No space left on device; free some space" in messages[0]
+        )
         ends = [json.loads(path.read_text()) for path in sorted((run.path / "logs").glob("end.rank-*.json"))]
         assert [end["state"] for end in ends] == ["mistake", "mistake"]
         assert [path.name for path in (run.path / "checkpoints").iterdir()] == ["step-000002"]
@@ -211,7 +217,7 @@ def test_a_full_disk_ends_all_ranks_in_one_line_at_the_next_step(
 def test_what_the_grace_allows_is_committed(
     new_run: Callable[..., RunFolder],
     slow: type[SlowFolder],
-    wanted: Path,
+    undisturbed: Path,
     monkeypatch: pytest.MonkeyPatch,
     grace: float,
     step: int,
@@ -226,17 +232,17 @@ def test_what_the_grace_allows_is_committed(
         at_step(patched, step, preempt)
         outcome = worker.run(str(run.path))
     assert (outcome.state, outcome.cause, outcome.step) == ("interrupted", "SIGTERM", step)
-    (told,) = events(run, "interrupted")
-    assert (told["planned"], told["committed_step"], told["step"]) == (planned, committed, step)
-    assert grace - 10 < told["margin_seconds"] < grace
+    (event,) = events(run, "interrupted")
+    assert (event["planned"], event["committed_step"], event["step"]) == (planned, committed, step)
+    assert grace - 10 < event["margin_seconds"] < grace
     if planned != "last checkpoint":
-        assert told["margin_seconds"] > RESERVE - 0.3
+        assert event["margin_seconds"] > RESERVE - 0.3
     assert Checkpoints(FolderStorage(run.path / "checkpoints")).newest() == (f"step-{committed:06d}", [])
     assert not list((run.path / "checkpoints").glob(".*")), "something half written is left"
     monkeypatch.setattr(slow, "seconds", 0.0)
     assert worker.run(str(run.path)).state == "finished"
     assert events(run, "resumed")[0]["step"] == committed
-    assert_equal(run.path, wanted)
+    assert_equal(run.path, undisturbed)
     assert sorted(read_ledger(run.path / "ledger").replayed) == list(range(committed + 1, step + 1))
 
 
@@ -249,9 +255,9 @@ def test_a_save_that_turns_out_too_slow_is_dropped_in_time(
     run = new_run()
     at_step(monkeypatch, 3, preempt)
     assert worker.run(str(run.path)).state == "interrupted"
-    (told,) = events(run, "interrupted")
-    assert (told["planned"], told["committed_step"]) == ("this step", None)
-    assert told["margin_seconds"] > RESERVE - 1
+    (event,) = events(run, "interrupted")
+    assert (event["planned"], event["committed_step"]) == ("this step", None)
+    assert event["margin_seconds"] > RESERVE - 1
     assert list((run.path / "checkpoints").iterdir()) == []
 
 
@@ -269,9 +275,9 @@ def test_one_rank_is_told_and_both_leave_together(new_run: Callable[..., RunFold
         for process in processes:
             process.kill()
             process.wait()
-    (told,) = events(run, "interrupted")
-    assert told["committed_step"] is None
-    assert 0 < told["margin_seconds"] < RESERVE + 1
+    (event,) = events(run, "interrupted")
+    assert event["committed_step"] is None
+    assert 0 < event["margin_seconds"] < RESERVE + 1
     ends = [json.loads(path.read_text()) for path in sorted((run.path / "logs").glob("end.rank-*.json"))]
     assert [(end["state"], end["cause"]) for end in ends] == [("interrupted", "SIGTERM")] * 2
     assert list((run.path / "checkpoints").iterdir()) == []
@@ -291,7 +297,7 @@ def test_one_rank_is_told_and_both_leave_together(new_run: Callable[..., RunFold
     ],
 )
 def test_a_signal_in_long_work_is_heard_before_the_work_is_done(
-    new_run: Callable[..., RunFolder], wanted: Path, monkeypatch: pytest.MonkeyPatch, where: str
+    new_run: Callable[..., RunFolder], undisturbed: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     run, left = new_run(), threading.Event()
     with monkeypatch.context() as patched:
@@ -305,17 +311,17 @@ def test_a_signal_in_long_work_is_heard_before_the_work_is_done(
         outcome = worker.run(str(run.path))
     left.set()
     assert (outcome.state, outcome.cause) == ("interrupted", "SIGTERM")
-    (told,) = events(run, "interrupted")
-    assert (told["cause"], told["committed_step"]) == ("SIGTERM", outcome.step or told["committed_step"])
-    assert told["waited_seconds"] < 1.5
+    (event,) = events(run, "interrupted")
+    assert (event["cause"], event["committed_step"]) == ("SIGTERM", outcome.step or event["committed_step"])
+    assert event["waited_seconds"] < 1.5
     if where.startswith("radhpc.evaluation.evaluate"):
         assert worker.run(str(run.path)).state == "finished"
-        assert_equal(run.path, wanted)
+        assert_equal(run.path, undisturbed)
         assert (run.path / f"evaluation/step-{STEPS:06d}/scores.json").exists()
 
 
 def test_a_signal_between_two_micro_batches_keeps_the_step_before(
-    new_run: Callable[..., RunFolder], wanted: Path, monkeypatch: pytest.MonkeyPatch
+    new_run: Callable[..., RunFolder], undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from radhpc.engine.objective import NextToken
 
@@ -333,15 +339,15 @@ def test_a_signal_between_two_micro_batches_keeps_the_step_before(
     assert (outcome.state, outcome.step) == ("interrupted", 5)
     assert events(run, "interrupted")[0]["committed_step"] == 5
     assert worker.run(str(run.path)).state == "finished"
-    assert_equal(run.path, wanted)
+    assert_equal(run.path, undisturbed)
     assert not read_ledger(run.path / "ledger").replayed
 
 
 def test_resume_says_where_it_goes_on_before_it_submits(
-    new_run: Callable[..., RunFolder], wanted: Path, tmp_path: Path, launch_json: Callable[..., dict[str, Any]]
+    new_run: Callable[..., RunFolder], undisturbed: Path, tmp_path: Path, launch_json: Callable[..., dict[str, Any]]
 ) -> None:
     run = tmp_path / "run"
-    shutil.copytree(wanted, run)
+    shutil.copytree(undisturbed, run)
     lines = [line for line in read_lines(run / "events.jsonl") if line["event"] != "finished"]
     (run / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     shutil.rmtree(run / "evaluation")
@@ -350,11 +356,11 @@ def test_resume_says_where_it_goes_on_before_it_submits(
     result = launch_json("resume", run)
     assert result["checkpoint"] == "step-000008"
     assert result["skipped"] == [{"checkpoint": "step-000012", "fault": "cursor.json: checksum differs"}]
-    assert_equal(run, wanted)
+    assert_equal(run, undisturbed)
 
 
 def test_a_run_whose_checkpoints_lie_in_an_object_store(
-    new_run: Callable[..., RunFolder], wanted: Path, tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch
+    new_run: Callable[..., RunFolder], undisturbed: Path, tmp_path: Path, s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Preempted, its newest checkpoint damaged, resumed; and a run of the same name does not take it for its own."""
     url = f"checkpoint.url={s3}"
@@ -369,7 +375,7 @@ def test_a_run_whose_checkpoints_lie_in_an_object_store(
     assert worker.run(str(run.path)).state == "finished"
     assert [event["name"] for event in events(run, "skipped_checkpoint")] == ["step-000009"]
     assert [event["step"] for event in events(run, "resumed")] == [8]
-    ours, theirs = checkpoints.tensors("step-000012", moments=True), state(wanted)
+    ours, theirs = checkpoints.tensors("step-000012", moments=True), state(undisturbed)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     run.path.rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="run/step-000012: a checkpoint of another run lies where this one will write"):

@@ -57,8 +57,8 @@ def test_a_run_ends_with_all_that_it_promises(reference: Path, launch_json: Laun
     state = launch_json("status", reference)
     assert (state["state"], state["step"], state["steps"], state["stage"]) == ("finished", STEPS, STEPS, "refine")
     audit = launch_json("status", reference, "--audit")
-    found = [(epoch["stage"], epoch["epoch"], epoch["expected"], epoch["exactly_once"]) for epoch in audit["epochs"]]
-    assert found == [
+    epochs = [(epoch["stage"], epoch["epoch"], epoch["expected"], epoch["exactly_once"]) for epoch in audit["epochs"]]
+    assert epochs == [
         ("scratch", 0, 36, True),
         ("adapt", 0, 50, True),
         ("refine", 0, 50, True),
@@ -128,11 +128,11 @@ def test_the_number_of_ranks_does_not_change_the_training(
     assert len(list((run / "evaluation").glob("step-*/scores.json"))) == len(
         list((reference / "evaluation").glob("step-*/scores.json"))
     )
-    mine, wanted = losses(run), losses(reference)
-    scratch = [abs(mine[step] - wanted[step]) / wanted[step] for step in range(1, 7)]
+    own, expected = losses(run), losses(reference)
+    scratch = [abs(own[step] - expected[step]) / expected[step] for step in range(1, 7)]
     assert max(scratch) < 1e-5, scratch
-    ledger, wanted_ledger = read_ledger(run / "ledger"), read_ledger(reference / "ledger")
-    assert ledger.steps == wanted_ledger.steps
+    ledger, reference_ledger = read_ledger(run / "ledger"), read_ledger(reference / "ledger")
+    assert ledger.steps == reference_ledger.steps
 
 
 def test_an_interrupted_run_ends_bit_for_bit_as_one_that_was_not(
@@ -178,12 +178,12 @@ def test_a_run_interrupted_again_and_again_ends_bit_for_bit(
 def same_bits(run: Path, reference: Path) -> None:
     assert events(run)[-1] == "finished"
     assert "interrupted" in events(run), "the run had ended before the signal came: nothing was tested"
-    ours, wanted = load_file(run / LAST), load_file(reference / LAST)
-    assert ours.keys() == wanted.keys()
-    assert all(torch.equal(ours[name], wanted[name]) for name in wanted)
+    ours, expected = load_file(run / LAST), load_file(reference / LAST)
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[name], expected[name]) for name in expected)
     assert losses(run) == losses(reference)
-    ledger, wanted_ledger = read_ledger(run / "ledger"), read_ledger(reference / "ledger")
-    assert ledger.steps == wanted_ledger.steps
+    ledger, reference_ledger = read_ledger(run / "ledger"), read_ledger(reference / "ledger")
+    assert ledger.steps == reference_ledger.steps
     assert not ledger.replayed
     assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == (
         reference / "adapter" / "adapter_model.safetensors"

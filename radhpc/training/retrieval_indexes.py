@@ -1,9 +1,9 @@
-"""Build the retrieval libraries: for each stage whose prompts carry reports of similar studies, those reports.
+"""Build the retrieval indexes: for each stage whose prompts carry reports of similar studies, those reports.
 
-    build_libraries(context)                        # before the first step, on all ranks
-    retrieve = load_retrieval(context, 0, count=2)  # views, patient -> reports of similar studies of other patients
+    build_retrieval_indexes(context)                # before the first step, on all ranks
+    retrieve = load_retriever(context, 0, count=2)  # views, patient -> reports of similar studies of other patients
 
-A library lies in RUN/neighbours/STAGE/ and never changes while the run lives: its sha256 is recorded by the event
+An index lies in RUN/neighbours/STAGE/ and never changes while the run lives: its sha256 is recorded by the event
 "neighbours" and checked by each later life.
 """
 
@@ -23,10 +23,10 @@ from radhpc.training.context import RunContext
 from radhpc.training.sources import open_source
 
 
-def build_libraries(context: RunContext) -> None:
-    """Make the library of each stage that needs one, unless an earlier life has made it; all ranks call it.
+def build_retrieval_indexes(context: RunContext) -> None:
+    """Make the index of each stage that needs one, unless an earlier life has made it; all ranks call it.
 
-    Raises UserError where a library is not the one that an earlier life was trained with.
+    Raises UserError where an index is not the one that an earlier life was trained with.
     """
     recipe = context.recipe
     for number, stage in enumerate(recipe.stages):
@@ -42,27 +42,27 @@ def build_libraries(context: RunContext) -> None:
         RetrievalIndex.build(training, report, len(training), _folder(context, number), context.ranks, context.stop)
 
         def check(number: int = number) -> None:
-            _check_library(context, number)
+            _check_index(context, number)
 
         run_on_first(check, context.ranks, context.stop)
 
 
-def library_path(context: RunContext, stage: int) -> Path:
-    """Return the file of a stage's library."""
+def retrieval_index_path(context: RunContext, stage: int) -> Path:
+    """Return the file of a stage's index."""
     training = open_source(context, stage, "train")
     return RetrievalIndex.path(training, len(training), _folder(context, stage))
 
 
-def load_retrieval(context: RunContext, stage: int, count: int) -> Callable[[Sequence[Image.Image], str], list[str]]:
-    """Return what looks up `count` reports of similar studies for the views of a patient's study.
+def load_retriever(context: RunContext, stage: int, count: int) -> Callable[[Sequence[Image.Image], str], list[str]]:
+    """Return a function that looks up `count` reports of similar studies for the views of a patient's study.
 
-    Raises UserError where the library is missing.
+    Raises UserError where the index is missing.
     """
-    path = library_path(context, stage)
+    path = retrieval_index_path(context, stage)
     if not path.exists():
         raise UserError(f"{path}: missing; without it the model does not get the reports that it was trained with")
-    library = RetrievalIndex.load(path)
-    return lambda views, patient: library.most_similar(encode_thumbnail(views), count, patient)
+    index = RetrievalIndex.load(path)
+    return lambda views, patient: index.most_similar(encode_thumbnail(views), count, patient)
 
 
 def _folder(context: RunContext, stage: int) -> Path:
@@ -70,8 +70,8 @@ def _folder(context: RunContext, stage: int) -> Path:
     return context.run.folder(f"neighbours/{context.recipe.stages[stage].name}")
 
 
-def _check_library(context: RunContext, stage: int) -> None:
-    path, name = library_path(context, stage), context.recipe.stages[stage].name
+def _check_index(context: RunContext, stage: int) -> None:
+    path, name = retrieval_index_path(context, stage), context.recipe.stages[stage].name
     digest = sha256(path)
     recorded = next((event for event in context.run.events(Event.NEIGHBOURS) if event["stage"] == name), None)
     if recorded is None:
