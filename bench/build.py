@@ -33,7 +33,7 @@ from shards.datasets import padchest, phantom
 from shards.execution.writer import write_shard
 from shards.images import png
 from shards.images.decoding import load
-from shards.images.encoding import ImageSettings, encode
+from shards.images.encoding import EncodingSettings, encode
 from shards.settings import BuildSettings
 
 NOTES = """\
@@ -138,7 +138,7 @@ def _radiograph(path: Path, number: int, shape: tuple[int, int]) -> Path:
 def _ours(path: Path, paths: list[Path]) -> None:
     def samples() -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
         for n, source in enumerate(paths):
-            encoded = encode(load(source), ImageSettings())
+            encoded = encode(load(source), EncodingSettings())
             yield f"bench-{n}", [("json", encoded.view.model_dump_json().encode()), ("0.jpg", encoded.data)]
 
     write_shard(path, samples())

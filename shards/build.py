@@ -23,7 +23,7 @@ from shards.execution.output import ATTRIBUTION, BuildOutput
 from shards.execution.pool import TaskRunner
 from shards.execution.scheduler import BuildProgress, build_shards
 from shards.execution.worker import LISTING, BuildContext, ShardRecord, ShardTask, read_record
-from shards.images.encoding import ImageSettings
+from shards.images.encoding import EncodingSettings
 from shards.listing import FORMAT, Listing, SkippedStudy
 from shards.reports.card import CARD, render_card
 from shards.reports.contact_sheet import SHEET, contact_sheet, load_pictures
@@ -65,7 +65,7 @@ def build(
             reused, skipped = manifest is not None, list[SkippedStudy]()
             if manifest is None:
                 _place_listing(output.work, listing.digest)
-                images = ImageSettings(settings.longest_side, settings.quality, settings.image_format)
+                images = EncodingSettings(settings.longest_side, settings.quality, settings.image_format)
                 context = BuildContext(output.url, output.work, build_hash, images)
                 tasks = [ShardTask(plan, context) for plan in listing.plans]
                 apart = [duplicates.load(url) for url in settings.apart_from] if drop else None
@@ -147,7 +147,7 @@ def _place_listing(work: Path, digest: str) -> None:
 
 
 def _overlaps(url: str, settings: BuildSettings) -> list[str]:
-    """Return messages on images that stand in several splits, here and in the datasets to be apart from."""
+    """Return messages on images that are in several splits, here and in the datasets to be apart from."""
     ours = duplicates.load(url)
     messages = list(duplicates.leaks(ours))
     for other_url in settings.apart_from:

@@ -198,7 +198,7 @@ def _add_studies(
 
 
 def _refuse_two_splits(connection: sqlite3.Connection) -> None:
-    """Raise UserError where a patient stands in two official splits."""
+    """Raise UserError where a patient is in two official splits."""
     row = connection.execute(
         "SELECT patient FROM studies WHERE official IS NOT NULL GROUP BY patient "
         "HAVING COUNT(DISTINCT official) > 1 ORDER BY MIN(place) LIMIT 1"
@@ -212,7 +212,7 @@ def _refuse_two_splits(connection: sqlite3.Connection) -> None:
     )
     raise UserError(
         f"split: '{name}' is in {split} and '{other}' in {other_split}, "
-        "but they are of the same patient; a patient may stand in one split only"
+        "but they are of the same patient; a patient may be in one split only"
     )
 
 

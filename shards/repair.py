@@ -26,7 +26,7 @@ from shards.execution.output import BuildOutput
 from shards.execution.pool import local_pool
 from shards.execution.worker import LISTING, BuildContext, ShardTask, read_record
 from shards.execution.writer import MemberRow, SampleRow
-from shards.images.encoding import ImageSettings
+from shards.images.encoding import EncodingSettings
 from shards.listing import Listing
 from shards.settings import BuildSettings
 from shards.source import DatasetSource, open_source
@@ -47,7 +47,7 @@ def repair(
     manifest = Manifest.load(store)
     bad = {fault.shard for fault in report.faults}
     if MANIFEST in bad:
-        raise UserError(f"{url}/{MANIFEST}: does not fit what lies beside it; build it again with --force")
+        raise UserError(f"{url}/{MANIFEST}: does not fit the files beside it; build it again with --force")
     broken = [shard for shard in manifest.shards if shard.name in bad]
     mended = []
     if INDEX in bad:
@@ -83,7 +83,7 @@ def _rebuild(
             _refuse_changed_source(store.url, source, settings, listing, made)
             rebuilt = output.work / "rebuilt"
             rebuilt.mkdir(exist_ok=True)
-            images = ImageSettings(settings.longest_side, settings.quality, settings.image_format)
+            images = EncodingSettings(settings.longest_side, settings.quality, settings.image_format)
             context = BuildContext(str(rebuilt), output.work, manifest.build_hash, images)
             tasks = []
             for plan in listing.plans:

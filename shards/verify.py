@@ -5,7 +5,7 @@
 
 The index is checked against the manifest, each tar against the index, each description against both and the privacy
 gate, and the patients and images of all splits against each other. Of a subset, such as <url>#balanced, its rows are
-held against those of the whole index, after the whole was verified.
+compared with those of the full index, after the full dataset was verified.
 """
 
 import hashlib
@@ -106,7 +106,7 @@ def verify_apart(url: str, other: str) -> list[ShardFault]:
 
 
 def _check_fingerprints(store: Store, manifest: Manifest, index: SampleIndex) -> Iterator[ShardFault]:
-    """Check that no image stands in two splits, unless the build was asked to keep such images."""
+    """Check that no image is in two splits, unless the build was asked to keep such images."""
     if manifest.fingerprints is None:
         return
     try:
@@ -129,7 +129,7 @@ def _check_counts(manifest: Manifest, index: SampleIndex) -> Iterator[ShardFault
         yield fault(f"{manifest.samples} samples, but the index has {len(keys)}")
     for key, count in Counter(keys).items():
         if count > 1:
-            yield fault(f"key {key.decode()} stands {count} times")
+            yield fault(f"key {key.decode()} occurs {count} times")
     split_of: dict[bytes, set[int]] = {}
     for patient, split in zip(index.patient.tolist(), index.split.tolist(), strict=True):
         split_of.setdefault(patient, set()).add(split)
@@ -227,7 +227,7 @@ def _check_member(
         return ShardFault(name, member.name, offset, text)
 
     if member.offset - BLOCK != end:
-        yield fault(f"stands at {member.offset}, but the member before it ends at {end}", end)
+        yield fault(f"lies at {member.offset}, but the member before it ends at {end}", end)
     data = store.read_range(name, member.offset - BLOCK, BLOCK + member.length)
     header, data = data[:BLOCK], data[BLOCK:]
     try:

@@ -1,7 +1,7 @@
 """Loads the user's own images the way `build` stores them, so that no view looks different to a trained model.
 
     find_studies(Path("cases/"))                  # {"a.png": [cases/a.png], "b": [cases/b/1.dcm, cases/b/2.dcm]}
-    pictures, modalities = load_study("b", paths, ImageSettings(longest_side=1120))
+    pictures, modalities = load_study("b", paths, EncodingSettings(longest_side=1120))
 
 Also reads and extends the file of `generate --out`: one JSON line for each study, so an interrupted run continues.
 """
@@ -18,7 +18,7 @@ from radhpc.core.errors import UserError
 from radhpc.core.files import append_line, read_lines
 from radhpc.core.image_decoding import decode as decode_member
 from shards.images.decoding import decode, load
-from shards.images.encoding import ImageSettings, encode
+from shards.images.encoding import EncodingSettings, encode
 from shards.images.raw_image import BadImage
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".dcm", ".dicom", "")  # DICOM files often have none
@@ -31,14 +31,16 @@ class LoadedView(NamedTuple):
     modality: str | None
 
 
-def load_view(source: Path | bytes, target: ImageSettings, name: str = "image") -> LoadedView:
+def load_view(source: Path | bytes, target: EncodingSettings, name: str = "image") -> LoadedView:
     """Load a JPEG, PNG or DICOM file, or its bytes. Raises BadImage."""
     raw = load(source) if isinstance(source, Path) else decode(source, name)
     encoded = encode(raw, target)
     return LoadedView(decode_member(encoded.data, encoded.view), raw.modality)
 
 
-def load_study(name: str, paths: Sequence[Path], target: ImageSettings) -> tuple[list[Image.Image], list[str | None]]:
+def load_study(
+    name: str, paths: Sequence[Path], target: EncodingSettings
+) -> tuple[list[Image.Image], list[str | None]]:
     """Load the views of a study and their modalities. Raises UserError with the file and its fault."""
     try:
         views = [load_view(path, target) for path in paths]
@@ -47,7 +49,7 @@ def load_study(name: str, paths: Sequence[Path], target: ImageSettings) -> tuple
     return [view.picture for view in views], [view.modality for view in views]
 
 
-def load_view_bytes(data: bytes, name: str, target: ImageSettings) -> LoadedView:
+def load_view_bytes(data: bytes, name: str, target: EncodingSettings) -> LoadedView:
     """Load the bytes of an uploaded file. Raises UserError with its name and its fault."""
     try:
         return load_view(data, target, name)

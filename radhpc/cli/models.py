@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from radhpc.core.recipe import EvaluationSettings
     from radhpc.core.run_folder import RunFolder
     from radhpc.training.context import RunContext
-    from shards.images.encoding import ImageSettings
+    from shards.images.encoding import EncodingSettings
 
 
 @verb(
@@ -299,13 +299,13 @@ def context_of(path: Path) -> "RunContext":
     return open_context(run, run.recipe(), Ranks())
 
 
-def image_settings(path: Path) -> tuple["RunFolder", "ImageSettings"]:
+def image_settings(path: Path) -> tuple["RunFolder", "EncodingSettings"]:
     """Return the run and the size and format of the images that it was trained on."""
     from radhpc.core.manifest import Manifest
     from radhpc.core.run_folder import RunFolder
     from radhpc.storage.store import Store
-    from shards.images.encoding import ImageSettings
+    from shards.images.encoding import EncodingSettings
 
     run = RunFolder.open(path)
     settings = Manifest.load(Store(next(iter(run.recipe().shards)))).build
-    return run, ImageSettings(settings["longest_side"], settings["quality"], settings.get("image_format", "jpeg"))
+    return run, EncodingSettings(settings["longest_side"], settings["quality"], settings.get("image_format", "jpeg"))

@@ -55,14 +55,14 @@ def likelihoods(
     """
     tokens = [sorted({_first_token(encoder, spelling) for spelling in spellings}) for spellings in answers]
     assert len({token for spellings in tokens for token in spellings}) == sum(map(len, tokens)), "answers begin alike"
-    found: list[list[float]] = []
+    result: list[list[float]] = []
     (rounds,) = ranks.max([float(-(-len(prompts) // batch))])
     for n in range(int(rounds)):
         rows = list(prompts[n * batch : (n + 1) * batch])
         logits = engine.next_logits(encoder.batch(rows or [encoder.empty()], left=True))[: len(rows)]
         each = torch.stack([logits[:, spellings].logsumexp(1) for spellings in tokens], 1)
-        found += each.softmax(1).tolist()
-    return found
+        result += each.softmax(1).tolist()
+    return result
 
 
 def _first_token(encoder: StudyEncoder, text: str) -> int:

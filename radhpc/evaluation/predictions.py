@@ -1,4 +1,4 @@
-"""What an evaluation has generated so far, so that a preemption loses none of it.
+"""Keeps what an evaluation has generated so far: a preemption loses none of it.
 
     generated/identity                  what was asked of the model; another one is another evaluation
     generated/rank-00000.jsonl          one line per batch: its rows, the studies that are damaged, loss and tokens

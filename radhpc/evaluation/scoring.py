@@ -27,7 +27,7 @@ from radhpc.evaluation.metrics.scorers import Judges
 
 Scores = dict[str, dict[str, Any]]
 Floats = npt.NDArray[np.float64]
-# What tells findings apart: the field of a Row, what its scores' names begin with, and how it does so.
+# Classifiers of findings: the field of a Row, the prefix of its scores' names, and a description.
 CLASSIFIERS = {
     "likelihoods": ("", "likelihood of 'yes' against 'no'"),
     "head": ("head_", "probability by the multi-label head"),
@@ -60,19 +60,19 @@ class Row:
 
     @property
     def closed(self) -> bool:
-        """Whether the question is answered by one of few: as its dataset says, or by yes or no."""
+        """Return whether the question is closed: by its dataset's own label, or because the answer is yes or no."""
         known = self.labels.get("answer type")
         return bool(known["closed"]) if known and "closed" in known else text.words(self.reference) in (["yes"], ["no"])
 
     def public(self) -> dict[str, Any]:
-        """As it stands in reports.jsonl."""
+        """Return the row as reports.jsonl holds it."""
         data = asdict(self)
         del data["thumbnail"]
         return {**data, "findings": sorted(self.findings or ())}
 
 
 class Scoring:
-    """How rows are scored, and what is missing for it."""
+    """The scores of an evaluation's settings, and what is missing to compute them."""
 
     def __init__(self, settings: EvaluationSettings, every_convention: bool = False, device: str = "cpu") -> None:
         """`every_convention`: all that papers use, and METEOR; otherwise those of the settings."""
@@ -82,50 +82,50 @@ class Scoring:
         self.judges = Judges(settings.scorers.folders(), settings.scorers.sha256, device)
 
     def measures(self, rows: Sequence[Row], model: bool = True) -> dict[str, Measure]:
-        """Every score that these rows allow. `model`: not of a baseline, for which the slowest ones are left out."""
-        found = {"token_f1": _token_f1(rows, "words as bags, lower case")}
+        """Compute every score that these rows allow. `model`: False for a baseline, which gets no slow scores."""
+        result = {"token_f1": _token_f1(rows, "words as bags, lower case")}
         reports = [row for row in rows if row.question is None]
         if reports:
-            found |= self._texts(rows, model)
-        found |= _by_rule(rows)
+            result |= self._texts(rows, model)
+        result |= _by_rule(rows)
         if len(reports) < len(rows):
-            found |= _questions(rows)
+            result |= _questions(rows)
         if model:
             for kind in CLASSIFIERS:
-                found |= _classified(rows, kind)
-        return found
+                result |= _classified(rows, kind)
+        return result
 
     def _texts(self, rows: Sequence[Row], model: bool) -> dict[str, Measure]:
-        """Of the rows without a question; over all rows, so that all statistics are drawn together."""
+        """Score the rows without a question, as statistics over all rows: all are resampled together."""
         reports = [n for n, row in enumerate(rows) if row.question is None]
         generated, references = [rows[n].generated for n in reports], [rows[n].reference for n in reports]
-        found: dict[str, Measure] = {}
+        result: dict[str, Measure] = {}
         for name in self.conventions:
             if conventions.missing(name) is None:
                 measured = conventions.measures(name, generated, references)
-                found |= {f"{name}/{kind}": measure for kind, measure in measured.items()}
+                result |= {f"{name}/{kind}": measure for kind, measure in measured.items()}
         if self.meteor and model:
-            there = [name for name in self.conventions if conventions.missing(name, meteor=True) is None]
-            by_name = conventions.meteor(dict.fromkeys(there, (generated, references))) if there else {}
-            found |= {f"{name}/meteor": measure for name, measure in by_name.items()}
-        found |= self.judges.measures(generated, references)
+            available = [name for name in self.conventions if conventions.missing(name, meteor=True) is None]
+            by_name = conventions.meteor(dict.fromkeys(available, (generated, references))) if available else {}
+            result |= {f"{name}/meteor": measure for name, measure in by_name.items()}
+        result |= self.judges.measures(generated, references)
         return {
             name: replace(measure, statistic=_Some(measure.statistic, reports, len(rows)))
-            for name, measure in found.items()
+            for name, measure in result.items()
         }
 
     def missing(self) -> dict[str, str]:
-        """By score or group of scores: what to install or to put where."""
-        found = {f"{name}/*": why for name in self.conventions if (why := conventions.missing(name))}
+        """Return by score, or group of scores, what has to be installed or put where."""
+        result = {f"{name}/*": why for name in self.conventions if (why := conventions.missing(name))}
         if self.meteor:
             lacks = {name: conventions.missing(name, meteor=True) for name in self.conventions}
-            found |= {f"{name}/meteor": why for name, why in lacks.items() if why and f"{name}/*" not in found}
-        return found | {f"{name}/*": why for name, why in self.judges.missing().items()}
+            result |= {f"{name}/meteor": why for name, why in lacks.items() if why and f"{name}/*" not in result}
+        return result | {f"{name}/*": why for name, why in self.judges.missing().items()}
 
 
 @dataclass(frozen=True)
 class _Some:
-    """A statistic of some of the rows, drawn with all."""
+    """A statistic of some of the rows, resampled with all of them."""
 
     inner: bootstrap.Statistic
     rows: list[int]
@@ -139,18 +139,18 @@ class _Some:
 
 
 def scores(measured: Mapping[str, Measure], rows: Sequence[Row], limits: bool = True) -> Scores:
-    """Values with 95% intervals over patients. What has no value, such as the AUROC of one class, is left out."""
+    """Return values with 95% intervals over patients, without undefined scores such as the AUROC of one class."""
     patients = [row.patient for row in rows]
-    found: Scores = {}
+    result: Scores = {}
     for name, measure in measured.items():
         value = bootstrap.value(measure.statistic)
         if not np.isfinite(value):
             continue
         low, high = (limits and bootstrap.interval(measure.statistic, patients)) or (None, None)
-        found[name] = {"value": value, "low": low, "high": high, "convention": measure.convention}
+        result[name] = {"value": value, "low": low, "high": high, "convention": measure.convention}
         if measure.weights is not None:
-            found[name]["weights"] = measure.weights
-    return found
+            result[name]["weights"] = measure.weights
+    return result
 
 
 def _token_f1(rows: Sequence[Row], about: str, some: Sequence[int] | None = None) -> Measure:
@@ -159,7 +159,7 @@ def _token_f1(rows: Sequence[Row], about: str, some: Sequence[int] | None = None
 
 
 def _mean_of(values: Sequence[float], some: Sequence[int] | None) -> bootstrap.Statistic:
-    """The mean over all rows, or over some of them."""
+    """Return the mean over all rows, or over some of them."""
     mean = bootstrap.mean(values)
     if some is None:
         return mean
@@ -169,14 +169,14 @@ def _mean_of(values: Sequence[float], some: Sequence[int] | None) -> bootstrap.S
 
 
 def _by_rule(rows: Sequence[Row]) -> dict[str, Measure]:
-    """Findings of phantoms, read back from the text."""
+    """Score the findings of phantoms, which are read back from the text by rule."""
     known = [n for n, row in enumerate(rows) if row.findings is not None and row.question is None]
     if not known:
         return {}
-    mine = [findings.read(rows[n].generated) or {findings.NORMAL} for n in known]
-    wanted = [set(rows[n].findings or ()) or {findings.NORMAL} for n in known]
+    predicted = [findings.read(rows[n].generated) or {findings.NORMAL} for n in known]
+    expected = [set(rows[n].findings or ()) or {findings.NORMAL} for n in known]
     counts = np.zeros((len(rows), len(NORMAL_NAMES), 3))
-    counts[known] = answers.label_counts(mine, wanted, NORMAL_NAMES)
+    counts[known] = answers.label_counts(predicted, expected, NORMAL_NAMES)
     return {
         "findings_macro_f1": Measure(answers.label_f1(counts, "macro"), f"{RULE}, macro over the labels present"),
         **{
@@ -188,60 +188,60 @@ def _by_rule(rows: Sequence[Row]) -> dict[str, Measure]:
 
 
 def _questions(rows: Sequence[Row]) -> dict[str, Measure]:
-    """Exact match and token F1 over all questions, the open and the closed ones."""
+    """Compute exact match and token F1 over all questions, the open ones and the closed ones."""
     groups = {
         "": [n for n, row in enumerate(rows) if row.question is not None],
         "open_": [n for n, row in enumerate(rows) if row.question is not None and not row.closed],
         "closed_": [n for n, row in enumerate(rows) if row.question is not None and row.closed],
     }
     match = [float(answers.exact_match(row.generated, row.reference)) for row in rows]
-    found = {}
+    result = {}
     for name, some in groups.items():
         if some:
             about = f"{len(some)} {name.replace('_', ' ')}questions; lower case, no punctuation"
-            found[f"vqa/{name}exact_match"] = Measure(_mean_of(match, some), f"share of equal answers; {about}")
-            found[f"vqa/{name}token_f1"] = _token_f1(rows, f"words as bags; {about}", some)
-    return found
+            result[f"vqa/{name}exact_match"] = Measure(_mean_of(match, some), f"share of equal answers; {about}")
+            result[f"vqa/{name}token_f1"] = _token_f1(rows, f"words as bags; {about}", some)
+    return result
 
 
 def classified(rows: Sequence[Row], kind: str) -> dict[str, tuple[Floats, Floats]]:
-    """By finding: probabilities (rows,) of a kind of CLASSIFIERS, and the truth (rows,): 1, 0, or NaN where either is
-    not known.
+    """Return by finding the probabilities (rows,) of a kind of CLASSIFIERS and the truth (rows,): 1, 0, or NaN if
+    either is unknown.
     """
-    given = [getattr(row, kind) or {} for row in rows]
-    found = {}
-    for name in sorted({name for each in given for name in each}):
-        probabilities = np.asarray([each.get(name, np.nan) for each in given])
+    values = [getattr(row, kind) or {} for row in rows]
+    result = {}
+    for name in sorted({name for each in values for name in each}):
+        probabilities = np.asarray([each.get(name, np.nan) for each in values])
         truth = np.asarray([_truth(row, name) for row in rows])
         truth[~np.isfinite(probabilities)] = np.nan
-        found[name] = probabilities, truth
-    return found
+        result[name] = probabilities, truth
+    return result
 
 
 def _classified(rows: Sequence[Row], kind: str) -> dict[str, Measure]:
-    """AUROC, AUPRC and F1 of each finding, by the likelihood of yes beside no or by the head."""
+    """Compute AUROC, AUPRC and F1 of each finding, from the likelihood of yes against no or from the head."""
     prefix, how = CLASSIFIERS[kind]
     about = f"{how}; unsaid labels count as absent, uncertain ones are left out; F1 above 0.5"
-    found: dict[str, Measure] = {}
+    result: dict[str, Measure] = {}
     parts: dict[str, list[bootstrap.Statistic]] = defaultdict(list)
     for name, (probabilities, truth) in classified(rows, kind).items():
         known = np.isfinite(truth)
-        there, said = known & (truth == 1), known & (probabilities > 0.5)
-        counts = np.stack([there & said, there.astype(int) + said, there], 1).astype(float)[:, None]
+        present, predicted = known & (truth == 1), known & (probabilities > 0.5)
+        counts = np.stack([present & predicted, present.astype(int) + predicted, present], 1).astype(float)[:, None]
         kinds: dict[str, bootstrap.Statistic] = {
             "auroc": answers.auroc(probabilities, truth),
             "auprc": answers.auprc(probabilities, truth),
             "f1": answers.label_f1(counts, "micro"),
         }
         for score, statistic in kinds.items():
-            if there.any():
+            if present.any():
                 parts[score].append(statistic)
-                found[f"{prefix}{score}/{name}"] = Measure(statistic, about)
+                result[f"{prefix}{score}/{name}"] = Measure(statistic, about)
     macro = {
         f"{prefix}{score}/macro": Measure(answers.Mean(tuple(each)), f"mean of findings; {about}")
         for score, each in parts.items()
     }
-    return macro | found
+    return macro | result
 
 
 def _truth(row: Row, name: str) -> float:
@@ -253,14 +253,14 @@ def _truth(row: Row, name: str) -> float:
 
 
 def trivial(rows: Sequence[Row], known: Sequence[tuple[str | None, str]]) -> dict[str, list[str]]:
-    """What costs nothing, from training studies (question, text): the commonest report for everybody, or the commonest
-    answer to the same question; and a random one for each.
+    """Return trivial baselines from training studies (question, text): the commonest report for everybody, or the
+    commonest answer to the same question; and a random one for each.
     """
-    reports = [told for question, told in known if question is None and told]
+    reports = [answer for question, answer in known if question is None and answer]
     by_question: dict[str, Counter[str]] = defaultdict(Counter)
-    for question, told in known:
-        if question is not None and told:
-            by_question[question.strip().lower()][told] += 1
+    for question, answer in known:
+        if question is not None and answer:
+            by_question[question.strip().lower()][answer] += 1
     every: Counter[str] = sum(by_question.values(), Counter())
     usual = Counter(reports).most_common(1)[0][0] if reports else ""
     random = np.random.default_rng(0)
@@ -279,12 +279,14 @@ def trivial(rows: Sequence[Row], known: Sequence[tuple[str | None, str]]) -> dic
 
 
 def saying(rows: Sequence[Row], texts: Sequence[str]) -> list[Row]:
-    """The same studies with other answers."""
-    return [replace(row, generated=told, likelihoods=None, head=None) for row, told in zip(rows, texts, strict=True)]
+    """Return the same studies with other answers."""
+    return [
+        replace(row, generated=answer, likelihoods=None, head=None) for row, answer in zip(rows, texts, strict=True)
+    ]
 
 
 def load_rows(folder: Path) -> list[Row]:
-    """The rows of an evaluation that is written. Raises UserError."""
+    """Read the rows of a finished evaluation. Raises UserError."""
     names = set(Row.__dataclass_fields__)
     try:
         return [Row(**{k: v for k, v in line.items() if k in names}) for line in read_lines(folder / "reports.jsonl")]
@@ -295,32 +297,32 @@ def load_rows(folder: Path) -> list[Row]:
 
 
 def newest_evaluation(run: Path, split: str) -> Path:
-    """The folder of a run's last evaluation of a split. Raises UserError."""
-    found = [
+    """Return the folder of a run's last evaluation of a split. Raises UserError."""
+    candidates = [
         (int(scores["step"]), -len(path.parent.name), path.parent)
         for path in (run / "evaluation").glob("step-*/scores.json")
         if (scores := read_json(path)) and scores["split"] == split
     ]
-    if not found:
+    if not candidates:
         raise UserError(f"{run}: no evaluation of split '{split}' there; 'radhpc evaluate {run} --split {split}' first")
-    step = max(found)[0]
+    step = max(candidates)[0]
     # Of two of the same step the one with more studies.
-    return max((len(load_rows(path)), path) for at, _, path in found if at == step)[1]
+    return max((len(load_rows(path)), path) for at, _, path in candidates if at == step)[1]
 
 
 def compare(rows: Sequence[Row], others: Sequence[Row], scoring: Scoring, where: str) -> dict[str, Any]:
-    """Two runs on the studies that both have: paired bootstrap by patient. Raises UserError where there are none, or
-    where the references are not the same.
+    """Compare two runs on the studies that both have, by the paired bootstrap over patients. Raises UserError if
+    there are none, or if the references differ.
     """
-    mine, theirs = {row.key: row for row in rows}, {row.key: row for row in others}
-    keys = sorted(mine.keys() & theirs.keys())
+    own, theirs = {row.key: row for row in rows}, {row.key: row for row in others}
+    keys = sorted(own.keys() & theirs.keys())
     if not keys:
         raise UserError(f"--against {where}: no study in common")
-    if other := [key for key in keys if mine[key].reference != theirs[key].reference]:
+    if other := [key for key in keys if own[key].reference != theirs[key].reference]:
         raise UserError(
             f"--against {where}: {len(other)} of {len(keys)} studies have other references there: {other[0]}"
         )
-    left, right = [mine[key] for key in keys], [theirs[key] for key in keys]
+    left, right = [own[key] for key in keys], [theirs[key] for key in keys]
     measured, known = scoring.measures(left), scoring.measures(right)
     patients = [row.patient for row in left]
     return {

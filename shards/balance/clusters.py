@@ -1,4 +1,4 @@
-"""Clusters of like reports: TF-IDF or the user's vectors, beside them the labels, then HDBSCAN.
+"""Clusters of like reports: TF-IDF or the user's vectors, concatenated with the labels, then HDBSCAN.
 
 point, first = distinct_points(studies, None, labels=True)
 terms = extract_terms([studies.texts[n] for n in studies.text[first]])

@@ -32,7 +32,7 @@ class BalanceSettings:
         if not re.fullmatch(r"[a-z][a-z0-9_-]*", self.name) or f"{self.name}.json" == MANIFEST:
             raise UserError(f"name: '{self.name}'; allowed are lower-case letters, digits, - and _, but not 'manifest'")
         if f"{self.name}.npz" == INDEX:
-            raise UserError(f"name: '{self.name}' is the file of the whole index; allowed is another name")
+            raise UserError(f"name: '{self.name}' is the file of the full index; allowed is another name")
         for key, least in (("min_cluster_size", 2), ("min_samples", 1), ("fit", 2), ("seed", 0)):
             if getattr(self, key) < least:
                 raise UserError(f"{key}: {getattr(self, key)}; allowed are whole numbers from {least}")

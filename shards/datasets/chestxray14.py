@@ -98,7 +98,7 @@ def find_lists(folder: Path) -> external_sort.Lookup | None:
         raise UserError(f"{folder}: {present[0].name} is there, {missing} is not; the official split needs both")
     lists = external_sort.Lookup((image, name) for name, path in paths.items() for image in _lines(path))
     if lists.repeated:
-        raise UserError(f"{folder}: {lists.repeated} images stand twice in {' and '.join(LISTS.values())}")
+        raise UserError(f"{folder}: {lists.repeated} images are listed twice in {' and '.join(LISTS.values())}")
     return lists
 
 

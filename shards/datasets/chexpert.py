@@ -29,7 +29,7 @@ TABLES: dict[Split, tuple[str, ...]] = {
     "test": ("test.csv", "test_labels.csv"),
 }
 SIDE, POSITION = "Frontal/Lateral", "AP/PA"
-ImageRow = tuple[Split, str, str | None, chexpert.Labels]  # a row: split, path, projection, labels
+CheXpertRow = tuple[Split, str, str | None, chexpert.Labels]  # a row: split, path, projection, labels
 
 
 class CheXpertOptions(chexpert.ImageOptions, _labels.LabelOptions):
@@ -78,8 +78,8 @@ def find_tables(raw: Path | None, train: str) -> dict[Split, Path]:
     return {"train": train_table, **{split: path for split, path in others.items() if path}}
 
 
-def _rows(tables: dict[Split, Path]) -> Iterator[tuple[str, ImageRow | RawStudy]]:
-    """(the study, the row as one of its items); a row that cannot be used is a study alone."""
+def _rows(tables: dict[Split, Path]) -> Iterator[tuple[str, CheXpertRow | RawStudy]]:
+    """Yield (key of a study, its row); a row that cannot be used is a study of its own."""
     for split, path in tables.items():
         for record in _records(path):
             values = record.values
@@ -110,7 +110,7 @@ def _example(path: Path) -> chexpert.ImagePath | None:
     return None
 
 
-def _study(items: list[ImageRow], images: chexpert.ImageFinder, options: CheXpertOptions) -> RawStudy:
+def _study(items: list[CheXpertRow], images: chexpert.ImageFinder, options: CheXpertOptions) -> RawStudy:
     """Combine the rows of one study: the views of all, the labels of the first."""
     split, path, _, first = items[0]
     place = chexpert.parse_path(path)

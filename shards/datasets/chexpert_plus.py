@@ -5,8 +5,8 @@
     chexbert_labels/impression_fixed.json                     one object a line: path_to_image and the 14 labels
 
 Read are the paths, the view, the patient, the split, the report and its findings and impression: dates, age, sex, race
-and all the rest stay in the table. Where findings and impression are both empty the whole report is taken, without
-what stands behind its impression (a code, an accession number). Patients, images and splits are those of CheXpert.
+and all the rest stay in the table. Where findings and impression are both empty the full report is taken, without
+the text after its impression (a code, an accession number). Patients, images and splits are those of CheXpert.
 """
 
 import json
@@ -52,7 +52,7 @@ OPTIONS = CheXpertPlusOptions
 
 
 @dataclass(frozen=True)
-class ImageRow:
+class CheXpertPlusRow:
     """One row of the table: one view of a study."""
 
     place: chexpert.ImagePath
@@ -107,8 +107,8 @@ def _labels(path: Path) -> Iterator[tuple[str, chexpert.Labels]]:
         raise UserError(f"{path}: cannot be read ({error.strerror or first_line(error)})") from error
 
 
-def _rows(path: Path, images: chexpert.ImageFinder) -> Iterator[tuple[str, ImageRow | RawStudy]]:
-    """(the study, the row as one of its items); a row that cannot be used is a study alone."""
+def _rows(path: Path, images: chexpert.ImageFinder) -> Iterator[tuple[str, CheXpertPlusRow | RawStudy]]:
+    """Yield (key of a study, its row); a row that cannot be used is a study of its own."""
     present = table.read(path).columns
     for record in table.stream(path, (*REQUIRED, *(name for name in OPTIONAL if name in present))):
         where = f"{path.name} {record.where}"
@@ -119,7 +119,7 @@ def _rows(path: Path, images: chexpert.ImageFinder) -> Iterator[tuple[str, Image
             yield where, unusable_study(where, fault)
 
 
-def _parse_row(record: table.Record, images: chexpert.ImageFinder) -> ImageRow:
+def _parse_row(record: table.Record, images: chexpert.ImageFinder) -> CheXpertPlusRow:
     """Parse one row. Raises UnusableRecord."""
     if record.fault:
         raise UnusableRecord(record.fault)
@@ -132,7 +132,7 @@ def _parse_row(record: table.Record, images: chexpert.ImageFinder) -> ImageRow:
     except UserError:
         raise UnusableRecord("unknown split") from None
     source = chexpert.parse_path(values["path_to_dcm"]) if images.dicom and values.get("path_to_dcm") else place
-    return ImageRow(
+    return CheXpertPlusRow(
         place=place,
         patient=values["deid_patient_id"],
         split=split,
@@ -149,7 +149,7 @@ def _report(text: str, findings: str, impression: str) -> Report:
     return sections.split(text[: tail.start()] if tail else text)
 
 
-def _study(items: list[ImageRow], labels: external_sort.Lookup | None) -> RawStudy:
+def _study(items: list[CheXpertPlusRow], labels: external_sort.Lookup | None) -> RawStudy:
     first = items[0]
     fault = gap = None
     if any(item.patient != first.patient for item in items):

@@ -145,7 +145,7 @@ def find_columns(rows: table.Table, options: ImageTextOptions) -> dict[str, str]
         lacking = [name for name, present in (("image", "image" in columns), ("text", has_text)) if not present]
         raise UserError(
             f"{rows.path}: no column for {' and '.join(lacking)}; found are {', '.join(rows.columns) or 'none'}; "
-            f"wanted are {' or '.join(ALIASES['image'])} and {' or '.join(ALIASES['text'])} "
+            f"expected {' or '.join(ALIASES['image'])} and {' or '.join(ALIASES['text'])} "
             "(or name them: image=COLUMN text=COLUMN)"
         )
     return columns

@@ -48,8 +48,8 @@ from pydantic import BeforeValidator, Field
 
 from radhpc.core.errors import UserError, nearest
 from radhpc.core.sample import Report, Split
-from shards import splits
-from shards.datasets.helpers.padchest_facts import EXCLUDE, KNOWN, UNUSABLE, chexpert
+from shards.datasets.helpers import padchest_gr
+from shards.datasets.helpers.padchest_facts import EXCLUDE, KNOWN, MISSING, UNUSABLE, chexpert
 from shards.datasets.reader import DatasetWarning, RawStudy, ReaderOptions, UnusableRecord, unusable_study
 from shards.tabular import external_sort, table
 
@@ -60,10 +60,7 @@ COLUMNS = (
     "ImageID", "ImageDir", "StudyID", "PatientID", "Projection", "Pediatric", "Report", "MethodLabel", "Labels",
     "Localizations",
 )  # fmt: skip
-GROUNDED = "grounded_reports_20240819.json"
-GROUNDED_SPLITS = "master_table.csv"
 FOLDERS = ("images", ".", "Padchest_GR_files/PadChest_GR", "Padchest_GR_files")  # where images may lie
-MISSING = ("", "nan")  # the table's unknown values
 PROJECTIONS = ("PA", "AP", "AP_horizontal", "L", "COSTAL")  # in the order of a study's views
 PLAIN_LIST = re.compile(r"\[(?:'[^',\"\\]*'(?:, (?=')|(?=\])))*\]")  # of names without commas and quotes
 NO_FILE_NAME = re.compile("[/\\\\\0]")
@@ -104,7 +101,7 @@ class PadChestOptions(ReaderOptions):
 OPTIONS = PadChestOptions
 
 
-class ImageRow(NamedTuple):
+class ImageColumns(NamedTuple):
     """The columns of one row that describe its image."""
 
     where: str
@@ -114,7 +111,7 @@ class ImageRow(NamedTuple):
     pediatric: bool
 
 
-class StudyText(NamedTuple):
+class StudyColumns(NamedTuple):
     """The columns of one row that describe its study, equal in all its rows."""
 
     report: str
@@ -145,8 +142,8 @@ def read(raw: Path | None, options: ReaderOptions) -> Iterator[RawStudy]:
     if options.studies == "grounded" and options.grounded == "no":
         raise UserError("padchest: studies=grounded needs a language of PadChest-GR: grounded=en or grounded=es")
     path = table.locate(raw, [TABLE], "table of PadChest")
-    grounded = _read_grounded(path.parent, options.grounded)
-    images = ImageFinder(path.parent)
+    grounded = padchest_gr.read_grounded(path.parent, options.grounded)
+    images = PadChestImages(path.parent)
     counts = ListingCounts()
     for _, rows in external_sort.grouped(_rows(path)):
         if isinstance(rows[0], RawStudy):
@@ -176,7 +173,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
         yield f"{patient}\x1f{study}", (patient, study, image, text)
 
 
-class ImageFinder:
+class PadChestImages:
     """Find images: the folders that may hold those of an ImageDir are searched once.
 
     One folder with images is taken for all of them. Where several have some, each image is looked up.
@@ -220,7 +217,7 @@ def _holds_images(folder: Path) -> bool:
 
 def _study(
     rows: list[Any],
-    images: ImageFinder,
+    images: PadChestImages,
     grounded: external_sort.Lookup | None,
     options: PadChestOptions,
     counts: ListingCounts,
@@ -228,8 +225,8 @@ def _study(
 ) -> RawStudy | None:
     """Return the study of these rows; None where the options leave it out."""
     patient, study = rows[0][:2]
-    items = [ImageRow(*row[2]) for row in rows]
-    text = StudyText(*rows[0][3])
+    items = [ImageColumns(*row[2]) for row in rows]
+    text = StudyColumns(*rows[0][3])
     language, sentences, split, image = _sentences(study, items, grounded, options.grounded)
     counts.grounded += sentences is not None
     if options.studies == "grounded" and image:
@@ -302,7 +299,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _labels(
-    names: tuple[str, ...], places: tuple[str, ...], text: StudyText, options: PadChestOptions, counts: ListingCounts
+    names: tuple[str, ...], places: tuple[str, ...], text: StudyColumns, options: PadChestOptions, counts: ListingCounts
 ) -> dict[str, dict[str, int | None]]:
     """Return labels by vocabulary, without empty vocabularies."""
     if options.labels == "physician" and text.method.strip() != "Physician":
@@ -321,55 +318,8 @@ def _labels(
     return labels
 
 
-def _read_grounded(folder: Path, language: str) -> external_sort.Lookup | None:
-    """Map StudyID to PadChest-GR's (ImageID, sentences, split); None where the options do not ask for it."""
-    path = table.find_one(folder, [GROUNDED])
-    if language == "no":
-        if path:
-            _warn(f"padchest: {path.name} is there but not used; grounded=en or grounded=es takes its sentences")
-        return None
-    if path is None:
-        raise UserError(f"padchest: grounded={language} needs {folder / GROUNDED}, which is not there")
-    official = external_sort.Lookup(_read_splits(folder))
-
-    def studies() -> Iterator[tuple[str, tuple[str, str, Split | None]]]:
-        for record in table.read(path).records:
-            values = record.values
-            study = str(values.get("StudyID") or "").strip()
-            findings = values.get("findings")
-            spoken = [
-                " ".join(sentence.split())
-                for finding in (findings if isinstance(findings, list) else [])
-                if isinstance(finding, dict) and isinstance(sentence := finding.get(f"sentence_{language}"), str)
-            ]
-            yield study, (str(values.get("ImageID") or ""), " ".join(filter(None, spoken)), official.get(study))
-
-    return external_sort.Lookup((study, value) for study, value in studies() if study)
-
-
-def _read_splits(folder: Path) -> Iterator[tuple[str, Split]]:
-    """Yield (StudyID, official split). Raises UserError where one study has two."""
-    path = table.find_one(folder, [GROUNDED_SPLITS])
-    if path is None:
-        packed = f"; unpack {GROUNDED_SPLITS}.zip" if (folder / f"{GROUNDED_SPLITS}.zip").is_file() else ""
-        _warn(f"padchest: no {GROUNDED_SPLITS} in {folder}{packed}: PadChest-GR's studies are split by patient hash")
-        return
-    rows = table.stream(path, ("StudyID", "split"))
-    for study, words in external_sort.grouped(
-        (r.values["StudyID"].strip(), r.values["split"]) for r in rows if not r.fault
-    ):
-        try:
-            official = {splits.parse(word) for word in words if word.strip() and word not in MISSING}
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
-        if len(official) > 1:
-            raise UserError(f"{path}: a study stands in {' and '.join(sorted(official))}; allowed is one split each")
-        if official:
-            yield study, official.pop()
-
-
 def _sentences(
-    study: str, items: list[ImageRow], grounded: external_sort.Lookup | None, language: str
+    study: str, items: list[ImageColumns], grounded: external_sort.Lookup | None, language: str
 ) -> tuple[str, str | None, Split | None, str]:
     """Return (language, PadChest-GR's sentences, official split, its image) of a study that contains that image."""
     image, sentences, split = (grounded and grounded.get(study)) or ("", "", None)
@@ -388,10 +338,8 @@ def _warn_of_counts(counts: ListingCounts, options: PadChestOptions, path: Path,
     if counts.not_grounded:
         _warn(f"padchest: {counts.not_grounded} studies are not in PadChest-GR: left out, as studies=grounded asks")
     if options.grounded != "no" and counts.grounded < grounded:
-        _warn(
-            f"padchest: {grounded - counts.grounded} of {grounded} studies of {GROUNDED} are not in {path.name}, or "
-            f"have no sentences in {options.grounded}"
-        )
+        missing = f"{grounded - counts.grounded} of {grounded} studies of {padchest_gr.GROUNDED}"
+        _warn(f"padchest: {missing} are not in {path.name}, or have no sentences in {options.grounded}")
     if counts.unnamed:
         _warn(f"padchest: {counts.unnamed} studies have an empty label, which says nothing: left out of their labels")
     if counts.unknown:

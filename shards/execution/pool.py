@@ -81,7 +81,7 @@ def local_pool(processes: int) -> Iterator[TaskRunner]:
         pool.shutdown(cancel_futures=True)
 
 
-class JobArray(Protocol):
+class JobHandle(Protocol):
     """Jobs of a scheduler that were started together, such as slurm.job_array.Array."""
 
     def alive(self) -> bool:
@@ -92,7 +92,7 @@ class JobArray(Protocol):
 
 
 def run_on_array(
-    start: Callable[[Callable[[list[ShardTask]], None], list[list[ShardTask]]], JobArray],
+    start: Callable[[Callable[[list[ShardTask]], None], list[list[ShardTask]]], JobHandle],
     jobs: int,
     tasks: Sequence[ShardTask],
     progress: Callable[[int], None],

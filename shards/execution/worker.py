@@ -26,7 +26,7 @@ from radhpc.storage.store import Store, write_atomically
 from shards.duplicates import REASON, ExcludedImages
 from shards.execution.writer import SampleRow, write_shard
 from shards.images.decoding import load
-from shards.images.encoding import ImageSettings, encode
+from shards.images.encoding import EncodingSettings, encode
 from shards.images.raw_image import BadImage
 from shards.listing import Listing, ShardPlan, StudyRow
 from shards.summary import Summary
@@ -60,7 +60,7 @@ class BuildContext:
     url: str  # where the shards go
     work: Path  # the build's private folder: listing, records
     build_hash: str
-    images: ImageSettings
+    images: EncodingSettings
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class ShardTask:
 
 
 class IdentifierError(Exception):
-    """An identifier of a person stands where it cannot be scrubbed, in the name of a label for instance."""
+    """An identifier of a person is where it cannot be scrubbed, in the name of a label for instance."""
 
 
 class BuildStopped(Exception):
@@ -166,7 +166,7 @@ def build_shard(task: ShardTask, tick: Callable[[], None]) -> ShardRecord:
     return record
 
 
-class EncodedStudy(NamedTuple):
+class StudyMembers(NamedTuple):
     """A study as it goes into a shard."""
 
     sample: Sample
@@ -175,7 +175,7 @@ class EncodedStudy(NamedTuple):
     scrubbed: Mapping[str, int]  # applications of each rule of the privacy gate
 
 
-def encode_study(row: StudyRow, dataset: str, settings: ImageSettings) -> EncodedStudy:
+def encode_study(row: StudyRow, dataset: str, settings: EncodingSettings) -> StudyMembers:
     """Read the images of a study and write its description. Raises BadImage, ValidationError and Offence."""
     images = []
     for source, projection in row.raw.views:
@@ -204,7 +204,7 @@ def encode_study(row: StudyRow, dataset: str, settings: ImageSettings) -> Encode
         raise IdentifierError(findings[0])
     members = [("json", sample.model_dump_json().encode())]
     members += [(f"{n}.{image.suffix}", image.data) for n, image in enumerate(images)]
-    return EncodedStudy(sample, members, [image.fingerprint for image in images], scrubbed)
+    return StudyMembers(sample, members, [image.fingerprint for image in images], scrubbed)
 
 
 def _scrub_text(text: str | None, counts: Counter[str]) -> str | None:

@@ -1,6 +1,6 @@
 """Raw images to members of a shard: shrinks, windows and compresses to JPEG, PNG or JPEG XL.
 
-    encoded = encode(raw, ImageSettings(longest_side=1120), "PA")  # EncodedImage: bytes, View, suffix, fingerprint
+    encoded = encode(raw, EncodingSettings(longest_side=1120), "PA")  # EncodedImage: bytes, View, suffix, fingerprint
 
 An image is shrunk first, by area averages and in its full depth, and what has more than eight bits then gets a
 window: the one that a DICOM brings, else from the 0.5th to the 99.5th percentile of the shrunk pixels. (In this order
@@ -28,7 +28,7 @@ PNG_LEVEL = 1  # zlib's: higher ones take many times as long for a few percent
 
 
 @dataclass(frozen=True)
-class ImageSettings:
+class EncodingSettings:
     """The size, format and quality that images are stored in."""
 
     longest_side: int = 1120  # pixels: larger images are shrunk to it, none is enlarged
@@ -45,7 +45,7 @@ class EncodedImage(NamedTuple):
     fingerprint: bytes  # 32 bytes, see shards.images.perceptual_hash
 
 
-def encode(raw: RawImage, settings: ImageSettings = ImageSettings(), view: str | None = None) -> EncodedImage:
+def encode(raw: RawImage, settings: EncodingSettings = EncodingSettings(), view: str | None = None) -> EncodedImage:
     """Shrink, window to eight bits, and compress by the settings; `view` is the projection, which View records."""
     if raw.pixels.dtype == np.uint8:
         stored = shown = shrink(raw.pixels, settings.longest_side)
@@ -94,7 +94,7 @@ def _words(pixels: npt.NDArray[Any]) -> tuple[npt.NDArray[np.uint16], float, flo
     return np.rint((pixels.astype(np.float64) - lowest) / step).astype(np.uint16), lowest, step
 
 
-def _compress(pixels: npt.NDArray[Any], settings: ImageSettings) -> tuple[bytes, str]:
+def _compress(pixels: npt.NDArray[Any], settings: EncodingSettings) -> tuple[bytes, str]:
     """Compress pixels. Returns the bytes of an image file and its suffix."""
     pixels = np.ascontiguousarray(pixels)
     if settings.format == "jpeg":

@@ -3,7 +3,7 @@
     pixels = imagecodecs.png_decode(unpack(data))           # equal to imagecodecs.png_decode(data), in 3/4 of its time
 
 PNG decoders inflate with zlib, row by row, and that is most of their time on a radiograph of 11 MB. libdeflate
-inflates the whole at more than twice the speed, but no decoder uses it. So the compressed data are inflated here
+inflates all at more than twice the speed, but no decoder uses it. So the compressed data are inflated here
 and written back as DEFLATE's stored blocks (RFC 1951, 3.2.4), which every decoder just copies. All else stays the same,
 byte for byte, and files with anything unusual or broken are left to the decoder.
 """
@@ -76,7 +76,7 @@ def unpack(data: bytes) -> bytes:
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Yield (kind, start, end) of the data of each whole chunk, up to the end of the image."""
+    """Yield (kind, start, end) of the data of each complete chunk, up to the end of the image."""
     place = len(SIGNATURE)
     while place + 12 <= len(data):
         length = int.from_bytes(data[place : place + 4])

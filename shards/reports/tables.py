@@ -39,7 +39,7 @@ def build_lines(result: BuildResult) -> Iterator[str]:
     if result.scrubbed:
         counts = ", ".join(f"{count} {rule}" for rule, count in sorted(result.scrubbed.items()))
         yield f"scrubbed from texts: {counts}"
-    outcome = "were there already" if result.reused else f"built in {result.seconds:.0f} s"
+    outcome = "were built already" if result.reused else f"built in {result.seconds:.0f} s"
     yield f"{result.samples} samples in {result.shards} shards {outcome}, {len(result.skipped)} skipped: {result.url}"
 
 

@@ -1,6 +1,6 @@
 """Reads a table of records: JSON, JSON lines, CSV or TSV, by the standard library, in UTF-8 with or without BOM.
 
-    for record in stream(path, ("ImageID", "Report")):    # a large CSV: those columns alone, row by row
+    for record in stream(path, ("ImageID", "Report")):    # a large CSV: only these columns, row by row
         record.values["ImageID"], record.where, record.fault                 # "1.png", "line 7", None
     table = read(Path("data.json"))                       # a table of any kind: path, columns, records
 
@@ -76,7 +76,7 @@ def find_one(folder: Path, names: Sequence[str]) -> Path | None:
 
 
 def stream(path: Path, columns: Sequence[str], delimiter: str | None = None) -> Iterator[Record]:
-    """Yield the rows of a CSV with these columns alone. Raises UserError where one is missing.
+    """Yield the rows of a CSV with only these columns. Raises UserError where one is missing.
 
     Names in the header are compared without the spaces around them. Columns that are not asked for, dates and names
     among them, never leave the file.
@@ -86,7 +86,7 @@ def stream(path: Path, columns: Sequence[str], delimiter: str | None = None) -> 
         if missing := [name for name in columns if name not in header]:
             raise UserError(
                 f"{path}: no column {', '.join(missing)}; found are {', '.join(header) or 'none'}; "
-                f"wanted are {', '.join(columns)}"
+                f"expected {', '.join(columns)}"
             )
         places = [(name, header.index(name)) for name in columns]
         yield from _records(path, rows, places, len(header))

@@ -1,4 +1,4 @@
-"""What the tests of the build share: a salt and folders of their own."""
+"""Gives the tests of the build a salt and folders of their own."""
 
 from collections.abc import Iterator
 

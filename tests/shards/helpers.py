@@ -1,4 +1,4 @@
-"""What the tests of the build share."""
+"""Archives, settings and checks that the tests of the build share."""
 
 import json
 from pathlib import Path

@@ -120,6 +120,6 @@ def test_a_question_set_that_shares_images_is_told_of_another_set(tmp_path: Path
     settings = BuildSettings(workers=1, apart_from=(str(tmp_path / "one-shards"),))
     result = build("vqa_rad", folder, str(tmp_path / "vqa-shards"), {}, settings)
     assert result.samples == 8
-    told = "\n".join(result.warnings)
-    assert "4 of 4 images in train are near-duplicates of images in test" in told
-    assert f"4 of 4 images in test are near-duplicates of images in train of {tmp_path / 'one-shards'}" in told
+    messages = "\n".join(result.warnings)
+    assert "4 of 4 images in train are near-duplicates of images in test" in messages
+    assert f"4 of 4 images in test are near-duplicates of images in train of {tmp_path / 'one-shards'}" in messages

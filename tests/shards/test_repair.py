@@ -1,4 +1,4 @@
-"""What verify finds is built again, to the very same bytes, and nothing is put in place that differs."""
+"""Faults that verify finds are rebuilt to the very same bytes, and nothing that differs is put in place."""
 
 import shutil
 from pathlib import Path

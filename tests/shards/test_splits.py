@@ -31,9 +31,9 @@ def assign(
         with Listing(path) as listing:
             rows = [row for plan in listing.plans for row in listing.rows(plan)]
             assert len(rows) == len(raw) == sum(plan.samples for plan in listing.plans)
-            found = {row.raw.patient: row.split for row in rows}
-            assert all(found[row.raw.patient] == row.split for row in rows)
-            return found, listing.filled
+            result = {row.raw.patient: row.split for row in rows}
+            assert all(result[row.raw.patient] == row.split for row in rows)
+            return result, listing.filled
 
 
 RATIOS = st.sampled_from([(0.8, 0.1, 0.1), (0.5, 0.25, 0.25), (1.0, 0.0, 0.0), (0.0, 0.0, 1.0), (0.7, 0.0, 0.3)])
@@ -42,12 +42,12 @@ PATIENTS = st.lists(st.integers(0, 400).map(str), min_size=1, max_size=60)
 
 @given(PATIENTS, RATIOS)
 def test_every_patient_has_one_split_that_is_wanted(patients: list[str], ratios: splits.Ratios) -> None:
-    found, _ = assign(((patient, None) for patient in patients), ratios)
-    assert found.keys() == set(patients)
-    wanted = {split for split, ratio in zip(SPLITS, ratios, strict=True) if ratio}
-    assert set(found.values()) <= wanted
-    if len(set(patients)) >= len(wanted):
-        assert set(found.values()) == wanted
+    result, _ = assign(((patient, None) for patient in patients), ratios)
+    assert result.keys() == set(patients)
+    expected = {split for split, ratio in zip(SPLITS, ratios, strict=True) if ratio}
+    assert set(result.values()) <= expected
+    if len(set(patients)) >= len(expected):
+        assert set(result.values()) == expected
 
 
 @given(PATIENTS, PATIENTS, RATIOS)
@@ -71,15 +71,15 @@ def test_official_splits_hold_or_are_refused(studies: list[tuple[int, splits.Spl
         with pytest.raises(UserError, match="of the same patient"):
             assign(rows)
     else:
-        found, _ = assign(rows)
-        assert all(found[patient] == split for patient, split in rows if split)
+        result, _ = assign(rows)
+        assert all(result[patient] == split for patient, split in rows if split)
 
 
 def test_shares_are_near_the_ratios() -> None:
     patients = [salted_hash(b"salt", str(n)) for n in range(20_000)]
-    found = [splits.by_hash(patient) for patient in patients]
-    assert found.count("train") / len(found) == pytest.approx(0.8, abs=0.01)
-    assert found.count("test") / len(found) == pytest.approx(0.1, abs=0.01)
+    result = [splits.by_hash(patient) for patient in patients]
+    assert result.count("train") / len(result) == pytest.approx(0.8, abs=0.01)
+    assert result.count("test") / len(result) == pytest.approx(0.1, abs=0.01)
 
 
 def test_another_salt_gives_other_splits() -> None:

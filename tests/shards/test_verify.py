@@ -90,9 +90,9 @@ def test_a_flipped_bit_in_a_header_and_in_the_padding(copy: Path) -> None:
         data[member.offset - 500] ^= 1
 
     change(copy / shard, flip)
-    found = faults(copy)
-    assert found[1].offset == member.offset - 512
-    assert "no tar header" in found[1].fault
+    result = faults(copy)
+    assert result[1].offset == member.offset - 512
+    assert "no tar header" in result[1].fault
     change(copy / shard, flip)
     assert faults(copy) == []
 
@@ -111,9 +111,9 @@ def test_a_cut_shard(copy: Path, keep: int) -> None:
     shard, member = first_member(copy)
     size = (copy / shard).stat().st_size
     change(copy / shard, lambda data: data.__delitem__(slice(keep, None)))
-    found = faults(copy)
-    assert found[0] == ShardFault(shard, None, keep, f"{keep} bytes, but the manifest says {size}")
-    assert any("cut after" in fault.fault for fault in found)
+    result = faults(copy)
+    assert result[0] == ShardFault(shard, None, keep, f"{keep} bytes, but the manifest says {size}")
+    assert any("cut after" in fault.fault for fault in result)
 
 
 def test_a_missing_shard_and_swapped_shards(copy: Path) -> None:
@@ -122,9 +122,9 @@ def test_a_missing_shard_and_swapped_shards(copy: Path) -> None:
     assert faults(copy) == [ShardFault(one.name, None, None, "missing")]
     two.rename(one)
     moved.rename(two)
-    found = faults(copy)
-    assert {fault.shard for fault in found} == {one.name, two.name}
-    assert any("the tar has phantom-" in fault.fault for fault in found)
+    result = faults(copy)
+    assert {fault.shard for fault in result} == {one.name, two.name}
+    assert any("the tar has phantom-" in fault.fault for fault in result)
 
 
 @pytest.mark.parametrize(
@@ -150,8 +150,8 @@ def test_an_edited_description(copy: Path, field: str, value: object, fault: str
                 info.size = len(data)
             new.addfile(info, io.BytesIO(data))
     (copy / shard).write_bytes(buffer.getvalue())
-    found = faults(copy)
-    assert any(one.fault.startswith("crc32c differs") or one.fault.startswith("the tar has") for one in found)
+    result = faults(copy)
+    assert any(one.fault.startswith("crc32c differs") or one.fault.startswith("the tar has") for one in result)
     index = Manifest.load(Store(copy)).load_index(Store(copy))
     lengths = index.length.copy()
     with tarfile.open(copy / shard) as tar:
@@ -162,8 +162,8 @@ def test_an_edited_description(copy: Path, field: str, value: object, fault: str
 
 def test_an_index_that_is_not_the_manifests(copy: Path) -> None:
     change(copy / INDEX, lambda data: data.__setitem__(200, data[200] ^ 1))
-    (found,) = faults(copy)
-    assert (found.shard, "does not match manifest.json" in found.fault) == (INDEX, True)
+    (result,) = faults(copy)
+    assert (result.shard, "does not match manifest.json" in result.fault) == (INDEX, True)
 
 
 def test_a_patient_in_two_splits_a_key_twice_and_wrong_counts(copy: Path) -> None:
@@ -172,10 +172,10 @@ def test_a_patient_in_two_splits_a_key_twice_and_wrong_counts(copy: Path) -> Non
     patient[:] = patient[0]
     key[1] = key[0]
     rewrite_index(copy, patient=patient, key=key)
-    found = [fault.fault for fault in faults(copy) if fault.shard == MANIFEST]
-    assert f"patient {patient[0].decode()} is in train and validate and test" in found
-    assert f"key {key[0].decode()} stands 2 times" in found
-    assert any("of patients, but" in fault or "patients, but" in fault for fault in found)
+    result = [fault.fault for fault in faults(copy) if fault.shard == MANIFEST]
+    assert f"patient {patient[0].decode()} is in train and validate and test" in result
+    assert f"key {key[0].decode()} occurs 2 times" in result
+    assert any("of patients, but" in fault or "patients, but" in fault for fault in result)
     rewrite_index(copy, split=np.zeros_like(index.split), patient=index.patient, key=index.key)
     assert any("samples, but the index has" in fault.fault for fault in faults(copy))
 

@@ -21,12 +21,13 @@ class TokenizerSettings(Section):
 
 
 class ConnectorSettings(Section):
-    """What turns a picture's features into tokens of the language model, with family swin_qwen: models/connector.py."""
+    """The module that turns an image's features into tokens of the language model, with family swin_qwen."""
 
     kind: Literal["sasa", "abstractor", "linear"] = Field(
         "sasa",
-        description="sasa: convolutions, then latents that query them (LightMedVLM); abstractor: convolutions around a "
-        "pooling (Honeybee's C-Abstractor); linear: one token per feature",
+        description="sasa: the Spatially-Aware Semantic Abstractor, convolutions, then latents that query them "
+        "(LightMedVLM); abstractor: convolutions around a pooling (Honeybee's C-Abstractor); linear: one token per "
+        "feature",
     )
     latents: int = Field(64, ge=1, description="tokens per study; linear has as many as there are features")
     heads: int = Field(8, ge=1, description="of sasa's attention")
@@ -72,7 +73,7 @@ class ModelSettings(Section):
         "and vision apart",
     )
     connector: ConnectorSettings | None = Field(
-        None, description="with family swin_qwen: what joins its parts; default: sasa"
+        None, description="with family swin_qwen: what joins its components; default: sasa"
     )
     max_pixels: int | None = Field(
         None,

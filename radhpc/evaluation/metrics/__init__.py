@@ -7,7 +7,7 @@ from radhpc.evaluation.metrics.scorers import NAMES
 
 
 def score_names() -> tuple[str, ...]:
-    """Names of all scores that an evaluation may give; those of findings where it is known what was drawn."""
+    """Return the names of all scores that an evaluation may give."""
     asked = [f"vqa/{of}{kind}" for of in ("", "open_", "closed_") for kind in ("exact_match", "token_f1")]
     labels = ("macro", *CHEXPERT, *findings.NAMES)
     return (

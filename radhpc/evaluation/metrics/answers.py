@@ -1,9 +1,9 @@
-"""Answers to questions, and findings by their likelihood: what is right, and how well right and wrong are told apart.
+"""Scores answers by exact match, and findings by how well their probabilities separate present from absent.
 
     exact_match("Yes.", "yes")                                  # True: words in lower case, without punctuation
-    value(auroc(probabilities, truth))                          # truth: 1, 0, or NaN where it is not known
+    value(auroc(probabilities, truth))                          # truth: 1, 0, or NaN if unknown
 
-Statistics of bootstrap.py, so that each has an interval by patient.
+All are statistics of bootstrap.py, so each has an interval by patient.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,13 +16,13 @@ from radhpc.evaluation.metrics.text import words
 
 
 def exact_match(generated: str, reference: str) -> bool:
-    """Whether both say the same words, in lower case and without punctuation."""
+    """Return whether both have the same words, in lower case and without punctuation."""
     return words(generated) == words(reference)
 
 
 @dataclass(frozen=True)
 class Ranked:
-    """A statistic of how probabilities rank what is there before what is not."""
+    """A statistic of how probabilities rank present findings before absent ones."""
 
     probabilities: Array  # (n,)
     truth: Array  # (n,): 1, 0, NaN
@@ -57,16 +57,16 @@ def _auroc(true: Array, false: Array) -> Array:
     zero = np.zeros((len(true), 1))
     rises, steps = np.concatenate([zero, true], 1), np.diff(np.concatenate([zero, false], 1), axis=1)
     area = (steps * (rises[:, :-1] + rises[:, 1:]) / 2).sum(1)
-    whole = true[:, -1] * false[:, -1]
-    return np.asarray(np.divide(area, whole, out=np.full(len(true), np.nan), where=whole > 0))
+    pairs = true[:, -1] * false[:, -1]
+    return np.asarray(np.divide(area, pairs, out=np.full(len(true), np.nan), where=pairs > 0))
 
 
 def _average_precision(true: Array, false: Array) -> Array:
     drawn = true + false
     precision = np.divide(true, drawn, out=np.zeros_like(true), where=drawn > 0)
-    found = np.diff(np.concatenate([np.zeros((len(true), 1)), true], 1), axis=1)
-    area, whole = (found * precision).sum(1), true[:, -1]
-    return np.asarray(np.divide(area, whole, out=np.full(len(true), np.nan), where=whole > 0))
+    gained = np.diff(np.concatenate([np.zeros((len(true), 1)), true], 1), axis=1)
+    area, positives = (gained * precision).sum(1), true[:, -1]
+    return np.asarray(np.divide(area, positives, out=np.full(len(true), np.nan), where=positives > 0))
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,11 @@ class Mean:
 
 
 def label_counts(predicted: Sequence[set[str]], reference: Sequence[set[str]], names: Sequence[str]) -> Array:
-    """(rows, names, 3): whether both have a name, how many of the two have it, whether the reference has it."""
+    """Return (rows, names, 3): whether both have a name, how many of the two have it, whether the reference has it."""
     rows = np.zeros((len(predicted), len(names), 3))
-    for row, mine, wanted in zip(rows, predicted, reference, strict=True):
+    for row, own, expected in zip(rows, predicted, reference, strict=True):
         for cell, name in zip(row, names, strict=True):
-            cell[:] = name in mine and name in wanted, (name in mine) + (name in wanted), name in wanted
+            cell[:] = name in own and name in expected, (name in own) + (name in expected), name in expected
     return rows
 
 

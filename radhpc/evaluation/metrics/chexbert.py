@@ -1,9 +1,9 @@
-"""CheXbert (Smit et al., EMNLP 2020): fourteen observations read out of a report, and F1 between two reports' ones.
+"""CheXbert (Smit et al., EMNLP 2020): labels fourteen observations of a report, and scores F1 between two reports.
 
     judge = load("chexbert", Path("/weights/chexbert"), "cpu")
     judge.labels(["Small left effusion."])                     # (1, 14): 0 unsaid, 1 present, 2 absent, 3 uncertain
 
-A loader of its own, because the published packages run on no current transformers. The network is BERT with fourteen
+It has its own loader, because the published packages run on no current transformers. The network is BERT with fourteen
 linear heads over the first token: thirteen of four classes, and No Finding of two. The folder holds chexbert.pth,
 vocab.txt of bert-base-uncased and, for another BERT than the base one, its config.json.
 """
@@ -50,7 +50,7 @@ class CheXbert(nn.Module):
 
 
 class Judge:
-    """CheXbert with its tokenizer; what it read of a text is kept, because references come again for every baseline."""
+    """CheXbert with its tokenizer. Labels are cached by text, because every baseline has the same references."""
 
     def __init__(self, model: CheXbert, tokenizer: Tokenizer, device: str) -> None:
         self.model, self.tokenizer, self.device = model.eval().to(device), tokenizer, device
@@ -64,14 +64,14 @@ class Judge:
             some = new[start : start + _BATCH]
             encoded = self.tokenizer.encode_batch([re.sub(r"\s+", " ", text).strip() for text in some])
             ids, mask = (torch.tensor([getattr(row, key) for row in encoded]) for key in ("ids", "attention_mask"))
-            found = self.model(ids.to(self.device), mask.to(self.device)).cpu().numpy()
-            self._known.update(zip(some, found, strict=True))
+            classes = self.model(ids.to(self.device), mask.to(self.device)).cpu().numpy()
+            self._known.update(zip(some, classes, strict=True))
         return np.stack([self._known[text] for text in texts])
 
     def measures(self, generated: Sequence[str], references: Sequence[str]) -> dict[str, Measure]:
-        """F1 as RRG24 has it: present and uncertain against the rest; macro takes what nobody has for zero."""
-        mine, wanted = (_positive(self.labels(texts)) for texts in (generated, references))
-        counts = {14: label_counts(mine, wanted, CONDITIONS), 5: label_counts(mine, wanted, FIVE)}
+        """Compute F1 as RRG24 does: present and uncertain against the rest; macro counts an absent class as zero."""
+        predicted, expected = (_positive(self.labels(texts)) for texts in (generated, references))
+        counts = {14: label_counts(predicted, expected, CONDITIONS), 5: label_counts(predicted, expected, FIVE)}
         about = "CheXbert on both texts, present and uncertain against unsaid and absent"
         return {
             f"chexbert/{average}_f1_{size}": Measure(
@@ -105,7 +105,7 @@ def load(name: str, folder: Path, device: str) -> Judge:
 
 @functools.cache
 def _tokenizer(vocabulary: Path) -> Tokenizer:
-    """bert-base-uncased's, from its vocab.txt."""
+    """Build bert-base-uncased's tokenizer from its vocab.txt."""
     ids = {word: n for n, word in enumerate(vocabulary.read_text(encoding="utf-8").splitlines())}
     if missing := [token for token in ("[UNK]", "[CLS]", "[SEP]", "[PAD]") if token not in ids]:
         raise UserError(f"{vocabulary}: no {', '.join(missing)} there; it is not a vocabulary of BERT")

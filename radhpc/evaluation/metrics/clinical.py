@@ -1,11 +1,12 @@
-"""Scores of the package radeval: F1-RadGraph, RadCliQ-v1, RaTEScore and GREEN, in a process of their own.
+"""Runs the scorers of the package radeval in a separate process: F1-RadGraph, RadCliQ-v1, RaTEScore and GREEN.
 
     judge = load("radgraph", Path("/weights/radgraph"), "cpu")
     judge.measures(generated, references)["radgraph/partial"]
 
 The package changes global settings, prints, and looks for its weights in the Hugging Face cache: so it runs apart, with
-the given folder as that cache and the network switched off. One line of JSON goes in for a set of texts (generated,
-references), one comes out (lists of numbers by score, or a problem). Checked against radeval 2.2.1's source.
+the configured folder as that cache and the network switched off. One line of JSON goes in for a set of texts
+(generated, references), one comes out (lists of numbers by score, or a problem). Checked against radeval 2.2.1's
+source.
 """
 
 import json
@@ -32,7 +33,7 @@ Score = Callable[[list[str], list[str]], dict[str, list[float]]]
 
 
 class Judge:
-    """The process, which stays for the next texts."""
+    """The scorer's process, which is kept for the next texts."""
 
     def __init__(self, name: str, folder: Path) -> None:
         self.name = name
@@ -71,7 +72,7 @@ def load(name: str, folder: Path, device: str) -> Judge:
 
 
 def _scorer(name: str, folder: str) -> Score:
-    """Inside the process: the package's own scorer."""
+    """Load the package's own scorer; runs inside the separate process."""
     import radeval
 
     # Its copy of RadGraph imports from the name that the package had before.
@@ -105,7 +106,7 @@ def _scorer(name: str, folder: str) -> Score:
 
 
 def main(name: str, folder: str) -> None:
-    """Lines in, lines out; whatever the package prints goes to standard error."""
+    """Answer lines by lines; what the package prints goes to standard error."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     score: Score | None = None
@@ -113,12 +114,12 @@ def main(name: str, folder: str) -> None:
         generated, references = json.loads(line)
         try:
             score = score or _scorer(name, folder)
-            found: dict[str, Any] = {
+            answer: dict[str, Any] = {
                 key: [float(value) for value in values] for key, values in score(generated, references).items()
             }
         except Exception as error:
-            found = {"problem": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
-        out.write(json.dumps(found) + "\n")
+            answer = {"problem": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+        out.write(json.dumps(answer) + "\n")
         out.flush()
 
 

@@ -1,9 +1,9 @@
-"""How reports are cut into words before they are compared: five BLEU points lie between two papers' ways.
+"""Tokenises reports before they are compared: the conventions of two papers differ by up to five BLEU points.
 
     measures("r2gen_mimic", generated, references)      # {"bleu_1": Measure, ..., "rouge_l": ..., "cider": ...}
 
-Enters: texts. Leaves: statistics, each with the words that say what was done. A score is named after its convention
-(`r2gen_mimic/bleu_4`), because without it the number says nothing. Sources of the rules: R2Gen modules/tokenizers.py,
+Enters: texts. Leaves: statistics, each with a description of its convention. A score is named after its convention
+(`r2gen_mimic/bleu_4`), because without it the number means nothing. Sources of the rules: R2Gen modules/tokenizers.py,
 R2GenGPT dataset/data_helper.py, pycocoevalcap 1.2, RadEval 2.2, rouge_score 0.1.2, sacrebleu 2.6.
 """
 
@@ -24,7 +24,7 @@ from radhpc.evaluation.metrics import ngrams
 from radhpc.evaluation.metrics.bootstrap import Array, Statistic, Sums, mean
 
 _PTB_JAR, _METEOR_JAR = "tokenizer/stanford-corenlp-3.4.1.jar", "meteor/meteor-1.5.jar"
-# What COCO takes out after the tokenizer of the Penn Treebank.
+# Tokens that COCO removes after the Penn Treebank tokenizer.
 _PTB_REMOVED = frozenset(("''", "'", "``", "`", "-LRB-", "-RRB-", "-LCB-", "-RCB-",
                           ".", "?", "!", ",", ":", "-", "--", "...", ";"))  # fmt: skip
 # R2Gen's pattern holds `:-\[`, which is a range: it takes out : ; < = > ? @ [ and capitals, and leaves the hyphen.
@@ -35,7 +35,7 @@ _QUOTES = str.maketrans("", "", "\"/\\'")
 
 @dataclass(frozen=True)
 class Measure:
-    """A statistic, and what it is."""
+    """A statistic and its description."""
 
     statistic: Statistic
     convention: str
@@ -45,7 +45,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class Convention:
-    """One way from texts to words."""
+    """One way to tokenise texts."""
 
     about: str
     cut: Callable[[tuple[str, ...]], list[list[str]]]
@@ -154,13 +154,13 @@ KINDS = {
 
 
 def missing(convention: str, meteor: bool = False) -> str | None:
-    """What has to be installed for a convention, or for METEOR in it; None where all is there."""
-    wanted = CONVENTIONS[convention]
-    packages = {*wanted.packages, *(("pycocoevalcap",) if meteor else ())}
+    """Return what has to be installed for a convention, or for METEOR in it; None if nothing is missing."""
+    rule = CONVENTIONS[convention]
+    packages = {*rule.packages, *(("pycocoevalcap",) if meteor else ())}
     absent = sorted(name for name in packages if importlib.util.find_spec(name) is None)
     if absent:
         return f"install {', '.join(absent)} ({resources.install_hint('scores')})"
-    if (wanted.java or meteor) and shutil.which("java") is None:
+    if (rule.java or meteor) and shutil.which("java") is None:
         return "install a Java runtime (Debian: default-jre-headless)"
     return None
 
@@ -169,20 +169,22 @@ def measures(convention: str, generated: Sequence[str], references: Sequence[str
     """BLEU-1 to 4, ROUGE-L and CIDEr of texts; radeval_raw has rouge_score's ROUGE-L, too."""
     rule = CONVENTIONS[convention]
     pairs = _pairs(convention, generated, references)
-    mine, wanted = [mine for mine, _ in pairs], [wanted for _, wanted in pairs]
-    found: dict[str, Statistic] = {f"bleu_{n}": sums for n, sums in enumerate(ngrams.bleu(mine, wanted), start=1)}
-    found["rouge_l"] = ngrams.rouge_l(mine, wanted)
-    found["cider"] = ngrams.cider(mine, wanted)
+    hypothesis, reference = [hypothesis for hypothesis, _ in pairs], [reference for _, reference in pairs]
+    statistics: dict[str, Statistic] = {
+        f"bleu_{n}": sums for n, sums in enumerate(ngrams.bleu(hypothesis, reference), start=1)
+    }
+    statistics["rouge_l"] = ngrams.rouge_l(hypothesis, reference)
+    statistics["cider"] = ngrams.cider(hypothesis, reference)
     if convention == "radeval_raw":
-        found["rouge_l_f1"] = rouge_score(generated, references)
-    return {kind: Measure(statistic, f"{KINDS[kind]}; {rule.about}") for kind, statistic in found.items()}
+        statistics["rouge_l_f1"] = rouge_score(generated, references)
+    return {kind: Measure(statistic, f"{KINDS[kind]}; {rule.about}") for kind, statistic in statistics.items()}
 
 
 def _pairs(convention: str, generated: Sequence[str], references: Sequence[str]) -> list[tuple[list[str], list[str]]]:
-    """Each generated text and its reference, as words."""
+    """Tokenise each generated text and its reference."""
     longest = CONVENTIONS[convention].longest
     cut = zip(_cut(convention, tuple(generated)), _cut(convention, tuple(references)), strict=True)
-    return [(mine, wanted[:longest]) for mine, wanted in cut]
+    return [(hypothesis, reference[:longest]) for hypothesis, reference in cut]
 
 
 @functools.lru_cache(maxsize=32)  # the references are the same for the model and for every baseline
@@ -191,11 +193,11 @@ def _cut(convention: str, texts: tuple[str, ...]) -> list[list[str]]:
 
 
 def rouge_score(generated: Sequence[str], references: Sequence[str]) -> Sums:
-    """The mean F1 of rouge_score's rougeL with its stemmer."""
+    """Return the mean F1 of rouge_score's rougeL with its stemmer."""
     scores = []
-    for mine, wanted in zip(map(_stems, generated), map(_stems, references), strict=True):
-        common = ngrams.longest_common(mine, wanted)
-        scores.append(2 * common / (len(mine) + len(wanted)) if common else 0.0)
+    for hypothesis, reference in zip(map(_stems, generated), map(_stems, references), strict=True):
+        common = ngrams.longest_common(hypothesis, reference)
+        scores.append(2 * common / (len(hypothesis) + len(reference)) if common else 0.0)
     return mean(scores)
 
 
@@ -223,26 +225,30 @@ _ALPHA, _BETA, _GAMMA, _DELTA = 0.85, 0.2, 0.6, 0.75
 
 
 def meteor(texts: Mapping[str, tuple[Sequence[str], Sequence[str]]]) -> dict[str, Measure]:
-    """METEOR 1.5 by convention, of (generated, references): one start of its jar, some ten seconds, for all."""
+    """Compute METEOR 1.5 by convention, of (generated, references); the jar is started once for all (some ten
+    seconds).
+    """
     lines, counts = [], {}
     for convention, (generated, references) in texts.items():
         counts[convention] = len(generated)
-        for mine, wanted in _pairs(convention, generated, references):
+        for hypothesis_words, reference_words in _pairs(convention, generated, references):
             # A line of its protocol needs a word on either side, and bars separate.
-            hypothesis, reference = (" ".join(words).replace("|", " ") or "." for words in (mine, wanted))
+            hypothesis, reference = (
+                " ".join(words).replace("|", " ") or "." for words in (hypothesis_words, reference_words)
+            )
             lines.append(f"SCORE ||| {reference} ||| {hypothesis}\n")
     rows = _meteor_counts(tuple(lines))
-    found, start = {}, 0
+    result, start = {}, 0
     for convention, count in counts.items():
         statistic = Sums(rows[start : start + count], meteor_of)
-        found[convention] = Measure(statistic, f"{KINDS['meteor']}; {CONVENTIONS[convention].about}")
+        result[convention] = Measure(statistic, f"{KINDS['meteor']}; {CONVENTIONS[convention].about}")
         start += count
-    return found
+    return result
 
 
 @functools.lru_cache(maxsize=4)
 def _meteor_counts(lines: tuple[str, ...]) -> Array:
-    """What the jar counts in each of these lines of its protocol."""
+    """Return the jar's counts for each of these lines of its protocol."""
     command = ["java", "-Xmx2G", "-jar", str(_pycocoevalcap() / _METEOR_JAR), "-", "-", "-stdio", "-l", "en", "-norm"]
     done = subprocess.run(command, input="".join(lines).encode(), capture_output=True, check=True)
     rows = meteor_rows(done.stdout.decode().splitlines())

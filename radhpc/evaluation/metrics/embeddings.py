@@ -1,4 +1,4 @@
-"""How alike two texts are to a language model: BERTScore (Zhang et al., ICLR 2020), and a cosine of mean vectors.
+"""Scores two texts by a language model's vectors: BERTScore (Zhang et al., ICLR 2020), and a cosine of mean vectors.
 
     judge = load("bertscore", Path("/weights/distilbert-base-uncased"), "cpu")
     judge.measures(generated, references)["bertscore/f1"]
@@ -25,7 +25,7 @@ _BATCH = 32
 
 
 class _Encoder:
-    """A language model from a folder; vectors of a text are kept, because references come again for every baseline."""
+    """A language model from a folder. Vectors are cached by text, because every baseline has the same references."""
 
     def __init__(self, name: str, folder: Path, device: str) -> None:
         try:
@@ -45,8 +45,8 @@ class _Encoder:
             some = new[start : start + _BATCH]
             inputs = self.tokenizer(some, padding=True, truncation=True, max_length=self.longest, return_tensors="pt")
             inputs = {key: inputs[key].to(self.device) for key in ("input_ids", "attention_mask")}
-            found = self.model(**inputs, output_hidden_states=True).hidden_states[layer].float().cpu()
-            for text, row, length in zip(some, found, inputs["attention_mask"].sum(1).tolist(), strict=True):
+            states = self.model(**inputs, output_hidden_states=True).hidden_states[layer].float().cpu()
+            for text, row, length in zip(some, states, inputs["attention_mask"].sum(1).tolist(), strict=True):
                 self._known[text, layer] = row[:length].clone()
         return [self._known[text, layer] for text in texts]
 
@@ -58,26 +58,26 @@ class BertScore:
         self.encoder, self.baseline, self.layer = encoder, baseline, layer
 
     def measures(self, generated: Sequence[str], references: Sequence[str]) -> dict[str, Measure]:
-        mine, wanted = (self.encoder.vectors(texts, self.layer) for texts in (generated, references))
-        each = np.asarray([_precision_recall_f1(*pair) for pair in zip(mine, wanted, strict=True)])
+        candidates, targets = (self.encoder.vectors(texts, self.layer) for texts in (generated, references))
+        each = np.asarray([_precision_recall_f1(*pair) for pair in zip(candidates, targets, strict=True)])
         if self.baseline is not None:
             each = (each - self.baseline) / (1 - self.baseline)
         about = "rescaled by baseline.tsv" if self.baseline is not None else "not rescaled: no baseline.tsv"
         return {"bertscore/f1": Measure(mean(each[:, 2]), f"BERTScore F1, layer {self.layer}, no idf, {about}")}
 
 
-def _precision_recall_f1(mine: torch.Tensor, wanted: torch.Tensor) -> tuple[float, float, float]:
-    """Greedy matches by cosine. The special tokens at both ends may be matched, but do not count themselves."""
-    if len(mine) <= 2 or len(wanted) <= 2:
+def _precision_recall_f1(candidate: torch.Tensor, reference: torch.Tensor) -> tuple[float, float, float]:
+    """Greedy matches by cosine. The special tokens at both ends may be matched, but have no score of their own."""
+    if len(candidate) <= 2 or len(reference) <= 2:
         return 0.0, 0.0, 0.0
-    alike = _normalised(mine) @ _normalised(wanted).T
-    precision, recall = float(alike.max(1).values[1:-1].mean()), float(alike.max(0).values[1:-1].mean())
+    similarity = _normalised(candidate) @ _normalised(reference).T
+    precision, recall = float(similarity.max(1).values[1:-1].mean()), float(similarity.max(0).values[1:-1].mean())
     total = precision + recall
     return precision, recall, 2 * precision * recall / total if total else 0.0
 
 
 def _normalised(vectors: torch.Tensor) -> torch.Tensor:
-    """Each of length one."""
+    """Scale each vector to length one."""
     return torch.as_tensor(vectors / vectors.norm(dim=-1, keepdim=True))
 
 
@@ -97,7 +97,7 @@ class MeanCosine:
 
 
 def load(name: str, folder: Path, device: str) -> BertScore | MeanCosine:
-    """The judge of one name in scorers.KINDS. Raises UserError."""
+    """Load the judge that scorers.KINDS has under this name. Raises UserError."""
     encoder = _Encoder(name, folder, device)
     if name == "clinicalbert":
         return MeanCosine(encoder)

@@ -47,19 +47,19 @@ _SENTENCE = re.compile(r"[;:!?\n]|\.(?!\d)")  # not at the point of 3.5 cm
 
 
 def read(text: str) -> set[str]:
-    """The names of the findings that a report affirms; an empty set is a normal report."""
-    found: set[str] = set()
+    """Return the names of the findings that a report affirms; an empty set is a normal report."""
+    names: set[str] = set()
     words = re.sub(r"[-/]", " ", text.lower())
     for sentence in _SENTENCE.split(words):
         for clause in _TURN.split(re.sub(r"[^\S\n]+", " ", sentence)):
-            found |= _clause(clause)
-    return found
+            names |= _clause(clause)
+    return names
 
 
 def f1(
     predicted: Sequence[set[str]], reference: Sequence[set[str]], names: Iterable[str] = (*NAMES, NORMAL)
 ) -> dict[str, float]:
-    """F1 for each name, with "macro", their mean over the names that the references have, and "micro".
+    """Return F1 for each name, "macro", their mean over the names that the references have, and "micro".
 
     An empty set counts as the class "normal". A name that is nowhere, or never right, has F1 zero.
     """
@@ -80,8 +80,8 @@ def f1(
 
 
 def _clause(clause: str) -> set[str]:
-    """The findings of a stretch of words in which a negation, once there, holds to the end."""
-    found: set[str] = set()
+    """Return the findings of a clause, in which a negation holds from where it stands to the end."""
+    names: set[str] = set()
     negation = _BEFORE.search(clause)
     start = 0
     cuts = [*((cut.start(), cut.end()) for cut in _CUT.finditer(clause)), (len(clause), len(clause))]
@@ -90,13 +90,13 @@ def _clause(clause: str) -> set[str]:
         for mention in _FINDING.finditer(phrase):
             denied = negation is not None and negation.start() <= start + mention.start()
             if not denied and not _AFTER.search(phrase, mention.start()):
-                found |= _labels(str(mention.lastgroup), phrase, clause)
+                names |= _labels(str(mention.lastgroup), phrase, clause)
         start = following
-    return found
+    return names
 
 
 def _labels(kind: str, phrase: str, clause: str) -> set[str]:
-    """The names of a finding of that kind with the side and height in its phrase, else in its clause."""
+    """Return the names of a finding of that kind with the side and height in its phrase, else in its clause."""
     sides = _SIDE.findall(phrase) or _SIDE.findall(clause)
     heights = [{"mid": "middle"}.get(word, word) for word in _HEIGHT.findall(phrase) or _HEIGHT.findall(clause)]
     if any(side not in ("left", "right") for side in sides):

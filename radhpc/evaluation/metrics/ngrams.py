@@ -1,8 +1,8 @@
-"""BLEU, ROUGE-L and CIDEr of texts that are cut into words already (conventions.py cuts them).
+"""Computes BLEU, ROUGE-L and CIDEr of tokenised texts (conventions.py tokenises them).
 
     bleu([["heart", "is", "normal"]], [["the", "heart", "is", "normal"]])[3]       # BLEU-4, a statistic of one row
 
-Written so that each row's part of a score stands by itself, which the bootstrap needs; the values are those of
+Each row's contribution to a score is kept separate, which the bootstrap needs; the values are those of
 pycocoevalcap 1.2 to the last digits, its additive constants included, and a test holds them against it.
 """
 
@@ -24,17 +24,17 @@ _CIDER_SCALE = 10.0
 def bleu(generated: Sequence[Words], references: Sequence[Words]) -> list[Sums]:
     """BLEU-1 to BLEU-4 over the corpus (Papineni et al., ACL 2002), one reference each."""
     rows = np.zeros((len(generated), 2 + 2 * _ORDERS))  # lengths of both, then matches and n-grams of each order
-    for row, mine, wanted in zip(rows, generated, references, strict=True):
-        row[:2] = len(mine), len(wanted)
-        found, known = _ngrams(mine), _ngrams(wanted)
-        for ngram, count in found.items():
+    for row, hypothesis, reference in zip(rows, generated, references, strict=True):
+        row[:2] = len(hypothesis), len(reference)
+        counts, known = _ngrams(hypothesis), _ngrams(reference)
+        for ngram, count in counts.items():
             row[1 + len(ngram)] += min(count, known[ngram])
-        row[2 + _ORDERS :] = [max(0, len(mine) - order) for order in range(_ORDERS)]
+        row[2 + _ORDERS :] = [max(0, len(hypothesis) - order) for order in range(_ORDERS)]
     return [Sums(rows, _Bleu(order)) for order in range(1, _ORDERS + 1)]
 
 
 class _Bleu:
-    """Sums of bleu()'s rows -> BLEU of an order."""
+    """Turns sums of bleu()'s rows into BLEU of an order."""
 
     def __init__(self, order: int) -> None:
         self.order = order
@@ -49,14 +49,14 @@ class _Bleu:
 
 
 def rouge_l(generated: Sequence[Words], references: Sequence[Words]) -> Sums:
-    """ROUGE-L as COCO has it: the mean of F with beta 1.2 over the longest common subsequence (Lin, 2004)."""
-    found = []
-    for mine, wanted in zip(generated, references, strict=True):
-        common = longest_common(mine, wanted)
-        precision, recall = common / max(1, len(mine)), common / max(1, len(wanted))
+    """Compute ROUGE-L as COCO does: the mean of F with beta 1.2 over the longest common subsequence (Lin, 2004)."""
+    scores = []
+    for hypothesis, reference in zip(generated, references, strict=True):
+        common = longest_common(hypothesis, reference)
+        precision, recall = common / max(1, len(hypothesis)), common / max(1, len(reference))
         below = recall + _BETA**2 * precision
-        found.append((1 + _BETA**2) * precision * recall / below if below else 0.0)
-    return mean(found)
+        scores.append((1 + _BETA**2) * precision * recall / below if below else 0.0)
+    return mean(scores)
 
 
 def longest_common(left: Words, right: Words) -> int:
@@ -76,23 +76,23 @@ def cider(generated: Sequence[Words], references: Sequence[Words]) -> Sums:
     """CIDEr-D (Vedantam et al., CVPR 2015) as pycocoevalcap's Cider: the mean of tf-idf cosines over orders 1 to 4,
     with document frequencies of these references. They stay the same in the bootstrap.
     """
-    known = [_ngrams(wanted) for wanted in references]
+    known = [_ngrams(reference) for reference in references]
     documents: Counter[tuple[str, ...]] = Counter()
     for ngrams in known:
         documents.update(ngrams.keys())
-    whole = float(np.log(len(references)))
+    log_documents = float(np.log(len(references)))
 
     def vector(counts: Counter[tuple[str, ...]]) -> tuple[list[dict[tuple[str, ...], float]], Array, int]:
         parts: list[dict[tuple[str, ...], float]] = [{} for _ in range(_ORDERS)]
         for ngram, count in counts.items():
-            parts[len(ngram) - 1][ngram] = count * (whole - float(np.log(max(1, documents[ngram]))))
+            parts[len(ngram) - 1][ngram] = count * (log_documents - float(np.log(max(1, documents[ngram]))))
         norms = np.asarray([np.sqrt(sum(value * value for value in part.values())) for part in parts])
         return parts, norms, sum(count for ngram, count in counts.items() if len(ngram) == 2)
 
     scores = []
-    for mine, wanted in zip(generated, known, strict=True):
-        parts, norms, length = vector(_ngrams(mine))
-        others, other_norms, other_length = vector(wanted)
+    for hypothesis, reference in zip(generated, known, strict=True):
+        parts, norms, length = vector(_ngrams(hypothesis))
+        others, other_norms, other_length = vector(reference)
         total = 0.0
         for part, norm, other, other_norm in zip(parts, norms, others, other_norms, strict=True):
             shared = sum(min(value, other.get(ngram, 0.0)) * other.get(ngram, 0.0) for ngram, value in part.items())
@@ -103,6 +103,6 @@ def cider(generated: Sequence[Words], references: Sequence[Words]) -> Sums:
 
 
 def _ngrams(words: Words) -> Counter[tuple[str, ...]]:
-    """All n-grams of orders 1 to 4, with their counts."""
+    """Count all n-grams of orders 1 to 4."""
     words = tuple(words)
     return Counter(words[n : n + order] for order in range(1, _ORDERS + 1) for n in range(len(words) - order + 1))

@@ -4,8 +4,8 @@
     judges.measures(generated, references)          # {"chexbert/micro_f1_14": Measure(..., weights="9f86d0..."), ...}
     judges.missing()                                # {"radgraph": "name in ... a folder with ..."}
 
-Nothing is fetched, and no score is stood in for by another: without its weights a score is left out by name. A score
-carries the sha256 of its weights. Here are names, folders and hashes; torch is imported only where a model is.
+Nothing is downloaded, and no score replaces another: without its weights a score is left out by name. A score carries
+the sha256 of its weights. This module handles names, folders and hashes; torch is imported only where a model is.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ CHEXBERT_KINDS = ("micro_f1_14", "macro_f1_14", "micro_f1_5", "macro_f1_5")
 
 @dataclass(frozen=True)
 class Kind:
-    """One judge: its scores, the file of metrics/ that knows it, what its folder holds, and the package it needs."""
+    """One judge: its scores, its module in metrics/, the contents of its folder, and the package it needs."""
 
     scores: tuple[str, ...]
     module: str
@@ -77,25 +77,25 @@ class Judge(Protocol):
     """A loaded model."""
 
     def measures(self, generated: Sequence[str], references: Sequence[str]) -> dict[str, Measure]:
-        """Its scores, by the names in KINDS."""
+        """Return its scores by the names in KINDS."""
         ...
 
 
 class Judges:
-    """Those judges whose folders are given. Raises UserError for a folder without its files or of another hash."""
+    """The judges whose folders are configured. Raises UserError for a folder without its files or of another hash."""
 
-    def __init__(self, folders: Mapping[str, str], wanted: Mapping[str, str], device: str) -> None:
+    def __init__(self, folders: Mapping[str, str], expected: Mapping[str, str], device: str) -> None:
         self.folders = {name: Path(folder) for name, folder in folders.items()}
-        self.wanted, self.device = wanted, device
+        self.expected, self.device = expected, device
         self._loaded: dict[str, Judge] = {}
 
     @cached_property
     def hashes(self) -> dict[str, str]:
-        """sha256 of each one's weights."""
-        return {name: check(name, folder, self.wanted.get(name)) for name, folder in self.folders.items()}
+        """sha256 of the weights by judge."""
+        return {name: check(name, folder, self.expected.get(name)) for name, folder in self.folders.items()}
 
     def missing(self) -> dict[str, str]:
-        """By judge: what to put where."""
+        """Return by judge what has to be put where."""
         return {
             name: f"name in evaluation.scorers.{name} a folder with {kind.hint}"
             + (f"; and pip install {kind.package}" if kind.package else "")
@@ -104,8 +104,8 @@ class Judges:
         }
 
     def measures(self, generated: Sequence[str], references: Sequence[str]) -> dict[str, Measure]:
-        """What all of them say."""
-        found: dict[str, Measure] = {}
+        """Return the scores of all judges."""
+        result: dict[str, Measure] = {}
         for name, folder in self.folders.items():
             digest = self.hashes[name]
             if name not in self._loaded:
@@ -113,12 +113,12 @@ class Judges:
                 self._loaded[name] = module.load(name, folder, self.device)
             for score, measure in self._loaded[name].measures(generated, references).items():
                 assert score in KINDS[name].scores, score
-                found[score] = replace(measure, weights=digest)
-        return found
+                result[score] = replace(measure, weights=digest)
+        return result
 
 
-def check(name: str, folder: Path, wanted: str | None) -> str:
-    """The sha256 of a judge's weights: that of the file, or of several files' names and sums. Raises UserError."""
+def check(name: str, folder: Path, expected: str | None) -> str:
+    """Return the sha256 of a judge's weights: of the file, or of the names and sums of several. Raises UserError."""
     kind, key = KINDS[name], f"evaluation.scorers.{name}"
     if not folder.is_dir():
         raise UserError(f"{key}: {folder}: no such folder; it holds {kind.hint}")
@@ -131,10 +131,10 @@ def check(name: str, folder: Path, wanted: str | None) -> str:
     if not files:
         raise UserError(f"{key}: {folder}: no weights there ({', '.join(kind.weights)}); it holds {kind.hint}")
     sums = [(str(path.relative_to(folder)), _sha256(path)) for path in files]
-    found = sums[0][1] if len(sums) == 1 else hashlib.sha256(repr(sums).encode()).hexdigest()
-    if wanted is not None and found != wanted:
-        raise UserError(f"{key}: {folder}: weights of sha256 {found}; evaluation.scorers.sha256 wants {wanted}")
-    return found
+    digest = sums[0][1] if len(sums) == 1 else hashlib.sha256(repr(sums).encode()).hexdigest()
+    if expected is not None and digest != expected:
+        raise UserError(f"{key}: {folder}: weights of sha256 {digest}; evaluation.scorers.sha256 wants {expected}")
+    return digest
 
 
 def _sha256(path: Path) -> str:

@@ -2,7 +2,7 @@
 
     CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg
 
-The patient stands in the path alone. On the disk the first folder may have another name or be missing, the file may
+Only the path names the patient. On the disk the first folder may have another name or be missing, the file may
 be a .png or .dcm, and the four archives of the full-size release are four folders, three of which hold patients of
 the training set without a folder `train`.
 """

@@ -21,7 +21,7 @@ def split_files(
     if raw is None:
         raise UserError(f"--raw is missing: the folder of {dataset}")
     if raw.is_file() and raw.suffix != ".parquet":
-        raise UserError(f"--raw {raw}: a file; wanted is the folder of {dataset}")
+        raise UserError(f"--raw {raw}: a file; expected the folder of {dataset}")
     for folder in (raw, *(raw / name for name in inner)):
         files = {split: path for split in SPLITS if (path := table.find_one(folder, names.get(split, ())))}
         if files:
@@ -56,6 +56,6 @@ def refuse_parquet(raw: Path, dataset: str, names: Iterable[str]) -> None:
     copies = [raw] if raw.suffix == ".parquet" else [*raw.glob("*.parquet"), *raw.glob("data/*.parquet")]
     if copies:
         raise UserError(
-            f"{min(copies)}: Parquet copies of {dataset} cannot be read; wanted is the original release, "
+            f"{min(copies)}: Parquet copies of {dataset} cannot be read; expected the original release, "
             f"with {', '.join(names)}"
         )

@@ -95,7 +95,7 @@ def read_edition(raw: Path | None, options: MimicOptions, edition: Edition) -> I
 def _tables(images: Path, options: MimicOptions, edition: Edition) -> dict[str, Path]:
     """Find the tables by kind, that of images first. Raises UserError where a required one is missing."""
     if options.split and not options.split.is_file():
-        raise UserError(f"split={options.split}: no such file; wanted is {table_names('split')[-1]} (also .gz)")
+        raise UserError(f"split={options.split}: no such file; expected {table_names('split')[-1]} (also .gz)")
     folders = [images.parent, *([options.split.parent] if options.split else [])]
 
     def find(table_name: str) -> Path | None:

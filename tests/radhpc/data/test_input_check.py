@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 
 from radhpc.data.input_check import radiograph_warnings
 from radhpc.data.source import Source
-from shards.images.encoding import ImageSettings
+from shards.images.encoding import EncodingSettings
 from shards.views import load_view
 
 
@@ -54,7 +54,7 @@ def test_real_radiographs_are_not(real_notes: Path) -> None:
     files = sorted((real_notes / "images").glob("*.jpg"))
     assert len(files) >= 20
     for side in (1120, 224):
-        settings = ImageSettings(longest_side=side)
+        settings = EncodingSettings(longest_side=side)
         found = {path.name: radiograph_warnings(load_view(path, settings).picture) for path in files}
         assert not any(found.values()), {name: why for name, why in found.items() if why}
 
@@ -69,10 +69,10 @@ def test_neither_are_phantoms(phantom_shards: Path) -> None:
 def test_a_dicom_says_what_it_is() -> None:
     from pydicom.data import get_testdata_file
 
-    ct = load_view(Path(str(get_testdata_file("CT_small.dcm"))), ImageSettings())
+    ct = load_view(Path(str(get_testdata_file("CT_small.dcm"))), EncodingSettings())
     assert radiograph_warnings(ct.picture, ct.modality) == ["its DICOM header says CT"]
     chest = get_testdata_file("RG1_UNCR.dcm", download=False)
     if chest is None:
         pytest.skip("pydicom-data is not installed")
-    view = load_view(Path(str(chest)), ImageSettings())
+    view = load_view(Path(str(chest)), EncodingSettings())
     assert radiograph_warnings(view.picture, view.modality) == []

@@ -71,13 +71,13 @@ def samples(url: str) -> dict[str, Sample]:
     store = Store(url)
     manifest = Manifest.load(store)
     index = manifest.load_index(store)
-    found = {}
+    result = {}
     for row in range(len(index)):
         (member,) = (m for m in index.members(row) if m.name.endswith(".json"))
         data = store.read_range(manifest.shards[member.shard].name, member.offset, member.length)
-        found[index.key[row].decode()] = Sample.model_validate_json(data)
-    assert list(found) == [sample.key for sample in found.values()]
-    return found
+        result[index.key[row].decode()] = Sample.model_validate_json(data)
+    assert list(result) == [sample.key for sample in result.values()]
+    return result
 
 
 def training(url: str) -> list[Sample]:
@@ -175,7 +175,7 @@ def test_vectors_of_the_users_own(shards: Path, tmp_path: Path) -> None:
         ({"cap": "101%"}, "cap: '101%'"),
         ({"rare": 2.0}, "rare: 2.0"),
         ({"name": "manifest"}, "name: 'manifest'"),
-        ({"name": "index"}, "whole index"),
+        ({"name": "index"}, "full index"),
         ({"min_cluster_size": 1}, "min_cluster_size: 1; allowed are whole numbers from 2"),
     ],
 )

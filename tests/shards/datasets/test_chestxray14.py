@@ -32,8 +32,8 @@ ROWS = [
 def write_table(folder: Path, rows: list[tuple[str, ...]], delimiter: str = ",", header: str = HEADER) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     lines = [
-        delimiter.join((image, found, follow_up, patient, "057", "M", view, "2682", "2749", "0.143", "0.143"))
-        for image, found, follow_up, patient, view in rows
+        delimiter.join((image, result, follow_up, patient, "057", "M", view, "2682", "2749", "0.143", "0.143"))
+        for image, result, follow_up, patient, view in rows
     ]
     (folder / "Data_Entry_2017_v2020.csv").write_text("\n".join([header.replace(",", delimiter), *lines]) + "\n")
 
@@ -144,7 +144,7 @@ def test_a_patient_in_two_splits_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="they are of the same patient"):
         built("chestxray14", raw, tmp_path / "out")
     (raw / "test_list.txt").write_text("00000001_000.png\n")
-    with pytest.raises(UserError, match="1 images stand twice in train_val_list.txt and test_list.txt"):
+    with pytest.raises(UserError, match="1 images are listed twice in train_val_list.txt and test_list.txt"):
         listed("chestxray14", raw)
 
 
@@ -180,8 +180,8 @@ def real(raw: Path, rows: int | None = None) -> tuple[list[dict[str, str]], list
     (raw / "Data_Entry_2017_v2020.csv").write_text("".join(lines))
     (raw / "BBox_List_2017.csv.gz").symlink_to(wheel("BBox_List_2017.csv.gz"))
     table = list(csv.DictReader(lines))
-    for name, wanted in (("train_val_list.txt", False), ("test_list.txt", True)):
-        images = [row["Image Index"] for row in table if (row["Patient ID"] in tested) == wanted]
+    for name, expected in (("train_val_list.txt", False), ("test_list.txt", True)):
+        images = [row["Image Index"] for row in table if (row["Patient ID"] in tested) == expected]
         (raw / name).write_text("\n".join(images))
     draw(raw / "images" / "00000001_000.png")
     with warnings.catch_warnings(record=True) as caught:

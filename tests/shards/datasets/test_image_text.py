@@ -226,7 +226,7 @@ def test_short_rows_of_a_csv_are_named(tmp_path: Path) -> None:
         (
             "a.csv",
             "picture,words\na,b\n",
-            r"no column for image and text; found are picture, words; wanted are image or",
+            r"no column for image and text; found are picture, words; expected image or",
         ),
         ("a.csv", "image,words\na,b\n", r"no column for text; found are image, words"),
         ("a.csv", 'image,text\na,"b\n', r"a.csv: line 2: unexpected end of data"),

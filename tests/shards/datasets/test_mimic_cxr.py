@@ -26,7 +26,7 @@ from shards.build import BuildSettings, build
 from shards.datasets import mimic_cxr, mimic_cxr_jpg, reader
 from shards.datasets.helpers import mimic_sections
 from shards.datasets.reader import RawStudy
-from tests.shards.images.test_dicom import written
+from tests.shards.images.dicom_files import write_dicom
 
 pytestmark = pytest.mark.timeout(60)
 READERS = {"mimic_cxr_jpg": mimic_cxr_jpg, "mimic_cxr": mimic_cxr}
@@ -99,7 +99,7 @@ def write_image(path: Path) -> None:
     blocks = np.random.default_rng(list(f"{path.parent.name}{path.name}".encode())).integers(0, 256, (10, 8))
     pixels = np.kron(blocks, np.ones((4, 4)))
     if path.suffix == ".dcm":
-        written(path, (pixels * 16).astype(np.uint16))
+        write_dicom(path, (pixels * 16).astype(np.uint16))
     else:
         Image.fromarray(pixels.astype(np.uint8)).save(path, "JPEG")
 
@@ -125,7 +125,7 @@ def write_tree(folder: Path, edition: str, texts: dict[str, str] | None = None, 
 
 
 def listed(raw: Path, edition: str = "mimic_cxr_jpg", **options: str) -> dict[str, RawStudy]:
-    """What a reader yields, by study, or by name where it is a row."""
+    """Return the studies of a reader by study, or by name where one is a row."""
     module = READERS[edition]
     studies = list(module.read(raw, reader.parse_options(edition, module.OPTIONS, options)))
     assert len({study.study or study.name for study in studies}) == len(studies)
@@ -149,7 +149,7 @@ def own_salt(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
 
 
 def samples(out: Path) -> list[Sample]:
-    found = []
+    result = []
     for shard in Manifest.load(Store(out)).shards:
         with tarfile.open(out / shard.name) as tar:
             members = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
@@ -158,8 +158,8 @@ def samples(out: Path) -> list[Sample]:
             if name.endswith(".json"):
                 sample = Sample.model_validate_json(data)
                 assert all(f"{sample.key}.{n}.jpg" in members for n in range(len(sample.images)))
-                found.append(sample)
-    return found
+                result.append(sample)
+    return result
 
 
 # --- both editions, end to end
@@ -272,8 +272,8 @@ def rewritten(raw: Path, what: str, change: Any) -> None:
 )  # fmt: skip
 def test_what_the_tables_make_unusable(jpg: Path, what: str, change: Any, faults: dict[str, str]) -> None:
     rewritten(jpg, f"mimic-cxr-2.0.0-{what}", change)
-    found = {key: study.fault for key, study in listed(jpg).items() if study.fault}
-    assert found == faults
+    result = {key: study.fault for key, study in listed(jpg).items() if study.fault}
+    assert result == faults
 
 
 def test_identifiers_are_text(jpg: Path) -> None:
@@ -380,8 +380,8 @@ def test_studies_may_be_chosen_by_their_sections(tmp_path: Path) -> None:
     }.items():
         with pytest.warns(reader.DatasetWarning) as caught:
             assert set(listed(raw, require=require)) == studies
-        told = [str(warning.message) for warning in caught if "require" in str(warning.message)]
-        assert told == [f"1 studies have no {require} and were left out, as require= says"] * (require != "any")
+        messages = [str(warning.message) for warning in caught if "require" in str(warning.message)]
+        assert messages == [f"1 studies have no {require} and were left out, as require= says"] * (require != "any")
 
 
 # --- a part of the archive
@@ -519,8 +519,8 @@ REPORTS: dict[str, tuple[str, Report]] = {
 
 @pytest.mark.parametrize("what", REPORTS)
 def test_sections_are_those_of_the_data_sets_authors(what: str) -> None:
-    text, wanted = REPORTS[what]
-    assert mimic_sections.parse_report(text, "50000001") == wanted
+    text, expected = REPORTS[what]
+    assert mimic_sections.parse_report(text, "50000001") == expected
 
 
 @pytest.mark.parametrize(
@@ -536,8 +536,8 @@ def test_sections_are_those_of_the_data_sets_authors(what: str) -> None:
     ],
 )  # fmt: skip
 def test_headers_are_known_by_many_spellings(header: str, section: str) -> None:
-    (preamble, found) = mimic_sections.parse_sections(f"\n {header}: Clear.\n \n")[:2]
-    assert (preamble.name, found.name) == ("preamble", section)
+    (preamble, result) = mimic_sections.parse_sections(f"\n {header}: Clear.\n \n")[:2]
+    assert (preamble.name, result.name) == ("preamble", section)
 
 
 def test_the_54_exceptions_have_a_report() -> None:
@@ -570,9 +570,9 @@ def test_no_text_is_lost_told_twice_or_refused(text: str, study: str) -> None:
     sections = mimic_sections.parse_sections(text)
     assert "".join(section.header + section.text for section in sections) == text
     report = mimic_sections.parse_report(text, study)
-    for told in (report.findings, report.impression, report.other):
-        assert told is None or (told == " ".join(told.split()) and told)
-        assert told is None or told.split() == [word for word in told.split() if word in text]
+    for messages in (report.findings, report.impression, report.other):
+        assert messages is None or (messages == " ".join(messages.split()) and messages)
+        assert messages is None or messages.split() == [word for word in messages.split() if word in text]
     assert report.other is None or (report.findings is None and report.impression is None)
     said = " ".join(section.text for section in sections if section.name in ("findings", "impression"))
     if study == "1" and said.replace("_", "").strip():

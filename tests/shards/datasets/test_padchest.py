@@ -21,7 +21,7 @@ from radhpc.core.sample import CHEXPERT, Report, Sample
 from shards import salt
 from shards.build import BuildSettings, build
 from shards.datasets import padchest, reader
-from shards.datasets.helpers import padchest_facts as facts
+from shards.datasets.helpers import padchest_facts as facts, padchest_gr
 from shards.datasets.reader import RawStudy
 
 pytestmark = pytest.mark.timeout(120)
@@ -128,18 +128,18 @@ def views(study: RawStudy) -> list[tuple[str, str | None]]:
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_studies_views_and_faults(packed: bool, tmp_path: Path) -> None:
-    studies, told = listed(write(tmp_path, packed=packed))
-    found = by_study(studies)
-    assert views(found["1", "01"]) == [
+    studies, messages = listed(write(tmp_path, packed=packed))
+    result = by_study(studies)
+    assert views(result["1", "01"]) == [
         ("1_a.png", "PA"), ("1_z.png", "PA"), ("1_ap.png", "AP"), ("1_supine.png", "AP_horizontal"), ("1_l.png", "L"),
     ]  # fmt: skip
-    assert found["1", "01"].report == Report(findings="sin hallazg patolog . cifosis sever .")
-    assert found["1", "01"].language == "es-stemmed"
-    assert found["1", "01"].patient == LONG.format(1)
-    assert found["1", "01"].name == f"{padchest.TABLE}{'.gz' * packed} line 2"
-    assert views(found["2", "02"]) == [("2_a.png", "PA")]
-    assert views(found["2", "03"]) == [("2_b.png", "PA")]
-    assert {key[0]: study.fault or study.gap for key, study in found.items() if study.fault or study.gap} == {
+    assert result["1", "01"].report == Report(findings="sin hallazg patolog . cifosis sever .")
+    assert result["1", "01"].language == "es-stemmed"
+    assert result["1", "01"].patient == LONG.format(1)
+    assert result["1", "01"].name == f"{padchest.TABLE}{'.gz' * packed} line 2"
+    assert views(result["2", "02"]) == [("2_a.png", "PA")]
+    assert views(result["2", "03"]) == [("2_b.png", "PA")]
+    assert {key[0]: study.fault or study.gap for key, study in result.items() if study.fault or study.gap} == {
         "3": "no usable view",
         "4": "marked exclude by the dataset",
         "5": "no report",
@@ -149,8 +149,8 @@ def test_studies_views_and_faults(packed: bool, tmp_path: Path) -> None:
         "11": "rows of one study with different texts or labels",
     }
     assert [study.fault for study in studies if not study.study] == ["no image named", "no patient or no study named"]
-    assert ("8", "04") not in found
-    assert told == [
+    assert ("8", "04") not in result
+    assert messages == [
         "padchest: 1 studies have views of other projections than PA,AP,AP_horizontal,L: left out",
         "padchest: 1 studies have an empty label, which says nothing: left out of their labels",
         "padchest: labels without a known meaning, kept in `padchest` alone (studies): 'a new label' (1), 'it's' (1)",
@@ -168,22 +168,22 @@ def test_a_row_of_another_length_is_a_study_left_out(tmp_path: Path) -> None:
 
 
 def test_labels(tmp_path: Path) -> None:
-    found = by_study(listed(write(tmp_path))[0])
+    result = by_study(listed(write(tmp_path))[0])
     absent = dict.fromkeys(facts.PATHOLOGIES, 0)
     unsaid = dict.fromkeys(CHEXPERT)
-    assert found["1", "01"].labels == {
+    assert result["1", "01"].labels == {
         "chexpert": unsaid,
         "padchest": {"kyphosis": 1},
         "padchest-localizations": {"loc right": 1, "loc basal": 1},
     }
-    assert found["2", "02"].labels["chexpert"] == {"No Finding": 1, **absent, "Support Devices": None}
-    assert found["2", "02"].labels["padchest"] == {"normal": 1, "unchanged": 1}
-    assert found["2", "03"].labels["chexpert"] == {**unsaid, "No Finding": 0, "Cardiomegaly": 1}
-    assert found["9", "04"].labels == {  # what is unknown may be anything, so it is not normal
+    assert result["2", "02"].labels["chexpert"] == {"No Finding": 1, **absent, "Support Devices": None}
+    assert result["2", "02"].labels["padchest"] == {"normal": 1, "unchanged": 1}
+    assert result["2", "03"].labels["chexpert"] == {**unsaid, "No Finding": 0, "Cardiomegaly": 1}
+    assert result["9", "04"].labels == {  # what is unknown may be anything, so it is not normal
         "chexpert": {**unsaid, "Support Devices": 1},
         "padchest": {"pacemaker": 1, "normal": 1, "a new label": 1},
     }
-    assert found["13", "05"].labels["chexpert"] == {**unsaid, "No Finding": 0, "Atelectasis": 1}
+    assert result["13", "05"].labels["chexpert"] == {**unsaid, "No Finding": 0, "Atelectasis": 1}
 
 
 @pytest.mark.parametrize(
@@ -212,18 +212,18 @@ def test_tables_of_labels_are_whole() -> None:
 
 def test_options(tmp_path: Path) -> None:
     write(tmp_path)
-    found = by_study(listed(tmp_path, projections="COSTAL, PA")[0])
-    assert views(found["1", "01"]) == [("1_a.png", "PA"), ("1_z.png", "PA"), ("1_costal.png", "COSTAL")]
-    assert views(found["8", "04"]) == [("8.png", "COSTAL")]
-    found = by_study(listed(tmp_path, labels="physician")[0])
-    assert found["1", "01"].labels == {}
-    assert found["2", "02"].labels["padchest"] == {"normal": 1, "unchanged": 1}
-    found = by_study(listed(tmp_path, reports="keep")[0])
-    assert (found["5", "04"].gap, found["5", "04"].report) == (None, Report())
-    assert found["6", "04"].gap == "neither report nor labels"
-    studies, told = listed(tmp_path, pediatric="drop")
+    result = by_study(listed(tmp_path, projections="COSTAL, PA")[0])
+    assert views(result["1", "01"]) == [("1_a.png", "PA"), ("1_z.png", "PA"), ("1_costal.png", "COSTAL")]
+    assert views(result["8", "04"]) == [("8.png", "COSTAL")]
+    result = by_study(listed(tmp_path, labels="physician")[0])
+    assert result["1", "01"].labels == {}
+    assert result["2", "02"].labels["padchest"] == {"normal": 1, "unchanged": 1}
+    result = by_study(listed(tmp_path, reports="keep")[0])
+    assert (result["5", "04"].gap, result["5", "04"].report) == (None, Report())
+    assert result["6", "04"].gap == "neither report nor labels"
+    studies, messages = listed(tmp_path, pediatric="drop")
     assert ("2", "03") not in by_study(studies)
-    assert "padchest: 1 studies of children are left out, as pediatric=drop asks" in told
+    assert "padchest: 1 studies of children are left out, as pediatric=drop asks" in messages
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_options(tmp_path: Path) -> None:
     [
         ({"projections": "PA,APP"}, r"projections=PA,APP: .*'APP' is unknown \(did you mean 'AP'.*COSTAL"),
         ({"labels": "some"}, "labels=some"),
-        ({"grounded": "en"}, f"grounded=en needs .*{padchest.GROUNDED}, which is not there"),
+        ({"grounded": "en"}, f"grounded=en needs .*{padchest_gr.GROUNDED}, which is not there"),
         ({"studies": "grounded"}, "studies=grounded needs a language"),
     ],
 )
@@ -301,45 +301,45 @@ SPLITS = "ImageID,StudyID,split\n1_a.png,1,train\n1_a.png,1,train\n2_b.png,2,tes
 
 def write_grounded(folder: Path) -> Path:
     write(folder)
-    (folder / padchest.GROUNDED).write_text(json.dumps(GROUNDED))
-    (folder / padchest.GROUNDED_SPLITS).write_text(SPLITS)
+    (folder / padchest_gr.GROUNDED).write_text(json.dumps(GROUNDED))
+    (folder / padchest_gr.GROUNDED_SPLITS).write_text(SPLITS)
     return folder
 
 
 def test_grounded_sentences_and_splits(tmp_path: Path) -> None:
-    studies, told = listed(write_grounded(tmp_path), grounded="en")
-    found = by_study(studies)
-    said = {key: (s.report.findings, s.language, s.split) for key, s in found.items() if s.language == "en"}
+    studies, messages = listed(write_grounded(tmp_path), grounded="en")
+    result = by_study(studies)
+    said = {key: (s.report.findings, s.language, s.split) for key, s in result.items() if s.language == "en"}
     assert said == {
         ("1", "01"): ("Severe kyphosis. No effusion.", "en", "train"),
         ("2", "03"): ("Large heart.", "en", "test"),
         ("5", "04"): ("Clear lungs.", "en", "validate"),  # whose stemmed report is missing
     }
-    assert found["5", "04"].gap is None
-    assert (found["2", "02"].language, found["2", "02"].split) == ("es-stemmed", None)  # the other patient of study 2
-    assert any("2 of 5 studies of" in line for line in told)
-    studies, told = listed(tmp_path, grounded="es", studies="grounded")
+    assert result["5", "04"].gap is None
+    assert (result["2", "02"].language, result["2", "02"].split) == ("es-stemmed", None)  # the other patient of study 2
+    assert any("2 of 5 studies of" in line for line in messages)
+    studies, messages = listed(tmp_path, grounded="es", studies="grounded")
     assert [(s.report.findings, s.language, views(s)) for s in studies if s.study] == [
         ("Cifosis severa. Sin derrame.", "es", [("1_a.png", "PA")]),
         ("Pulmones claros.", "es", [("5.png", "PA")]),
     ]
-    assert any("are not in PadChest-GR: left out" in line for line in told)
+    assert any("are not in PadChest-GR: left out" in line for line in messages)
 
 
 def test_grounded_files_unused_torn_or_in_conflict(tmp_path: Path) -> None:
-    studies, told = listed(write_grounded(tmp_path))
+    studies, messages = listed(write_grounded(tmp_path))
     assert {study.language for study in studies if study.study} == {"es-stemmed"}
-    assert any("is there but not used" in line for line in told)
-    (tmp_path / padchest.GROUNDED_SPLITS).write_text(SPLITS + "1_a.png,1,test\n")
-    with pytest.raises(UserError, match=r"master_table\.csv: a study stands in test and train"):
+    assert any("is there but not used" in line for line in messages)
+    (tmp_path / padchest_gr.GROUNDED_SPLITS).write_text(SPLITS + "1_a.png,1,test\n")
+    with pytest.raises(UserError, match=r"master_table\.csv: a study is in test and train"):
         listed(tmp_path, grounded="en")
-    (tmp_path / padchest.GROUNDED_SPLITS).write_text("StudyID,split\n1,somewhere\n")
+    (tmp_path / padchest_gr.GROUNDED_SPLITS).write_text("StudyID,split\n1,somewhere\n")
     with pytest.raises(UserError, match=r"master_table\.csv: split: 'somewhere' is unknown"):
         listed(tmp_path, grounded="en")
-    (tmp_path / padchest.GROUNDED_SPLITS).rename(tmp_path / "master_table.csv.zip")
-    studies, told = listed(tmp_path, grounded="en")
+    (tmp_path / padchest_gr.GROUNDED_SPLITS).rename(tmp_path / "master_table.csv.zip")
+    studies, messages = listed(tmp_path, grounded="en")
     assert {study.split for study in studies} == {None}
-    assert any("unpack master_table.csv.zip" in line for line in told)
+    assert any("unpack master_table.csv.zip" in line for line in messages)
 
 
 def test_build_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -244,7 +244,7 @@ def test_what_is_missing_is_said_in_one_line(tmp_path: Path) -> None:
     assert "no ROCO v2 there; looked for train_captions.csv, valid_captions.csv" in refusal("roco_v2", tmp_path)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "test-00000-of-00006.parquet").touch()
-    assert "Parquet copies of ROCO v2 cannot be read; wanted is the original release, with train_captions.csv" in (
+    assert "Parquet copies of ROCO v2 cannot be read; expected the original release, with train_captions.csv" in (
         refusal("roco_v2", tmp_path)
     )
     write_csv(tmp_path / "test_captions.csv", ("name", "text"), [("a", "b")])

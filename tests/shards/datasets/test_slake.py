@@ -150,4 +150,4 @@ def test_what_is_missing_is_said_in_one_line(tmp_path: Path) -> None:
     assert "train.json: no img_name, question, answer, q_lang in the records" in refusal("slake", tmp_path)
     (tmp_path / "train.json").write_text('[{"img_name": "a",}]')
     assert "train.json: line 1, column 19: no valid JSON" in refusal("slake", tmp_path)
-    assert "a file; wanted is the folder of SLAKE" in refusal("slake", tmp_path / "train.json")
+    assert "a file; expected the folder of SLAKE" in refusal("slake", tmp_path / "train.json")

@@ -65,10 +65,10 @@ def test_as_published(tmp_path: Path) -> None:
     assert patients[2] == patients[3], "questions on one image are of one patient"
     assert patients[0] != patients[1], "but no patient stands in two splits, even where an image does"
     assert not any(sample.report.text() for sample in samples)
-    (told,) = [text for text in result.warnings if "VQA-RAD" in text]
-    assert "1 images and 1 questions with paraphrases stand in the official test set and outside it" in told
-    assert "split=disjoint" in told
-    assert "validation=0.1" in told
+    (messages,) = [text for text in result.warnings if "VQA-RAD" in text]
+    assert "1 images and 1 questions with paraphrases stand in the official test set and outside it" in messages
+    assert "split=disjoint" in messages
+    assert "validation=0.1" in messages
 
 
 def test_disjoint_keeps_the_test_set_whole(tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_what_is_missing_is_said_in_one_line(tmp_path: Path) -> None:
     assert f"looked for {TABLE}" in refusal("vqa_rad", tmp_path)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train-00000-of-00001.parquet").write_bytes(b"PAR1")
-    assert "Parquet copies of VQA-RAD cannot be read; wanted is the original release" in refusal("vqa_rad", tmp_path)
+    assert "Parquet copies of VQA-RAD cannot be read; expected the original release" in refusal("vqa_rad", tmp_path)
     write_json(tmp_path / TABLE, [{"qid": 1, "image_name": "a.jpg", "question": "x"}])
     assert "no phrase_type, answer in the records; found are qid, image_name, question" in refusal("vqa_rad", tmp_path)
     write_json(tmp_path / TABLE, ROWS)

@@ -11,38 +11,17 @@ import pydicom
 import pydicom.pixels
 import pytest
 from PIL import Image
-from pydicom.dataset import FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian
 
 from shards.build import BuildSettings, build
 from shards.images.decoding import load
-from shards.images.encoding import ImageSettings, encode
+from shards.images.encoding import EncodingSettings, encode
 from shards.images.raw_image import BadImage
 from shards.images.windowing import apply_window
+from tests.shards.images.dicom_files import RAMP, write_dicom
 
 pytestmark = pytest.mark.timeout(60)
 MORE = Path(data_store.__file__).parent / "data"
 BUNDLED = Path(pydicom.__file__).parent / "data" / "test_files"
-RAMP = np.arange(32 * 32, dtype=np.uint16).reshape(32, 32) * 4  # 0 to 4,092
-
-
-def written(path: Path, pixels: np.ndarray = RAMP, **tags: object) -> Path:
-    """A small file with these pixels and tags."""
-    data = pydicom.Dataset()
-    data.file_meta = FileMetaDataset()
-    data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    data.SOPClassUID, data.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.1", "1.2.3"
-    data.Modality, data.PhotometricInterpretation = "CR", "MONOCHROME2"
-    data.SamplesPerPixel, data.PixelRepresentation = 1, 0
-    data.Rows, data.Columns = pixels.shape[:2]
-    data.BitsAllocated = 8 * pixels.itemsize
-    data.BitsStored = 12 if pixels.itemsize == 2 else 8
-    data.HighBit = data.BitsStored - 1
-    data.PixelData = pixels.tobytes()
-    for name, value in tags.items():
-        setattr(data, name, value)
-    data.save_as(path, enforce_file_format=True)
-    return path
 
 
 def shown(path: Path) -> np.ndarray:
@@ -58,16 +37,16 @@ def test_a_real_chest_radiograph_is_hung_bright_on_dark_in_every_encoding() -> N
     assert spine > lung + 40
     assert np.array_equal(load(MORE / "RG1_J2KR.dcm").pixels, raw.pixels)  # lossless JPEG 2000
     assert np.array_equal(load(MORE / "RG1_J2KI.dcm").pixels, load(MORE / "RG1_UNCI.dcm").pixels)
-    jpeg, view, *_ = encode(raw, ImageSettings(512))
+    jpeg, view, *_ = encode(raw, EncodingSettings(512))
     assert Image.open(io.BytesIO(jpeg)).mode == "L"
     assert (view.window, view.source_bits, max(view.width, view.height)) == ((29999, 0), 15, 512)
 
 
 @pytest.mark.parametrize("name", ["RLE", "bigendian", "expb", "implicit", "jp2klossless", "jpeg_ls_lossless"])
 def test_lossless_encodings_agree(name: str) -> None:
-    wanted, found = load(BUNDLED / "MR_small.dcm"), load(BUNDLED / f"MR_small_{name}.dcm")
-    assert np.array_equal(found.pixels, wanted.pixels)
-    assert found.window == wanted.window == (-200, 1399)  # centre 600, width 1600
+    expected, result = load(BUNDLED / "MR_small.dcm"), load(BUNDLED / f"MR_small_{name}.dcm")
+    assert np.array_equal(result.pixels, expected.pixels)
+    assert result.window == expected.window == (-200, 1399)  # centre 600, width 1600
 
 
 @pytest.mark.parametrize(
@@ -126,15 +105,15 @@ def test_what_is_no_radiograph_is_named(folder: Path, name: str, reason: str) ->
 
 
 def test_inversion_without_a_window_mirrors_the_percentiles(tmp_path: Path) -> None:
-    plain = load(written(tmp_path / "a.dcm"))
-    inverted = load(written(tmp_path / "b.dcm", PhotometricInterpretation="MONOCHROME1"))
+    plain = load(write_dicom(tmp_path / "a.dcm"))
+    inverted = load(write_dicom(tmp_path / "b.dcm", PhotometricInterpretation="MONOCHROME1"))
     assert plain.window == inverted.window[::-1]
     total = shown(tmp_path / "a.dcm").astype(int) + shown(tmp_path / "b.dcm")
     assert np.abs(total - 255).max() <= 1
 
 
 def test_window_of_the_file_comes_after_the_modality_transform(tmp_path: Path) -> None:
-    path = written(
+    path = write_dicom(
         tmp_path / "a.dcm", RescaleSlope=2, RescaleIntercept=-100, WindowCenter=[1000.5, 1], WindowWidth=[401, 5]
     )
     assert load(path).window == (800, 1200)
@@ -146,17 +125,17 @@ def test_window_of_the_file_comes_after_the_modality_transform(tmp_path: Path) -
 
 @pytest.mark.parametrize("width", ["", 0, 0.5])
 def test_a_window_without_sense_gives_way_to_the_percentiles(tmp_path: Path, width: object) -> None:
-    raw = load(written(tmp_path / "a.dcm", WindowCenter=100, WindowWidth=width))
+    raw = load(write_dicom(tmp_path / "a.dcm", WindowCenter=100, WindowWidth=width))
     assert raw.window == (20, 4072)
 
 
 def test_sigmoid_and_exact_windows(tmp_path: Path) -> None:
     curve = {"WindowCenter": 2000, "WindowWidth": 1000, "VOILUTFunction": "SIGMOID"}
-    picture = shown(written(tmp_path / "a.dcm", **curve))
+    picture = shown(write_dicom(tmp_path / "a.dcm", **curve))
     assert picture[RAMP == 2000] == pytest.approx(128, abs=1)
     assert picture.ravel()[0] == 0
     assert load(tmp_path / "a.dcm").window == (1500, 2500)
-    exact = written(tmp_path / "b.dcm", WindowCenter=2000, WindowWidth=1000, VOILUTFunction="LINEAR_EXACT")
+    exact = write_dicom(tmp_path / "b.dcm", WindowCenter=2000, WindowWidth=1000, VOILUTFunction="LINEAR_EXACT")
     assert load(exact).window == (1500, 2500)
 
 
@@ -164,7 +143,7 @@ def test_a_lookup_table_is_followed(tmp_path: Path) -> None:
     item = pydicom.Dataset()
     item.add_new("LUTDescriptor", "US", [1024, 1000, 16])
     item.add_new("LUTData", "US", list(range(0, 10240, 10)))
-    path = written(tmp_path / "a.dcm", VOILUTSequence=pydicom.Sequence([item]))
+    path = write_dicom(tmp_path / "a.dcm", VOILUTSequence=pydicom.Sequence([item]))
     picture = shown(path)
     assert picture[RAMP <= 1000].max() == 0
     assert picture[RAMP >= 2023].min() == 255
@@ -174,36 +153,36 @@ def test_a_lookup_table_is_followed(tmp_path: Path) -> None:
 def test_padding_does_not_count_in_the_percentiles(tmp_path: Path) -> None:
     padded = RAMP.copy()
     padded[:, :16] = 0
-    plain = load(written(tmp_path / "a.dcm", padded))
-    aware = load(written(tmp_path / "b.dcm", padded, PixelPaddingValue=0))
+    plain = load(write_dicom(tmp_path / "a.dcm", padded))
+    aware = load(write_dicom(tmp_path / "b.dcm", padded, PixelPaddingValue=0))
     assert plain.window[0] == 0
     assert aware.window[0] > 0
 
 
 def test_eight_bits_stay_as_they_are(tmp_path: Path) -> None:
     gray = (RAMP >> 4).astype(np.uint8)
-    assert np.array_equal(load(written(tmp_path / "a.dcm", gray)).pixels, gray)
-    inverted = load(written(tmp_path / "b.dcm", gray, PhotometricInterpretation="MONOCHROME1"))
+    assert np.array_equal(load(write_dicom(tmp_path / "a.dcm", gray)).pixels, gray)
+    inverted = load(write_dicom(tmp_path / "b.dcm", gray, PhotometricInterpretation="MONOCHROME1"))
     assert np.array_equal(inverted.pixels, 255 - gray)
-    windowed = load(written(tmp_path / "c.dcm", gray, WindowCenter=100.5, WindowWidth=101))
+    windowed = load(write_dicom(tmp_path / "c.dcm", gray, WindowCenter=100.5, WindowWidth=101))
     assert windowed.window == (50, 150)
     assert encode(windowed).view.window == (50, 150)
 
 
 def test_messages_do_not_quote_the_header(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.warns(UserWarning, match="DA"):
-        path = written(tmp_path / "a.dcm", PatientBirthDate="19th of May 1951")
+        path = write_dicom(tmp_path / "a.dcm", PatientBirthDate="19th of May 1951")
     load(path)
     assert "1951" not in "".join(capfd.readouterr())
 
 
 def test_a_rescaling_by_whole_numbers_keeps_whole_numbers(tmp_path: Path) -> None:
-    raw = load(written(tmp_path / "a.dcm", RescaleSlope=2, RescaleIntercept=-100))
+    raw = load(write_dicom(tmp_path / "a.dcm", RescaleSlope=2, RescaleIntercept=-100))
     assert raw.pixels.dtype.kind == "i"
     assert np.array_equal(raw.pixels, RAMP.astype(int) * 2 - 100)
-    stored = imagecodecs.png_decode(encode(raw, ImageSettings(format="png16")).data).astype(int)
+    stored = imagecodecs.png_decode(encode(raw, EncodingSettings(format="png16")).data).astype(int)
     assert np.array_equal(stored - stored.min(), raw.pixels - raw.pixels.min())
-    fractions = load(written(tmp_path / "b.dcm", RescaleSlope=0.5, RescaleIntercept=0))
+    fractions = load(write_dicom(tmp_path / "b.dcm", RescaleSlope=0.5, RescaleIntercept=0))
     assert np.array_equal(fractions.pixels, RAMP * 0.5)
 
 
@@ -213,7 +192,7 @@ def test_modalities_that_are_no_radiograph_are_named_and_headers_stay_outside(tm
     noise = np.random.default_rng(0).integers(0, 4000, (5, 32, 32)).astype(np.uint16)
     person = {"PatientName": "Doe^Jane", "PatientID": "MRN-4711", "AccessionNumber": "ACC-08", "StudyDate": "20200229"}
     for n, modality in enumerate(("CR", "DX", "", "RG", "CT")):
-        written(raw / f"{n}.dcm", noise[n], Modality=modality, PatientBirthDate="19510519", **person)
+        write_dicom(raw / f"{n}.dcm", noise[n], Modality=modality, PatientBirthDate="19510519", **person)
     rows = [{"image": f"{n}.dcm", "text": f"Clear lungs {n}.", "patient": n} for n in range(5)]
     (raw / "data.json").write_text(json.dumps(rows))
     result = build("image_text", raw, str(tmp_path / "out"), {}, BuildSettings(workers=1, max_skipped=1))

@@ -9,7 +9,7 @@ from PIL import Image
 
 from radhpc.core import image_decoding
 from shards.images.decoding import decode
-from shards.images.encoding import ImageFormat, ImageSettings, encode, shrink
+from shards.images.encoding import EncodingSettings, ImageFormat, encode, shrink
 from shards.images.perceptual_hash import fingerprint
 from shards.images.raw_image import RawImage
 from shards.images.windowing import apply_window
@@ -19,20 +19,20 @@ pytestmark = pytest.mark.timeout(60)
 
 
 def test_shrinks_to_the_longest_side_and_never_enlarges() -> None:
-    jpeg, view, *_ = encode(RawImage(np.zeros((300, 200), np.uint8)), ImageSettings(100))
+    jpeg, view, *_ = encode(RawImage(np.zeros((300, 200), np.uint8)), EncodingSettings(100))
     assert (view.width, view.height) == (67, 100)
     assert seen(jpeg).shape == (100, 67)
-    assert encode(RawImage(np.zeros((300, 200), np.uint8)), ImageSettings(1000)).view.height == 300
+    assert encode(RawImage(np.zeros((300, 200), np.uint8)), EncodingSettings(1000)).view.height == 300
     checks = (np.indices((64, 64)).sum(axis=0) % 2 * 200).astype(np.uint8)
     # averages, not single pixels
     assert (
-        np.abs(seen(encode(RawImage(checks), ImageSettings(16)).data) - 100).max() <= 2
+        np.abs(seen(encode(RawImage(checks), EncodingSettings(16)).data) - 100).max() <= 2
     )  # averages, not single pixels
 
 
 def test_the_same_pixels_give_the_same_bytes() -> None:
     raw = decode(saved(RAMP))
-    assert encode(raw, ImageSettings(40)) == encode(raw, ImageSettings(40))
+    assert encode(raw, EncodingSettings(40)) == encode(raw, EncodingSettings(40))
 
 
 def before_compression(raw: RawImage, side: int) -> np.ndarray:
@@ -54,14 +54,14 @@ def test_16_bits_are_shown_as_the_jpeg_was_before_its_compression(
 ) -> None:
     noisy = RAMP + np.random.default_rng(1).integers(0, 3000, RAMP.shape).astype(np.uint16)
     raw = RawImage(noisy, 16, window)
-    data, view, suffix, printed = encode(raw, ImageSettings(40, 95, form))
+    data, view, suffix, printed = encode(raw, EncodingSettings(40, 95, form))
     assert suffix == form.removesuffix("16")
     stored = imagecodecs.png_decode(data) if form == "png16" else imagecodecs.jpegxl_decode(data)
     assert stored.dtype == np.uint16
     assert len(np.unique(stored)) > 256
     shown = np.asarray(image_decoding.decode(data, view))
     assert np.array_equal(shown, before_compression(raw, 40))
-    jpeg, described, *_ = encode(raw, ImageSettings(40, 100))
+    jpeg, described, *_ = encode(raw, EncodingSettings(40, 100))
     assert np.abs(seen(jpeg) - shown).max() <= 2
     assert (described, fingerprint(shown)) == (view, printed)
 
@@ -76,7 +76,7 @@ def test_values_beyond_16_bits_are_shown_as_by_the_jpeg_path(form: ImageFormat, 
     window = (float(np.quantile(pixels, 0.1)), float(np.quantile(pixels, 0.8)))
     for own in (None, window):
         raw = RawImage(pixels, 16, own)
-        data, view, *_ = encode(raw, ImageSettings(1120, 95, form))
+        data, view, *_ = encode(raw, EncodingSettings(1120, 95, form))
         shown = np.asarray(image_decoding.decode(data, view)).astype(int)
         exact, used = apply_window(pixels, own)
         assert np.abs(shown - exact).max() <= (0 if pixels.dtype.kind == "i" and np.ptp(pixels) < 65536 else 1)
@@ -89,20 +89,20 @@ def test_values_beyond_16_bits_are_shown_as_by_the_jpeg_path(form: ImageFormat, 
 def test_eight_bits_and_colour_are_kept_without_loss(form: ImageFormat) -> None:
     gray, colour = (RAMP >> 8).astype(np.uint8), np.dstack([RAMP, RAMP // 2, RAMP // 3])
     for pixels in (gray, (colour >> 8).astype(np.uint8)):
-        data, view, *_ = encode(RawImage(pixels), ImageSettings(1120, 95, form))
+        data, view, *_ = encode(RawImage(pixels), EncodingSettings(1120, 95, form))
         assert view.window is None
         assert np.array_equal(np.asarray(image_decoding.decode(data, view)), pixels)
-    data, view, *_ = encode(RawImage(colour, 16), ImageSettings(1120, 95, form))
+    data, view, *_ = encode(RawImage(colour, 16), EncodingSettings(1120, 95, form))
     assert np.array_equal(np.asarray(image_decoding.decode(data, view)), apply_window(colour)[0])
     curve = RawImage(gray, 12, (100.0, 200.0))  # a DICOM's curve has been applied: the window is for the record
-    data, view, *_ = encode(curve, ImageSettings(1120, 95, form))
+    data, view, *_ = encode(curve, EncodingSettings(1120, 95, form))
     assert view.window == (100, 200)
     assert np.array_equal(np.asarray(image_decoding.decode(data, view)), gray)
 
 
 @pytest.mark.parametrize("form", ["png16", "jxl16"])
 def test_a_damaged_16_bit_member_is_an_oserror(form: ImageFormat) -> None:
-    data, view, *_ = encode(RawImage(RAMP, 16), ImageSettings(1120, 95, form))
+    data, view, *_ = encode(RawImage(RAMP, 16), EncodingSettings(1120, 95, form))
     for broken in (data[: len(data) // 2], data[:60] + b"?" * 40 + data[100:]):
         with pytest.raises(OSError, match="broken image"):
             image_decoding.decode(broken, view)

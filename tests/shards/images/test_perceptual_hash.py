@@ -113,16 +113,16 @@ def test_near_finds_what_a_plain_loop_finds() -> None:
         bits[rng.choice(256, LIMIT + n // 9 % 3 - 1, replace=False)] ^= 1
         theirs[n] = np.packbits(bits)
     theirs[5], ours[3] = 0, 0
-    wanted = [
+    expected = [
         [i, j]
         for i in range(70)
         for j in range(900)
         if np.unpackbits(ours[i] ^ theirs[j]).sum() <= LIMIT and ours[i].any() and theirs[j].any()
     ]
-    assert len(wanted) > 60
-    assert near(ours, theirs).tolist() == wanted
+    assert len(expected) > 60
+    assert near(ours, theirs).tolist() == expected
     many = np.tile(theirs, (80, 1))  # more than one chunk
-    assert len(near(ours, many)) == 80 * len(wanted)
+    assert len(near(ours, many)) == 80 * len(expected)
     assert near(ours[:0], theirs).shape == near(ours, theirs[:0]).shape == (0, 2)
 
 

@@ -38,8 +38,8 @@ def test_the_table_gives_what_arithmetic_gives(pixels: np.ndarray) -> None:
     assert np.array_equal(shown, slow)
     order = np.argsort(pixels, axis=None)
     assert (np.diff(shown.ravel()[order].astype(int)) >= 0).all()
-    wanted = np.percentile(pixels, (0.5, 99.5), method="inverted_cdf")
-    assert window == (tuple(wanted) if wanted[0] != wanted[1] else (pixels.min(), pixels.max()))
+    expected = np.percentile(pixels, (0.5, 99.5), method="inverted_cdf")
+    assert window == (tuple(expected) if expected[0] != expected[1] else (pixels.min(), pixels.max()))
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,4 +1,4 @@
-"""What identifies a person goes, what radiology writes in the same letters stays."""
+"""Identifiers of a person go, terms of radiology in the same letters stay."""
 
 import csv
 import gzip
@@ -189,12 +189,12 @@ def test_offences_name_the_field_and_the_rule_alone() -> None:
             "labels": {"chexpert": {"Edema": 1}, "own": {"seen_by_Dr._Smith": 1, "C1332240": 1}},
         }
     )
-    found = remaining_identifiers(sample)
-    assert found == [
+    result = remaining_identifiers(sample)
+    assert result == [
         "findings: date", "findings: name", "answer: record number", "language: no language code",
         "images.0.view: date", "labels: name",
     ]  # fmt: skip
-    assert not re.search("Smith|2011|1234567", " ".join(found))
+    assert not re.search("Smith|2011|1234567", " ".join(result))
     clean = sample.model_copy(
         update={"report": Report(findings="T4, 3 mm"), "answer": "2017", "language": "es", "labels": {}, "images": ()}
     )
@@ -203,11 +203,11 @@ def test_offences_name_the_field_and_the_rule_alone() -> None:
 
 def wheel(name: str) -> Path:
     """A file of real metadata inside the torchxrayvision wheel."""
-    found = importlib.util.find_spec("torchxrayvision")
-    if found is None or not found.submodule_search_locations:
+    result = importlib.util.find_spec("torchxrayvision")
+    if result is None or not result.submodule_search_locations:
         assert os.environ.get("CI") != "true", "torchxrayvision is missing under CI"
         pytest.skip("torchxrayvision is not installed")
-    return Path(found.submodule_search_locations[0]) / "data" / name
+    return Path(result.submodule_search_locations[0]) / "data" / name
 
 
 def open_i() -> Iterator[str]:

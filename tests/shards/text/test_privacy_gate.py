@@ -1,4 +1,4 @@
-"""What identifies a person does not pass into the shards, and what was taken out is counted."""
+"""Identifiers of a person do not pass into the shards, and the words taken out are counted."""
 
 import json
 import os
