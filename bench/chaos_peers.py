@@ -38,7 +38,7 @@ from radhpc.core.ledger import read_ledger
 from radhpc.core.protocol import Event
 from radhpc.core.run_folder import RunFolder
 from slurm import box, scheduler
-from slurm.job import port
+from slurm.job import master_port
 from slurm.profile import FOLDER as PROFILES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -302,8 +302,8 @@ def train_with_trainer(folder: Path, run: Path, steps: int) -> None:
 def _join() -> tuple[int, int]:
     """Set PyTorch's variables from SLURM's."""
     rank, world = os.environ["SLURM_PROCID"], os.environ["SLURM_NTASKS"]
-    master_port = str(port(os.environ["SLURM_JOB_ID"]))
-    os.environ.update(RANK=rank, WORLD_SIZE=world, LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=master_port)
+    port = str(master_port(os.environ["SLURM_JOB_ID"]))
+    os.environ.update(RANK=rank, WORLD_SIZE=world, LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     return int(rank), int(world)
 
 

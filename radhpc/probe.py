@@ -42,33 +42,33 @@ def run(folder: str) -> None:
     rank, place = int(os.environ.get("RANK", "0")), Path(folder) / "probe"
     descriptor = os.open(place / f"rank-{rank:05d}.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
-    def record(what: str, **fields: Any) -> None:
+    def write_line(what: str, **fields: Any) -> None:
         os.write(descriptor, (json.dumps({"what": what, "time": time.time(), **fields}) + "\n").encode())
 
     def on_signal(number: int, _: FrameType | None) -> None:
-        record("signal", name=signal.Signals(number).name)
+        write_line("signal", name=signal.Signals(number).name)
 
     for number in (signal.SIGTERM, signal.SIGCONT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, on_signal)
-    record("started", host=socket.gethostname(), gpu=_gpu())
+    write_line("started", host=socket.gethostname(), gpu=_gpu())
     for measure in (_ranks, _scheduler, _disks, _stores):
         try:
-            measure(record, Path(folder), read_json(place / "ask.json")["urls"])
+            measure(write_line, Path(folder), read_json(place / "ask.json")["urls"])
         except Exception as error:  # a failure is a result, too
-            record("failed", part=measure.__name__.strip("_"), error=f"{type(error).__name__}: {first_line(error)}")
-    record("measured")
+            write_line("failed", part=measure.__name__.strip("_"), error=f"{type(error).__name__}: {first_line(error)}")
+    write_line("measured")
     until = time.monotonic() + LONGEST
     while time.monotonic() < until and not (place / "end").exists():
         time.sleep(TICK)
-        record("alive")
-    record("ended")
+        write_line("alive")
+    write_line("ended")
 
 
 def _gpu() -> str | None:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
-def _ranks(record: Record, folder: Path, urls: Sequence[str]) -> None:
+def _ranks(write_line: Record, folder: Path, urls: Sequence[str]) -> None:
     """Measure an all-reduce over the backend that a training uses, and the difference of the clocks."""
     started = time.perf_counter()
     ranks = Ranks()
@@ -88,7 +88,7 @@ def _ranks(record: Record, folder: Path, urls: Sequence[str]) -> None:
             ranks.barrier()
             times = ranks.gather(time.time())
             clocks.append(max(times) - min(times))
-        record(
+        write_line(
             "ranks", world=ranks.world, right=correct, backend=backend, join_seconds=joined,
             megabytes_per_second=tensor.numel() * 4 / 1e6 / seconds, clock_seconds=min(clocks),
         )  # fmt: skip
@@ -96,23 +96,23 @@ def _ranks(record: Record, folder: Path, urls: Sequence[str]) -> None:
         ranks.close()
 
 
-def _scheduler(record: Record, folder: Path, urls: Sequence[str]) -> None:
+def _scheduler(write_line: Record, folder: Path, urls: Sequence[str]) -> None:
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         return
     try:
         done = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, timeout=30, check=False)
-        record("scontrol", works=done.returncode == 0, error=done.stderr.strip()[:200])
+        write_line("scontrol", works=done.returncode == 0, error=done.stderr.strip()[:200])
     except (OSError, subprocess.TimeoutExpired) as error:
-        record("scontrol", works=False, error=first_line(error))
+        write_line("scontrol", works=False, error=first_line(error))
 
 
-def _disks(record: Record, folder: Path, urls: Sequence[str]) -> None:
+def _disks(write_line: Record, folder: Path, urls: Sequence[str]) -> None:
     for name, path in (("/tmp", Path("/tmp")), ("run folder", folder)):
-        record("disk", name=name, free_gigabytes=shutil.disk_usage(path).free / 1e9)
+        write_line("disk", name=name, free_gigabytes=shutil.disk_usage(path).free / 1e9)
 
 
-def _stores(record: Record, folder: Path, urls: Sequence[str]) -> None:
+def _stores(write_line: Record, folder: Path, urls: Sequence[str]) -> None:
     """Read random megabytes one after the other: latency, and the throughput of one thread of a rank."""
     for url in urls:
         store = Store(url)
@@ -128,7 +128,7 @@ def _stores(record: Record, folder: Path, urls: Sequence[str]) -> None:
             length = min(PIECE, int(sizes[shard]) - offset)
             read_bytes += len(store.read_range(manifest.shards[shard].name, offset, length))
             latencies.append(time.perf_counter() - started)
-        record(
+        write_line(
             "store", url=url, megabytes_per_second=read_bytes / 1e6 / sum(latencies), reads=len(latencies),
             median_seconds=float(np.median(latencies)), slowest_seconds=max(latencies),
         )  # fmt: skip
