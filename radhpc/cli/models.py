@@ -126,18 +126,18 @@ def generate(
     if not folder:  # one broken image of one study: before the model is loaded
         views.load_study("", next(iter(studies.values())), target)
     context = context_of(run_folder.path)
-    from radhpc.serving.inference import Decoding
-    from radhpc.serving.pipeline import Reader, Study
+    from radhpc.serving.inference import DecodingOptions
+    from radhpc.serving.pipeline import Pipeline, StudyInput
 
     changes = {"max_new_tokens": max_new_tokens, "beams": beams, "temperature": temperature, "top_p": top_p}
-    reader = Reader(context, Decoding.of(context.recipe.evaluation, **changes, seed=seed), retrieve)
+    pipeline = Pipeline(context, DecodingOptions.of(context.recipe.evaluation, **changes, seed=seed), retrieve)
     if stream:
         ((name, paths),) = studies.items()
-        study = Study(name, *views.load_study(name, paths, target))
-        ((neighbours, far),) = reader.near([study])
-        for warning in [*reader.warnings(study), *far]:
+        study = StudyInput(name, *views.load_study(name, paths, target))
+        ((neighbours, far),) = pipeline.find_neighbours([study])
+        for warning in [*pipeline.warnings(study), *far]:
             console.print(f"[yellow]warning[/] {warning}", soft_wrap=True)
-        for piece in reader.stream(study, question):
+        for piece in pipeline.stream(study, question):
             print(piece, end="", flush=True)
         print()
         say(tables.neighbours([vars(neighbour) for neighbour in neighbours]), as_json)
@@ -150,11 +150,11 @@ def generate(
             some = []
             for name in waiting[start : start + batch]:
                 try:
-                    some.append(Study(name, *views.load_study(name, studies[name], target)))
+                    some.append(StudyInput(name, *views.load_study(name, studies[name], target)))
                 except UserError as error:  # one of many: named, and left out
                     broken += 1
                     results.append({"name": name, "error": str(error)})
-            for answer in reader.read(some, question, batch):
+            for answer in pipeline.answer(some, question, batch):
                 results.append({**answer.to_json(), "images": [str(path) for path in studies[answer.name]]})
             if out:
                 views.append_answers(out, [result for result in results[-len(some) :] if "text" in result])
@@ -189,12 +189,12 @@ def demo(
     run_folder, target = image_settings(run)
     context = context_of(run_folder.path)
     from radhpc.serving.demo import Demo
-    from radhpc.serving.inference import Decoding
-    from radhpc.serving.pipeline import Reader
+    from radhpc.serving.inference import DecodingOptions
+    from radhpc.serving.pipeline import Pipeline
 
-    decoding = Decoding.of(context.recipe.evaluation, max_new_tokens=max_new_tokens, beams=beams)
+    decoding = DecodingOptions.of(context.recipe.evaluation, max_new_tokens=max_new_tokens, beams=beams)
     with Demo(
-        Reader(context, decoding, retrieve), lambda data, name: views.load_view_bytes(data, name, target), port
+        Pipeline(context, decoding, retrieve), lambda data, name: views.load_view_bytes(data, name, target), port
     ) as page:
         say(f"{page.url}\n{from_elsewhere(page.port)}\nCtrl-C ends it. Research use only, not for clinical use.", False)
         try:

@@ -25,7 +25,7 @@ class PredictionLog:
         self.folder, self.path = folder, folder / f"rank-{rank:05d}.jsonl"
 
     def begin(self, identity: str) -> list[Batch]:
-        """Return the batches of earlier lives; those of another identity are deleted. For rank 0, before any appends."""
+        """Return the batches of earlier lives; those of another identity are deleted. Before any rank appends."""
         known = self.folder / "identity"
         if not known.exists() or known.read_text() != identity:
             shutil.rmtree(self.folder, ignore_errors=True)

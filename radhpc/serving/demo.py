@@ -1,12 +1,11 @@
-"""A web page on this machine alone: drop a radiograph, read the report as it is written, ask, see what looks alike.
+"""Serves a page on this machine alone: drop a radiograph, read the report as it is written, ask, see similar studies.
 
-    with Demo(reader, read_image, port=8765) as demo:
+    with Demo(pipeline, read_image, port=8765) as demo:
         print(demo.url)            # http://127.0.0.1:8765/<token>/
         demo.serve()               # until Ctrl-C
 
 It listens on loopback. On a shared machine others can reach that, too, so every path begins with a token that is new
-each time; the Host header must be this server's own, so that no foreign page reaches it under another name; nothing is
-kept.
+each time; the Host header must be this server's own, so no foreign page reaches it under another name; nothing is kept.
 """
 
 import base64
@@ -27,7 +26,7 @@ from PIL import Image
 
 from radhpc.core.errors import UserError
 from radhpc.evaluation.report_page import data_url
-from radhpc.serving.pipeline import Reader, Study
+from radhpc.serving.pipeline import Pipeline, StudyInput
 
 log = logging.getLogger("radhpc")
 
@@ -40,9 +39,9 @@ ReadImage = Callable[[bytes, str], tuple[Image.Image, str | None]]  # bytes, nam
 class Demo:
     """The server, with the model behind it."""
 
-    def __init__(self, reader: Reader, read_image: ReadImage, port: int = 0) -> None:
+    def __init__(self, pipeline: Pipeline, read_image: ReadImage, port: int = 0) -> None:
         """`port` 0: any that is free. Raises UserError where it is taken."""
-        self.reader, self.read_image = reader, read_image
+        self.pipeline, self.read_image = pipeline, read_image
         self.token = secrets.token_urlsafe(16)
         self.turn = threading.Lock()  # one study goes through the model at a time
         demo = self
@@ -75,29 +74,29 @@ class Demo:
     def page(self) -> str:
         template = string.Template((files("radhpc.serving") / "demo.html").read_text(encoding="utf-8"))
         try:
-            self.reader.check_question()
+            self.pipeline.check_question()
             placeholder, disabled = "Ask a question about this study", ""
         except UserError:
             placeholder, disabled = "This run has learnt no questions, only reports", "disabled"
         return template.substitute(
-            name=html.escape(self.reader.context.recipe.name),
-            step=self.reader.cursor.step,
+            name=html.escape(self.pipeline.context.recipe.name),
+            step=self.pipeline.cursor.step,
             placeholder=html.escape(placeholder),
             disabled=disabled,
         )
 
     def read(self, views: list[dict[str, str]], question: str | None) -> Iterator[dict[str, Any]]:
-        """What the page is told, piece by piece: views, warnings, neighbours, text, end."""
-        found = [self.read_image(base64.b64decode(view["data"], validate=True), view["name"]) for view in views]
-        study = Study("", [picture for picture, _ in found], [modality for _, modality in found])
+        """Yield the page's messages one by one: views, warnings, neighbours, text, end."""
+        pictures = [self.read_image(base64.b64decode(view["data"], validate=True), view["name"]) for view in views]
+        study = StudyInput("", [picture for picture, _ in pictures], [modality for _, modality in pictures])
         yield {"views": [data_url(picture, 800) for picture in study.views]}
-        unlearnt = self.reader.check_question() if question else None
+        unlearnt = self.pipeline.check_question() if question else None
         with self.turn:
-            ((neighbours, far),) = self.reader.near([study])
-            yield {"warnings": [*self.reader.warnings(study), *far, *([unlearnt] if unlearnt else [])]}
+            ((neighbours, far),) = self.pipeline.find_neighbours([study])
+            yield {"warnings": [*self.pipeline.warnings(study), *far, *([unlearnt] if unlearnt else [])]}
             shown = [{**vars(one), "picture": self._picture(one.number)} for one in neighbours]
-            yield {"neighbours": shown, "given": [] if question else self.reader.encoder.neighbour_texts(study.views)}
-            for piece in self.reader.stream(study, question):
+            yield {"neighbours": shown, "given": [] if question else self.pipeline.encoder.neighbour_texts(study.views)}
+            for piece in self.pipeline.stream(study, question):
                 yield {"text": piece}
         yield {"end": True}
 
@@ -105,20 +104,20 @@ class Demo:
         from radhpc.data.source import BadSample
 
         try:
-            _, _, views = self.reader.training.read(number)
+            _, _, views = self.pipeline.training.read(number)
         except BadSample:
             return None
         return data_url(views[0], 192)
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """HTTP/1.0: an answer ends where the connection does, so that text can be sent while it is written."""
+    """HTTP/1.0: a response ends with its connection, so text can be sent while it is generated."""
 
     server_demo: Demo
     timeout = 60
 
-    def _refused(self) -> bool:
-        """Whether the request does not come from our own page; it has then been answered."""
+    def _refuse_foreign(self) -> bool:
+        """Answer a request that does not come from our own page with an error; return whether it did not."""
         demo = self.server_demo
         if self.headers.get("Host") not in demo.hosts:
             self._plain(HTTPStatus.FORBIDDEN, "wrong host")
@@ -134,7 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
         return False
 
     def do_GET(self) -> None:
-        if self._refused():
+        if self._refuse_foreign():
             return
         if self.path != f"/{self.server_demo.token}/":
             self._plain(HTTPStatus.NOT_FOUND, "not found")
@@ -143,7 +142,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(self.server_demo.page().encode())
 
     def do_POST(self) -> None:
-        if self._refused():
+        if self._refuse_foreign():
             return
         if self.path != f"/{self.server_demo.token}/read":
             self._plain(HTTPStatus.NOT_FOUND, "not found")
@@ -153,31 +152,31 @@ class _Handler(BaseHTTPRequestHandler):
             self._plain(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"more than {MAX_BYTES >> 20} MB")
             return
         try:
-            asked = json.loads(self.rfile.read(int(length)))
-            views, question = asked["views"], asked.get("question")
-            whole = isinstance(views, list) and 0 < len(views) <= VIEWS and isinstance(question, str | None)
-            if not (whole and all(isinstance(v["data"], str) and isinstance(v["name"], str) for v in views)):
+            request = json.loads(self.rfile.read(int(length)))
+            views, question = request["views"], request.get("question")
+            valid = isinstance(views, list) and 0 < len(views) <= VIEWS and isinstance(question, str | None)
+            if not (valid and all(isinstance(v["data"], str) and isinstance(v["name"], str) for v in views)):
                 raise ValueError
         except (ValueError, KeyError, TypeError):
-            self._plain(HTTPStatus.BAD_REQUEST, f"1 to {VIEWS} views are wanted, and a question or none")
+            self._plain(HTTPStatus.BAD_REQUEST, f"1 to {VIEWS} views are expected, and at most one question")
             return
         self._head(HTTPStatus.OK, "application/x-ndjson")
-        told = self.server_demo.read(views, question)
+        messages = self.server_demo.read(views, question)
         try:
-            for piece in told:
-                self._tell(piece)
+            for message in messages:
+                self._send(message)
         except (UserError, binascii.Error) as error:
-            self._tell({"error": str(error)})
+            self._send({"error": str(error)})
         except ConnectionError:  # the page was closed, or asks something else
             pass
         except Exception as error:  # ours: the page says so, the terminal says where
             log.exception("the model could not answer")
-            self._tell({"error": f"the model could not answer: {error}"})
+            self._send({"error": f"the model could not answer: {error}"})
         finally:
-            told.close()  # type: ignore[attr-defined]  # a generator: ends the writing
+            messages.close()  # type: ignore[attr-defined]  # a generator: ends the writing
 
-    def _tell(self, piece: dict[str, Any]) -> None:
-        self.wfile.write(json.dumps(piece).encode() + b"\n")
+    def _send(self, message: dict[str, Any]) -> None:
+        self.wfile.write(json.dumps(message).encode() + b"\n")
         self.wfile.flush()
 
     def _head(self, status: HTTPStatus, kind: str) -> None:
@@ -201,4 +200,4 @@ class _Handler(BaseHTTPRequestHandler):
         return "radhpc"
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: the paths hold the token."""
+        """Log nothing: the paths hold the token."""

@@ -1,14 +1,14 @@
-"""A trained model as others read it: PEFT's adapter, or whole weights for plain transformers. Nothing of radhpc needed.
+"""Exports a trained model as PEFT's adapter or as whole weights for plain transformers; neither needs radhpc.
 
     export(context, out, merge=False)   # adapter_config.json, adapter_model.safetensors; base/ where the run changed it
     export(context, out, merge=True)    # config.json, model-*.safetensors, the adapters added in
     check(out, ...)                   # a process that cannot import radhpc gives the same logits
 
 Beside the weights lie processor, tokenizer, generation settings, README.md (the model card) and example.py
-(templates/example.py), which is how somebody else starts. Classes that transformers has not (the fusion of
-hierarchical_fusion.py, the connectors of connector.py) travel as files that stand alone, which transformers loads by
-`auto_map`. The heads of objectives are no part of what answers: heads.safetensors keeps them. What comes out is
-whole: it is written beside and moved.
+(templates/example.py), which shows how to use it. Classes that transformers does not have (the fusion of
+hierarchical_fusion.py, the connectors of connector.py) are exported as standalone files, which transformers loads by
+`auto_map`. The heads of objectives are not needed to answer: heads.safetensors keeps them. The folder appears
+complete: it is written under another name and renamed.
 """
 
 import copy
@@ -31,7 +31,6 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers.utils import logging
 
 from radhpc.core.compat_torch import module_table
@@ -50,12 +49,12 @@ from radhpc.training.engine_builder import restore_engine
 SHARD = "5GB"  # the largest file of the weights
 HEADS = "heads.safetensors"
 _WITHOUT_RADHPC = folder_of("radhpc.serving.templates") / "without_radhpc.py"
-TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-3}  # of the largest logit, between two roads to it
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 5e-3}  # of the largest logit
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written."""
+    """A written export."""
 
     out: Path
     kind: str  # "adapter" or "model"
@@ -87,7 +86,7 @@ def write_adapter(folder: Path, config: peft.LoraConfig, weights: Tensors) -> No
 def export(context: RunContext, out: Path, merge: bool = False, dtype: str | None = None) -> tuple[Exported, "Probe"]:
     """Write the newest checkpoint that verifies to `out`, a folder that is not there or empty.
 
-    Returns what was written and the question that check() asks it, with this model's own answer. `dtype`: of the whole
+    Returns the export, and the question that check() asks it with this model's own answer. `dtype`: of the whole
     weights; default: that of the recipe's own weights, or float32. Raises UserError.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -132,8 +131,8 @@ def export(context: RunContext, out: Path, merge: bool = False, dtype: str | Non
             kept_heads = {
                 name: tensor.detach().float().cpu().contiguous() for name, tensor in heads.state_dict().items()
             }
-            told = {"format": "pt", "findings": json.dumps(context.recipe.findings.names)}
-            save_file(kept_heads, temporary / HEADS, told)
+            metadata = {"format": "pt", "findings": json.dumps(context.recipe.findings.names)}
+            save_file(kept_heads, temporary / HEADS, metadata)
         exported = Exported(out, "model" if merge else "adapter", base, cursor.step, written, kept)
         (temporary / "README.md").write_text(card(context, cursor, exported.kind, base, kept), encoding="utf-8")
         if out.exists():
@@ -146,7 +145,7 @@ def export(context: RunContext, out: Path, merge: bool = False, dtype: str | Non
 
 
 def base_was_changed(context: RunContext, stage: int) -> bool:
-    """Whether the model below the last adapters is another than the recipe's weights: trained whole, or merged into."""
+    """Return whether the model below the last adapters differs from the recipe's weights."""
     stages = context.recipe.stages[: stage + 1]
     return any(s.train for s in stages) or any(s.adapters == "merge" for s in stages)
 
@@ -155,13 +154,13 @@ def _dtype_of(context: RunContext) -> str:
     folder = base_folder(context.recipe.model)
     if folder is None:
         return "float32"
-    found = json.loads((Path(folder) / "config.json").read_text())
-    told = found.get("dtype") or found.get("torch_dtype") or (found.get("text_config") or {}).get("torch_dtype")
-    return told if told in TOLERANCE else "float32"
+    config = json.loads((Path(folder) / "config.json").read_text())
+    dtype = config.get("dtype") or config.get("torch_dtype") or (config.get("text_config") or {}).get("torch_dtype")
+    return dtype if dtype in TOLERANCE else "float32"
 
 
-def _bare(model: nn.Module) -> nn.Module:
-    """The model without its adapters, in place."""
+def _bare(model: Any) -> Any:
+    """Remove the adapters from the model, in place."""
     for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)]:
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, layer.get_base_layer())
@@ -170,11 +169,11 @@ def _bare(model: nn.Module) -> nn.Module:
     return model
 
 
-def _merged(model: nn.Module) -> nn.Module:
-    """The model with its adapters added to the weights, in place, by PEFT's own arithmetic."""
+def _merged(model: Any) -> Any:
+    """Add the adapters to the weights, in place, by PEFT's own arithmetic."""
     for name, layer in model.named_modules():
         if isinstance(layer, BaseTunerLayer):
-            weight = layer.get_base_layer().weight
+            weight: Any = layer.get_base_layer().weight
             if not weight.is_floating_point():
                 raise UserError(
                     f"--merge: {name} is quantised, and adding to it would round again; export the adapter, or merge "
@@ -184,41 +183,41 @@ def _merged(model: nn.Module) -> nn.Module:
     return _bare(model)
 
 
-def _write_whole(context: RunContext, model: nn.Module, folder: Path, dtype: str) -> int:
-    """config.json and the weights, with the modules of the model that are not transformers' own beside them."""
+def _write_whole(context: RunContext, model: Any, folder: Path, dtype: str) -> int:
+    """Write config.json, the weights, and the model's modules that are not transformers' own."""
     settings = context.recipe.evaluation
-    generation = copy.deepcopy(model.generation_config)
+    generation: Any = copy.deepcopy(model.generation_config)
     generation.max_new_tokens = settings.max_new_tokens
     model.generation_config = generation
-    model.requires_grad_(False).to(getattr(torch, dtype))  # type: ignore[arg-type]
-    logging.disable_progress_bar()
+    model.requires_grad_(False).to(getattr(torch, dtype))
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     modules = getattr(build_family(context), "modules", ())
     # transformers renames tensors of its own classes alone, when it loads them.
-    model.save_pretrained(str(folder), max_shard_size=SHARD, save_original_format=not modules)  # type: ignore[operator]
+    model.save_pretrained(str(folder), max_shard_size=SHARD, save_original_format=not modules)
     copy_modules(modules, folder)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _check_class(model: Any, modules: Sequence[str]) -> None:
-    """Raises UserError where plain transformers would not build this model: some of its weights would be lost."""
-    kind = _travelling(modules) or type(model)
+    """Raise UserError if plain transformers would not build this model: some of its weights would be lost."""
+    kind = _exported_class(modules) or type(model)
     if not modules and not kind.__module__.startswith("transformers."):
         raise UserError(
             f"export: {kind.__name__} is no class of transformers, and has no module that can travel with it"
         )
     with torch.device("meta"):
         known = dict(kind(copy.deepcopy(model.config)).named_parameters())
-    mine = {adapters.canonical(name) for name, _ in model.named_parameters() if ".lora_" not in name}
-    mine = {name for name in mine if not name.startswith("heads.")}
-    if more := sorted(mine - set(known)):
+    own = {adapters.canonical(name) for name, _ in model.named_parameters() if ".lora_" not in name}
+    own = {name for name in own if not name.startswith("heads.")}
+    if more := sorted(own - set(known)):
         raise UserError(
             f"export: {len(more)} of the model's tensors, '{more[0]}' first, have no place in transformers' "
             f"{kind.__name__}, and no module travels with it that has one"
         )
 
 
-def _travelling(modules: Sequence[str]) -> Any:
-    """The class of the whole model in the modules that travel; None where none is there."""
+def _exported_class(modules: Sequence[str]) -> Any:
+    """Return the class of the whole model in the exported modules; None if there is none."""
     for name in modules:
         module = importlib.import_module(name)
         if found := getattr(module, "AUTO_MAP", {}).get("AutoModelForImageTextToText"):
@@ -257,7 +256,7 @@ def _write_beside(context: RunContext, encoder: StudyEncoder, folder: Path) -> N
     elif weights is not None:
         from transformers import AutoProcessor
 
-        AutoProcessor.from_pretrained(weights, local_files_only=True).save_pretrained(str(folder))
+        AutoProcessor.from_pretrained(weights, local_files_only=True).save_pretrained(str(folder))  # type: ignore[no-untyped-call]
     else:
         raise UserError(
             f"export: family '{context.recipe.model.family}' has no processor that plain transformers reads"

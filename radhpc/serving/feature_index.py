@@ -1,14 +1,14 @@
-"""The training studies by what they look like: the model's vision features, pooled, and the nearest ones to a study.
+"""Indexes training studies by the model's pooled vision features, and finds those nearest to a study.
 
     build(context, engine, cursor)                   # RUN/index/: vectors.npy, studies.json, index.json
-    index = Index.load(context, cursor)
+    index = FeatureIndex.load(context, cursor)
     index.nearest(features(engine, encoder, [views])[0], 3)
 
 A vector is the mean of the vision encoder's last hidden states over patches, tiles and views, minus the mean of all
-training studies; similarity is the cosine. A study is called far where its distance to the nearest training study is
+training studies; similarity is the cosine. A study is called far if its distance to the nearest training study is
 longer than theirs to each other. Measured on the quickstart's model: of 100 unseen phantoms none is far, of 12 pictures
-that are no radiograph all are, and of 22 real radiographs, the like of which it has never seen, 20 (by the cosine, none
-of the 12 and one of the 22). The index belongs to one checkpoint and one set of manifests.
+that are no radiographs all are, and of 22 real radiographs, which it has never seen, 20 (by the cosine, none of the 12
+and one of the 22). The index belongs to one checkpoint and one set of manifests.
 """
 
 import inspect
@@ -37,16 +37,16 @@ from radhpc.training.sources import open_source
 
 log = logging.getLogger("radhpc")
 
-FAR = 0.005  # share of the training studies that are farther from all others than what is called far
-MARGIN = 1.25  # times that distance: what was measured on few studies is not exact
-CALIBRATED = 1000  # training studies that this is measured on
+FAR = 0.005  # share of the training studies that are themselves farther from all others than the limit
+MARGIN = 1.25  # times the limit: an estimate from few studies is not exact
+CALIBRATED = 1000  # training studies that the limit is measured on
 
 Vectors = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A training study that looks alike."""
+    """A similar training study."""
 
     key: str
     number: int  # in the training split
@@ -57,28 +57,28 @@ class Neighbour:
 def features(
     engine: Engine, encoder: StudyEncoder, studies: Sequence[Sequence[Image.Image]], batch: int = 8
 ) -> Vectors:
-    """(studies, D): pooled vision features, as they come out of the encoder. Raises UserError where there is none."""
+    """Return pooled vision features, (studies, D). Raises UserError for a model without a vision encoder."""
     model: Any = engine.model
     vision = model.get_encoder(modality="image") if hasattr(model, "get_encoder") else model
     if vision is model:
         raise UserError(f"{type(model).__name__}: no vision encoder that `index` knows of")
-    wanted = inspect.signature(vision.forward).parameters
-    found = []
+    parameters = inspect.signature(vision.forward).parameters
+    pooled = []
     for start in range(0, len(studies), batch):
         rows = [encoder.encode_prompt("", None, views) for views in studies[start : start + batch]]
         inputs = engine.to_device(encoder.batch(rows))
         with torch.no_grad(), engine.autocast:
-            output = vision(**{name: value for name, value in inputs.items() if name in wanted})
+            output = vision(**{name: value for name, value in inputs.items() if name in parameters})
         states = getattr(output, "last_hidden_state", output)
-        found.append(_pooled(states, inputs).float().cpu().numpy())
-    return np.concatenate(found)
+        pooled.append(_pool(states, inputs).float().cpu().numpy())
+    return np.concatenate(pooled)
 
 
-def _pooled(states: torch.Tensor, inputs: Batch) -> torch.Tensor:
-    """(batch, D): the mean over all places that hold something of an image."""
+def _pool(states: torch.Tensor, inputs: Batch) -> torch.Tensor:
+    """Return the mean over all positions that belong to an image, (batch, D)."""
     if states.ndim == 5:  # Mllama's (batch, views, tiles, patches, D): views and tiles that are padding do not count
-        there = (inputs["aspect_ratio_mask"] * (inputs["aspect_ratio_ids"] > 0)[..., None]).to(states.dtype)
-        return (states.mean(dim=3) * there[..., None]).sum(dim=(1, 2)) / there.sum(dim=(1, 2))[:, None]
+        present = (inputs["aspect_ratio_mask"] * (inputs["aspect_ratio_ids"] > 0)[..., None]).to(states.dtype)
+        return (states.mean(dim=3) * present[..., None]).sum(dim=(1, 2)) / present.sum(dim=(1, 2))[:, None]
     rows = len(inputs["input_ids"])
     return states.reshape(rows, -1, states.shape[-1]).mean(dim=1)
 
@@ -89,7 +89,7 @@ def build(
     cursor: Cursor,
     samples: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> "Index":
+) -> "FeatureIndex":
     """Write the index of a checkpoint over the training split, or the first `samples` studies of a random order."""
     from radhpc.data import sampler
 
@@ -118,12 +118,12 @@ def build(
         raise UserError(f"{context.run.path}: none of {count} training studies could be read")
     raw = np.concatenate(vectors)
     centre = raw.mean(axis=0)
-    around = raw - centre
+    centred = raw - centre
     folder = context.run.path / "index"
     temporary = context.run.path / ".index.writing"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(mode=0o700)
-    np.save(temporary / "vectors.npy", around, allow_pickle=False)
+    np.save(temporary / "vectors.npy", centred, allow_pickle=False)
     np.save(temporary / "centre.npy", centre, allow_pickle=False)
     write_atomically(temporary / "studies.json", json.dumps(described).encode(), 0o600)
     about = {
@@ -132,20 +132,20 @@ def build(
         "data": list(cursor.data),
         "studies": len(described),
         "left_out": left_out,
-        "far": _far(around),
+        "far": _far_limit(centred),
     }
     write_atomically(temporary / "index.json", json.dumps(about, indent=1).encode(), 0o600)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
-    return Index(around, centre, described, about)
+    return FeatureIndex(centred, centre, described, about)
 
 
 def _lengths(vectors: Vectors) -> Vectors:
     return np.asarray(np.maximum(np.linalg.norm(vectors, axis=-1), 1e-12), np.float32)
 
 
-def _far(vectors: Vectors) -> float:
-    """The distance to the nearest other study that all but a share FAR of the training studies stay within."""
+def _far_limit(vectors: Vectors) -> float:
+    """Return the distance to the nearest other study that all but a share FAR of the training studies stay within."""
     some = np.random.default_rng(0).permutation(len(vectors))[:CALIBRATED]
     nearest = []
     for n in some:
@@ -156,7 +156,7 @@ def _far(vectors: Vectors) -> float:
 
 
 @dataclass(frozen=True)
-class Index:
+class FeatureIndex:
     """Vectors of training studies, (studies, D), around their centre."""
 
     vectors: Vectors
@@ -165,8 +165,8 @@ class Index:
     about: dict[str, Any]
 
     @classmethod
-    def load(cls, context: RunContext, cursor: Cursor, required: bool = True) -> "Index | None":
-        """That of this checkpoint; None where there is none. Raises UserError where one is `required`."""
+    def load(cls, context: RunContext, cursor: Cursor, required: bool = True) -> "FeatureIndex | None":
+        """Load the index of this checkpoint; None if there is none. Raises UserError if one is `required`."""
         folder = context.run.path / "index"
         about = read_json(folder / "index.json")
         fault = None
@@ -183,14 +183,14 @@ class Index:
         return cls(vectors, centre, read_json(folder / "studies.json"), about)
 
     def nearest(self, vector: Vectors, count: int) -> list[Neighbour]:
-        """The training studies most alike, most alike first."""
-        mine = vector - self.centre
-        similar = self.vectors @ mine / (_lengths(self.vectors) * _lengths(mine))
+        """Return the most similar training studies, the most similar first."""
+        query = vector - self.centre
+        similar = self.vectors @ query / (_lengths(self.vectors) * _lengths(query))
         best = np.argsort(-similar, kind="stable")[:count]
         return [Neighbour(**{**self.studies[n], "similarity": round(float(similar[n]), 4)}) for n in best.tolist()]
 
-    def far(self, vector: Vectors) -> str | None:
-        """How far a study is from all training studies, in words; None where it is as near as they are to others."""
+    def describe_distance(self, vector: Vectors) -> str | None:
+        """Describe how far a study is from all training studies; None if it is as near as they are to each other."""
         distance, limit = float(np.linalg.norm(self.vectors - (vector - self.centre), axis=1).min()), self.about["far"]
         if distance <= MARGIN * limit:
             return None

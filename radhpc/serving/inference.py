@@ -1,6 +1,6 @@
-"""A trained model answers: a report or the answer to a question, for one study or many, all at once or word by word.
+"""Generates with a trained model: a report or an answer, for one study or many, at once or word by word.
 
-    settings = Decoding.of(recipe.evaluation, beams=3)
+    settings = DecodingOptions.of(recipe.evaluation, beams=3)
     for text in answers(engine, encoder, studies, None, settings, batch=8): ...
     for piece in stream(engine, encoder, views, "Is there an effusion?", settings): print(piece, end="")
 
@@ -26,21 +26,21 @@ from radhpc.engine.fsdp import Engine
 
 
 @dataclass(frozen=True)
-class Decoding:
-    """How words are chosen: as an evaluation does it, and from which random numbers where it samples."""
+class DecodingOptions:
+    """Decoding options of an evaluation, and the seed for sampling."""
 
     evaluation: EvaluationSettings
     seed: int = 0
 
     @classmethod
-    def of(cls, evaluation: EvaluationSettings, seed: int = 0, **changes: Any) -> "Decoding":
-        """As the recipe evaluates, but for `changes` that are not None. Raises UserError."""
+    def of(cls, evaluation: EvaluationSettings, seed: int = 0, **changes: Any) -> "DecodingOptions":
+        """Return the recipe's options with the `changes` that are not None. Raises UserError."""
         settings = evaluation.model_copy(update={name: value for name, value in changes.items() if value is not None})
         if settings.top_p is not None and settings.temperature is None:
             raise UserError(f"--top-p {settings.top_p:g}: goes with --temperature, which samples")
         if settings.temperature is not None and settings.beams > 1:
             raise UserError(f"--temperature {settings.temperature:g}: goes with one beam, not {settings.beams}")
-        # What of the recipe does not go with the changes: there is no use in a refusal.
+        # Drop recipe settings that conflict with the overrides instead of rejecting them.
         fitting = {"length_penalty": None} if settings.beams == 1 else {"cache": "dynamic"}
         least = min(settings.min_new_tokens, settings.max_new_tokens)
         return cls(settings.model_copy(update={**fitting, "min_new_tokens": least}), seed)
@@ -51,10 +51,10 @@ def answers(
     encoder: StudyEncoder,
     studies: Sequence[Sequence[Image.Image]],
     question: str | None,
-    settings: Decoding,
+    settings: DecodingOptions,
     batch: int = 1,
 ) -> Iterator[str]:
-    """A text for each study, in their order; `batch` studies go through the model at a time."""
+    """Yield a text for each study, in their order; `batch` studies go through the model at a time."""
     for start in range(0, len(studies), batch):
         rows = [encoder.encode_prompt("", question, views) for views in studies[start : start + batch]]
         ids = _generate(engine, encoder, rows, settings)
@@ -62,11 +62,11 @@ def answers(
 
 
 def stream(
-    engine: Engine, encoder: StudyEncoder, views: Sequence[Image.Image], question: str | None, settings: Decoding
+    engine: Engine, encoder: StudyEncoder, views: Sequence[Image.Image], question: str | None, settings: DecodingOptions
 ) -> Iterator[str]:
-    """The text of one study, piece by piece as it is written; several beams come as one piece, at the end.
+    """Yield the text of one study piece by piece as it is generated; with several beams it comes as one piece.
 
-    A consumer that goes away ends the writing at the next word.
+    Generation ends at the next word when the consumer stops reading.
     """
     if settings.evaluation.beams > 1:
         yield from answers(engine, encoder, [views], question, settings)
@@ -105,22 +105,22 @@ def stream(
 
 
 class _GivenUp(Exception):
-    """Nobody reads on."""
+    """Raised in the generation when the consumer has stopped reading."""
 
 
 def _generate(
-    engine: Engine, encoder: StudyEncoder, rows: Sequence[Any], settings: Decoding, **more: Any
+    engine: Engine, encoder: StudyEncoder, rows: Sequence[Any], settings: DecodingOptions, **more: Any
 ) -> torch.Tensor:
-    """(rows, new tokens)."""
+    """Return token ids of shape (rows, new tokens)."""
     torch.manual_seed(settings.seed)
     batch, evaluation = encoder.batch(rows, left=True), settings.evaluation
     return engine.generate(batch, evaluation.max_new_tokens, **evaluation.decoding(), **more)
 
 
 def sections(text: str) -> dict[str, str]:
-    """A report by its sections, named as Report.text writes them: {"findings": ..., "impression": ...}.
+    """Split a report into its sections, named as Report.text writes them: {"findings": ..., "impression": ...}.
 
-    Without any heading it is empty: a caption or an answer.
+    A text without headings, such as a caption or an answer, has none.
     """
     parts = re.split(r"(?:^|\s)(Findings|Impression|Other):\s*", text)
     return {name.lower(): body.strip() for name, body in zip(parts[1::2], parts[2::2], strict=True)}

@@ -1,6 +1,6 @@
-"""The model card beside exported weights: what it is, what it was trained on, how well it does, what must be respected.
+"""Writes the model card of exported weights: origin, training data, scores, and terms of use.
 
-Folders of the site where it was trained are named by their last part alone, so that a card can be passed on.
+Folders of the training site are named by their last part alone: a card can be passed on.
 """
 
 import re
@@ -16,7 +16,7 @@ from radhpc.training.context import RunContext
 from radhpc.training.encoder_builder import build_encoder, build_family
 from radhpc.training.sources import open_source
 
-# What the terms of an archive mean for a model that was trained on it; by the beginning of a dataset's name.
+# The terms of an archive for a model that was trained on it, by the beginning of the dataset's name.
 REMINDERS = {
     "mimic": "MIMIC-CXR: credentialed access under a data use agreement. Ask PhysioNet before you pass on a model that "
     "was trained on it.",
@@ -33,17 +33,17 @@ REMINDERS = {
 
 
 def card(context: RunContext, cursor: Cursor, kind: str, base: str | None, dtype: str) -> str:
-    """The card as Markdown, with the front matter that model hubs read."""
+    """Return the card as Markdown, with the front matter that model hubs read."""
     recipe, prompt = context.recipe, build_encoder(context, cursor.stage).tasks.default_prompt()
     sections = [
         _front(recipe.model, kind),
         f"# {recipe.name}",
         "**Research use only. Not for clinical use:** nothing that this model writes was checked for the care of a "
         "patient.",
-        _what(context, cursor, kind, base, dtype),
+        _description(context, cursor, kind, base, dtype),
         "## How to use it\n\n```\npython example.py frontal.png"
         f"{' --base FOLDER' if kind == 'adapter' and base != 'base' else ''}\n```\n\n"
-        f"What it is asked for a report: {prompt!r}.{_code(context)} {_images(context, cursor)}",
+        f"Its prompt for a report: {prompt!r}.{_code(context)} {_images(context, cursor)}",
         "## Lineage\n\n" + _lineage(context, cursor),
         "## Data\n\n" + _data(context, cursor),
         "## Scores\n\n" + _scores(context),
@@ -54,12 +54,12 @@ def card(context: RunContext, cursor: Cursor, kind: str, base: str | None, dtype
 
 
 def base_folder(model: Any) -> str | None:
-    """The local folder of the whole base; None where it is random, or put together from several."""
+    """Return the local folder of the whole base; None if it is random, or composed of several."""
     return model.weights if isinstance(model.weights, str) else None
 
 
 def origins(model: Any) -> list[str]:
-    """The names of the weights that a model was begun from."""
+    """Return the names of the weights that a model started from."""
     folders = model.weights.values() if isinstance(model.weights, dict) else [model.weights]
     return [Path(str(folder)).name for folder in folders if folder is not None]
 
@@ -72,7 +72,7 @@ def _front(model: Any, kind: str) -> str:
     return f"---\n{yaml.safe_dump(front, sort_keys=False)}---"
 
 
-def _what(context: RunContext, cursor: Cursor, kind: str, base: str | None, dtype: str) -> str:
+def _description(context: RunContext, cursor: Cursor, kind: str, base: str | None, dtype: str) -> str:
     model = context.recipe.model
     origin = f"the weights {' and '.join(origins(model))}" if origins(model) else "random weights"
     how = {
@@ -90,23 +90,23 @@ def _what(context: RunContext, cursor: Cursor, kind: str, base: str | None, dtyp
 def _images(context: RunContext, cursor: Cursor) -> str:
     build = open_source(context, cursor.stage, "train").datasets[0].manifest.build
     side, images = build.get("longest_side"), build_encoder(context, cursor.stage).images
-    told = f"Images were shrunk to {side} pixels on their longest side by area averages and stored as 8 bits"
-    told += ", those of more bits between their 0.5% and 99.5% percentiles or by the window of the file."
+    text = f"Images were shrunk to {side} pixels on their longest side by area averages and stored as 8 bits"
+    text += ", those of more bits between their 0.5% and 99.5% percentiles or by the window of the file."
     if images.limit:
-        told += f" At most {images.limit} views of a study{', stitched side by side' if images.stitch else ''}."
-    return told
+        text += f" At most {images.limit} views of a study{', stitched side by side' if images.stitch else ''}."
+    return text
 
 
 def _code(context: RunContext) -> str:
-    """That classes travel as files, and heads beside."""
-    told = ""
+    """Name the classes that are exported as files, and the heads' own file."""
+    text = ""
     if modules := getattr(build_family(context), "modules", ()):
         files = " and ".join(f"{name.rpartition('.')[2]}.py" for name in modules)
-        told += f" Its classes are not all transformers' own: {files} hold the others, so load it with "
-        told += "`trust_remote_code=True`, as example.py does; read them first."
+        text += f" Its classes are not all transformers' own: {files} hold the others, so load it with "
+        text += "`trust_remote_code=True`, as example.py does; read them first."
     if context.recipe.heads:
-        told += " heads.safetensors keeps the heads of its objectives, which answers do not need."
-    return told
+        text += " heads.safetensors keeps the heads of its objectives, which answers do not need."
+    return text
 
 
 def _lineage(context: RunContext, cursor: Cursor) -> str:
@@ -117,26 +117,26 @@ def _lineage(context: RunContext, cursor: Cursor) -> str:
         if stage.adapters:
             lora += f" ({stage.adapters})"
         length = stage.steps if stage.steps is not None else f"{stage.epochs} epochs"
-        whole = f"{len(stage.train)} pattern(s)" if stage.train else ""
-        rows.append(f"| {stage.name} | {length} | {stage.batch} | {whole} | {lora} | {names[number]} |")
+        trained = f"{len(stage.train)} pattern(s)" if stage.train else ""
+        rows.append(f"| {stage.name} | {length} | {stage.batch} | {trained} | {lora} | {names[number]} |")
     if not cursor.stage_done:
         rows.append(f"\nThe last stage was not at its end: {cursor.stage_step} of its steps were made.")
     environment = read_json(context.run.code / "environment.json") or {}
-    told = [f"recipe {cursor.recipe[:16]}", f"base {cursor.base[:16]}"]
-    told += [f"manifest {data[:16]}" for data in cursor.data]
+    hashes = [f"recipe {cursor.recipe[:16]}", f"base {cursor.base[:16]}"]
+    hashes += [f"manifest {data[:16]}" for data in cursor.data]
     if environment.get("code"):
-        told.append(f"code {environment['code']}" + (f" (commit {c})" if (c := environment.get("commit")) else ""))
-    rows += ["", f"Hashes: {', '.join(told)}. The run began {context.run.lives} time(s)."]
+        hashes.append(f"code {environment['code']}" + (f" (commit {c})" if (c := environment.get("commit")) else ""))
+    rows += ["", f"Hashes: {', '.join(hashes)}. The run began {context.run.lives} time(s)."]
     return "\n".join(rows)
 
 
 def _manifests(context: RunContext, cursor: Cursor) -> dict[str, Any]:
-    """The manifests of all stages so far, each once."""
-    found = {}
+    """Return the manifests of all stages so far, each once."""
+    result = {}
     for stage in range(cursor.stage + 1):
         for part in open_source(context, stage, "train").datasets:
-            found[part.manifest.hash] = part
-    return found
+            result[part.manifest.hash] = part
+    return result
 
 
 def _data(context: RunContext, cursor: Cursor) -> str:
@@ -175,7 +175,7 @@ def _terms(context: RunContext, cursor: Cursor) -> str:
 
 
 def _recipe(context: RunContext) -> str:
-    """The frozen recipe; a path of the site by its last part."""
+    """Return the frozen recipe, with each path of the site reduced to its last part."""
 
     def bare(value: Any) -> Any:
         if isinstance(value, dict):

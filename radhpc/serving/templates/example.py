@@ -20,14 +20,16 @@ SETTINGS = "asking.json"  # the prompt, and how the views of a study are laid ou
 
 
 def load(base: str | None = None) -> tuple[Any, Any]:
-    """The processor and the model of this folder."""
-    # The code in question, if there is any, lies in the folder itself.
+    """Load the processor and the model of this folder."""
     own = has_code(HERE / "processor_config.json")
-    processor = AutoProcessor.from_pretrained(HERE, local_files_only=True, trust_remote_code=own)
+    # Code that it may run lies in this folder itself.
+    processor = AutoProcessor.from_pretrained(  # type: ignore[no-untyped-call]
+        HERE, local_files_only=True, trust_remote_code=own
+    )
     adapter = (HERE / "adapter_config.json").exists()
     weights = Path(base) if base else HERE / "base" if adapter else HERE
     own = has_code(weights / "config.json")
-    model = AutoModelForImageTextToText.from_pretrained(weights, local_files_only=True, trust_remote_code=own)
+    model: Any = AutoModelForImageTextToText.from_pretrained(weights, local_files_only=True, trust_remote_code=own)
     if adapter:
         from peft import PeftModel
 
@@ -36,30 +38,30 @@ def load(base: str | None = None) -> tuple[Any, Any]:
 
 
 def has_code(file: Path) -> bool:
-    """Whether a configuration names classes of files beside it."""
+    """Return whether a configuration names classes of files in its folder."""
     return file.exists() and "auto_map" in json.loads(file.read_text())
 
 
 def pad(view: Image.Image, colour: tuple[int, ...]) -> Image.Image:
-    """The view in the middle of a square."""
+    """Place the view in the middle of a square."""
     square = Image.new("RGB", (max(view.size), max(view.size)), colour)
     square.paste(view, ((square.width - view.width) // 2, (square.height - view.height) // 2))
     return square
 
 
 def prepare(processor: Any, paths: list[str], question: str | None) -> Any:
-    """The inputs of the model for one study."""
+    """Return the inputs of the model for one study."""
     settings = json.loads((HERE / SETTINGS).read_text())
-    views = [Image.open(path) for path in paths][: settings["views"]]
-    views = [view if view.mode in ("L", "RGB") else view.convert("RGB") for view in views]
+    opened = [Image.open(path) for path in paths][: settings["views"]]
+    views = [view if view.mode in ("L", "RGB") else view.convert("RGB") for view in opened]
     if settings["stitch"] and len(views) > 1:
         width = sum(view.width for view in views) + settings["gap"] * (len(views) - 1)
-        whole = Image.new("RGB", (width, max(view.height for view in views)))
+        joined = Image.new("RGB", (width, max(view.height for view in views)))
         left = 0
         for view in views:
-            whole.paste(view, (left, 0))
+            joined.paste(view, (left, 0))
             left += view.width + settings["gap"]
-        views = [whole]
+        views = [joined]
     if settings["square"]:  # padded with this colour, so that nothing is cut off
         views = [pad(view.convert("RGB"), tuple(settings["square"])) for view in views]
     content = [{"type": "image"} for _ in views] + [{"type": "text", "text": question or settings["prompt"]}]
@@ -73,18 +75,18 @@ def main() -> None:
     parser.add_argument("--question", help="ask this instead of for a report")
     parser.add_argument("--base", help="the weights that an adapter goes on")
     parser.add_argument("--logits", help=argparse.SUPPRESS)  # write those behind the prompt to this file instead
-    given = parser.parse_args()
-    processor, model = load(given.base)
-    inputs = prepare(processor, given.images, given.question)
+    arguments = parser.parse_args()
+    processor, model = load(arguments.base)
+    inputs = prepare(processor, arguments.images, arguments.question)
     inputs = {
         name: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
         for name, value in inputs.items()
     }
     with torch.no_grad():
-        if given.logits:
+        if arguments.logits:
             from safetensors.torch import save_file
 
-            save_file({"logits": model(**inputs).logits[0, -1].float().cpu().contiguous()}, given.logits)
+            save_file({"logits": model(**inputs).logits[0, -1].float().cpu().contiguous()}, arguments.logits)
             return
         limit = json.loads((HERE / SETTINGS).read_text())["max_new_tokens"]
         ids = model.generate(**inputs, max_new_tokens=limit, do_sample=False)

@@ -235,21 +235,23 @@ def test_a_study_gets_a_report_and_its_neighbours(
 
 
 def test_a_training_study_is_its_own_nearest(run: Path, phantom_shards: Path) -> None:
-    from radhpc.serving.feature_index import Index, build, features
+    from radhpc.serving.feature_index import FeatureIndex, build, features
 
     context = context_of(run)
     engine, cursor = restore_engine(context)
     encoder = build_encoder(context, cursor.stage)
     build(context, engine, cursor)
-    index = Index.load(context, cursor)
+    index = FeatureIndex.load(context, cursor)
     assert index is not None
     key, _, views = open_source(context, cursor.stage, "train").read(7)
     (vector,) = features(engine, encoder, [views])
     (nearest,) = index.nearest(vector, 1)
     assert (nearest.key, nearest.number) == (key, 7)
     assert nearest.similarity > 0.999
-    assert index.far(vector) is None
-    assert "times as far" in str(index.far(features(engine, encoder, [[Image.new("L", (56, 56), 255)]])[0]))
+    assert index.describe_distance(vector) is None
+    assert "times as far" in str(
+        index.describe_distance(features(engine, encoder, [[Image.new("L", (56, 56), 255)]])[0])
+    )
 
 
 def test_a_stream_says_what_the_whole_says(
@@ -303,14 +305,14 @@ def test_mistakes_are_named(run: Path, study: Path, tmp_path: Path) -> None:
 @contextmanager
 def demo(run: Path) -> Iterator[Any]:
     from radhpc.serving.demo import Demo
-    from radhpc.serving.inference import Decoding
-    from radhpc.serving.pipeline import Reader
+    from radhpc.serving.inference import DecodingOptions
+    from radhpc.serving.pipeline import Pipeline
     from shards import views
 
     run_dir, target = image_settings(run)
     context = context_of(run_dir.path)
-    reader = Reader(context, Decoding.of(context.recipe.evaluation), neighbours=2)
-    with Demo(reader, lambda data, name: views.load_view_bytes(data, name, target)) as page:
+    pipeline = Pipeline(context, DecodingOptions.of(context.recipe.evaluation), neighbours=2)
+    with Demo(pipeline, lambda data, name: views.load_view_bytes(data, name, target)) as page:
         thread = threading.Thread(target=page.serve)
         thread.start()
         try:
@@ -330,12 +332,12 @@ def test_the_page_reads_a_radiograph(run: Path, study: Path, photograph: Path, t
         assert browser.run("document.getElementById('question').disabled"), "no question was learnt"
         browser.choose("#files", study)
         browser.wait("document.body.dataset.state == 'done'")
-        reader = page.reader
+        pipeline = page.pipeline
         from radhpc.serving.inference import answers
         from shards.views import load_study
 
         views, _ = load_study("", [study], image_settings(run)[1])
-        (text,) = answers(reader.engine, reader.encoder, [views], None, reader.decoding)
+        (text,) = answers(pipeline.engine, pipeline.encoder, [views], None, pipeline.decoding)
         assert text.split()[-1] in browser.run("document.getElementById('text').textContent")
         assert browser.run("document.querySelectorAll('.neighbour img').length") == 2
         assert browser.run("document.querySelector('#views img').naturalWidth") == 56

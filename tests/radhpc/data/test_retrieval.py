@@ -104,29 +104,29 @@ def test_neighbours_of_questions_are_refused(tmp_path: Path) -> None:
 
 
 def test_whoever_asks_sees_what_the_model_got(run: RunFolder) -> None:
-    from radhpc.serving.inference import Decoding
-    from radhpc.serving.pipeline import Reader, Study
+    from radhpc.serving.inference import DecodingOptions
+    from radhpc.serving.pipeline import Pipeline, StudyInput
 
     context = opened(run)
-    reader = Reader(context, Decoding.of(run.recipe().evaluation))
+    pipeline = Pipeline(context, DecodingOptions.of(run.recipe().evaluation))
     _, _, views = open_source(context, 0, "test").read(0)
-    (answer,) = reader.read([Study("one", views)])
-    assert answer.given == build_encoder(context, 0).neighbour_texts(views)
+    (answer,) = pipeline.answer([StudyInput("one", views)])
+    assert answer.retrieved_reports == build_encoder(context, 0).neighbour_texts(views)
     assert (
-        answer.given[0]
+        answer.retrieved_reports[0]
         == RetrievalIndex.load(retrieval_index_path(context, 0)).most_similar(encode_thumbnail(views), 1, "")[0]
     )
 
 
 def test_the_page_is_told_what_the_model_got(run: RunFolder) -> None:
     from radhpc.serving.demo import Demo
-    from radhpc.serving.inference import Decoding
-    from radhpc.serving.pipeline import Reader
+    from radhpc.serving.inference import DecodingOptions
+    from radhpc.serving.pipeline import Pipeline
 
     context = opened(run)
-    reader = Reader(context, Decoding.of(run.recipe().evaluation))
+    pipeline = Pipeline(context, DecodingOptions.of(run.recipe().evaluation))
     _, _, views = open_source(context, 0, "test").read(0)
-    with Demo(reader, lambda data, name: (views[0], None)) as demo:
+    with Demo(pipeline, lambda data, name: (views[0], None)) as demo:
         told = list(demo.read([{"data": "", "name": "one.png"}], None))
     (given,) = [piece["given"] for piece in told if "given" in piece]
     assert given == build_encoder(context, 0).neighbour_texts(views[:1])

@@ -216,7 +216,7 @@ def test_what_cannot_be_evaluated_is_refused_in_one_line(
 ) -> None:  # fmt: skip
     from typer.testing import CliRunner
 
-    from launch import app
+    from radhpc.cli.main import app
     from radhpc.core.errors import UserError
 
     def refused(*arguments: object) -> str:
