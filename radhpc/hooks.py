@@ -53,7 +53,7 @@ class EvaluationHook:
             log.info("no study in split '%s': nothing to evaluate", split)
             return
         started = time.perf_counter()
-        count = len(evaluate.chosen(held_out, context.recipe.evaluation.samples))
+        count = len(evaluate.choose_studies(held_out, context.recipe.evaluation.samples))
         with Bar(f"evaluate step {position.step}", count, unit="studies", hidden=not context.ranks.first) as bar:
 
             def check(done: int) -> None:
@@ -64,13 +64,15 @@ class EvaluationHook:
             training = open_source(context, position.stage, "train")
             result = evaluate.evaluate(
                 lambda: self.stage.engine,
-                build_encoder(context, position.stage),
-                held_out,
-                training,
-                context.recipe.evaluation,
+                evaluate.EvaluationTask(
+                    build_encoder(context, position.stage),
+                    held_out,
+                    training,
+                    context.recipe.evaluation,
+                    folder,
+                    f"step {position.step} of this run",
+                ),
                 context.ranks,
-                folder,
-                f"step {position.step} of this run",
                 check,
                 context.stop,
             )

@@ -73,9 +73,7 @@ def test_templates_ask_for_the_doctor_and_never_for_data(path: Path) -> None:
 
 
 def test_every_pin_lies_in_its_range() -> None:
-    """constraints.txt has one version of each library that setup.cfg allows; it is the newest that the tests run
-    with.
-    """
+    """constraints.txt has one version of each library that setup.cfg allows: the one that the tests run with."""
     versions = pins()
     for requirement in requirements():
         name = re.sub(r"[-_.]+", "-", requirement.name).lower()

@@ -1,1 +1,1 @@
-"""What everything else stands on: errors, files, run folder, recipe, sample, manifest, log. Imports no other room."""
+"""Hold what every other room stands on: errors, files, run folder, protocol, recipe, sample, manifest, log."""

@@ -1,4 +1,4 @@
-"""A batch of encoded samples: what the collator makes, and what models and objectives read."""
+"""Define the batch of encoded samples that the collator makes and that models and objectives read."""
 
 import torch
 

@@ -1,6 +1,6 @@
-"""TensorBoard: the curves, the events and the pictures of a run, without a step twice after a resume.
+"""Write curves, events and pictures of a run for TensorBoard, without a step twice after a resume.
 
-The curves go to Weights & Biases, too, where a recipe wants that: see Curves.
+WandbCurves sends the curves to Weights & Biases, too, where a recipe asks for it.
 """
 
 import math
@@ -23,14 +23,14 @@ RESTART = "restart"  # the name of the marks in by_stage/, beside those of stage
 
 
 class WandbCurves:
-    """One life's curves for Weights & Biases, in files under RUN/wandb and, if online, on its server.
+    """The curves of one life for Weights & Biases, in files under RUN/wandb and, if online, on its server.
 
-    The lives of a run are a group there. What a life has written behind the step that the next one starts from stays
-    in the first one's curve alone, as nothing that was sent can be taken back.
+    The lives of a run are a group there. Steps that a life has written and the next one repeats stay
+    in the first one's curve, as nothing that was sent can be taken back.
     """
 
     def __init__(self, settings: WandbSettings, run: Path, life: int) -> None:
-        """Raises UserError where W&B refuses, such as without a key when online."""
+        """Start the life's W&B run. Raises UserError where W&B refuses, for instance when online without a key."""
         import wandb
 
         try:
@@ -47,7 +47,7 @@ class WandbCurves:
                     reinit="create_new", host="-",
                 ),
             )  # fmt: skip
-            # By a step of our own: W&B's must not go back, and a save that ends late tells of an earlier one.
+            # By a step of our own: W&B's must not go back, and a save that ends late reports an earlier one.
             self._run.define_metric("*", step_metric="step")
         except (wandb.Error, OSError) as error:
             raise UserError(f"board.wandb.mode {settings.mode}: {first_line(error)}") from error
@@ -60,7 +60,7 @@ class WandbCurves:
 
 
 class Board:
-    """The event file of one life of a run. On ranks other than 0 give no folder: every call does nothing."""
+    """The event file of one life of a run. Without a folder, as on ranks other than 0, every call does nothing."""
 
     def __init__(self, folder: Path | None, resumed_at: int = 0, curves: WandbCurves | None = None) -> None:
         self._writer: Any = None
@@ -70,10 +70,10 @@ class Board:
             from torch.utils.tensorboard import SummaryWriter
 
             _in_order(folder)
-            # What an earlier life wrote behind the restored step was lost with it, and will be trained again:
+            # Steps that an earlier life wrote after the restored one were lost with it, and are trained again:
             # purge_step makes TensorBoard drop it, so that no step appears twice.
             purge = resumed_at + 1 if any(folder.glob("events.out.*")) else None
-            self._writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=10)  # type: ignore[no-untyped-call]
+            self._writer = SummaryWriter(str(folder), purge_step=purge, flush_secs=10)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         if self._writer is not None:
@@ -87,7 +87,7 @@ class Board:
             self._writer.add_text(name, value, step)
 
     def layout(self, stages: Sequence[str]) -> None:
-        """The charts of the tab Custom Scalars: each stage a line of its own in one chart, restarts marked on them."""
+        """Write the charts of the tab Custom Scalars: a line for each stage in one chart, with restarts marked."""
         if self._writer is not None:
             lines = [f"by_stage/{re.escape(name)}$" for name in (*stages, RESTART)]
             self._writer.add_custom_scalars(
@@ -117,7 +117,7 @@ class Board:
             )
 
     def event(self, step: int, event: str, details: str) -> None:
-        """Something that happened to the job: preempted, requeued, resumed, saved."""
+        """Show an event of the run, such as "resumed", under its name."""
         self.text(step, f"events/{event}", details)
 
     def picture(self, step: int, name: str, picture: npt.NDArray[np.uint8]) -> None:
@@ -128,13 +128,13 @@ class Board:
     def curve(
         self, step: int, name: str, probabilities: npt.NDArray[np.float64], truth: npt.NDArray[np.float64]
     ) -> None:
-        """Precision and recall at each threshold, where both classes are there; truth: 1, 0, or NaN: no case."""
+        """Draw precision and recall at each threshold, if both classes occur; truth is 1, 0, or NaN for no case."""
         known = np.isfinite(truth)
         if self._writer is not None and 0 < truth[known].sum() < known.sum():
             self._writer.add_pr_curve(name, truth[known], probabilities[known], step)
 
     def hyperparameters(self, values: Mapping[str, bool | int | float | str | None], metric: str) -> None:
-        """What this run is in a sweep, for TensorBoard's HParams; `metric` is the curve that it is ranked by."""
+        """Write the parameters of a sweep's trial for TensorBoard's HParams; `metric`: the curve that ranks it."""
         if self._writer is not None:
             from torch.utils.tensorboard.summary import hparams
 
@@ -144,7 +144,7 @@ class Board:
                 self._writer.file_writer.add_summary(summary)
 
     def end_session(self) -> None:
-        """The trial is done, finished or pruned: HParams shows it as such."""
+        """Let HParams show the trial as done, finished or pruned."""
         if self._writer is not None and self._session_end is not None:
             self._writer.file_writer.add_summary(self._session_end)
 
@@ -162,8 +162,8 @@ class Board:
 def _in_order(folder: Path) -> None:
     """Let the files of earlier lives come before the next one, as TensorBoard reads a run's files by name.
 
-    Their names begin with the time. Where a clock was set back, or two lives began within a second, the earlier files
-    get numbers instead, in the order in which they were; elsewhere they keep their names, as somebody may be watching.
+    Their names begin with the time. Where a clock was set back, or two lives began within a second, the names are
+    replaced by numbers in the same order; otherwise they stay, because a reader may have a file open.
     """
     names = sorted(path.name for path in folder.glob(f"{_EVENTS}*"))
     if names and names[-1] >= f"{_EVENTS}{int(time.time()):010d}":
@@ -172,7 +172,7 @@ def _in_order(folder: Path) -> None:
 
 
 def study_panel(images: Sequence[Image.Image], texts: dict[str, str], height: int = 320) -> npt.NDArray[np.uint8]:
-    """Draw a study: its views side by side, and titled texts beside them. Returns (height, width, 3) in 0..255."""
+    """Draw a study: its views side by side, and titled texts next to them. Returns (height, width, 3) in 0..255."""
     font, bold = ImageFont.load_default(20), ImageFont.load_default(21)  # to be read where TensorBoard shrinks it
     views = [image.convert("RGB").resize((round(image.width * height / image.height), height)) for image in images]
     lines = [
@@ -193,9 +193,9 @@ def study_panel(images: Sequence[Image.Image], texts: dict[str, str], height: in
 
 
 def side_by_side(groups: dict[str, Sequence[Image.Image]], height: int = 512) -> Image.Image:
-    """Draw groups of pictures beside each other under their titles, all of one height in pixels.
+    """Draw groups of pictures side by side under their titles, all of one height in pixels.
 
-    Pixels of what is enlarged stay visible as squares: coarse is what the model sees.
+    Pixels of enlarged pictures stay visible as squares: they show how coarsely the model sees.
     """
     font, gap, top = ImageFont.load_default(16), 8, 26
 

@@ -1,11 +1,11 @@
-"""The user's mistake: one line that names the key or the file, its value, and what is allowed."""
+"""Define the error for a user's mistake: one line that names the key or the file, its value, and what is allowed."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Shown without a traceback and ended with exit status 2. Our own mistakes are assertions instead."""
+    """A user's mistake: shown without a traceback, exit status 2. Our own mistakes are assertions instead."""
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:
@@ -15,5 +15,5 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none: for logs and one-line answers."""
+    """Return the first line of an error's message, or its type if it has none, for logs and one-line answers."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

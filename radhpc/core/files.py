@@ -1,4 +1,4 @@
-"""Small files, written so that no half file ever has the final name, and read so that a cut last line is no error.
+"""Write small files that never have their final name half written, and read lines of which the last may be cut.
 
 And folders: on which kind of disk they lie, and one command at a time working in them.
 """
@@ -50,7 +50,7 @@ def sync(path: Path) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Parse a JSON file; None where there is no such file."""
+    """Parse a JSON file; return None where there is no such file."""
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -69,7 +69,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def write_with_reserve(reserve: Path, write: Callable[[], None]) -> None:
-    """Call `write`; where the disk or the quota is full, give up the reserve and call it again. Raises OSError."""
+    """Call `write`; if the disk or the quota is full, delete the reserve and call it again. Raises OSError."""
     try:
         write()
     except OSError as error:
@@ -80,7 +80,7 @@ def write_with_reserve(reserve: Path, write: Callable[[], None]) -> None:
 
 
 def append_line(descriptor: int, line: bytes) -> None:
-    """Append a line, or nothing: half of one, as a full disk would leave it, is taken back. Raises OSError."""
+    """Append a line or nothing: half a line, as a full disk would leave it, is truncated. Raises OSError."""
     written = os.write(descriptor, line)
     if written < len(line):
         os.ftruncate(descriptor, os.fstat(descriptor).st_size - written)
@@ -88,9 +88,9 @@ def append_line(descriptor: int, line: bytes) -> None:
 
 
 def private_folder(folder: Path, longest: int) -> Path:
-    """A folder, there or not, that only this user may fill, with a plain path of at most `longest` characters.
+    """Resolve a folder, existing or not, that only this user may fill, to a plain path of at most `longest` characters.
 
-    Nothing is touched. Raises UserError in the words of --folder.
+    Nothing is created. Raises UserError, which names the option --folder.
     """
     place = folder.absolute().parent.resolve() / folder.name
     if len(str(place)) > longest or not re.fullmatch(r"[\w./+-]{2,}", str(place), re.ASCII):
@@ -114,7 +114,7 @@ def exclusive(place: Path) -> Iterator[None]:
 
 
 def file_system(path: Path) -> str:
-    """The kind of file system that a path lies on, or will lie on once it is made."""
+    """Return the type of the file system that a path lies on, or will lie on once it is created."""
     path = Path(os.path.abspath(path))
     while not path.exists():
         path = path.parent

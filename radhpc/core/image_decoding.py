@@ -1,9 +1,9 @@
-"""Encoded bytes to pictures. Shards hold images that were shrunk when they were built, in 8 bits or in 16.
+"""Decode images. Shards hold images that were shrunk when they were built, in 8 bits or in 16.
 
     decode(data, view)    # a member's bytes and its View (sample.py) -> a picture of 8 bits: gray (L) or colour (RGB)
 
-Enters: the bytes of `<key>.<n>.jpg`, `.png` or `.jxl`. Leaves: a picture of Pillow's, for image_processors.py and
-for people. Made for threads: the decoders work without Python's lock.
+Enters: the bytes of `<key>.<n>.jpg`, `.png` or `.jxl`. Leaves: a Pillow image, for image_processors.py and
+for people. Made for threads: the decoders release Python's lock.
 """
 
 import io
@@ -22,9 +22,9 @@ _WANTED = {"Gray": "GRAY", "YCbCr": "RGB", "RGB": "RGB"}  # what a JPEG holds ->
 
 
 def decode(data: bytes | memoryview, view: View | None = None) -> Image.Image:
-    """Decode one member of a shard to 8 bits. Raises OSError where the bytes are no whole image.
+    """Decode one member of a shard to 8 bits. Raises OSError unless the bytes are one complete image.
 
-    What has 16 bits goes through the view's window; without one, the whole range of 16 bits is shown.
+    16-bit images are mapped through the view's window; without one, through the full range of 16 bits.
     """
     start = bytes(data[:25])
     try:
@@ -40,10 +40,10 @@ def decode(data: bytes | memoryview, view: View | None = None) -> Image.Image:
 
 
 def _jpeg(data: bytes | memoryview) -> Image.Image:
-    """A JPEG through libjpeg-turbo, gray in one channel. Raises ValueError where the decoder so much as warns.
+    """Decode a JPEG with libjpeg-turbo, gray in one channel. Raises ValueError even for a warning of the decoder.
 
-    libjpeg warns and goes on where data are missing or damaged, and leaves the rest of the picture gray. Of its
-    wrappers simplejpeg alone takes a warning for an error: imagecodecs returns half a picture of half a file, and
+    libjpeg warns and continues where data are missing or damaged, and leaves the rest of the picture gray. Of its
+    wrappers only simplejpeg treats a warning as an error: imagecodecs returns half a picture of half a file, and
     Pillow and OpenCV return a damaged one where bytes are missing in the middle.
     """
     import simplejpeg
@@ -59,7 +59,7 @@ def _jpeg(data: bytes | memoryview) -> Image.Image:
 
 
 def _sixteen_bits(codec: Callable[[Any], npt.NDArray[Any]], view: View | None) -> Image.Image:
-    """What imagecodecs decodes, through the view's window. Raises RuntimeError or ValueError, as imagecodecs does."""
+    """Decode with imagecodecs, map through the view's window. Raises RuntimeError or ValueError, as imagecodecs."""
     import imagecodecs
 
     pixels = codec(imagecodecs)
@@ -69,19 +69,19 @@ def _sixteen_bits(codec: Callable[[Any], npt.NDArray[Any]], view: View | None) -
 
 
 def _any(data: bytes | memoryview) -> Image.Image:
-    """Whatever else Pillow reads."""
+    """Decode any other format that Pillow reads."""
     image = Image.open(io.BytesIO(data))
     image.load()
     return image
 
 
 def lookup_window(values: npt.NDArray[Any], window: tuple[float, float]) -> npt.NDArray[np.uint8]:
-    """16-bit values through a window, as the View says it: the pixels that a JPEG of the same image was made of."""
+    """Map 16-bit values through a window (black, white), by a table: the pixels that a JPEG of the same image holds."""
     return scale_window(np.arange(1 << 16), window).take(values)
 
 
 def scale_window(values: npt.NDArray[Any], window: tuple[float, float]) -> npt.NDArray[np.uint8]:
-    """Values of any kind through a window of (black, white): 0 to 255, all black where the two are equal."""
+    """Map values of any type through a window (black, white) to 0..255; all black if the two are equal."""
     black, white = window
     if black == white:
         return np.zeros(values.shape, np.uint8)

@@ -1,8 +1,8 @@
-"""The ledger: which samples were trained on, step by step, by every rank in every life of a run.
+"""Keep the ledger: the samples trained on, step by step, by every rank in every life of a run.
 
 A rank appends one line after each optimizer step. A step whose checkpoint was lost (a hard kill) is trained
-again in a later life and then stands in both; what the weights have seen is what the *last* life that
-trained the step says, and the earlier line is a replay. Example line:
+again in a later life and then stands in both; the weights have seen what the *last* life that
+trained the step recorded, and the earlier line is a replay. Example line:
 
     {"stage": 0, "step": 17, "keys": ["padchest-8d…", …], "bad": [["padchest-3f…", "train-000007.tar: …"]]}
 """
@@ -19,14 +19,14 @@ from radhpc.core.files import append_line, read_lines
 
 
 class Ledger:
-    """The open file of one rank in one life."""
+    """The open ledger file of one rank in one life."""
 
     def __init__(self, folder: Path, life: int, rank: int) -> None:
         path = folder / f"life-{life:04d}.rank-{rank:05d}.jsonl"
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
     def append(self, stage: int, step: int, keys: list[str], bad: list[tuple[str, str]]) -> None:
-        """Record one step: global step number (from 1), keys trained on, and those that could not be read, and why."""
+        """Record one step: its global number (from 1), the keys trained on, (key, reason) of unreadable ones."""
         line = json.dumps({"stage": stage, "step": step, "keys": keys, "bad": bad}) + "\n"
         append_line(self._descriptor, line.encode())
 
@@ -36,7 +36,7 @@ class Ledger:
 
 @dataclass
 class ConsumedSamples:
-    """What the weights have seen, and what was trained on in vain."""
+    """The samples that the weights have seen, and the steps that were trained in vain."""
 
     steps: dict[int, list[str]] = field(default_factory=dict)  # keys of each step, in sorted order
     stages: dict[int, int] = field(default_factory=dict)  # stage of each step
@@ -45,7 +45,7 @@ class ConsumedSamples:
 
 
 def read_ledger(folder: Path, up_to: int | None = None) -> ConsumedSamples:
-    """Read all lives: per step the last life that trained it counts. `up_to`: ignore later steps."""
+    """Read the files of all lives: for each step the last life that trained it counts. `up_to`: ignore later steps."""
     lives: dict[int, dict[int, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))  # step -> life -> lines
     for path in sorted(folder.glob("life-*.rank-*.jsonl")):
         match = re.fullmatch(r"life-(\d+)\.rank-\d+\.jsonl", path.name)

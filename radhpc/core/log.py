@@ -1,4 +1,4 @@
-"""What a person reads while it runs: lines with time and rank, and progress with a rate and an ETA.
+"""Show people what a run does: lines with time and rank, and progress with a rate and an ETA.
 
 On a terminal progress is a Rich bar; in a job's log it is a plain line every ten seconds. Both go to standard
 error, so that standard output belongs to results.
@@ -35,10 +35,10 @@ def start_logging(rank: int = 0, world: int = 1) -> None:
 
 
 class Bar:
-    """Progress of one piece of work. Use as a context; a hidden bar (on ranks other than 0) does nothing."""
+    """The progress of one piece of work. Use as a context; a hidden bar (on ranks other than 0) does nothing."""
 
-    def __init__(self, what: str, total: int, done: int = 0, unit: str = "", hidden: bool = False) -> None:
-        self.what, self.total, self.unit, self.hidden = what, total, unit, hidden
+    def __init__(self, title: str, total: int, done: int = 0, unit: str = "", hidden: bool = False) -> None:
+        self.title, self.total, self.unit, self.hidden = title, total, unit, hidden
         self.done = self.start_done = done
         self.started = self._said = time.monotonic()
         self._progress: Progress | None = None
@@ -57,7 +57,7 @@ class Bar:
                 TextColumn("{task.fields[note]}"),
                 console=console,
             )
-            self._task = self._progress.add_task(self.what, total=self.total, completed=self.done, rate="", note="")
+            self._task = self._progress.add_task(self.title, total=self.total, completed=self.done, rate="", note="")
             self._progress.start()
         return self
 
@@ -70,7 +70,7 @@ class Bar:
             self._say("")
 
     def update(self, done: int, note: str = "", total: int | None = None) -> None:
-        """Set how much is done; `note` is shown behind, such as the loss."""
+        """Set how much is done; `note`, such as the loss, is shown after it."""
         self.done = done
         self.total = self.total if total is None else total
         if self.hidden:
@@ -90,4 +90,4 @@ class Bar:
         seconds = self._said - self.started
         speed = (self.done - self.start_done) / seconds if seconds > 0 else 0.0
         left = f"{(self.total - self.done) / speed:.0f} s" if speed > 0 else "?"
-        log.info("%s %d/%d %s eta %s %s", self.what, self.done, self.total, self._rate(), left, note)
+        log.info("%s %d/%d %s eta %s %s", self.title, self.done, self.total, self._rate(), left, note)

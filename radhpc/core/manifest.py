@@ -1,4 +1,4 @@
-"""The manifest: which shards there are, and where each member of each sample lies, to the byte.
+"""Describe shards: the manifest lists them, and its index says where each member of each sample lies, to the byte.
 
 Two files beside the shards. `index.npz` holds one row per sample and one per member as plain numpy columns;
 `manifest.json` holds the counts, the shards with their sha256, and the sha256 of the index. It is written
@@ -35,7 +35,7 @@ _QUESTIONS = 16  # to a store at a time
 
 
 class ManifestStore(Protocol):
-    """What the manifest needs of a store."""
+    """The part of storage.store.Store that the manifest uses."""
 
     url: str
     subset: str | None
@@ -56,7 +56,7 @@ class FileEntry(BaseModel):
 
 
 class Shard(FileEntry):
-    """One tar."""
+    """One tar of samples."""
 
     samples: int = Field(gt=0)
 
@@ -102,11 +102,11 @@ class SampleIndex:
             )
 
     def of_split(self, split: str) -> npt.NDArray[np.int64]:
-        """The positions of a split's samples, ascending."""
-        return np.flatnonzero(self.split == SPLITS.index(split))  # type: ignore[arg-type]
+        """Return the positions of a split's samples, ascending."""
+        return np.flatnonzero(self.split == SPLITS.index(split))
 
     def take(self, rows: npt.NDArray[np.int64]) -> "SampleIndex":
-        """The index of some of the samples, in the order of `rows`."""
+        """Return the index of some of the samples, in the order of `rows`."""
         counts = np.diff(self.first)[rows]
         ends = np.cumsum(counts)
         members = np.repeat(self.first[rows] - (ends - counts), counts) + np.arange(counts.sum())
@@ -134,7 +134,7 @@ class SampleIndex:
 
 
 class Manifest(BaseModel):
-    """What `manifest.json` holds, or the file of a subset."""
+    """The content of `manifest.json`, or of a subset's file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -159,7 +159,7 @@ class Manifest(BaseModel):
 
     @property
     def hash(self) -> str:
-        """The identity of the data: equal hashes mean equal bytes of every shard."""
+        """Return the identity of the data: equal hashes mean equal bytes of every shard."""
         return sha256(self.to_bytes())
 
     @classmethod
@@ -191,9 +191,9 @@ class Manifest(BaseModel):
         except FileNotFoundError as error:
             raise UserError(f"{store.url}: {missing}") from error
         except ValidationError as error:
-            what = error.errors()[0]
-            where = ".".join(map(str, what["loc"])) or "the file"
-            raise UserError(f"{store.url}/{name}: {where}: {what['msg']}") from error
+            problem = error.errors()[0]
+            where = ".".join(map(str, problem["loc"])) or "the file"
+            raise UserError(f"{store.url}/{name}: {where}: {problem['msg']}") from error
 
     def load_index(self, store: ManifestStore) -> SampleIndex:
         """Read the columns and check them against the manifest."""
@@ -204,7 +204,7 @@ class Manifest(BaseModel):
             raise UserError(f"{store.url}/{self.index.name}: {first_line(error)}") from error
 
     def load_fingerprints(self, store: ManifestStore) -> npt.NDArray[np.uint8]:
-        """The perceptual hashes of all images, (images, 32), in the order of the index; checked by their sha256."""
+        """Read the perceptual hashes of all images, (images, 32), in the order of the index; check their sha256."""
         assert self.fingerprints is not None, "shards without fingerprints"
         return np.asarray(np.load(io.BytesIO(self._read_file(store, self.fingerprints)), allow_pickle=False))
 

@@ -1,11 +1,11 @@
-"""Model families and dataset readers of other packages, announced by entry points.
+"""Find model families and dataset readers of other packages, announced by entry points.
 
     [project.entry-points."radhpc.families"]
     mymodel = "my_package.registration:ENTRY"        # a radhpc.core.families.FamilyEntry
     [project.entry-points."radhpc.datasets"]
     myarchive = "my_package.myarchive"               # a module as shards.datasets.reader.Reader describes it
 
-Only what is asked for by name is imported.
+Only a plugin that is asked for by name is imported.
 """
 
 from importlib.metadata import EntryPoint, entry_points
@@ -17,7 +17,7 @@ FAMILIES, DATASETS = "radhpc.families", "radhpc.datasets"
 
 
 def installed(group: str) -> dict[str, EntryPoint]:
-    """The entry points of a group by name. Raises UserError where two packages announce the same name."""
+    """Return the entry points of a group by name. Raises UserError if two packages announce the same name."""
     result: dict[str, EntryPoint] = {}
     for entry in entry_points(group=group):
         other = result.setdefault(entry.name, entry)
@@ -27,7 +27,7 @@ def installed(group: str) -> dict[str, EntryPoint]:
 
 
 def load(entry: EntryPoint) -> Any:
-    """Import what an entry point names. Raises UserError where that fails."""
+    """Import the object that an entry point names. Raises UserError if that fails."""
     try:
         return entry.load()
     except Exception as error:
@@ -35,6 +35,6 @@ def load(entry: EntryPoint) -> Any:
 
 
 def versions() -> dict[str, str]:
-    """Name and version of every distribution that announces a family or a reader."""
+    """Return name and version of every distribution that announces a family or a reader."""
     entries = [entry for group in (FAMILIES, DATASETS) for entry in entry_points(group=group)]
     return {entry.dist.name: entry.dist.version for entry in entries if entry.dist is not None}

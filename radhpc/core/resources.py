@@ -1,4 +1,4 @@
-"""Data files of the installation: recipes, wherever the project was installed from.
+"""Find the data files of the installation: recipes, in a wheel or in a checkout.
 
 A wheel carries recipes/ inside the package; a checkout has the folder beside it.
 """
@@ -10,24 +10,24 @@ from radhpc.core.errors import UserError, nearest
 
 
 def folder(package: str) -> Path:
-    """The folder of a package's data files. Wheels are unpacked on the disk, so that there is one."""
+    """Return the folder of a package's data files; wheels are unpacked on the disk."""
     return Path(str(files(package)))
 
 
 def recipes() -> Path:
-    """The folder of the recipes that come with radhpc."""
+    """Return the folder of the recipes that come with radhpc."""
     packaged = folder("radhpc") / "recipes"
     return packaged if packaged.is_dir() else folder("radhpc").parent / "recipes"
 
 
 def recipe_names(sub: str = "") -> list[str]:
-    """Names of the recipes that come with radhpc, such as 'quickstart' and 'tiny/gla'; `sub`: those of a subfolder."""
+    """Return the names of radhpc's recipes, such as 'quickstart' and 'tiny/gla'; `sub`: those of a subfolder."""
     top = recipes() / sub
     return sorted(str(path.relative_to(top).with_suffix("")) for path in top.rglob("*.yaml"))
 
 
 def find_recipe(name: str | Path, sub: str = "") -> Path:
-    """A recipe by path, or by the name of one that comes with radhpc. Raises UserError where there is neither.
+    """Find a recipe by its path, or by the name of one that comes with radhpc. Raises UserError if there is neither.
 
     A path wins over a name. `recipes/x.yaml` is found from any folder. `sub`: a subfolder whose names also hold alone.
     """
@@ -50,7 +50,7 @@ def find_recipe(name: str | Path, sub: str = "") -> Path:
 
 
 def install_hint(extra: str) -> str:
-    """How to install what only some people need, wherever the project was installed from."""
+    """Return the command that installs an extra, for a checkout or a wheel."""
     checkout = folder("radhpc").parent / "pyproject.toml"
-    what = f"-e '.[{extra}]' in {checkout.parent}" if checkout.exists() else f"'WHEEL[{extra}]', with radhpc's wheel"
-    return f"pip install {what}"
+    target = f"-e '.[{extra}]' in {checkout.parent}" if checkout.exists() else f"'WHEEL[{extra}]', with radhpc's wheel"
+    return f"pip install {target}"

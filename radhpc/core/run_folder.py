@@ -1,4 +1,4 @@
-"""The run folder: all that a run is, as files that outlive every job that worked on it.
+"""Keep a run: all of it is files in its folder, which outlive every job that worked on it.
 
     recipe.yaml     the frozen recipe            checkpoints/   step-N/, see checkpoint.py
     events.jsonl    what happened, append-only   tensorboard/   event files
@@ -10,8 +10,8 @@
     code/           what the jobs run            code-N/        what `resume --current-code` replaced
     index/          training studies by looks    profile/       traces of steps that were asked for
 
-Written by rank 0 alone, except ledger/, logs/, code/ and the event of a hang. Private: only its owner may read it.
-logs/reserve.* keep some room for the last words of a life that fills the disk.
+Only rank 0 writes, except to ledger/, logs/, code/ and the event of a hang. Only the owner may read it.
+logs/reserve.* keep some room for the last records of a life that fills the disk.
 """
 
 import json
@@ -37,14 +37,14 @@ _SPEAKERS: tuple[Speaker, ...] = ("ranks", "decision")
 
 
 class RunFolder:
-    """Paths and small files of one run."""
+    """The paths and small files of one run."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path).absolute()
 
     @classmethod
     def create(cls, path: Path, recipe: Recipe) -> "RunFolder":
-        """Make the folder and freeze the recipe. Raises UserError where a run is there already."""
+        """Create the folder and freeze the recipe. Raises UserError if it already holds a run."""
         run = cls(path)
         if run.recipe_path.exists():
             raise UserError(f"{path}: a run is there already; go on with 'radhpc resume {path}' or name another folder")
@@ -62,11 +62,11 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "RunFolder":
-        """Open an existing run. Raises UserError where there is none."""
+        """Open an existing run. Raises UserError if there is none."""
         run = cls(path)
         if not run.recipe_path.exists():
-            beside = [p.parent.name for p in run.path.parent.glob("*/recipe.yaml")]
-            raise UserError(f"{path}: no run there (no recipe.yaml){nearest(run.path.name, beside)}")
+            siblings = [p.parent.name for p in run.path.parent.glob("*/recipe.yaml")]
+            raise UserError(f"{path}: no run there (no recipe.yaml){nearest(run.path.name, siblings)}")
         return run
 
     @property
@@ -75,11 +75,11 @@ class RunFolder:
 
     @property
     def code(self) -> Path:
-        """The code that its jobs run, with environment.json: where it is from, and the versions beside it."""
+        """Return the folder of the code that its jobs run, with environment.json: origin and versions of libraries."""
         return self.path / "code"
 
     def recipe(self) -> Recipe:
-        """The frozen recipe, under the engine that the run was last resumed with."""
+        """Return the frozen recipe, under the engine that the run was last resumed with."""
         recipe, changed = load(self.recipe_path), self.events(Event.ENGINE_CHANGED)
         return recipe.under(changed[-1]["engine"], self.recipe_path) if changed else recipe
 
@@ -91,12 +91,12 @@ class RunFolder:
 
     @property
     def evaluated_run(self) -> "RunFolder | None":
-        """The run that a job evaluates whose folder this is; None for a run."""
+        """Return the run that this job evaluates, or None if this folder is a run's own."""
         task = read_json(self.path / EVALUATION)
         return None if task is None else RunFolder(task["run"])
 
     def folder(self, name: str) -> Path:
-        """A subfolder, made where it is missing."""
+        """Return a subfolder, created if it is missing."""
         folder = self.path / name
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         return folder
@@ -117,42 +117,42 @@ class RunFolder:
             os.close(descriptor)
 
     def reserve_space(self) -> None:
-        """Keep some of the disk for the last words of a life that fills it up. Raises OSError where it is full."""
-        for who in _SPEAKERS:
-            if not self.reserve_path(who).exists():
+        """Reserve some of the disk for the last records of a life that fills it up. Raises OSError if it is full."""
+        for speaker in _SPEAKERS:
+            if not self.reserve_path(speaker).exists():
                 # Random, as some file systems compress.
-                write_atomically(self.reserve_path(who), os.urandom(_RESERVE), 0o600)
+                write_atomically(self.reserve_path(speaker), os.urandom(_RESERVE), 0o600)
 
     def release_space(self) -> None:
-        """The end of reserve_space: nothing is left to be said."""
-        for who in _SPEAKERS:
-            self.reserve_path(who).unlink(missing_ok=True)
+        """Delete the reserve: nothing is left to be recorded."""
+        for speaker in _SPEAKERS:
+            self.reserve_path(speaker).unlink(missing_ok=True)
 
-    def reserve_path(self, who: Speaker) -> Path:
-        """The file for write_with_reserve: of the ranks, or of slurm.requeue, which decides after them."""
-        return self.folder("logs") / f"reserve.{who}"
+    def reserve_path(self, speaker: Speaker) -> Path:
+        """Return the reserve for write_with_reserve: of the ranks, or of slurm.requeue, which decides after them."""
+        return self.folder("logs") / f"reserve.{speaker}"
 
     def events(self, *names: Event) -> list[dict[str, Any]]:
-        """The events so far, oldest first; a last line that was cut by a crash is left out."""
+        """Return the events so far, or those of some names, oldest first; a last line cut by a crash is left out."""
         return [event for event in read_lines(self.path / "events.jsonl") if not names or event["event"] in names]
 
     @property
     def lives(self) -> int:
-        """How many times a job has started on this run."""
+        """Return how many times a job has started on this run."""
         return len(self.events(Event.STARTED))
 
     # How ranks ended
 
     def end_path(self, rank: int) -> Path:
-        """The end file of a rank."""
+        """Return the path of a rank's end file."""
         return self.path / "logs" / end_file(rank)
 
     def end_paths(self) -> dict[int, Path]:
-        """The end files that are there, by rank."""
+        """Return the end files that exist, by rank."""
         return {rank_of(path): path for path in sorted((self.path / "logs").glob(END_FILES))}
 
     def record_end(self, rank: int, outcome: Outcome, trace: str = "", culprits: Sequence[CulpritRecord] = ()) -> None:
-        """Write a rank's end file. Raises OSError where the disk is full and the reserve of the ranks is used up."""
+        """Write a rank's end file. Raises OSError if the disk is full and the reserve of the ranks is used up."""
         end: RankEnd = {
             "state": outcome.state, "cause": outcome.cause, "step": outcome.step,
             "host": node_name(), "traceback": trace, "culprits": list(culprits),
@@ -183,7 +183,7 @@ class RunFolder:
     # A request to stop
 
     def request_stop(self) -> None:
-        """Ask the living job to save at its next step and to end for good."""
+        """Ask the running job to save at its next step and to end for good."""
         write_atomically(self.path / "stop", now().encode(), 0o600)
 
     def stop_requested(self) -> bool:
@@ -203,12 +203,12 @@ def step_of(name: str) -> int:
 
 
 def by_step(path: Path) -> tuple[int, str]:
-    """Sort folders that are named by a step; of one step, by the rest of their names."""
+    """Return the sorting key of a folder that is named by a step: the step, then the name."""
     return step_of(path.name), path.name
 
 
 def process_alive(job: dict[str, Any]) -> bool:
-    """Whether the process that job.json names still runs on this machine; another host's cannot be seen."""
+    """Return whether the process that job.json names still runs on this machine; another host's cannot be seen."""
     if job.get("host") != socket.gethostname():
         return False
     try:
@@ -219,12 +219,12 @@ def process_alive(job: dict[str, Any]) -> bool:
 
 
 def process_start(pid: int) -> str:
-    """The kernel's start time of a process: with the pid it names a process for good, as pids come again."""
+    """Return the kernel's start time of a process: as pids are reused, both together identify a process."""
     return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
 
 
 def node_name() -> str:
-    """What the scheduler calls this machine, or what it calls itself."""
+    """Return the scheduler's name of this machine, or else its own."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 

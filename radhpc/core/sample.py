@@ -1,6 +1,6 @@
-"""One study as it lies in a shard: `<key>.<n>.jpg` (or png, jxl) for each view and `<key>.json`, described here.
+"""Define one study as a shard holds it: `<key>.<n>.jpg` (or png, jxl) for each view and `<key>.json`, described here.
 
-The JSON is the whole of what training may know about a study. Unknown fields are refused, so that a date, a
+The JSON is all that training may know about a study. Unknown fields are refused, so that a date, a
 name or an accession number cannot slip into a shard with a new reader. Patient and study are salted hashes.
 """
 
@@ -47,7 +47,7 @@ class Report(BaseModel):
     other: str | None = None
 
     def text(self, sections: tuple[str, ...] = ("findings", "impression", "other")) -> str:
-        """Join the wanted sections: headed by their names, or bare where there is just `other`."""
+        """Join the requested sections, headed by their names, or bare if there is just `other`."""
         parts: dict[str, str] = {name: value for name in sections if (value := getattr(self, name))}
         if set(parts) == {"other"}:
             return parts["other"]
@@ -55,7 +55,7 @@ class Report(BaseModel):
 
 
 class Sample(BaseModel):
-    """One study: what `<key>.json` holds."""
+    """One study: the content of `<key>.json`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -86,7 +86,7 @@ class Sample(BaseModel):
 
     @property
     def key(self) -> str:
-        """The name of its members in the tar, without a dot: WebDataset readers split names at the first dot."""
+        """Return the name of its members in the tar, without a dot: WebDataset readers split names at the first dot."""
         return f"{self.dataset}-{self.study}"
 
 

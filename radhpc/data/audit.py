@@ -1,4 +1,4 @@
-"""Proof of which samples a run was trained on: the ledger against the order, epoch by epoch."""
+"""Prove which samples a run was trained on: compare its ledger with the order, epoch by epoch."""
 
 from collections import Counter, defaultdict
 from typing import Any
@@ -17,7 +17,7 @@ _STEPS = 256  # whose positions are looked up at a time
 
 
 def audit(run: RunFolder) -> dict[str, Any]:
-    """Per stage and epoch: samples due so far, seen, missing, and repeated or foreign; and the run's topologies.
+    """Report per stage and epoch the samples due so far, seen, missing, and repeated or foreign; and the topologies.
 
     With weights, each dataset has epochs of its own. A step that a hard kill undid was trained again in a later life
     and counts once; `replayed_steps` says how many. A sample that could not be read counts as seen, and is named in

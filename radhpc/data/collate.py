@@ -1,4 +1,4 @@
-"""Samples to batches: the prompt and the answer of a task as tokens, and which of them are taught.
+"""Turn samples into batches: the prompt and the answer of a task as tokens, and which of them are learnt.
 
 Enters: a Sample with its decoded views. Leaves: an EncodedStudy, and from several of them one padded batch, in which
 prompt, image tokens and padding carry the label -100. Example: a study with one view, prompt of 12 tokens and
@@ -22,10 +22,10 @@ from radhpc.data.tasks import AnswerNotAllowed, TaskExample, Tasks
 from radhpc.models.family import Arrays, ModelFamily
 from radhpc.models.image_processors import stitch
 
-TARGET_KEYS = ("labels", "findings", "groups")  # in a batch: what a model that is asked is not given
+TARGET_KEYS = ("labels", "findings", "groups")  # in a batch: what a model must not see when it generates
 UNKNOWN = -1  # a finding that the study says nothing about
 
-NEIGHBOUR_WORDS = 60  # of the report of a training study that looks alike
+NEIGHBOUR_WORDS = 60  # of the report of a similar training study
 
 _PROMPTS = 4096  # whose tokens are kept
 
@@ -53,7 +53,7 @@ class EncodedStudy:
         return len(self.input_ids)
 
 
-_NOTHING = [Image.new("L", (64, 64))]
+_BLACK_IMAGE = [Image.new("L", (64, 64))]
 
 
 class StudyEncoder:
@@ -71,10 +71,10 @@ class StudyEncoder:
         """`labelled`: whether batches hold the findings, too. Raises UserError for a prompt that leaves no room."""
         self.family, self.text, self.images, self.labelled = family, text, images, labelled
         self.tasks = Tasks(text, findings, seed)
-        self.loss_groups: tuple[tuple[str, str], ...] = ()  # whose losses are told apart: set_loss_groups
+        self.loss_groups: tuple[tuple[str, str], ...] = ()  # whose losses are reported apart: set_loss_groups
         # Views and patient -> reports of similar training studies, where the recipe wants them: retrieval_indexes.py
         self.retrieve: Callable[[Sequence[Image.Image], str], list[str]] | None = None
-        self._known: dict[tuple[str, int], list[int]] = {}  # the ids of the recipe's own prompts, by number of views
+        self._prompt_ids: dict[tuple[str, int], list[int]] = {}  # of prompts, by number of views
         for name, task in self.tasks.mixture.items():
             if task.kind in ("report", "caption", "findings") and len(ids := self._ids(task.prompt)) >= text.max_tokens:
                 where = f"text.tasks.{name}" if text.tasks else "text.prompt"
@@ -84,23 +84,23 @@ class StudyEncoder:
                 )
 
     def set_loss_groups(self, datasets: Sequence[str]) -> None:
-        """From now on batches say which of these datasets and which task each row is of."""
+        """Let batches say which of these datasets and which task each row belongs to, from now on."""
         names = dict.fromkeys(datasets)
         self.loss_groups = (*(("dataset", name) for name in names), *(("task", name) for name in self.text.mixture()))
 
     def reference(self, sample: Sample) -> str:
-        """What the model shall say in an evaluation, of the first task of the recipe that the study can serve."""
-        asked = self.tasks.default(sample)
-        return asked.answer if asked else ""
+        """Return the reference answer of an evaluation: that of the first task that the study can serve."""
+        example = self.tasks.default(sample)
+        return example.answer if example else ""
 
     def read(self, raw: RawSample) -> EncodedStudy:
         """Decode and encode one sample for training. Raises BadSample."""
         key, sample, views = decode_study(raw)
         try:
-            asked = self.tasks.draw(sample, raw.epoch)
+            example = self.tasks.draw(sample, raw.epoch)
         except AnswerNotAllowed as error:
             raise BadSample(key, str(error)) from error
-        row = self._encode(key, sample, views, asked)
+        row = self._encode(key, sample, views, example)
         if row.length > self.text.max_tokens and row.supervised:
             tokens = f"{row.length - row.supervised} tokens"
             raise BadSample(
@@ -113,13 +113,13 @@ class StudyEncoder:
         return self._encode(key, sample, views, self.tasks.default(sample))
 
     def _encode(
-        self, key: str, sample: Sample, views: Sequence[Image.Image], asked: TaskExample | None
+        self, key: str, sample: Sample, views: Sequence[Image.Image], example: TaskExample | None
     ) -> EncodedStudy:
-        """A study that serves no task has no supervised token: it is passed over, not taught."""
-        text = asked.prompt if asked else self.tasks.default_prompt(sample.language)
-        text = self._grounded(text, asked, views, sample.patient)
-        images, prompt = self._asked(text, self.order_views(views, sample))
-        ids = [*self._ids(asked.answer), self.family.tokenizer.eos_token_id] if asked and asked.answer else []
+        """Encode prompt and answer. A study that serves no task has no supervised token: nothing is learnt from it."""
+        text = example.prompt if example else self.tasks.default_prompt(sample.language)
+        text = self._grounded(text, example, views, sample.patient)
+        images, prompt = self._encode_prompt_and_images(text, self.order_views(views, sample))
+        ids = [*self._ids(example.answer), self.family.tokenizer.eos_token_id] if example and example.answer else []
         room = max(1, self.text.max_tokens - len(prompt))
         cut = len(ids) > room
         ids = ids[:room]
@@ -130,7 +130,7 @@ class StudyEncoder:
             images,
             cut,
             self._findings(sample),
-            asked.task if asked else "",
+            example.task if example else "",
             sample.dataset,
         )
 
@@ -141,30 +141,30 @@ class StudyEncoder:
         question; else of the recipe's first task that needs neither.
         """
         language = sample.language if sample else "en"
-        asked = self.tasks.default(sample) if sample is not None and not (question and not sample.answer) else None
-        if asked is not None:
-            text = asked.prompt
+        example = self.tasks.default(sample) if sample is not None and not (question and not sample.answer) else None
+        if example is not None:
+            text = example.prompt
         elif question:
             text = self.tasks.question_prompt(question, language)
         else:
             text = self.tasks.default_prompt(language)
-        if not question and views is not _NOTHING:
-            text = self._grounded(text, asked, views, sample.patient if sample else "")
-        images, prompt = self._asked(text, self.order_views(views, sample))
+        if not question and views is not _BLACK_IMAGE:
+            text = self._grounded(text, example, views, sample.patient if sample else "")
+        images, prompt = self._encode_prompt_and_images(text, self.order_views(views, sample))
         ids = np.asarray(prompt, np.int64)
         return EncodedStudy(key, ids, np.full_like(ids, IGNORE), images)
 
     def neighbour_texts(self, views: Sequence[Image.Image], patient: str = "") -> list[str]:
-        """What stands before the prompt of a report: of each training study that looks alike, the beginning."""
-        found = self.retrieve(views, patient) if self.retrieve is not None else []
-        return [" ".join(text.split()[:NEIGHBOUR_WORDS]) for text in found]
+        """Return the texts before the prompt of a report: the beginning of each similar study's report."""
+        reports = self.retrieve(views, patient) if self.retrieve is not None else []
+        return [" ".join(text.split()[:NEIGHBOUR_WORDS]) for text in reports]
 
-    def _grounded(self, prompt: str, asked: TaskExample | None, views: Sequence[Image.Image], patient: str) -> str:
-        """The prompt of a report behind reports of similar studies, if the recipe wants them."""
-        if asked is not None and asked.task and self.tasks.mixture[asked.task].kind != "report":
+    def _grounded(self, prompt: str, example: TaskExample | None, views: Sequence[Image.Image], patient: str) -> str:
+        """Put the reports of similar studies before the prompt of a report, if the recipe asks for them."""
+        if example is not None and example.task and self.tasks.mixture[example.task].kind != "report":
             return prompt
-        told = [f"Similar study {n}: {text}" for n, text in enumerate(self.neighbour_texts(views, patient), 1)]
-        return "\n".join([*told, prompt])
+        reports = [f"Similar study {n}: {text}" for n, text in enumerate(self.neighbour_texts(views, patient), 1)]
+        return "\n".join([*reports, prompt])
 
     def _findings(self, sample: Sample) -> npt.NDArray[np.int8] | None:
         if not self.labelled:
@@ -173,10 +173,10 @@ class StudyEncoder:
         return np.asarray([int(known.get(name, UNKNOWN)) for name in self.tasks.findings.names], np.int8)
 
     def empty(self) -> EncodedStudy:
-        """A slot without a sample: a black image and a prompt, nothing supervised. Every rank computes as many
+        """Return a slot without a sample: a black image and a prompt, nothing supervised. Every rank computes as many
         forward passes as its peers, and none ever meets a batch without an image.
         """
-        return self.encode_prompt("", None, _NOTHING)
+        return self.encode_prompt("", None, _BLACK_IMAGE)
 
     def batch(self, rows: Sequence[EncodedStudy], left: bool = False) -> Batch:
         """Pad to the longest row: on the right for training, on the left for generation."""
@@ -196,15 +196,15 @@ class StudyEncoder:
         }
 
     def _collated_findings(self, rows: Sequence[EncodedStudy], left: bool) -> Batch:
-        """(rows, names); nothing is known about a slot without a sample."""
+        """Return (rows, names); the findings of a slot without a sample are unknown."""
         if not self.labelled or left:
             return {}
-        nothing = np.full(len(self.tasks.findings.names), UNKNOWN, np.int8)
-        known = [nothing if row.findings is None else row.findings for row in rows]
+        unknown = np.full(len(self.tasks.findings.names), UNKNOWN, np.int8)
+        known = [unknown if row.findings is None else row.findings for row in rows]
         return {"findings": torch.from_numpy(np.stack(known))}
 
     def order_views(self, views: Sequence[Image.Image], sample: Sample | None) -> Sequence[Image.Image]:
-        """The views by their projections as the recipe wants them; those of one projection stay as they were."""
+        """Sort the views by their projections as the recipe asks; those of one projection keep their order."""
         if self.images.order is None or sample is None:
             return views
         first = {name.casefold(): n for n, name in enumerate(self.images.order)}
@@ -213,36 +213,36 @@ class StudyEncoder:
         return [views[n] for n in sorted(range(len(views)), key=known.__getitem__)]
 
     def _collated_groups(self, rows: Sequence[EncodedStudy], left: bool) -> Batch:
-        """(rows, kinds) of 0 and 1: the dataset and the task of each row."""
+        """Return (rows, groups) of 0 and 1: the dataset and the task of each row."""
         if not self.loss_groups or left:
             return {}
-        found = [[getattr(row, kind) == name for kind, name in self.loss_groups] for row in rows]
-        return {"groups": torch.tensor(found, dtype=torch.float32)}
+        membership = [[getattr(row, kind) == name for kind, name in self.loss_groups] for row in rows]
+        return {"groups": torch.tensor(membership, dtype=torch.float32)}
 
     def _shown(self, views: Sequence[Image.Image]) -> Sequence[Image.Image]:
-        """The pictures that the model gets for the views of a study: as many of them as the recipe wants, or one."""
+        """Return the pictures that the model sees of a study: as many views as the recipe allows, or all in one."""
         views = views[: self.images.limit]
         return [stitch(views, self.images.gap, len(views))] if self.images.stitch else views
 
-    def _asked(self, prompt: str, views: Sequence[Image.Image]) -> tuple[Arrays, list[int]]:
-        """The images of a study and the ids of its prompt, with as many image tokens as the images take."""
+    def _encode_prompt_and_images(self, prompt: str, views: Sequence[Image.Image]) -> tuple[Arrays, list[int]]:
+        """Return the images of a study and the ids of its prompt, with as many image tokens as the images take."""
         views = self._shown(views)
         assert views, "the stream gives no study without an image"
         images = self.family.encode_images(views)
         return images, self.family.expand_image_tokens(self._prompt(prompt, len(views)), images)
 
     def _prompt(self, prompt: str, views: int) -> list[int]:
-        if (prompt, views) not in self._known:
-            if len(self._known) > _PROMPTS:  # every question is one
-                self._known.clear()
-            self._known[prompt, views] = self._ids(self.family.prompt(prompt, views))
-        return self._known[prompt, views]
+        if (prompt, views) not in self._prompt_ids:
+            if len(self._prompt_ids) > _PROMPTS:  # every question is one
+                self._prompt_ids.clear()
+            self._prompt_ids[prompt, views] = self._ids(self.family.prompt(prompt, views))
+        return self._prompt_ids[prompt, views]
 
     def _ids(self, text: str) -> list[int]:
         return list(self.family.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def conversation(sample: Sample, text: TextSettings, findings: FindingsSettings = FindingsSettings()) -> str:  # type: ignore[call-arg]  # noqa: B008
-    """What a sample says, question and answer, as a tokenizer is trained on it."""
-    asked = Tasks(text, findings, 0).default(sample)
-    return f"{asked.prompt}\n{asked.answer}" if asked else sample.report.text()
+    """Return the text of a sample, question and answer, as a tokenizer is trained on it."""
+    example = Tasks(text, findings, 0).default(sample)
+    return f"{example.prompt}\n{example.answer}" if example else sample.report.text()

@@ -1,6 +1,6 @@
-"""Is this a radiograph at all? A plain test of colour, gray levels and detail, before a report is believed.
+"""Check whether a picture is a radiograph at all: a plain test of colour, gray levels and detail.
 
-    radiograph_warnings(view, modality=None) -> ["it is in colour"]       # empty: nothing speaks against it
+    radiograph_warnings(view, modality=None) -> ["it is in colour"]       # empty: no reason to doubt it
 
 Enters: a view of 8 bits, as image_decoding.py decodes it. Each limit lies between what was measured on real chest
 radiographs (22, and one of another archive) and phantoms, which all pass, and drawings, pages of text, charts, noise
@@ -23,29 +23,29 @@ PROJECTIONS = ("CR", "DX", "RG", "RF", "XA", "MG", "PX")  # of DICOM's modalitie
 
 
 def radiograph_warnings(view: Image.Image, modality: str | None = None) -> list[str]:
-    """What speaks against a radiograph, in words; `modality` as a DICOM tells it."""
-    found = []
+    """Return the reasons against a radiograph, in words; `modality` as a DICOM header gives it."""
+    reasons = []
     if modality is not None and modality not in PROJECTIONS:
-        found.append(f"its DICOM header says {modality}")
+        reasons.append(f"its DICOM header says {modality}")
     if max(view.size) > SHAPE * min(view.size):
-        found.append(f"it is {view.width} x {view.height} pixels")
+        reasons.append(f"it is {view.width} x {view.height} pixels")
     if view.mode != "L":
         pixels = np.asarray(_resized(view.convert("RGB")), np.float64)
         if float(np.mean(pixels.max(axis=2) - pixels.min(axis=2))) > COLOUR:
-            found.append("it is in colour")
+            reasons.append("it is in colour")
     gray = view.convert("L")
     shares = np.bincount(np.asarray(gray).ravel(), minlength=256) / (gray.width * gray.height)
     pixels = np.asarray(_resized(gray), np.float64)
     if pixels.std() < FLAT:
-        return [*found, "there is nothing to see on it"]
+        return [*reasons, "there is nothing to see on it"]
     if float(-(shares[shares > 0] * np.log2(shares[shares > 0])).sum()) < BITS:
-        found.append("it has few gray levels, as a drawing")
+        reasons.append("it has few gray levels, as a drawing")
     around = pixels[:-2, 1:-1] + pixels[2:, 1:-1] + pixels[1:-1, :-2] + pixels[1:-1, 2:]
     if float(np.abs(4 * pixels[1:-1, 1:-1] - around).mean() / pixels.std()) > DETAIL:
-        found.append("it has finer detail than a radiograph")
-    return found
+        reasons.append("it has finer detail than a radiograph")
+    return reasons
 
 
 def _resized(view: Image.Image) -> Image.Image:
-    """Shrunk by areas, enlarged smoothly: an enlarged pixel has no edges of its own."""
+    """Shrink by areas and enlarge smoothly: an enlarged pixel has no edges of its own."""
     return view.resize((SIDE, SIDE), Resampling.BOX if min(view.size) >= SIDE else Resampling.BILINEAR)

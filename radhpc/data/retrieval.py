@@ -1,11 +1,11 @@
-"""The training studies whose images are most alike: what a report copied from the nearest one scores, a model has to
-beat; and what a model gets to read that is trained so (`text.neighbours`).
+"""Find the training studies with the most similar images. A report copied from the nearest one is the baseline that a
+model has to beat, and a model may be trained to read such reports (`text.neighbours`).
 
-    library = RetrievalIndex.build(training, answer, 1024, folder, ranks, stop)
-    library.nearest([encode_thumbnail(views) for views in studies])          # a training report for each
-    library.most_similar(encode_thumbnail(views), 2, patient)                       # two of other patients
+    index = RetrievalIndex.build(training, answer, 1024, folder, ranks, stop)
+    index.nearest([encode_thumbnail(views) for views in studies])          # a training report for each
+    index.most_similar(encode_thumbnail(views), 2, patient)                       # two of other patients
 
-An image is 16 by 16 gray pixels of its first view, less their mean and of length one; alike is the largest cosine.
+An image is 16 by 16 gray pixels of its first view, less their mean and of length one; similarity is the cosine.
 That is coarse on purpose: it needs no weights and is the same for every model. Thumbnails of training studies are made
 once and kept in the run folder, in a file whose name and bytes follow from the data alone.
 """
@@ -35,7 +35,7 @@ SIDE = 16
 
 
 def encode_thumbnail(views: Sequence[Image.Image]) -> str:
-    """The first view, small, as text for a JSON file."""
+    """Return the first view, small, as text for a JSON file."""
     small = views[0].convert("L").resize((SIDE, SIDE), Image.Resampling.BOX)
     return base64.b64encode(small.tobytes()).decode()
 
@@ -52,8 +52,8 @@ class RetrievalIndex:
     def build(
         cls, training: Source, answer: Callable[[Sample], str], count: int, folder: Path, ranks: Ranks, stop: Stop
     ) -> "RetrievalIndex":
-        """From so many training studies, the same ones in every evaluation; all ranks read their share. Complete on
-        rank 0 only. Studies with a question, without a text, or that cannot be read are passed over.
+        """Build the index from `count` training studies, the same ones in every evaluation; all ranks read their share.
+        Complete on rank 0 only. Studies with a question, without a text, or that cannot be read are passed over.
         """
         path = cls.path(training, count, folder)
         known = ranks.broadcast(path.exists())
@@ -63,33 +63,33 @@ class RetrievalIndex:
         chosen = [int(n) for n in sampler.permute(np.arange(count), len(training), sampler.number("neighbours"))]
 
         def read() -> list[tuple[str, str, str]]:
-            found = []
+            rows = []
             for number in chosen[ranks.rank :: ranks.world]:
                 try:
                     _, sample, views = training.read(number)
                 except BadSample:  # the stream names it when its turn comes
                     continue
-                if sample.question is None and (told := answer(sample)):
-                    found.append((encode_thumbnail(views), told, sample.patient))
-            return found
+                if sample.question is None and (text := answer(sample)):
+                    rows.append((encode_thumbnail(views), text, sample.patient))
+            return rows
 
-        mine = run_in_background(read, ranks, stop) or []
-        # In an order of its own: the file is the same whatever the number of ranks.
-        every = sorted(one for theirs in ranks.gather(mine) for one in theirs)
-        library = cls(*(list(column) for column in zip(*every, strict=True))) if every else cls([], [], [])
+        local = run_in_background(read, ranks, stop) or []
+        # Sorted, so that the file is the same whatever the number of ranks.
+        rows = sorted(one for shard in ranks.gather(local) for one in shard)
+        index = cls(*(list(column) for column in zip(*rows, strict=True))) if rows else cls([], [], [])
         if ranks.first:
-            library._save(path)
-        return library
+            index._save(path)
+        return index
 
     def nearest(self, thumbnails: Sequence[str]) -> list[str]:
-        """For each the text of the training study that is most alike."""
+        """Return for each the text of the most similar training study."""
         return [self.texts[int(np.argmax(self._known @ vector))] for vector in _vectors(thumbnails)]
 
     def most_similar(self, thumbnail: str, count: int, patient: str) -> list[str]:
-        """The texts of the most alike, most alike first, without this patient's."""
+        """Return the texts of the most similar studies, most similar first, without this patient's."""
         similar = self._known @ _vectors([thumbnail])[0]
         similar[self._rows.get(patient, [])] = -np.inf
-        # For each sample of a training: only the few that are alike enough are put in order.
+        # Called for each sample of a training: only the few that are similar enough are sorted.
         least = np.partition(similar, -count)[-count] if count < len(similar) else -np.inf
         enough = np.flatnonzero((similar >= least) & np.isfinite(similar))
         return [self.texts[n] for n in enough[np.argsort(-similar[enough], kind="stable")][:count]]
@@ -100,7 +100,7 @@ class RetrievalIndex:
 
     @cached_property
     def _rows(self) -> dict[str, list[int]]:
-        """Where each patient's studies are."""
+        """Return the rows of each patient's studies."""
         rows: dict[str, list[int]] = {}
         for row, patient in enumerate(self.patients):
             rows.setdefault(patient, []).append(row)
@@ -108,7 +108,7 @@ class RetrievalIndex:
 
     @staticmethod
     def path(training: Source, count: int, folder: Path) -> Path:
-        """Where the library of so many of these studies lies."""
+        """Return the file of the index of `count` of these studies."""
         identity = hashlib.sha256(repr((training.hashes, count, SIDE, "patients")).encode()).hexdigest()[:16]
         return folder / f"neighbours-{identity}.npz"
 
@@ -126,7 +126,7 @@ class RetrievalIndex:
 
 
 def _vectors(thumbnails: Sequence[str]) -> npt.NDArray[Any]:
-    """(n, SIDE * SIDE), each without its mean and of length one; a picture of one gray is all zeros."""
+    """Return (n, SIDE * SIDE), each without its mean and of length one; a picture of one gray is all zeros."""
     pixels = np.asarray([np.frombuffer(base64.b64decode(one), np.uint8) for one in thumbnails], np.float32)
     pixels = pixels.reshape(len(thumbnails), SIDE * SIDE)
     pixels = pixels - pixels.mean(1, keepdims=True)

@@ -1,4 +1,4 @@
-"""The order of samples: a pure function of (seed, stage, epoch, manifests, weights), computed for any position.
+"""Order the samples: a pure function of (seed, stage, epoch, manifests, weights), computed for any position.
 
     order = Sampler([[1000, 1000, 400]], key="seed 0, stage 0")     # one dataset in three shards
     order.at(np.arange(64)).sample                                 # the samples of the first batch
@@ -36,7 +36,7 @@ Words = npt.NDArray[np.uint64]
 
 
 def number(*parts: object) -> int:
-    """64 bits that differ between any two rows of parts."""
+    """Return 64 bits that differ between any two sequences of parts."""
     text = "/".join(map(str, parts)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
@@ -57,7 +57,7 @@ def permute(positions: Positions, n: int | Positions, key: int | Words) -> Posit
 
 
 def _half_bits(n: int) -> int:
-    """Bits of each side of the network, for the smallest even power of two that holds n values."""
+    """Return the bits of each side of the network, for the smallest even power of two that holds n values."""
     assert n > 0
     return max(1, ((n - 1).bit_length() + 1) // 2)
 
@@ -72,7 +72,7 @@ def _feistel(values: Words, half: Words, keys: Words) -> Words:
 
 
 def _mix(values: Words) -> Words:
-    """The finalizer of splitmix64 (Steele et al., 2014): each input bit changes each output bit."""
+    """Apply the finalizer of splitmix64 (Steele et al., 2014): each input bit changes each output bit."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return np.asarray(values ^ (values >> np.uint64(31)))
@@ -83,12 +83,12 @@ class _Epoch:
     """The tables of one epoch of one dataset: 12 bytes for each shard."""
 
     key: int
-    shards: npt.NDArray[np.int32]  # (shards,) which shard stands at which place
-    ends: Positions  # (blocks,) position behind each block
+    shards: npt.NDArray[np.int32]  # (shards,) the shard at each place
+    ends: Positions  # (blocks,) end of each block (exclusive)
 
 
 class _DatasetPermutation:
-    """One dataset, epoch after epoch."""
+    """The order of one dataset, epoch after epoch."""
 
     def __init__(self, counts: Sequence[int] | Positions, key: str, window: int | None) -> None:
         counts = np.asarray(counts, np.int64)
@@ -102,11 +102,11 @@ class _DatasetPermutation:
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
 
     def at(self, draws: Positions) -> tuple[Positions, Positions]:
-        """(epoch, sample) of each draw of an endless row of epochs."""
+        """Return (epoch, sample) of each draw from an endless sequence of epochs."""
         epochs, samples = draws // self.size, np.empty_like(draws)
         for epoch in np.unique(epochs):
-            here = np.flatnonzero(epochs == epoch)
-            samples[here] = self._samples(draws[here] - epoch * self.size, self._epoch(int(epoch)))
+            rows = np.flatnonzero(epochs == epoch)
+            samples[rows] = self._samples(draws[rows] - epoch * self.size, self._epoch(int(epoch)))
         return epochs, samples
 
     def _samples(self, positions: Positions, epoch: _Epoch) -> Positions:
@@ -153,27 +153,27 @@ class _DatasetPermutation:
 
 @functools.lru_cache(8)
 def schedule(weights: tuple[float, ...], period: int = PERIOD) -> npt.NDArray[np.int32]:
-    """Which dataset each of `period` draws comes from: (period,).
+    """Return the dataset of each of `period` draws: (period,).
 
     After every draw the number of draws of each dataset differs from its share by less than one: Tijdeman's solution of
     the chairman assignment problem (Discrete Mathematics 32, 1980). Shares are rounded to whole draws of the period,
     none below one.
     """
-    wanted = np.asarray(weights, np.float64)
-    assert len(wanted) <= period
-    assert (wanted > 0).all()
-    shares = wanted / wanted.sum() * period
+    relative = np.asarray(weights, np.float64)
+    assert len(relative) <= period
+    assert (relative > 0).all()
+    shares = relative / relative.sum() * period
     counts = np.maximum(1, np.floor(shares).astype(np.int64))
     while (rest := period - int(counts.sum())) != 0:  # by the largest remainder
         counts[int(np.argmax(shares - counts) if rest > 0 else np.argmin(shares - counts + 2 * (counts == 1)))] += (
             1 if rest > 0 else -1
         )
-    if len(wanted) == 1:
+    if len(relative) == 1:
         return np.zeros(period, np.int32)
     # In whole numbers: what is due to a dataset at draw t is t * count / period. It may be drawn once it is owed at
     # least 1 / (2k - 2), and the one whose debt would first grow too large comes first.
-    slack = 2 * len(wanted) - 2
-    drawn = np.zeros(len(wanted), np.int64)
+    slack = 2 * len(relative) - 2
+    drawn = np.zeros(len(relative), np.int64)
     result = np.empty(period, np.int32)
     for t in range(period):
         owed = (t + 1) * counts - drawn * period  # in 1 / period draws
@@ -186,7 +186,7 @@ def schedule(weights: tuple[float, ...], period: int = PERIOD) -> npt.NDArray[np
 
 @dataclass(frozen=True)
 class Draws:
-    """What stands at some positions; all of shape (positions,)."""
+    """The samples at some positions; all of shape (positions,)."""
 
     dataset: Positions
     epoch: Positions  # of that dataset, from 0
@@ -197,8 +197,8 @@ class Sampler:
     """The samples of one stage, in their order, without an end.
 
     shards: the number of samples of each shard, dataset by dataset. weights: how often each dataset is drawn; None
-    goes with one dataset. key: whatever the order depends on. window: shards that are mixed at a time; None: all
-    samples of a dataset.
+    for a single dataset. key: everything else that the order depends on. window: shards that are mixed at a time;
+    None: all samples of a dataset.
     """
 
     def __init__(
@@ -218,7 +218,7 @@ class Sampler:
         return int(self._first[-1])
 
     def at(self, positions: Positions) -> Draws:
-        """What stands at positions 0, 1, ... of the stage, in any number and order."""
+        """Return the samples at positions 0, 1, ... of the stage; any positions, in any order."""
         if len(self.datasets) == 1:
             epochs, samples = self.datasets[0].at(positions)
             return Draws(np.zeros_like(positions), epochs, samples)
@@ -227,7 +227,7 @@ class Sampler:
         draws = periods * self._counts[dataset] + self._before[place, dataset]
         epochs, samples = np.empty_like(positions), np.empty_like(positions)
         for n, one in enumerate(self.datasets):
-            here = np.flatnonzero(dataset == n)
-            epochs[here], inside = one.at(draws[here])
-            samples[here] = self._first[n] + inside
+            rows = np.flatnonzero(dataset == n)
+            epochs[rows], inside = one.at(draws[rows])
+            samples[rows] = self._first[n] + inside
         return Draws(dataset, epochs, samples)

@@ -1,4 +1,4 @@
-"""Shards to bytes: the samples of one split over several datasets, by number, each byte checked when it is read.
+"""Read the samples of one split from the shards of several datasets, by number; each byte is checked when read.
 
     source = Source(("/data/padchest", "s3://bucket/mimic"), "train")
     for raw in source.read_raw(np.asarray([7, 1_000_000])):    # key, and a view of each member
@@ -41,15 +41,15 @@ class BadSample(Exception):
 
 
 class SampleLocation(NamedTuple):
-    """Where one sample lies: bytes start to stop of a shard, and its members inside them."""
+    """The place of one sample: bytes start to stop of a shard, and its members inside them."""
 
     number: int
     key: str
-    part: int  # which dataset
+    dataset: int  # its number in the source
     shard: int
     start: int
     stop: int
-    members: tuple[tuple[str, int, int, int], ...]  # suffix, first byte and the one behind the last, crc32c
+    members: tuple[tuple[str, int, int, int], ...]  # suffix, first byte, end (exclusive), crc32c
 
 
 class RawSample(NamedTuple):
@@ -57,12 +57,12 @@ class RawSample(NamedTuple):
 
     key: str
     members: list[tuple[str, memoryview]]  # by suffix: json, 0.jpg, 1.jpg, ...
-    epoch: int = 0  # of its dataset, that it is drawn in
+    epoch: int = 0  # of its dataset, in which it is drawn
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """One dataset: a folder of shards, and which of its samples are wanted."""
+    """One dataset: a folder of shards, and which of its samples belong to the split."""
 
     url: str
     store: Store
@@ -71,13 +71,13 @@ class Dataset:
     rows: Positions
 
     def shard_samples(self) -> Positions:
-        """How many of the wanted samples each shard holds, in their order; shards without any are left out."""
+        """Return how many samples of the split each shard holds, in their order; shards without any are left out."""
         shards = self.index.shard[self.rows]
         edges = np.flatnonzero(np.diff(shards)) + 1
         return np.diff(np.concatenate([[0], edges, [len(shards)]])) if len(shards) else np.zeros(0, np.int64)
 
     def read(self, shard: int, start: int, stop: int, given_up: threading.Event | None = None) -> memoryview:
-        """Bytes of a shard. Raises UserError where they are no longer there; CancelledError as Store.view_range."""
+        """Return bytes of a shard. Raises UserError where they are gone; CancelledError as Store.view_range does."""
         name = self.manifest.shards[shard].name
         try:
             data = self.store.view_range(name, start, stop - start, given_up)
@@ -107,48 +107,48 @@ class Source:
             index = manifest.load_index(store)
             self.datasets.append(Dataset(url, store, manifest, index, index.of_split(split)))
             _refuse_leak(url, index, patients)
-        self._ends = np.cumsum([len(part.rows) for part in self.datasets])
-        self.hashes = tuple(part.manifest.hash for part in self.datasets)
+        self._ends = np.cumsum([len(dataset.rows) for dataset in self.datasets])
+        self.hashes = tuple(dataset.manifest.hash for dataset in self.datasets)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def check_sizes(self) -> None:
         """Compare every shard's size with its manifest. Raises UserError."""
-        for part in self.datasets:
-            part.manifest.check_sizes(part.store)
+        for dataset in self.datasets:
+            dataset.manifest.check_sizes(dataset.store)
 
     def key(self, number: int) -> str:
         return self.keys(np.asarray([number]))[0]
 
     def keys(self, numbers: Positions) -> list[str]:
-        """The names of samples, in this order."""
+        """Return the names of samples, in this order."""
         keys = np.empty(len(numbers), object)
-        which = np.searchsorted(self._ends, numbers, "right")
-        for n, part in enumerate(self.datasets):
-            here = np.flatnonzero(which == n)
-            keys[here] = [key.decode() for key in part.index.key[self._rows(n, numbers[here])].tolist()]
+        owners = np.searchsorted(self._ends, numbers, "right")
+        for n, dataset in enumerate(self.datasets):
+            positions = np.flatnonzero(owners == n)
+            keys[positions] = [key.decode() for key in dataset.index.key[self._rows(n, numbers[positions])].tolist()]
         return list(keys)
 
     def sizes(self, numbers: Positions) -> npt.NDArray[np.int64]:
-        """(numbers, 2): images of each sample, and bytes of its description, which go with the length of its text."""
+        """Return (numbers, 2): images of each sample, and bytes of its description, which grow with its text."""
         sizes = np.empty((len(numbers), 2), np.int64)
-        which = np.searchsorted(self._ends, numbers, "right")
-        for n, part in enumerate(self.datasets):
-            here = np.flatnonzero(which == n)
-            rows = self._rows(n, numbers[here])
-            first = part.index.first[rows]
-            sizes[here, 0] = part.index.first[rows + 1] - first - 1  # all but the description
-            sizes[here, 1] = part.index.length[first]
+        owners = np.searchsorted(self._ends, numbers, "right")
+        for n, dataset in enumerate(self.datasets):
+            positions = np.flatnonzero(owners == n)
+            rows = self._rows(n, numbers[positions])
+            first = dataset.index.first[rows]
+            sizes[positions, 0] = dataset.index.first[rows + 1] - first - 1  # all but the description
+            sizes[positions, 1] = dataset.index.length[first]
         return sizes
 
     def locate(self, numbers: Positions) -> list[SampleLocation]:
-        """Where samples lie, in this order; in bulk, because one at a time would take longer than reading them."""
+        """Return the locations of samples, in this order; in bulk, as one at a time would be slower than reading."""
         result: list[SampleLocation | None] = [None] * len(numbers)
-        which = np.searchsorted(self._ends, numbers, "right")
-        for n, part in enumerate(self.datasets):
-            here = np.flatnonzero(which == n)
-            index, rows = part.index, self._rows(n, numbers[here])
+        owners = np.searchsorted(self._ends, numbers, "right")
+        for n, dataset in enumerate(self.datasets):
+            positions = np.flatnonzero(owners == n)
+            index, rows = dataset.index, self._rows(n, numbers[positions])
             first, last = index.first[rows], index.first[rows + 1]
             counts = last - first
             ends = np.cumsum(counts)
@@ -168,73 +168,74 @@ class Source:
             stop = index.offset[last - 1] + index.length[last - 1]
             begin = 0
             for at, number, key, shard, low, high, end in zip(
-                here.tolist(), numbers[here].tolist(), index.key[rows].tolist(), index.shard[rows].tolist(),
+                positions.tolist(), numbers[positions].tolist(), index.key[rows].tolist(), index.shard[rows].tolist(),
                 start.tolist(), stop.tolist(), ends.tolist(), strict=True,
             ):  # fmt: skip
                 result[at] = SampleLocation(number, key.decode(), n, shard, low, high, tuple(described[begin:end]))
                 begin = end
         return result  # type: ignore[return-value]
 
-    def mapped(self, place: SampleLocation) -> memoryview | None:
-        """The bytes of a sample, if its shard is a file on a local disk."""
-        part = self.datasets[place.part]
-        shard = part.manifest.shards[place.shard]
-        whole = part.store.mapped(shard.name, shard.size)
-        return None if whole is None else whole[place.start : place.stop]
+    def mapped(self, location: SampleLocation) -> memoryview | None:
+        """Return the bytes of a sample, if its shard is a file on a local disk."""
+        dataset = self.datasets[location.dataset]
+        shard = dataset.manifest.shards[location.shard]
+        whole = dataset.store.mapped(shard.name, shard.size)
+        return None if whole is None else whole[location.start : location.stop]
 
-    def fetch(self, place: SampleLocation) -> memoryview:
-        """The bytes of a sample, from wherever its shard lies."""
-        view = self.mapped(place)
+    def fetch(self, location: SampleLocation) -> memoryview:
+        """Return the bytes of a sample, from wherever its shard lies."""
+        view = self.mapped(location)
         if view is not None:
             return view
-        return self.datasets[place.part].read(place.shard, place.start, place.stop)
+        return self.datasets[location.dataset].read(location.shard, location.start, location.stop)
 
-    def check(self, place: SampleLocation, data: memoryview) -> RawSample:
-        """The members of a sample, if they are those of the manifest. Raises BadSample."""
-        assert len(data) == place.stop - place.start, place
+    def check(self, location: SampleLocation, data: memoryview) -> RawSample:
+        """Return the members of a sample, if they are those of the manifest. Raises BadSample."""
+        assert len(data) == location.stop - location.start, location
         members = []
-        for suffix, start, stop, checksum in place.members:
+        for suffix, start, stop, checksum in location.members:
             member = data[start:stop]
             if crc32c(member) != checksum:
-                raise BadSample(place.key, f"{self._name(place)}: {suffix}: checksum differs from the manifest's")
+                raise BadSample(location.key, f"{self._name(location)}: {suffix}: checksum differs from the manifest's")
             members.append((suffix, member))
-        return RawSample(place.key, members)
+        return RawSample(location.key, members)
 
     def read_raw(self, numbers: Positions) -> Iterator[RawSample]:
         """Read and check samples, one after the other. Raises BadSample."""
         for begin in range(0, len(numbers), _BULK):
-            for place in self.locate(numbers[begin : begin + _BULK]):
-                yield self.check(place, self.fetch(place))
+            for location in self.locate(numbers[begin : begin + _BULK]):
+                yield self.check(location, self.fetch(location))
 
     def read(self, number: int) -> "DecodedStudy":
         """Read, check and decode one sample. Raises BadSample."""
         return decode_study(next(self.read_raw(np.asarray([number]))))
 
     def samples(self, numbers: Positions | None = None) -> Iterator[Sample]:
-        """Descriptions alone, of all samples in the order of the shards or of some: for a tokenizer, and for baselines.
+        """Yield the descriptions of all samples, in the order of the shards, or of some: for tokenizers and baselines.
         Damaged ones are left out; the stream names them when their turn comes.
         """
         numbers = np.arange(len(self)) if numbers is None else numbers
 
-        def described(place: SampleLocation) -> Sample | None:
-            _, start, stop, _ = place.members[0]
-            alone = place._replace(start=place.start + start, stop=place.start + stop, members=place.members[:1])
+        def described(location: SampleLocation) -> Sample | None:
+            _, start, stop, _ = location.members[0]
+            first, members = location.start, location.members[:1]
+            description = location._replace(start=first + start, stop=first + stop, members=members)
             with contextlib.suppress(BadSample, ValidationError):
-                return Sample.model_validate_json(bytes(self.check(alone, self.fetch(alone)).members[0][1]))
+                return Sample.model_validate_json(bytes(self.check(description, self.fetch(description)).members[0][1]))
             return None
 
         with ThreadPoolExecutor(_REQUESTS, "descriptions") as pool:
             for begin in range(0, len(numbers), _BULK):
-                places = self.locate(numbers[begin : begin + _BULK])
-                local = all(self.mapped(place) is not None for place in places)
-                yield from filter(None, map(described, places) if local else pool.map(described, places))
+                locations = self.locate(numbers[begin : begin + _BULK])
+                local = all(self.mapped(location) is not None for location in locations)
+                yield from filter(None, map(described, locations) if local else pool.map(described, locations))
 
-    def _rows(self, part: int, numbers: Positions) -> Positions:
-        before = int(self._ends[part - 1]) if part else 0
-        return self.datasets[part].rows[numbers - before]
+    def _rows(self, dataset: int, numbers: Positions) -> Positions:
+        before = int(self._ends[dataset - 1]) if dataset else 0
+        return self.datasets[dataset].rows[numbers - before]
 
-    def _name(self, place: SampleLocation) -> str:
-        return self.datasets[place.part].manifest.shards[place.shard].name
+    def _name(self, location: SampleLocation) -> str:
+        return self.datasets[location.dataset].manifest.shards[location.shard].name
 
 
 DecodedStudy = tuple[str, Sample, list[Image.Image]]
@@ -259,7 +260,7 @@ def decode_study(raw: RawSample) -> DecodedStudy:
 
 
 def _refuse_leak(url: str, index: SampleIndex, patients: dict[bytes, tuple[str, int]]) -> None:
-    """Promise 7: no patient in two splits, across all the folders of a recipe."""
+    """Refuse a patient in two splits, across all the folders of a recipe (promise 7). Raises UserError."""
     for patient, split in set(zip(index.patient.tolist(), index.split.tolist(), strict=True)):
         where = patients.setdefault(patient, (url, split))
         if where[1] != split:

@@ -326,7 +326,7 @@ def _show(recipe: Recipe, number: int, split: Split, count: int, out: Path) -> N
     turns = min(count, stage_samples(stage, len(source)))
     draws = stage_sampler(source, number, recipe.stream, recipe.seed).at(np.arange(turns))
     for turn, location in enumerate(source.locate(draws.sample)):
-        print(f"\n{turn} {location.key}, epoch {draws.epoch[turn]} of {source.datasets[location.part].url}")
+        print(f"\n{turn} {location.key}, epoch {draws.epoch[turn]} of {source.datasets[location.dataset].url}")
         try:
             raw = next(source.read_raw(np.asarray([location.number])))._replace(epoch=int(draws.epoch[turn]))
             (_, described, views), row = decode_study(raw), encoder.read(raw)

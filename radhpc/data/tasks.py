@@ -1,6 +1,6 @@
-"""What a study is asked and what it shall answer: the mixture of tasks, as a pure function of the study and the epoch.
+"""Choose what a study is asked and what it should answer: the mixture of tasks, a pure function of study and epoch.
 
-Enters: a Sample and the epoch that it is drawn in. Leaves: an TaskExample, or None where no task of the recipe fits.
+Enters: a Sample and the epoch that it is drawn in. Leaves: a TaskExample, or None where no task of the recipe fits.
 
     tasks = Tasks(recipe.text, recipe.findings, recipe.seed)
     tasks.draw(sample, epoch=0)      # TaskExample("rare", "Is there Fracture? Answer yes or no.", "yes")
@@ -24,7 +24,7 @@ LANGUAGES = {
     "en": "English", "es": "Spanish", "de": "German", "fr": "French", "it": "Italian", "pt": "Portuguese",
     "nl": "Dutch", "ca": "Catalan", "zh": "Chinese", "ja": "Japanese", "ko": "Korean", "vi": "Vietnamese",
 }  # fmt: skip
-LOOKED_AT = 64  # studies of each stage, before it starts
+CHECKED_STUDIES = 64  # studies of each stage, before it starts
 
 
 class AnswerNotAllowed(ValueError):
@@ -46,7 +46,7 @@ class Tasks:
         self.mixture, self.findings, self._seed = text.mixture(), findings, seed
 
     def draw(self, sample: Sample, epoch: int = 0) -> TaskExample | None:
-        """The task of a study in an epoch. Raises AnswerNotAllowed."""
+        """Return the task of a study in an epoch. Raises AnswerNotAllowed."""
         fitting = self._fitting(sample)
         if not fitting:
             return None
@@ -54,7 +54,7 @@ class Tasks:
         return self._asked(name, sample, epoch)
 
     def default(self, sample: Sample) -> TaskExample | None:
-        """The first task of the recipe that a study can serve; an answer outside a closed set is as good as any."""
+        """Return the first task of the recipe that a study can serve; answers outside a closed set are accepted."""
         try:
             fitting = self._fitting(sample)
         except AnswerNotAllowed:
@@ -62,14 +62,14 @@ class Tasks:
         return self._asked(next(iter(fitting)), sample, 0) if fitting else None
 
     def default_prompt(self, language: str = "en") -> str:
-        """What is asked of an image about which nothing else is known: the first task that needs no study for it."""
+        """Return the prompt for an image about which nothing else is known: of the first task that needs no study."""
         for task in self.mixture.values():
             if task.kind in ("report", "caption", "findings"):
                 return self._prompt(task, language, {})
         return ""
 
     def question_prompt(self, question: str, language: str = "en") -> str:
-        """A question of a user, put as the recipe's first open question is."""
+        """Return a user's question in the words of the recipe's first open question."""
         tasks = [task for task in self.mixture.values() if task.kind == "question"]
         if not tasks:
             return question
@@ -77,14 +77,14 @@ class Tasks:
         return self._prompt(task, language, {"question": question})
 
     def known_findings(self, sample: Sample) -> dict[str, bool]:
-        """The findings of the recipe's vocabulary that the study says something about."""
+        """Return the findings of the recipe's vocabulary that the study makes a statement about."""
         labels = sample.labels.get(self.findings.vocabulary, {})
         uncertain = {"ignore": None, "present": 1, "absent": 0}[self.findings.uncertain]
         values = {name: uncertain if labels.get(name) == -1 else labels.get(name) for name in self.findings.names}
         return {name: bool(value) for name, value in values.items() if value is not None}
 
     def _fitting(self, sample: Sample) -> dict[str, float]:
-        """The tasks that a study can serve, in the recipe's order, with their weights."""
+        """Return the tasks that a study can serve, in the recipe's order, with their weights."""
         questions = {name: task for name, task in self.mixture.items() if task.kind == "question"}
         if sample.question and sample.answer and questions:
             return self._questions(sample, questions)
@@ -95,8 +95,8 @@ class Tasks:
         closed = {n: t for n, t in questions.items() if t.answers and answer in map(_folded, t.answers)}
         fitting = closed or {name: task for name, task in questions.items() if not task.answers}
         if not fitting:
-            told = sample.labels.get("answer type", {}).get("closed")
-            if told == 0:
+            closed_answer = sample.labels.get("answer type", {}).get("closed")
+            if closed_answer == 0:
                 return {}  # an open question, and a recipe of closed ones
             allowed = ", ".join(answer for task in questions.values() for answer in task.answers or ())
             raise AnswerNotAllowed(f"the answer to a closed question is none of {allowed}")
@@ -125,28 +125,28 @@ class Tasks:
             case "question":
                 answer = sample.answer or ""
                 allowed = [known for known in task.answers or () if _folded(known) == _folded(answer)]
-                said = {"question": sample.question or ""}
-                return TaskExample(name, self._prompt(task, language, said), allowed[0] if allowed else answer)
+                values = {"question": sample.question or ""}
+                return TaskExample(name, self._prompt(task, language, values), allowed[0] if allowed else answer)
             case "findings":
-                present = [finding for finding, there in self.known_findings(sample).items() if there]
+                present = [finding for finding, is_present in self.known_findings(sample).items() if is_present]
                 return TaskExample(name, self._prompt(task, language, {}), ", ".join(present) or task.nothing)
             case "finding":
-                finding, there = self._finding(task, sample, epoch)
+                finding, is_present = self._finding(task, sample, epoch)
                 yes, no = task.answers or ("yes", "no")
-                return TaskExample(name, self._prompt(task, language, {"finding": finding}), yes if there else no)
+                return TaskExample(name, self._prompt(task, language, {"finding": finding}), yes if is_present else no)
 
     def _finding(self, task: TaskSettings, sample: Sample, epoch: int) -> tuple[str, bool]:
-        """The finding that a study is asked about: one that is present, `positive` of the time."""
-        wanted = set(task.findings or self.findings.names)
-        known = {finding: there for finding, there in self.known_findings(sample).items() if finding in wanted}
-        present = [finding for finding, there in known.items() if there]
-        absent = [finding for finding, there in known.items() if not there]
+        """Choose the finding that a study is asked about: a present one in the share `positive` of all cases."""
+        asked = set(task.findings or self.findings.names)
+        known = {finding: is_present for finding, is_present in self.known_findings(sample).items() if finding in asked}
+        present = [finding for finding, is_present in known.items() if is_present]
+        absent = [finding for finding, is_present in known.items() if not is_present]
         ask_present = self._number(sample, epoch, "positive") < task.positive
         chosen = (present if ask_present else absent) or present or absent
         finding = chosen[int(self._number(sample, epoch, "finding") * len(chosen))]
         return finding, known[finding]
 
-    def _prompt(self, task: TaskSettings, language: str, said: dict[str, str]) -> str:
+    def _prompt(self, task: TaskSettings, language: str, values: dict[str, str]) -> str:
         answers = task.answers or (("yes", "no") if task.kind == "finding" else ())
         return task.prompt.format(
             **{
@@ -154,25 +154,25 @@ class Tasks:
                 "sections": " and ".join(name.capitalize() for name in _sections(task)),
                 "findings": ", ".join(self.findings.names),
                 "answers": " or ".join(answers),
-                **said,
+                **values,
             }
         )
 
     def _number(self, sample: Sample, epoch: int, purpose: str) -> float:
-        """A number in [0, 1), the same whenever the study comes up in this epoch."""
+        """Return a number in [0, 1), the same whenever the study comes up in this epoch."""
         text = f"{self._seed}/{epoch}/{sample.key}/{purpose}"
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big") / 2**56
 
 
 def check(recipe: Recipe, stage: Stage, source: Source) -> None:
-    """Refuse a stage whose studies can serve none of its tasks, and would teach nothing. Raises UserError."""
+    """Refuse a stage whose studies can serve none of its tasks, so that nothing would be learnt. Raises UserError."""
     import numpy as np
 
     tasks, text = Tasks(recipe.text_of(stage), recipe.findings, recipe.seed), recipe.text_of(stage)
     start = 0
     for part in source.datasets:
         count = len(part.rows)
-        some = start + np.unique(np.linspace(0, max(0, count - 1), min(count, LOOKED_AT)).astype(np.int64))
+        some = start + np.unique(np.linspace(0, max(0, count - 1), min(count, CHECKED_STUDIES)).astype(np.int64))
         start += count
         samples = list(source.samples(some)) if count else []
         if not samples or any(_answered(tasks, sample) for sample in samples):
@@ -193,13 +193,13 @@ def _answered(tasks: Tasks, sample: Sample) -> bool:
 
 
 def _offers(samples: Iterable[Sample]) -> set[str]:
-    """What could be learnt from these studies."""
-    found = set()
+    """Return what could be learnt from these studies."""
+    offers = set()
     for sample in samples:
-        found |= {name for name in ("findings", "impression", "other") if getattr(sample.report, name)}
-        found |= {"questions"} if sample.question else set()
-        found |= {f"labels of {vocabulary}" for vocabulary in sample.labels}
-    return found
+        offers |= {name for name in ("findings", "impression", "other") if getattr(sample.report, name)}
+        offers |= {"questions"} if sample.question else set()
+        offers |= {f"labels of {vocabulary}" for vocabulary in sample.labels}
+    return offers
 
 
 def _sections(task: TaskSettings) -> tuple[str, ...]:
@@ -207,12 +207,12 @@ def _sections(task: TaskSettings) -> tuple[str, ...]:
 
 
 def _folded(answer: str) -> str:
-    """Answers are the same whatever their case and their full stop."""
+    """Return an answer without its case and its full stop, for comparisons."""
     return answer.strip().rstrip(".").casefold()
 
 
 def _weighted(weights: dict[str, float], number: float) -> str:
-    """The name that a number in [0, 1) falls on."""
+    """Return the name that a number in [0, 1) falls on."""
     rest = number * sum(weights.values())
     for name, weight in weights.items():
         rest -= weight

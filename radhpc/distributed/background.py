@@ -1,9 +1,9 @@
-"""Long work beside the ranks' talk: a thread does it, and the main threads go on agreeing whether to stop.
+"""Run long work in a thread while the main threads keep agreeing on whether to stop.
 
     tokenizer = run_on_first(lambda: train(...), ranks, stop)       # rank 0 works, all wait, any signal ends it on all
     model = run_in_background(lambda: load(...), ranks, stop)              # every rank works
 
-What is abandoned this way ends with the process.
+Abandoned work ends with the process.
 """
 
 import atexit
@@ -12,7 +12,6 @@ import sys
 import threading
 from collections.abc import Callable
 from contextvars import copy_context
-from functools import partial
 from typing import Any, Generic, TypeVar
 
 from radhpc.core.errors import UserError
@@ -25,12 +24,12 @@ T = TypeVar("T")
 
 
 class Background(threading.Thread, Generic[T]):
-    """One piece of work in a thread; its error waits for whoever asks."""
+    """One piece of work in a thread; its error is raised by result()."""
 
     def __init__(self, work: Callable[[], T], name: str | None = None) -> None:
         super().__init__(name=name, daemon=True)  # a process that must end does not wait for it
-        # PyTorch's settings belong to a thread; the work sees those of whoever wants it done.
-        self._work = partial(copy_context().run, work)
+        context = copy_context()  # PyTorch's settings belong to a thread: the work gets those of its caller
+        self._work: Callable[[], T] = lambda: context.run(work)
         self._value: T | None = None
         self.problem: BaseException | None = None
 
@@ -43,7 +42,7 @@ class Background(threading.Thread, Generic[T]):
             del self._work  # and what it holds
 
     def result(self) -> T:
-        """What the work gave, once it has ended. Raises its error."""
+        """Return the result of the work once it has ended. Raises its error."""
         assert not self.is_alive()
         if self.problem is not None:
             raise self.problem
@@ -51,7 +50,7 @@ class Background(threading.Thread, Generic[T]):
 
 
 def run_in_background(work: Callable[[], T] | None, ranks: Ranks, stop: Stop) -> T | None:
-    """Do this rank's work, if it has any, while the others do theirs; all ranks call it. Raises Interrupted on all."""
+    """Do this rank's work, if it has any, while the others do theirs. All ranks call it. Raises Interrupted on all."""
     thread = None
     if work is not None:
         thread = Background(work)
@@ -72,7 +71,7 @@ def run_in_background(work: Callable[[], T] | None, ranks: Ranks, stop: Stop) ->
 
 
 def run_on_first(work: Callable[[], T], ranks: Ranks, stop: Stop) -> T:
-    """Do it on rank 0 and give all ranks the result. Raises UserError and Interrupted on all."""
+    """Do the work on rank 0 and return its result on all ranks. Raises UserError and Interrupted on all."""
 
     def tried() -> tuple[T | None, str | None]:
         try:

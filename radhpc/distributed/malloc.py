@@ -1,4 +1,4 @@
-"""The memory of a process that decodes images for days.
+"""Tune glibc's malloc for a process that decodes images for days.
 
     keep_freed_memory()         # once, where a job begins
 
@@ -15,7 +15,7 @@ _LARGEST = 32 << 20  # bytes of a block that may come out of a heap, the most th
 
 
 def keep_freed_memory() -> None:
-    """Ask glibc for it; with another C library nothing happens."""
+    """Let glibc keep freed memory; with another C library nothing happens."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_MMAP_THRESHOLD, _LARGEST)

@@ -1,4 +1,4 @@
-"""The ranks of a job: start, agree, gather, end.
+"""Connect the ranks of a job: start, agree, gather, end.
 
 Reads the standard variables RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, which slurm.job sets from
 the scheduler's. Without them, or with a world of one, every call works and talks to nobody.
@@ -25,7 +25,7 @@ class Ranks:
     """This process among its peers."""
 
     def __init__(self, watchdog: Watchdog | None = None) -> None:
-        """`watchdog`: what notices a hang; a collective's own timeout is longer than its limits."""
+        """Meet the peers. `watchdog` notices a hang; a collective's own timeout is longer than its limits."""
         self.watchdog = watchdog or Watchdog()
         self._waited = 0.0
         # Of a step there are some thousands at the most; what an evaluation leaves is of no use to anybody.
@@ -48,11 +48,11 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is rank 0, which alone writes to the run folder."""
+        """Return whether this is rank 0, the only one that writes to the run folder."""
         return self.rank == 0
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """The element-wise sum over all ranks, in float64 on the CPU."""
+        """Return the element-wise sum over all ranks, in float64 on the CPU."""
         return self._reduce(values, dist.ReduceOp.SUM)
 
     def max(self, values: Sequence[float]) -> list[float]:
@@ -67,7 +67,7 @@ class Ranks:
         return [float(value) for value in tensor]
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, in the order of ranks, on all ranks."""
+        """Return every rank's value, in the order of ranks, on all ranks."""
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world
@@ -76,7 +76,7 @@ class Ranks:
         return values
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's value, on all ranks."""
+        """Return rank 0's value on all ranks."""
         if self.world == 1:
             return value
         box = [value]
@@ -88,8 +88,8 @@ class Ranks:
         self.sum([0.0])
 
     def waited(self) -> float:
-        """Seconds that this rank has stood in collectives so far, FSDP's too. On a GPU call it behind a step's end,
-        where its collectives are over.
+        """Return the seconds that this rank has spent in collectives, FSDP's too. On a GPU call it after a step's end,
+        when its collectives are over.
         """
         for before, after in self._pending:
             after.synchronize()
@@ -104,9 +104,9 @@ class Ranks:
 
     @contextmanager
     def timed(self) -> Iterator[None]:
-        """Around one collective of the engine: on a CPU it blocks, on a GPU it is queued and the GPU waits."""
+        """Time one collective of the engine: on a CPU it blocks, on a GPU it is queued and the GPU waits."""
         if self.device.type == "cuda":
-            before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             before.record()
             yield
             after.record()
@@ -131,7 +131,7 @@ class Ranks:
 
 
 class _Timed:
-    """Before one of FSDP's collectives in the order of bases."""
+    """A mixin that times one of FSDP's collectives; it comes first among the bases."""
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
@@ -150,7 +150,7 @@ class _TimedReduceScatter(_Timed, DefaultReduceScatter):
 
 
 def _begun() -> int:
-    """How many collectives this rank has begun, those inside the engine too; any thread may ask."""
+    """Return how many collectives this rank has begun, those inside the engine too; any thread may ask."""
     group = dist.group.WORLD
     if group is None:  # the group has been left
         return 0
@@ -159,7 +159,7 @@ def _begun() -> int:
 
 
 def lost_peer(error: BaseException) -> bool:
-    """Whether an error of a collective says that another rank is gone, so that the cause lies there, not here."""
+    """Return whether an error of a collective says that another rank is gone: the cause lies there, not here."""
     if isinstance(error, dist.DistNetworkError | dist.DistBackendError):
         return True
     text = str(error).lower()

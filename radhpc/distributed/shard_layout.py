@@ -1,10 +1,10 @@
-"""Which rows of a parameter this rank holds: the one place that knows how FSDP2 deals them out.
+"""Compute the rows of a parameter that a rank holds: the one place that knows how FSDP2 distributes them.
 
 FSDP2 cuts along the first axis as torch.chunk() does: every rank gets the same number of rows, rounded up, until none
 are left. So 5 rows on 3 ranks are 2, 2 and 1, and 4 rows are 2, 2 and none.
 
-    whole[local_rows(parameter)]                  # this rank's part of what every rank has
-    parameter.grad = dtensor_like(whole, parameter)
+    full[local_rows(parameter)]                   # this rank's shard of a tensor that every rank has
+    parameter.grad = dtensor_like(full, parameter)
 """
 
 import torch
@@ -13,13 +13,13 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 
 def rank_rows(count: int, rank: int, world: int) -> slice:
-    """Of `count` rows those of a rank."""
+    """Return the rows of a rank, of `count` rows in all."""
     size = -(-count // world)
     return slice(min(count, size * rank), min(count, size * (rank + 1)))
 
 
 def local_rows(parameter: torch.Tensor) -> slice:
-    """The rows of a parameter that this rank holds: all of them where it is not sharded. A scalar has one."""
+    """Return the rows of a parameter that this rank holds: all of them if it is not sharded. A scalar has one."""
     count = parameter.shape[0] if parameter.ndim else 1
     if not isinstance(parameter, DTensor):
         return slice(0, count)
@@ -31,18 +31,18 @@ def local_rows(parameter: torch.Tensor) -> slice:
 
 
 def local_shard(parameter: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a parameter, in place."""
+    """Return this rank's shard of a parameter, without a copy."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def shard_like(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a tensor that every rank has, in the type and on the device of the parameter."""
+    """Return this rank's shard of a full tensor, with the parameter's layout, dtype and device."""
     held = local_shard(parameter)
     return (whole[local_rows(parameter)] if whole.ndim else whole).to(held.device, held.dtype)
 
 
 def dtensor_like(whole: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
-    """The same, as a tensor of the parameter's layout, to be added to its gradient; without a collective."""
+    """Return a full tensor as a DTensor of the parameter's layout, to add it to the gradient; no collective."""
     if not isinstance(parameter, DTensor):
         return shard_like(whole, parameter)
     return DTensor.from_local(

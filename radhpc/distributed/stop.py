@@ -1,12 +1,12 @@
-"""Signals and requests to stop: a handler only raises a flag, and the ranks read it together wherever they can leave.
+"""Handle signals and requests to stop: a handler only raises a flag; the ranks read it together where they can leave.
 
 SIGTERM is what SLURM sends when it preempts, cancels or kills; SIGUSR2 what submitit asks it to send before the time
-limit. Which of them it was is not for a rank to guess: the ranks save and end, and slurm.requeue, which can ask
+limit. A rank does not guess which of these it was: the ranks save and end, and slurm.requeue, which can ask
 the scheduler, decides. Ranks learn of a signal at different moments, so they agree on the largest code.
 
 The first signal of a kind starts the clock: after SIGTERM the kill comes in RADHPC_GRACE_SECONDS. SIGUSR2 is sent
 RADHPC_SIGNAL_SECONDS before the time limit, up to a minute early; but a SLURM with preempt_send_user_signal also sends
-it to whom it preempts, and then no more than the grace is left. Which it is tells the time that the job has had, of
+it to jobs that it preempts, and then only the grace period is left. The job's elapsed time tells which it is, of
 RADHPC_LIMIT_SECONDS since RADHPC_JOB_STARTED. slurm.submit sets them; where they are not set, nobody kills.
 """
 
@@ -44,7 +44,7 @@ class Stop:
     """The flag. Use as a context: the handlers before it are put back at the end."""
 
     def __init__(self, run: RunFolder | None = None, poll_seconds: float = 1.0) -> None:
-        """`run`: whose request file is looked at, on one rank."""
+        """Create the flag. `run`: on one rank, the run whose request to stop is looked for."""
         self.code = 0
         self.since: float | None = None  # time.monotonic() of the first signal
         self.run, self._poll_seconds, self._polled = run, poll_seconds, 0.0
@@ -69,37 +69,37 @@ class Stop:
         self.tell(cause)
 
     def tell(self, cause: Cause) -> None:
-        """Raise the flag, from any thread. SLURM repeats its signals: the clock of the first one runs on."""
+        """Raise the flag, from any thread. SLURM repeats its signals: the clock of the first one keeps running."""
         now = time.monotonic()
         self.since = self.since or now
-        if (granted := _granted(cause)) is not None:
+        if (granted := _seconds_to_kill(cause)) is not None:
             self._deadlines.setdefault(cause, now + granted)
         self.code = max(self.code, CAUSES.index(cause))
 
     @property
     def grace(self) -> float | None:
-        """Seconds from SIGTERM to the kill; None where nobody kills."""
+        """Return the seconds from SIGTERM to the kill; None if no kill follows."""
         grace = os.environ.get(_GRACE[Cause.SIGTERM])
         return float(grace) if grace else None
 
     @property
     def left(self) -> float:
-        """Seconds until the kill, as far as this rank knows; infinite where none is to come."""
+        """Return the seconds until the kill, as far as this rank knows; infinite if none is to come."""
         deadline = next((self._deadlines[cause] for cause in _GRACE if cause in self._deadlines), math.inf)
         return deadline - time.monotonic()
 
     @property
     def waited(self) -> float:
-        """Seconds since the first signal here; 0 without one."""
+        """Return the seconds since the first signal here; 0 without one."""
         return 0.0 if self.since is None else time.monotonic() - self.since
 
     @property
     def margin(self) -> float | None:
-        """The same for a record: None where no kill is to come."""
+        """Return the seconds until the kill for a record: None if none is to come."""
         return None if math.isinf(self.left) else round(self.left, 3)
 
     def poll(self) -> int:
-        """The code now; the run folder's request file is looked at once a second."""
+        """Return the current code; the run folder's request file is looked at once a second."""
         if self.run is not None and time.monotonic() - self._polled > self._poll_seconds:
             self._polled = time.monotonic()
             if self.run.stop_requested():
@@ -113,12 +113,12 @@ class Stop:
             raise Interrupted(CAUSES[code])
 
 
-def _granted(cause: Cause) -> float | None:
-    """Seconds from a signal to the kill; None where nobody kills."""
-    told = os.environ.get(_GRACE.get(cause, ""))
+def _seconds_to_kill(cause: Cause) -> float | None:
+    """Return the seconds from a signal to the kill; None if no kill follows."""
+    configured = os.environ.get(_GRACE.get(cause, ""))
     grace, started = os.environ.get(_GRACE[Cause.SIGTERM]), os.environ.get("RADHPC_JOB_STARTED")
-    if not told or cause != Cause.SIGUSR2 or not grace or not started:
-        return float(told) if told else None
+    if not configured or cause != Cause.SIGUSR2 or not grace or not started:
+        return float(configured) if configured else None
     left = float(started) + float(os.environ["RADHPC_LIMIT_SECONDS"]) - time.time()
     # Not near the limit, or the clock was moved: it may be a preemption, and the grace is what is left in any case.
-    return left if float(grace) <= left <= float(told) + _EARLY else float(grace)
+    return left if float(grace) <= left <= float(configured) + _EARLY else float(grace)

@@ -1,8 +1,8 @@
-"""A heartbeat of every rank, and what follows when one stops: who hangs, where, and nobody waits for it any longer.
+"""Watch the ranks by their heartbeats: when one hangs, find out which and where, and let no other wait for it.
 
 A thread of each rank writes `logs/heartbeat.rank-N.json` every few seconds; the main thread only says what it does:
 
-    heart.beat("step 120", 120)      # progress; the engine's and Ranks' collectives count as progress by themselves
+    watchdog.beat("step 120", 120)   # progress; the engine's and Ranks' collectives count as progress by themselves
 
     {"rank": 3, "host": "node7", "pid": 4711, "ticks": 88, "phase": "step 120", "age": 12.1, "limit": 600.0,
      "collectives": 812, "waiting": false, ...}
@@ -45,33 +45,33 @@ _NAMED = 4  # culprits in the one line
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds without progress after which a rank hangs; 0: nobody looks."""
+    """The seconds without progress after which a rank counts as hung; 0: no limit."""
 
     step: float = 600.0  # in a step
     slow: float = 1800.0  # where progress cannot be seen well: starting, loading, a stage's first step, saving, scoring
 
     @classmethod
     def from_environment(cls) -> "Limits":
-        """As slurm.submit hands them to the job. Raises UserError."""
-        found = []
+        """Read the limits that slurm.submit hands to the job. Raises UserError."""
+        seconds = []
         for name, default in ((STEP_VARIABLE, cls.step), (SLOW_VARIABLE, cls.slow)):
             text = os.environ.get(name, str(default))
             try:
-                found.append(float(text))
+                seconds.append(float(text))
             except ValueError:
                 raise UserError(f"{name}={text}: allowed are seconds, or 0 for no limit") from None
-        step, slow = found
+        step, slow = seconds
         return cls(step, slow and max(step, slow))
 
     @property
     def collective(self) -> float:
-        """The timeout of a collective: long enough that the hang's report, which names the culprit, comes first."""
+        """Return the timeout of a collective: so long that the hang's report, which names the culprit, comes first."""
         return 1.5 * max(self.step, self.slow) + 120 if self.step and self.slow else 24 * 3600.0
 
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank last said of itself: its heartbeat file."""
+    """The content of a rank's heartbeat file."""
 
     rank: int
     host: str
@@ -95,12 +95,12 @@ class Culprit:
 
     rank: int
     host: str  # "" where it has never written a word
-    what: str
+    reason: str
     silent: bool  # it cannot end itself
 
 
 def judge(before: dict[int, Beat], now: dict[int, Beat], world: int, clock: float) -> list[Culprit] | None:
-    """Who hangs, or None while nobody is over its own limit; no culprit is an empty list: all wait, for nobody.
+    """Find the ranks that hang: None while none is over its limit, an empty list if all wait in one collective.
 
     `before` and `now`: the heartbeat files of this life at two moments some beats apart; `clock`: time.time() now. Call
     it on a rank that is over its own limit.
@@ -113,8 +113,8 @@ def judge(before: dict[int, Beat], now: dict[int, Beat], world: int, clock: floa
     if silent:
         unseen = {beat.rank: beat.age + max(0.0, clock - beat.time) for beat in silent}
         over = [beat for beat in silent if 0 < beat.limit < unseen[beat.rank]]
-        said = "no sign of life for {:.0f} s, last seen in {}"
-        return [Culprit(b.rank, b.host, said.format(unseen[b.rank], b.phase), True) for b in over] or None
+        message = "no sign of life for {:.0f} s, last seen in {}"
+        return [Culprit(b.rank, b.host, message.format(unseen[b.rank], b.phase), True) for b in over] or None
     most = max(beat.collectives for beat in beats)
     behind = [beat for beat in beats if beat.collectives < most] or [beat for beat in beats if not beat.waiting]
     over = [beat for beat in behind if 0 < beat.limit < beat.age]
@@ -124,18 +124,18 @@ def judge(before: dict[int, Beat], now: dict[int, Beat], world: int, clock: floa
 
 
 def describe(culprits: list[Culprit], beats: dict[int, Beat]) -> str:
-    """The verdict in one line."""
+    """Return the verdict in one line."""
     if not culprits:
         age, phase = min(beat.age for beat in beats.values()), next(iter(beats.values())).phase
         hosts = ", ".join(sorted({beat.host for beat in beats.values()})[:_NAMED])
         return f"all {len(beats)} ranks wait in one collective for {age:.0f} s in {phase}: the network of {hosts}"
-    said = [f"rank {c.rank}{' on ' + c.host if c.host else ''}: {c.what}" for c in culprits]
-    more = f"; and {len(said) - _NAMED} more" if len(said) > _NAMED else ""
-    return "; ".join(said[:_NAMED]) + more
+    messages = [f"rank {c.rank}{' on ' + c.host if c.host else ''}: {c.reason}" for c in culprits]
+    more = f"; and {len(messages) - _NAMED} more" if len(messages) > _NAMED else ""
+    return "; ".join(messages[:_NAMED]) + more
 
 
 class Watchdog:
-    """This rank's heartbeat. Without a run it is silent: every call works and does nothing."""
+    """The watchdog of this rank. Without a run every call works and does nothing."""
 
     def __init__(
         self,
@@ -145,7 +145,7 @@ class Watchdog:
         limits: Limits | None = None,
         end: Callable[[OutcomeState, str, int, list[CulpritRecord]], None] | None = None,
     ) -> None:
-        """`end` writes how this rank ends: state (HUNG, LOST_PEER), cause, step, culprits."""
+        """Start the thread. `end` records how this rank ends: state (HUNG, LOST_PEER), cause, step, culprits."""
         self.limits = limits or Limits()
         self.rank, self.world = rank, world
         self.collectives: Callable[[], int] = lambda: 0  # Ranks sets it once it has met its peers
@@ -155,7 +155,7 @@ class Watchdog:
         self._counted = 0
         self.seconds = 0.0
         self._run, self._end = run, end
-        self._said = ("starting", 0, self.limits.slow)
+        self._phase = ("starting", 0, self.limits.slow)
         self._beats = self._ticks = 0
         self._seen: tuple[int, int] = (0, 0)
         self._progressed = self._ticked = time.monotonic()
@@ -165,7 +165,7 @@ class Watchdog:
         self._left: dict[int, float] = {}
         # Not by the clock: those of two nodes differ, and any may be set back.
         self._life = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
-        self._mine = (node_name(), os.getpid(), process_start(os.getpid()))
+        self._process = (node_name(), os.getpid(), process_start(os.getpid()))
         shortest = min((limit for limit in (self.limits.step, self.limits.slow) if limit), default=600.0)
         self.interval = min(15.0, shortest / 20)
         self._closing, self._leaving = threading.Event(), threading.Event()
@@ -179,13 +179,13 @@ class Watchdog:
     # What the main thread says
 
     def beat(self, phase: str, step: int | None = None, slow: bool = False) -> None:
-        """Say what begins now. `slow`: a piece of work that cannot report often, so the longer limit counts."""
-        self._said = (phase, self._said[1] if step is None else step, self.limits.slow if slow else self.limits.step)
+        """Report progress: `phase` begins now. `slow`: work that cannot report often, so the longer limit counts."""
+        self._phase = (phase, self._phase[1] if step is None else step, self.limits.slow if slow else self.limits.step)
         self._beats += 1
 
     @contextlib.contextmanager
     def wait(self) -> Iterator[None]:
-        """Around a call in which this rank waits for its peers."""
+        """Mark a call in which this rank waits for its peers."""
         self.waiting = True
         try:
             yield
@@ -194,8 +194,8 @@ class Watchdog:
 
     @contextlib.contextmanager
     def poll(self) -> Iterator[None]:
-        """Around a loop of agreements while work goes on in another thread; say in `polling` who only waits."""
-        self.beat(self._said[0], slow=True)
+        """Mark a loop of agreements while work goes on in another thread; set `polling` on ranks that only wait."""
+        self.beat(self._phase[0], slow=True)
         self._counted = self.collectives()
         self.polling = True
         try:
@@ -204,15 +204,17 @@ class Watchdog:
             self.polling = None
 
     def meet(self, processes: list[tuple[int, str, int, str]]) -> None:
-        """The (rank, host, pid, start of the process) of all ranks: those on this host can be seen to die."""
-        here = [(rank, pid, start) for rank, host, pid, start in processes if host == self._mine[0]]
+        """Take the (rank, host, pid, start of the process) of all ranks: those on this host can be seen to die."""
+        local = [(rank, pid, start) for rank, host, pid, start in processes if host == self._process[0]]
         # In a container each rank may see its own processes only.
-        self._neighbours = [(rank, pid, start) for rank, pid, start in here if rank != self.rank and _alive(pid, start)]
+        self._neighbours = [
+            (rank, pid, start) for rank, pid, start in local if rank != self.rank and _alive(pid, start)
+        ]
 
     @property
     def process(self) -> tuple[int, str, int, str]:
-        """This rank, for meet()."""
-        return self.rank, *self._mine
+        """Return this rank's process, for meet()."""
+        return self.rank, *self._process
 
     def give_way(self) -> None:
         """Call before recording an error of the main thread: one that comes of leaving would hide the cause."""
@@ -220,13 +222,13 @@ class Watchdog:
             threading.Event().wait()  # the other thread ends this process
 
     def close(self) -> None:
-        """The end of this rank's work: it is not watched any longer."""
+        """End the watch: this rank's work is done."""
         self.give_way()
         if self._thread is not None and self._run is not None:
             self._closing.set()
             self._thread.join(5)
             faulthandler.cancel_dump_traceback_later()
-            self._said = ("ended", *self._said[1:])
+            self._phase = ("ended", *self._phase[1:])
             with contextlib.suppress(OSError):
                 self._write(0.0)
             self._thread = None
@@ -234,17 +236,17 @@ class Watchdog:
     # What the thread does
 
     def _watch(self) -> None:
-        said: set[str] = set()
+        reported: set[str] = set()
         while not self._closing.wait(min(2.0, self.interval)):
             try:
                 self._tick()
             except Exception as error:  # a full disk, say: the run will see it too, and the watch goes on
-                if (line := first_line(error)) not in said:
-                    said.add(line)
+                if (line := first_line(error)) not in reported:
+                    reported.add(line)
                     log.warning("heartbeat: %s", line)
 
     def _tick(self) -> None:
-        now, limit = time.monotonic(), self._said[2]
+        now, limit = time.monotonic(), self._phase[2]
         if limit:  # anew each time: it comes to pass only when this thread does not
             faulthandler.dump_traceback_later(1.25 * limit + 10 * self.interval, exit=True, file=2)
         if now - self._ticked > 5 * self.interval + 1:
@@ -265,7 +267,7 @@ class Watchdog:
             self._look(now)
 
     def _look(self, now: float) -> None:
-        """Twice, some beats apart: whoever has written nothing in between is silent. Clocks of nodes do not matter."""
+        """Read the peers' files twice, some beats apart: a rank that wrote nothing in between is silent."""
         if now < self._look_again:
             return
         beats = self._read()
@@ -278,7 +280,7 @@ class Watchdog:
             self._declare(culprits, beats)
 
     def _declare(self, culprits: list[Culprit], beats: dict[int, Beat]) -> None:
-        """Write the verdict, unless another rank was first; the next tick follows the one that is there."""
+        """Write the verdict, unless another rank was first; then the next tick follows that one."""
         silent = [culprit.rank for culprit in culprits if culprit.silent]
         # Where all have stopped by themselves, at a store that is down for instance, no node is to blame.
         blamed = [] if len(culprits) == self.world > 1 else culprits
@@ -286,7 +288,7 @@ class Watchdog:
             "cause": describe(culprits, beats),
             "culprits": [{"rank": culprit.rank, "host": culprit.host} for culprit in blamed],
             "silent": silent,
-            "step": self._said[1],
+            "step": self._phase[1],
         }
         try:
             descriptor = os.open(self._verdict_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -306,19 +308,19 @@ class Watchdog:
     def _kill(self, beat: Beat) -> None:
         """End a process of this host that cannot end itself. A scheduler would; without one it would stay."""
         with contextlib.suppress(OSError):
-            if beat.host == self._mine[0] and process_start(beat.pid) == beat.process_start:
+            if beat.host == self._process[0] and process_start(beat.pid) == beat.process_start:
                 os.kill(beat.pid, signal.SIGKILL)
 
     def _leave(self, verdict: dict[str, Any]) -> None:
-        """The stacks, the cause, and out: the main thread may never come back."""
+        """Write the stacks and the cause and end the process: the main thread may never come back."""
         assert self._run is not None
         assert self._end is not None
         self._leaving.set()
         try:
             log.error("hung: %s", verdict["cause"])
             with open(self._path("stacks", "txt"), "w", opener=_private) as file:
-                phase, step, _ = self._said
-                print(f"rank {self.rank} on {self._mine[0]}, {phase}, at the hang: {verdict['cause']}", file=file)
+                phase, step, _ = self._phase
+                print(f"rank {self.rank} on {self._process[0]}, {phase}, at the hang: {verdict['cause']}", file=file)
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
             self._end(OutcomeState.HUNG, verdict["cause"], verdict["step"], verdict["culprits"])
@@ -346,11 +348,11 @@ class Watchdog:
             end = read_json(self._run.end_path(rank))
             if end is not None and end["state"] in (OutcomeState.FINISHED, OutcomeState.INTERRUPTED):
                 continue
-            cause = f"rank {rank} on {self._mine[0]}: process {pid} is gone"
+            cause = f"rank {rank} on {self._process[0]}: process {pid} is gone"
             self._leaving.set()
             try:
                 log.error("%s", cause)
-                self._end(OutcomeState.LOST_PEER, cause, self._said[1], [{"rank": rank, "host": self._mine[0]}])
+                self._end(OutcomeState.LOST_PEER, cause, self._phase[1], [{"rank": rank, "host": self._process[0]}])
             finally:
                 sys.stderr.flush()
                 os._exit(EXIT_STATUS)
@@ -358,10 +360,10 @@ class Watchdog:
     # Files
 
     def _write(self, age: float) -> None:
-        """Moved into place, but not flushed to the disk: it is worth nothing after a crash of the node."""
+        """Write the heartbeat file atomically, but without a flush: it is worth nothing after a crash of the node."""
         self._ticks += 1
-        phase, step, limit = self._said
-        host, pid, start = self._mine
+        phase, step, limit = self._phase
+        host, pid, start = self._process
         beat = Beat(
             self.rank, host, pid, start, time.time(), self._ticks, phase, step, round(age, 2), limit,
             self._counted, self.waiting if self.polling is None else self.polling, round(self.seconds, 6), self._life,
@@ -374,8 +376,8 @@ class Watchdog:
 
     def _read(self) -> dict[int, Beat]:
         assert self._run is not None
-        here = read(self._run).items()
-        return {rank: beat for rank, beat in here if rank < self.world and beat.life == self._life}
+        local = read(self._run).items()
+        return {rank: beat for rank, beat in local if rank < self.world and beat.life == self._life}
 
     def _verdict(self) -> dict[str, Any] | None:
         try:
@@ -389,13 +391,13 @@ class Watchdog:
         assert self._run is not None
         return self._run.folder("logs") / "hang.json"
 
-    def _path(self, what: str, ending: str) -> Path:
+    def _path(self, kind: str, ending: str) -> Path:
         assert self._run is not None
-        return self._run.folder("logs") / f"{what}.rank-{self.rank:05d}.{ending}"
+        return self._run.folder("logs") / f"{kind}.rank-{self.rank:05d}.{ending}"
 
 
 def read(run: RunFolder) -> dict[int, Beat]:
-    """The newest heartbeat of every rank that has ever had one, by rank."""
+    """Return the newest heartbeat of every rank that has ever had one, by rank."""
     known = {field.name for field in fields(Beat)}
     beats = {}
     for path in sorted((run.path / "logs").glob("heartbeat.rank-*.json")):

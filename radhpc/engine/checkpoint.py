@@ -1,4 +1,4 @@
-"""Checkpoints: trained parameters and their optimizer state, whole or not at all.
+"""Write and read checkpoints: trained parameters and their optimizer state, complete or not at all.
 
     checkpoints/step-000120/     or, with checkpoint.url, s3://bucket/prefix/RUN/step-000120/
         state.safetensors    name, exp_avg/name, exp_avg_sq/name: one format for every engine and world size
@@ -6,8 +6,8 @@
         manifest.json        size and sha256 of the two
         COMMITTED            the sha256 of manifest.json, written last
 
-A checkpoint without a true marker does not count: it is skipped, by name, and never blocks a resume or a deletion.
-Random numbers need no state here: every step seeds them anew (loop.py). Without torch until tensors are read.
+A checkpoint without a valid marker does not count: it is skipped, by name, and never blocks a resume or a deletion.
+Random numbers need no state here: every step seeds them anew (loop.py). Imports torch only when tensors are read.
 """
 
 import contextlib
@@ -35,12 +35,12 @@ _FILES = (_MARKER, _MANIFEST, _CURSOR, _STATE)  # in the order of their deletion
 
 
 class SaveCancelled(Exception):
-    """A save was given up before its commit; nothing of it is left."""
+    """A save was cancelled before its commit; nothing of it is left."""
 
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where a run stands. `samples` is the whole state of the data: position in the order of this stage."""
+    """The position of a run. `samples` is the whole state of the data: the position in the order of this stage."""
 
     stage: int  # number, from 0
     step: int  # optimizer steps of the run so far
@@ -69,16 +69,16 @@ class Checkpoints:
 
     @classmethod
     def of(cls, run: Path, recipe: "Recipe") -> "Checkpoints":
-        """Those of a run folder: in it, or under its name where checkpoint.url points."""
+        """Return the checkpoints of a run folder: inside it, or under its name at checkpoint.url."""
         url = recipe.checkpoint.url
         if url is not None:
             return cls(ObjectStorage(f"{url.rstrip('/')}/{run.name}"))
         (run / "checkpoints").mkdir(mode=0o700, exist_ok=True)
         return cls(FolderStorage(run / "checkpoints"))
 
-    def save(self, tensors: "Tensors", cursor: Cursor, given_up: threading.Event | None = None) -> tuple[str, int]:
-        """Write and commit; the name and the bytes. Raises UserError, or SaveCancelled soon after `given_up` is set. In
-        both cases, as after a kill, the checkpoint does not count.
+    def save(self, tensors: "Tensors", cursor: Cursor, cancelled: threading.Event | None = None) -> tuple[str, int]:
+        """Write and commit; return the name and the bytes. Raises UserError, or SaveCancelled soon after `cancelled` is
+        set. In both cases, as after a kill, the checkpoint does not count.
         """
         name, storage = name_of(cursor.step), self.storage
         files: dict[str, dict[str, str | int]] = {}
@@ -89,7 +89,7 @@ class Checkpoints:
             def seen() -> Iterator[Buffer]:
                 nonlocal size
                 for piece in pieces:
-                    if given_up is not None and given_up.is_set():
+                    if cancelled is not None and cancelled.is_set():
                         raise SaveCancelled(name)
                     digest.update(piece)
                     size += len(piece)
@@ -118,15 +118,15 @@ class Checkpoints:
         return name, sum(int(entry["size"]) for entry in files.values())
 
     def names(self) -> list[str]:
-        """All of them, torn ones too, newest first."""
+        """Return the names of all of them, torn ones too, newest first."""
         return sorted(self.storage.names(), key=step_of, reverse=True)
 
     def committed(self) -> list[str]:
-        """Those with a marker, newest first; whether it is true is not looked at."""
+        """Return the names of those with a marker, newest first; the marker is not verified."""
         return [name for name in self.names() if self.storage.has(name, _MARKER)]
 
     def newest(self) -> tuple[str | None, list[tuple[str, str]]]:
-        """The newest one that verifies, and (name, fault) of each newer one that was skipped."""
+        """Return the newest one that verifies, and (name, fault) of each newer one that was skipped."""
         skipped: list[tuple[str, str]] = []
         for name in self.names():
             fault = self.verify(name)
@@ -149,18 +149,18 @@ class Checkpoints:
         return old
 
     def _ends_a_stage(self, name: str) -> bool:
-        """Also of one whose cursor cannot be read: what may be the only end of a stage is not deleted."""
+        """Return whether a checkpoint ends a stage; True also without a readable cursor, as it may be the only one."""
         try:
             return self.cursor(name).stage_done
         except (OSError, ValueError, TypeError, KeyError, UserError):
             return True
 
     def identity(self, name: str) -> str:
-        """What tells a committed checkpoint from every other: the hash of its manifest."""
+        """Return the identity of a committed checkpoint: the hash of its manifest."""
         return self._read(name, _MARKER).decode(errors="replace")
 
     def verify(self, name: str) -> str | None:
-        """What is wrong with a checkpoint, or None: the marker, then size and sha256 of every file."""
+        """Return what is wrong with a checkpoint, or None: check the marker, then size and sha256 of every file."""
         try:
             marker = self._read(name, _MARKER).decode(errors="replace")
         except FileNotFoundError:
@@ -170,14 +170,14 @@ class Checkpoints:
             manifest = self._read(name, file)
             if marker != hashlib.sha256(manifest).hexdigest():
                 return "manifest.json differs from the commit marker"
-            for file, wanted in json.loads(manifest).items():
+            for file, expected in json.loads(manifest).items():
                 size, digest = 0, hashlib.sha256()
                 for piece in self.storage.pieces(name, file):
                     size += len(piece)
                     digest.update(piece)
-                if size != wanted["size"]:
-                    return f"{file} has {size} of {wanted['size']} bytes"
-                if digest.hexdigest() != wanted["sha256"]:
+                if size != expected["size"]:
+                    return f"{file} has {size} of {expected['size']} bytes"
+                if digest.hexdigest() != expected["sha256"]:
                     return f"{file}: checksum differs"
         except FileNotFoundError:
             return f"{file} is missing"
@@ -193,7 +193,7 @@ class Checkpoints:
         return Cursor(**{**data, "lineage": tuple(data["lineage"]), "data": tuple(data["data"])})
 
     def tensors(self, name: str, moments: bool) -> "Tensors":
-        """The parameters of a checkpoint, with Adam's moments or without."""
+        """Return the parameters of a checkpoint, with the optimizer's state or without."""
         from safetensors.torch import load, load_file
 
         from radhpc.engine.state_layout import without_optimizer_state
@@ -209,7 +209,7 @@ class Checkpoints:
 
 
 def read_cursor(path: Path) -> Cursor:
-    """That of one checkpoint in a folder."""
+    """Return the cursor of one checkpoint in a folder."""
     return Checkpoints(FolderStorage(path.parent)).cursor(path.name)
 
 
@@ -217,8 +217,9 @@ _DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F
 
 
 def _serialised(tensors: "Tensors", metadata: dict[str, str]) -> Iterator[Buffer]:
-    """The safetensors format (8 bytes of the header's length, the header, the tensors), without a second copy of them:
-    the library's own writer makes either a file or one string of bytes, and this goes to a store and into a checksum.
+    """Yield the safetensors format (8 bytes of the header's length, the header, the tensors), without a second copy of
+    the tensors: the library's own writer makes either a file or one string of bytes, and this goes to a store and
+    into a checksum.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Runs that begin where another run's stage ended: `train RECIPE --stages 2,3 --from RUN`.
+"""Begin a run where another run's stage ended: `train RECIPE --stages 2,3 --from RUN`.
 
 The earlier stages of the new run's recipe are those that the other run was trained by, and their last checkpoints are
 copied, so that the new run depends on no other folder, and its recipe says how its weights came about.
@@ -19,8 +19,8 @@ from radhpc.engine.checkpoint import Checkpoints
 
 
 def select(recipe: Recipe, stages: str | None, origin: RunFolder | None) -> tuple[Recipe, int]:
-    """The recipe of the stages that `stages` names, by number from 1 or by name, and how many of them are done already.
-    Raises UserError.
+    """Return the recipe of the stages that `stages` names, by number from 1 or by name, and how many stages are done
+    already. Raises UserError.
     """
     first, last = _chosen(recipe, stages)
     if first and origin is None:
@@ -75,7 +75,7 @@ def take_over(run: RunFolder, first: int, origin: RunFolder) -> None:
 
 
 def _last_checkpoints(origin: RunFolder, first: int) -> list[str]:
-    """The checkpoints that ended the stages before `first`. Raises UserError where one is missing or damaged."""
+    """Return the checkpoints that ended the stages before `first`. Raises UserError where one is missing or damaged."""
     recipe = origin.recipe()
     checkpoints = Checkpoints.of(origin.path, recipe)
     ends = {}
@@ -93,7 +93,7 @@ def _last_checkpoints(origin: RunFolder, first: int) -> list[str]:
 
 
 def _chosen(recipe: Recipe, stages: str | None) -> tuple[int, int]:
-    """The first of the stages, from 0, and the one behind the last."""
+    """Return the first of the stages, from 0, and their end (exclusive)."""
     names = [stage.name for stage in recipe.stages]
     if stages is None:
         return 0, len(names)

@@ -1,4 +1,4 @@
-"""Studies to texts: decoding in batches, on all ranks together; and how likely each of a few answers is."""
+"""Generates texts for studies in batches, on all ranks together, and computes likelihoods of given answers."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,11 +22,11 @@ def generate(
     given_up: Callable[[], bool] = lambda: False,
     **decoding: Any,
 ) -> list[str]:
-    """The generated text of each of this rank's prompts (see StudyEncoder.encode_prompt).
+    """Generate a text for each of this rank's prompts (see StudyEncoder.encode_prompt).
 
     Ranks may hold different numbers of prompts: those with fewer take part in the last batches with empty ones. `check`
     is called before every batch with the prompts done so far, on all ranks alike, and may raise to end the work.
-    `given_up` is asked after every token, on this rank alone: once it is true the texts are cut short, worth nothing.
+    `given_up` is asked after every token, on this rank alone: once it is true the texts are cut short and do not count.
     `decoding`: as Evaluation.decoding() gives it.
     """
     texts: list[str] = []
@@ -37,7 +37,7 @@ def generate(
         rows = list(prompts[n * batch : (n + 1) * batch])
         inputs = encoder.batch(rows or [encoder.empty()], left=True)
         ids = engine.generate(inputs, max_new_tokens, stopping_criteria=criteria, **decoding)
-        if rows:  # of no rows at all a tokenizer makes one empty text
+        if rows:  # tokenizers return one empty string for an empty batch
             texts += encoder.family.tokenizer.batch_decode(ids[: len(rows)], skip_special_tokens=True)
     return [text.strip() for text in texts]
 
@@ -50,8 +50,8 @@ def likelihoods(
     answers: Sequence[Sequence[str]],
     ranks: Ranks,
 ) -> list[list[float]]:
-    """For each of this rank's prompts: the share of each answer, by its first token, among all of them. An answer may
-    have several spellings, whose probabilities add up. Ranks may hold different numbers of prompts.
+    """Return for each of this rank's prompts the probability of each answer's first token, normalised over the answers.
+    An answer may have several spellings, whose probabilities are summed. Ranks may hold different numbers of prompts.
     """
     tokens = [sorted({_first_token(encoder, spelling) for spelling in spellings}) for spellings in answers]
     assert len({token for spellings in tokens for token in spellings}) == sum(map(len, tokens)), "answers begin alike"
@@ -70,7 +70,7 @@ def _first_token(encoder: StudyEncoder, text: str) -> int:
 
 
 class _GivenUp(StoppingCriteria):
-    """Ends a batch at the next token, where there is no use in its texts any more."""
+    """Ends a batch at the next token once its texts are not needed any more."""
 
     def __init__(self, given_up: Callable[[], bool]) -> None:
         self.given_up = given_up

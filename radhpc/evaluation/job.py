@@ -1,4 +1,4 @@
-"""An evaluation as a job of its own: `radhpc evaluate RUN --on PROFILE`, on any number of ranks, preempted or not.
+"""Evaluates in a job of its own: `radhpc evaluate RUN --on PROFILE`, on any number of ranks, preempted or not.
 
     RUN/evaluation/step-000430-test/          reports.jsonl, scores.json, table.md, report.html, generated/
     RUN/evaluation/step-000430-test/job/      recipe.yaml, evaluation.json, events.jsonl, logs/, code/: a run folder
@@ -31,7 +31,7 @@ PROGRESS = 10.0  # seconds between two records of what is done: a life that leav
 
 
 def work(job: RunFolder, ranks: Ranks, stop: Stop) -> int:
-    """Evaluate as the job's evaluation.json says; the step of the checkpoint. Raises UserError and Interrupted."""
+    """Evaluate by the job's evaluation.json; return the checkpoint's step. Raises UserError and Interrupted."""
     task: dict[str, Any] = ranks.broadcast(read_json(job.path / EVALUATION) if ranks.first else None)
     run = RunFolder.open(task["run"])
     settings = EvaluationSettings.model_validate(task["settings"])
@@ -49,7 +49,7 @@ def work(job: RunFolder, ranks: Ranks, stop: Stop) -> int:
     _refuse_unasked(run.path, held_out, training)
     judge = scoring.Scoring(settings, every_convention=task["every_convention"], device=str(ranks.device))
     run_on_first(lambda: judge.judges.hashes and None, ranks, stop)
-    count, recorded = len(evaluate.chosen(held_out, settings.samples)), [0.0]
+    count, recorded = len(evaluate.choose_studies(held_out, settings.samples)), [0.0]
     with Bar("evaluate", count, unit="studies", hidden=not ranks.first) as bar:
 
         def check(done: int) -> None:
@@ -65,16 +65,12 @@ def work(job: RunFolder, ranks: Ranks, stop: Stop) -> int:
         ranks.watchdog.beat("loading", slow=True)
         result = evaluate.evaluate(
             lambda: restore_engine(context, name)[0],
-            build_encoder(context, cursor.stage),
-            held_out,
-            training,
-            settings,
+            evaluate.EvaluationTask(
+                build_encoder(context, cursor.stage), held_out, training, settings, folder, task["weights"], judge
+            ),
             ranks,
-            folder,
-            task["weights"],
             check,
             stop,
-            judge,
         )
         bar.update(count)
 
@@ -92,7 +88,7 @@ def work(job: RunFolder, ranks: Ranks, stop: Stop) -> int:
 
 
 def _refuse_unasked(run: Path, held_out: Source, training: Source) -> None:
-    """A question wants a model that was taught to answer."""
+    """Raise UserError if the split asks questions and the model was trained on none."""
     import numpy as np
 
     def asks(source: Source) -> bool:

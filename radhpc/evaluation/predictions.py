@@ -1,6 +1,6 @@
 """Keeps what an evaluation has generated so far: a preemption loses none of it.
 
-    generated/identity                  what was asked of the model; another one is another evaluation
+    generated/identity                  weights, data and decoding settings; another identity is another evaluation
     generated/rank-00000.jsonl          one line per batch: its rows, the studies that are damaged, loss and tokens
 
 Each rank appends a batch to its own file and flushes it to the disk; a line that was cut by a crash does not count, and
@@ -18,14 +18,14 @@ from radhpc.core.files import append_line, read_lines, write_atomically
 Batch = dict[str, Any]
 
 
-class Generated:
-    """The folder of one evaluation, as one rank writes it."""
+class PredictionLog:
+    """The predictions of one evaluation, as one rank writes them."""
 
     def __init__(self, folder: Path, rank: int) -> None:
         self.folder, self.path = folder, folder / f"rank-{rank:05d}.jsonl"
 
     def begin(self, identity: str) -> list[Batch]:
-        """On rank 0, before any rank appends: the batches of earlier lives. What was asked otherwise is thrown away."""
+        """Return the batches of earlier lives; those of another identity are deleted. For rank 0, before any appends."""
         known = self.folder / "identity"
         if not known.exists() or known.read_text() != identity:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -37,7 +37,7 @@ class Generated:
         return [batch for path in files for batch in read_lines(path)]
 
     def append(self, batch: Batch) -> None:
-        """Keep a batch: whole and on the disk, or not at all. Raises OSError."""
+        """Append a batch: complete and flushed to the disk, or not at all. Raises OSError."""
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:
             append_line(descriptor, json.dumps(batch).encode() + b"\n")
@@ -47,7 +47,7 @@ class Generated:
 
 
 def _cut_back(path: Path) -> None:
-    """Take away half a line at the end, or the next one would be glued to it."""
+    """Remove an incomplete last line: the next one would be appended to it."""
     data = path.read_bytes()
     if data and not data.endswith(b"\n"):
         os.truncate(path, data.rfind(b"\n") + 1)

@@ -1,9 +1,9 @@
-"""An evaluation as one page: scores beside baselines, a bar for each finding, the worst and the best cases with images.
+"""Writes an evaluation as one page: scores, baselines, a bar per finding, the worst and the best cases with images.
 
     write(run / "evaluation/step-000430-test", held_out)      # -> report.html beside scores.json and reports.jsonl
 
 Enters: what evaluate.py wrote, and the held-out studies for their images. Leaves: one HTML file without any script,
-which opens without a network and loads nothing. It shows patients' data, so that only its owner may read it.
+which opens without a network and loads nothing. It shows patients' data: only its owner may read it.
 """
 
 import base64
@@ -33,9 +33,9 @@ PAGE = "report.html"
 
 
 def write(folder: Path, held_out: Source, cases: int = CASES) -> Path:
-    """Write the page of an evaluation that is there, and return its path."""
+    """Write the page of a finished evaluation, and return its path."""
     scores, rows = read_json(folder / "scores.json"), list(read_lines(folder / "reports.jsonl"))
-    ordered = sorted(rows, key=lambda row: (*_worth(row), str(row["key"])))
+    ordered = sorted(rows, key=lambda row: (*_agreement(row), str(row["key"])))
     worst, best = ordered[:cases], ordered[cases:][::-1][:cases]
     pictures = _pictures(held_out, [row["key"] for row in (*worst, *best)])
     template = string.Template((files("radhpc.evaluation") / "report_page.html").read_text(encoding="utf-8"))
@@ -56,15 +56,15 @@ def write(folder: Path, held_out: Source, cases: int = CASES) -> Path:
 
 
 def drawn(row: Mapping[str, Any]) -> set[str] | None:
-    """The findings that a study is known to have, where a rule can read them back from a text: those of a phantom."""
+    """Return the findings that a study is known to have and a rule can read back from a text: those of a phantom."""
     if "labels" not in row:
         return None if row.get("findings") is None else set(row["findings"])
     known = row["labels"].get("phantom")
     return None if known is None else {name for name, value in known.items() if value == 1}
 
 
-def _worth(row: Mapping[str, Any]) -> tuple[float, float]:
-    """How much of a case is right: of its findings, where they are known, and of its words."""
+def _agreement(row: Mapping[str, Any]) -> tuple[float, float]:
+    """Return how well a case agrees with its reference: by its findings, if they are known, and by its words."""
     known = drawn(row)
     return (
         0.0 if known is None else _overlap(findings.read(row["generated"]), known),
@@ -72,21 +72,21 @@ def _worth(row: Mapping[str, Any]) -> tuple[float, float]:
     )
 
 
-def _overlap(mine: set[str], wanted: set[str]) -> float:
-    mine, wanted = mine or {findings.NORMAL}, wanted or {findings.NORMAL}
-    return 2 * len(mine & wanted) / (len(mine) + len(wanted))
+def _overlap(predicted: set[str], expected: set[str]) -> float:
+    predicted, expected = predicted or {findings.NORMAL}, expected or {findings.NORMAL}
+    return 2 * len(predicted & expected) / (len(predicted) + len(expected))
 
 
 def _about(folder: Path, scores: Mapping[str, Any]) -> str:
     left_out = scores.get("left_out") or []
-    told = f"{folder.parent.parent.name}: {scores['samples']} studies"
+    about = f"{folder.parent.parent.name}: {scores['samples']} studies"
     if left_out:
-        told += f"; {len(left_out)} could not be read and are left out: {', '.join(left_out[:5])}"
-    return html.escape(told)
+        about += f"; {len(left_out)} could not be read and are left out: {', '.join(left_out[:5])}"
+    return html.escape(about)
 
 
 def table(scores: Mapping[str, Any]) -> str:
-    """The scores that are no part of a group, beside the baselines; what does not beat the best of them is marked."""
+    """Return the scores that belong to no group, beside the baselines; those that beat no baseline are marked."""
     baselines = scores.get("baselines") or {}
     head = "".join(f'<th class="number">{html.escape(name)}</th>' for name in baselines)
     lines = [f'<tr><th>score</th><th class="number">model</th><th>95% interval</th>{head}<th>convention</th></tr>']
@@ -104,23 +104,23 @@ def table(scores: Mapping[str, Any]) -> str:
             f'<tr><td>{html.escape(name)}</td><td{mark}>{_number(value)}</td><td class="limits">{limits}</td>{cells}'
             f'<td class="quiet">{html.escape(str(convention))}</td></tr>'
         )
-    said = "".join(
+    notes = "".join(
         f'<p class="quiet">{html.escape(name)}: not scored: {html.escape(str(why))}</p>'
         for name, why in (scores.get("missing") or {}).items()
     )
-    return f"<table>{''.join(lines)}</table>{said}{_compared(scores.get('comparison'))}"
+    return f"<table>{''.join(lines)}</table>{notes}{_compared(scores.get('comparison'))}"
 
 
 def _compared(comparison: Mapping[str, Any] | None) -> str:
-    """The paired test against another run."""
+    """Return the paired test against another run as HTML."""
     if not comparison:
         return ""
     lines = ['<tr><th>score</th><th class="number">difference</th><th>95% interval</th><th class="number">p</th></tr>']
-    for name, found in comparison["scores"].items():
-        limits = f"{found['low']:+.3f} to {found['high']:+.3f}"
+    for name, entry in comparison["scores"].items():
+        limits = f"{entry['low']:+.3f} to {entry['high']:+.3f}"
         lines.append(
-            f'<tr><td>{html.escape(name)}</td><td class="number">{found["difference"]:+.3f}</td><td>{limits}</td>'
-            f'<td class="number">{found["p"]:.3f}</td></tr>'
+            f'<tr><td>{html.escape(name)}</td><td class="number">{entry["difference"]:+.3f}</td><td>{limits}</td>'
+            f'<td class="number">{entry["p"]:.3f}</td></tr>'
         )
     about = f"{comparison['test']}, {comparison['samples']} studies"
     return (
@@ -130,7 +130,7 @@ def _compared(comparison: Mapping[str, Any] | None) -> str:
 
 
 def _group(name: str) -> str | None:
-    """findings_f1 of "findings_f1/cardiomegaly": what is measured for each finding; None of a score by itself."""
+    """Return the group of a score per finding, such as findings_f1 of "findings_f1/cardiomegaly"; else None."""
     group, slash, _ = name.partition("/")
     return group if slash and group.rpartition("_")[2] in PER_FINDING else None
 
@@ -145,7 +145,7 @@ def _number(value: object) -> str:
 
 
 def bars(scores: Mapping[str, Any]) -> Iterator[str]:
-    """For each group of scores, such as findings_f1/NAME, a bar per name: interval and best baseline on it."""
+    """Yield for each group of scores, such as findings_f1/NAME, a bar per name with interval and best baseline."""
     groups: dict[str, list[str]] = {}
     for name, score in scores["scores"].items():
         group = _group(name)
@@ -182,9 +182,10 @@ def _case(row: Mapping[str, Any], pictures: Sequence[str], known: bool) -> str:
     head.append(f"<span>words {text.token_f1(row['generated'], row['reference']):.2f}</span>")
     if row.get("question"):
         head.append(f"<span>{html.escape(row['question'])}</span>")
-    if known and (wanted := drawn(row)) is not None:
-        mine = findings.read(row["generated"])
-        for kind, names in (("right", mine & wanted), ("missed", wanted - mine), ("invented", mine - wanted)):
+    if known and (expected := drawn(row)) is not None:
+        predicted = findings.read(row["generated"])
+        groups = {"right": predicted & expected, "missed": expected - predicted, "invented": predicted - expected}
+        for kind, names in groups.items():
             head += [f'<span class="chip {kind}">{kind}: {html.escape(name)}</span>' for name in sorted(names)]
     images = "".join(f'<img alt="view" src="{picture}">' for picture in pictures)
     return (
@@ -194,7 +195,7 @@ def _case(row: Mapping[str, Any], pictures: Sequence[str], known: bool) -> str:
 
 
 def marked(reference: str, generated: str) -> tuple[str, str]:
-    """Both texts as HTML: in the first what is left out of the second within <del>, in the second what is new in <ins>.
+    """Return both texts as HTML: words missing from the second within <del>, words new in it within <ins>.
 
     Words are compared without case and punctuation.
     """
@@ -222,22 +223,22 @@ def _wrapped(words: Iterable[str], tag: str) -> str:
 
 
 def _pictures(held_out: Source, keys: Sequence[str]) -> dict[str, list[str]]:
-    """The images of these studies as data URLs; a study that cannot be read has none."""
-    wanted = set(keys)
+    """Return the images of these studies as data URLs; a study that cannot be read has none."""
+    requested = set(keys)
     every = held_out.keys(np.arange(len(held_out)))
-    found = {}
+    result = {}
     for number, key in enumerate(every):
-        if key in wanted:
+        if key in requested:
             try:
                 _, _, views = held_out.read(number)
             except BadSample:
                 continue
-            found[key] = [data_url(view) for view in views[:VIEWS]]
-    return found
+            result[key] = [data_url(view) for view in views[:VIEWS]]
+    return result
 
 
 def data_url(view: Image.Image, side: int = SIDE) -> str:
-    """A picture, shrunk to `side` pixels, as a JPEG within the page."""
+    """Return a picture, shrunk to `side` pixels, as a JPEG in a data URL."""
     small = view if view.mode in ("L", "RGB") else view.convert("RGB")
     if max(small.size) > side:
         factor = side / max(small.size)

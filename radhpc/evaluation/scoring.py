@@ -278,7 +278,7 @@ def trivial(rows: Sequence[Row], known: Sequence[tuple[str | None, str]]) -> dic
     return {"constant": list(map(constant, rows)), "random": list(map(drawn, rows))}
 
 
-def saying(rows: Sequence[Row], texts: Sequence[str]) -> list[Row]:
+def with_answers(rows: Sequence[Row], texts: Sequence[str]) -> list[Row]:
     """Return the same studies with other answers."""
     return [
         replace(row, generated=answer, likelihoods=None, head=None) for row, answer in zip(rows, texts, strict=True)

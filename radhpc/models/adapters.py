@@ -148,7 +148,8 @@ def attach(model: nn.Module, lora: LoraSettings, seed: int) -> None:
 
 
 def peft_config(lora: LoraSettings) -> peft.LoraConfig:
-    # PEFT computes with fractions, too, whatever its annotation says; whole numbers are written as such.
+    """Return PEFT's configuration of a stage's adapters."""
+    # PEFT also takes fractions, whatever its annotation says; integers are written as such.
     alpha: Any = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
     return peft.LoraConfig(
         r=lora.rank,
@@ -167,7 +168,7 @@ def grow(model: nn.Module, lora: LoraSettings, before: Adapter) -> None:
     The old rows of A and columns of B are copied, B times the ratio of the old scale to the new one; new rows of A stay
     random, new columns of B zero. Zeros in both would never get a gradient. With DoRA the magnitudes are copied; where
     the earlier adapters had none, they are the norms of the adapted weights, which changes nothing either. Raises
-    UserError where a layer's change is not what it was, within float rounding.
+    UserError where a layer's change differs from that before, beyond float rounding.
     """
     weights = {canonical(name): parameter for name, parameter in model.named_parameters()}
     with torch.no_grad():

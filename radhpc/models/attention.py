@@ -109,6 +109,7 @@ class Segments:
 
     @cached_property
     def packed(self) -> Packed:
+        """The segments as kernels for packed tokens take them, on the device."""
         rows, *lengths = self.shape
         chosen: list[torch.Tensor | None] = []
         for positions, length in zip(zip(*self.segments, strict=True), lengths, strict=True):

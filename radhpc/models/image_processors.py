@@ -263,7 +263,7 @@ class QwenImages:
         file = read(path, QwenDescription)
         least, most = file.size
         if max_pixels is not None and max_pixels < least:
-            raise UserError(f"model.max_pixels {max_pixels}: {path} wants at least {least}")
+            raise UserError(f"model.max_pixels {max_pixels}: {path} needs at least {least}")
         return cls(
             file.patch_size, file.merge_size, least, min(most, max_pixels or most), file.image_mean, file.image_std,
             file.resample, file.rescale_factor,

@@ -40,12 +40,12 @@ Slots = list[tuple[nn.Module, str]]  # the places of one parameter in a model: a
 
 @dataclass
 class LazyWeight:
-    """Where a parameter's values will be read from."""
+    """The place that a parameter's values are read from."""
 
     file: Path  # safetensors
     name: str  # in that file
     length: int = 0  # rows of the parameter: those that the file lacks are the mean of those that it has
-    modifications: list[Modification] = field(default_factory=list)  # of the whole tensor, in float32, in this order
+    modifications: list[Modification] = field(default_factory=list)  # of the full tensor, in float32, in this order
 
     def rows(self, first: int, last: int) -> torch.Tensor:
         """Read rows from `first` to `last` (exclusive), on the CPU, in the file's type; in float32 where all of the

@@ -4,7 +4,7 @@ A prompt of 300 tokens and an answer of 60 need 60 rows of logits, and of 128,25
 in float32 a text of 4,096 tokens takes 2.1 GB, and its gradient as much. Here the output head itself, in the one call
 that the model makes to it, takes the supervised positions and goes over them in chunks.
 
-- A frozen head: dL/dh of each chunk is computed right behind its loss, so that the backward pass has nothing to do.
+- A frozen head: dL/dh of each chunk is computed right after its loss, and the backward pass has nothing left to do.
 - A trained or adapted head: each chunk, if there are several, is computed again in the backward pass.
 
 All chunks are within one call of the head through the model, since sharding engines gather its weights once for each

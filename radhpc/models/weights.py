@@ -35,7 +35,7 @@ class WeightFile:
     path: Path
     bytes: int | None  # None: it is missing
     fault: str = ""
-    sha256: str = ""  # "as it should be", "unknown" (nothing says how it should be) or "" (not looked at)
+    sha256: str = ""  # "as it should be", "unknown" (nothing to compare with) or "" (not compared)
 
 
 def check(recipe: Recipe) -> None:
@@ -171,7 +171,7 @@ def _file(component: str, path: Path, hashes: bool) -> WeightFile:
     if not path.exists():
         fault = "missing"
         if path.suffix == ".safetensors" and sorted(path.parent.glob("pytorch_model*.bin")):
-            fault = "only pytorch_model*.bin is there, and a pickle may run code; --convert writes safetensors of it"
+            fault = "only pytorch_model*.bin exists, and a pickle may run code; --convert writes safetensors of it"
         return WeightFile(component, path, None, fault)
     size = path.stat().st_size
     fault = _length_fault(path, size) if path.suffix == ".safetensors" else ""

@@ -1,12 +1,12 @@
-"""Where checkpoints lie: a folder, or a prefix of an object store. Below checkpoint.py, which says what is in them.
+"""Store checkpoints in a folder or below a prefix of an object store. checkpoint.py defines what is in them.
 
     storage = Folder(Path("runs/x/checkpoints"))        # or Bucket("s3://bucket/prefix/x")
     storage.begin("step-000120")
     storage.put("step-000120", "state.safetensors", pieces)
     storage.commit("step-000120", "COMMITTED", marker)   # until here it does not count
 
-In a folder a checkpoint is written beside its place, flushed and renamed; in an object store every object appears
-whole or not at all. In both the marker comes last, and goes first when a checkpoint is deleted.
+In a folder a checkpoint is written under a temporary name, flushed and renamed; in an object store every object appears
+complete or not at all. In both the marker comes last, and goes first when a checkpoint is deleted.
 """
 
 import os
@@ -23,22 +23,22 @@ Buffer = bytes | memoryview
 
 
 class CheckpointStorage(Protocol):
-    """Named checkpoints of a few files each. Errors are OSError (FileNotFoundError where a file is not there) or, from
+    """Named checkpoints of a few files each. Errors are OSError (FileNotFoundError for a missing file) or, from
     an object store, UserError.
     """
 
     def names(self) -> list[str]:
-        """All checkpoints, torn ones too."""
+        """Return the names of all checkpoints, torn ones too."""
         ...
 
     def begin(self, name: str) -> None:
-        """Clear away what an earlier life may have left under this name."""
+        """Remove what an earlier life may have left under this name."""
         ...
 
     def put(self, name: str, file: str, pieces: Iterable[Buffer]) -> None: ...
 
     def commit(self, name: str, file: str, marker: bytes) -> None:
-        """Make what was put durable, then write the marker."""
+        """Make the files durable, then write the marker."""
         ...
 
     def remove(self, name: str, files: Iterable[str]) -> None:
@@ -46,17 +46,17 @@ class CheckpointStorage(Protocol):
         ...
 
     def sweep(self) -> None:
-        """Delete what killed processes left half written."""
+        """Delete the half-written files of killed processes."""
         ...
 
     def has(self, name: str, file: str) -> bool: ...
 
     def pieces(self, name: str, file: str) -> Iterator[Buffer]:
-        """A file's content, from its beginning to its end."""
+        """Yield a file's content from its beginning to its end."""
         ...
 
     def where(self, name: str) -> str:
-        """For people: the path or URL."""
+        """Return the path or URL, for people."""
         ...
 
 

@@ -1,7 +1,7 @@
-"""The node cache: blocks of remote shards in a folder of the node, for all ranks there and for other jobs.
+"""Cache blocks of remote shards in a folder of the node, for all its ranks and for other jobs.
 
-Sits between the stream and a remote store. Enters: which bytes of which file are wanted, and how to fetch what is not
-there. Leaves: the bytes. Example, with a member of 55 kB at byte 9,000,000 of a shard of 1 GB:
+Sits between the stream and a remote store. Enters: the bytes of a file that are requested, and a function that fetches
+missing ones. Leaves: the bytes. Example, with a member of 55 kB at byte 9,000,000 of a shard of 1 GB:
 
     cache = NodeCache(Path("/local/me/radhpc"), 200 << 30)
     cache.read("s3://bucket/padchest/train-000000.tar 3f9a…", 10**9, 9_000_000, 9_055_000, fetch)
@@ -70,7 +70,7 @@ Fetch = Callable[[int, int], bytes | memoryview]  # bytes [start, stop) of the f
 
 @dataclass
 class CacheCounts:
-    """What one cache did since it was opened, in this process. A block wanted is either a hit or a miss."""
+    """Counters of one cache in this process since it was opened. A requested block is either a hit or a miss."""
 
     hits: int = 0  # blocks found in the folder
     misses: int = 0  # blocks fetched, whole or in part
@@ -93,7 +93,7 @@ class _Block:
 
 
 class _Open:
-    """A block's descriptor. Closed when nobody refers to it any more, so never under a reader in another thread."""
+    """The descriptor of a block, closed when nobody refers to it any more: never under a reader in another thread."""
 
     def __init__(self, path: str) -> None:
         self.descriptor = os.open(path, os.O_RDONLY)
@@ -106,10 +106,10 @@ class _Open:
 
 
 class NodeCache:
-    """At most `limit` bytes of blocks in `folder`, in whole sets of 256 MiB, or one smaller one."""
+    """A cache of at most `limit` bytes of blocks in `folder`, in complete sets of 256 MiB, or one smaller set."""
 
     def __init__(self, folder: Path, limit: int) -> None:
-        """Raises UserError for a limit that is too small, and for a folder that cannot be made or is another user's."""
+        """Open the cache. Raises UserError for too small a limit, or a folder that cannot be created or is not ours."""
         if limit < MINIMUM:
             raise UserError(f"stream.cache.gigabytes: {limit / 1e9:g}; allowed are {MINIMUM / 1e9:g} or more")
         self.counts = CacheCounts()
@@ -118,7 +118,7 @@ class NodeCache:
         self._since = time.time()  # blocks used later are in use
         self._expected: frozenset[str] = frozenset()
         self._full: dict[str, float] = {}  # by set: until when it is taken to be full
-        self._paused_until, self._told = 0.0, False
+        self._paused_until, self._warned = 0.0, False
         self._mutex = threading.Lock()  # over the counts and the open blocks
         self._open: OrderedDict[str, _Open] = OrderedDict()
         self._held: set[int] = set()  # locks that threads of this process hold
@@ -140,7 +140,7 @@ class NodeCache:
         self._trim()
 
     def read(self, file: str, size: int, start: int, stop: int, fetch: Fetch) -> memoryview:
-        """The bytes [start, stop) of a file of `size` bytes. `file` names the content: a URL and a checksum, say.
+        """Read the bytes [start, stop) of a file of `size` bytes. `file` names the content, say by URL and checksum.
 
         What is not in the cache comes from `fetch(start, stop)`, called with at most 16 MiB in this thread; its errors
         pass through. Raises OSError where it returns another number of bytes than it was asked for.
@@ -159,7 +159,7 @@ class NodeCache:
             return data
 
         def not_cached(blocks: list[_Block]) -> list[_Block]:
-            """Read what is in the folder; return what is not."""
+            """Read the blocks in the folder; return those that are not there."""
             return [block for block in blocks if not self._cached(block, *_overlap(block, start, whole))]
 
         missing = not_cached([self._block(digest, number, size) for number in range(start // BLOCK, -(-stop // BLOCK))])
@@ -211,7 +211,7 @@ class NodeCache:
         return _Block(f"{self._root}/{place:05d}", name, number * BLOCK, min((number + 1) * BLOCK, size))
 
     def _cached(self, block: _Block, at: int, part: memoryview) -> bool:
-        """Read a part of a block, from its byte `at` on, and note that it is in use. False where it is not there."""
+        """Read a part of a block, from its byte `at` on, and mark it as used. Returns False if it is not cached."""
         try:
             with self._mutex:
                 entry = self._open.pop(block.path, None)
@@ -257,8 +257,8 @@ class NodeCache:
         except OSError as error:
             self._count(not_kept=1)
             self._paused_until = time.monotonic() + PAUSE
-            if not self._told:
-                self._told = True
+            if not self._warned:
+                self._warned = True
                 log.warning("%s: %s; the run goes on and keeps fewer blocks there", self._folder, first_line(error))
 
     def _write(self, block: _Block, content: memoryview) -> None:
@@ -287,16 +287,16 @@ class NodeCache:
             return []
 
     def _ages(self, folder: str) -> list[tuple[bool, float, str]]:
-        """The files of a set, what may go first: (in use, when it was used, name)."""
-        found = []
+        """Return the files of a set in the order of their eviction: (in use, time of last use, name)."""
+        files = []
         for name in self._names(folder):
             with contextlib.suppress(FileNotFoundError):
                 used = os.stat(f"{folder}/{name}").st_mtime
-                found.append((used >= self._since or name.split("-")[0] in self._expected, used, name))
-        return sorted(found)
+                files.append((used >= self._since or name.split("-")[0] in self._expected, used, name))
+        return sorted(files)
 
     def _admits(self, block: _Block) -> bool:
-        """Whether its set would take this newcomer."""
+        """Return whether its set would admit this new block."""
         now = time.monotonic()
         if now < self._paused_until:
             return False
@@ -310,7 +310,7 @@ class NodeCache:
         return False
 
     def _make_room(self, block: _Block) -> bool:
-        """Whether there is place for this newcomer, now, in its set, whose lock is held. Raises OSError."""
+        """Make room for a new block in its set, whose lock is held; return whether there is any. Raises OSError."""
         os.makedirs(block.folder, 0o700, exist_ok=True)
         self._shrink(block.folder, self._ways)
         if len(self._names(block.folder)) >= self._ways:
@@ -387,7 +387,7 @@ class NodeCache:
         return True
 
     def _without_locks(self, error: OSError) -> None:
-        """Some network file systems have none: still the right bytes, but ranks fetch and write a block twice."""
+        """Go on without locks, which some network file systems lack: ranks may then fetch and write a block twice."""
         self._lock = None
         log.warning("%s: no file locks (%s); ranks may fetch the same block twice", self._folder, error.strerror)
 
@@ -398,7 +398,7 @@ class NodeCache:
 
 
 def jump_hash(key: int, buckets: int) -> int:
-    """The bucket of a 64-bit key; with n + 1 instead of n buckets, one key in n + 1 moves, and into the new one.
+    """Return the bucket of a 64-bit key; with n + 1 instead of n buckets, one key in n + 1 moves, into the new one.
 
     Source: Lamping and Veach, "A fast, minimal memory, consistent hash algorithm", 2014.
     """
@@ -416,12 +416,12 @@ def _digest(file: str) -> str:
 
 
 def _hash(name: str) -> int:
-    """62 bits of a name: a place in a file, too."""
+    """Return a hash of 62 bits of a name, which is also an offset in the lock file."""
     return int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "big") >> 2
 
 
 def _overlap(block: _Block, start: int, whole: memoryview) -> tuple[int, memoryview]:
-    """Where in a block the part begins that is wanted for bytes `start` and on, and where that part is to go."""
+    """Return the offset in a block of the part that is requested from byte `start` on, and the target of that part."""
     first = max(start, block.start)
     return first - block.start, whole[first - start : block.stop - start]
 
@@ -437,7 +437,7 @@ def _remove(path: str) -> None:
 
 
 def _runs(blocks: list[_Block], alike: Callable[[_Block], object] = lambda block: None) -> Iterator[list[_Block]]:
-    """Neighbours that are alike, at most RUN together."""
+    """Yield runs of neighbouring blocks that are alike, at most RUN blocks each."""
     run: list[_Block] = []
     for block in blocks:
         if run and (run[-1].stop != block.start or len(run) == RUN or alike(run[-1]) != alike(block)):

@@ -1,4 +1,4 @@
-"""Object stores as obstore reaches them: clients, keys, what a refusal means, and how long a request is repeated.
+"""Reach object stores with obstore: clients, credentials, the meaning of errors, and how long a request is repeated.
 
 Below store.py. A request is repeated after 429 and 5xx, resets, stalls, short bodies and expired keys, each time after
 a random wait whose bound doubles ("full jitter": Brooker, "Exponential Backoff And Jitter", 2015). `Traffic` counts it.
@@ -30,7 +30,7 @@ S3 = ("s3", "s3a")
 
 @dataclass
 class Traffic:
-    """What was asked of stores, for the board."""
+    """The requests to stores so far, for the board."""
 
     requests: int = 0
     bytes: int = 0
@@ -57,14 +57,14 @@ class Backoff:
         return time.monotonic() > self._deadline
 
     def wait(self) -> None:
-        """Raises CancelledError once nobody waits for the answer any more."""
+        """Wait before the next attempt. Raises CancelledError once nobody waits for the answer any more."""
         if self._given_up.wait(random.uniform(0, min(LONGEST_WAIT, FIRST_WAIT * 2**self.attempts))):
             raise CancelledError
         self.attempts += 1
 
 
 def connect(url: str, retried: bool) -> Any:
-    """obstore's client for a URL. `retried`: by obstore itself; else every failure is told. Raises UserError."""
+    """Return obstore's client for a URL. `retried`: obstore repeats requests itself; else it reports every failure."""
     import obstore.store
 
     scheme = url.split("://")[0]
@@ -83,14 +83,14 @@ def connect(url: str, retried: bool) -> Any:
 
 
 def _connection(scheme: str) -> dict[str, str]:
-    """What the environment says of the connection: AWS_ALLOW_HTTP, AZURE_PROXY_URL, ...
+    """Return the connection's options from the environment: AWS_ALLOW_HTTP, AZURE_PROXY_URL, ...
 
     obstore reads these too, but forgets all of them once it is given any option of the client.
     """
     prefix = {"s3": "AWS", "s3a": "AWS", "gs": "GOOGLE"}.get(scheme, "AZURE")
     names = ("allow_http", "allow_invalid_certificates", "proxy_url", "proxy_ca_certificate", "proxy_excludes")
-    found = {name: os.environ.get(f"{prefix}_{name.upper()}") for name in names}
-    return {name: value for name, value in found.items() if value}
+    match = {name: os.environ.get(f"{prefix}_{name.upper()}") for name in names}
+    return {name: value for name, value in match.items() if value}
 
 
 _HOPE = (
@@ -103,13 +103,13 @@ _HOPE = (
 
 
 def retry_cause(error: Exception, answered: bool) -> str | None:
-    """Why a request may succeed another time, or None. `answered`: whether the store has granted one before."""
+    """Return why a request may succeed if repeated, or None. `answered`: the store has granted one before."""
     import obstore.exceptions as refusals
 
     # What it was stands in the first kind of the debugging text, whose other words (retry_timeout) would mislead.
     text, _, debug = str(error).partition("\n\nDebug source")
-    if found := re.search(r"kind: Timeout", debug):
-        text += found[0]
+    if match := re.search(r"kind: Timeout", debug):
+        text += match[0]
     if "builder error" in text:  # it could not even be sent
         return None
     cause = next((cause for cause, sign in _HOPE if re.search(sign, text, re.IGNORECASE)), None)
@@ -121,15 +121,15 @@ def retry_cause(error: Exception, answered: bool) -> str | None:
 
 
 def error_summary(error: Exception) -> str:
-    """The gist of obstore's long messages: what the server said, else the innermost cause."""
+    """Return the gist of obstore's long messages: the server's answer, else the innermost cause."""
     text = first_line(error)
-    if found := re.search(r"<Code>(.*?)</Code>(?:<Message>(.*?)</Message>)?", str(error)):
-        return ": ".join(part for part in found.groups() if part)
+    if match := re.search(r"<Code>(.*?)</Code>(?:<Message>(.*?)</Message>)?", str(error)):
+        return ": ".join(part for part in match.groups() if part)
     return text.split(" - ", 1)[-1][:200]
 
 
 def _keys_file() -> Path | None:
-    """The shared file of keys, where none stands in the environment and the profile has one there."""
+    """Return the shared credentials file if the environment has no key and the file has one for the profile."""
     if os.environ.get("AWS_ACCESS_KEY_ID"):
         return None
     file = Path(os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or "~/.aws/credentials").expanduser()
@@ -140,7 +140,7 @@ def _keys_file() -> Path | None:
 
 
 def read_keys(file: Path) -> dict[str, Any]:
-    """The keys of AWS_PROFILE, as obstore wants them of a provider. Raises UserError."""
+    """Read the keys of AWS_PROFILE, as obstore expects them from a provider. Raises UserError."""
     profile = os.environ.get("AWS_PROFILE", "default")
     try:
         entries = configparser.ConfigParser(interpolation=None)

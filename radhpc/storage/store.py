@@ -1,4 +1,4 @@
-"""Where shards lie: a folder, or an object store behind a URL. Reads whole files and byte ranges.
+"""Read and write shards in a folder or in an object store behind a URL: complete files and byte ranges.
 
     store = Store("/data/padchest")                 # a folder
     store = Store("s3://bucket/padchest")           # obstore: s3, gs, az, http and file URLs
@@ -45,9 +45,9 @@ class Store:
     """A flat folder of files behind a path or a URL."""
 
     def __init__(self, url: str | os.PathLike[str], traffic: Traffic | None = None) -> None:
-        found = _SUBSET.fullmatch(url) if isinstance(url, str) else None
-        self.subset = found["subset"] if found else None
-        self.url = (found["url"] if found else os.fspath(url)).rstrip("/")
+        actual = _SUBSET.fullmatch(url) if isinstance(url, str) else None
+        self.subset = actual["subset"] if actual else None
+        self.url = (actual["url"] if actual else os.fspath(url)).rstrip("/")
         self.folder = None if "://" in self.url else Path(self.url)
         self.traffic = traffic or Traffic()
         self._descriptors: dict[str, int] = {}
@@ -61,7 +61,7 @@ class Store:
         return object_store.connect(self.url, retried=True)
 
     def _ranges(self) -> Any:
-        """The client of ranged reads, which are repeated here, not by obstore, so that they are counted."""
+        """Return the client of ranged reads, which are repeated here and not by obstore, so that they are counted."""
         with self._lock:
             if self._client is None:
                 self._client = object_store.connect(self.url, retried=False)
@@ -79,7 +79,7 @@ class Store:
         return bytes(self.view_range(name, offset, length))
 
     def view_range(self, name: str, offset: int, length: int, given_up: threading.Event | None = None) -> memoryview:
-        """read_range without a copy. Raises CancelledError between two attempts once `given_up` is set."""
+        """Read a range without a copy. Raises CancelledError between two attempts once `given_up` is set."""
         if self.folder is not None:
             return memoryview(os.pread(self._descriptor(name), length, offset))
         if length <= 0:
@@ -117,7 +117,7 @@ class Store:
             backoff.wait()
 
     def mapped(self, name: str, size: int) -> memoryview | None:
-        """A whole file of `size` bytes on a local disk, without a copy; None for one that is not on a local disk."""
+        """Map a file of `size` bytes on a local disk into memory; None for one that is not on a local disk."""
         view = self._maps.get(name)
         if view is not None:
             return view
@@ -126,10 +126,10 @@ class Store:
         with self._lock:
             try:
                 with open(self.folder / name, "rb") as file:
-                    found = os.fstat(file.fileno()).st_size
-                    if found != size:
+                    actual = os.fstat(file.fileno()).st_size
+                    if actual != size:
                         raise UserError(
-                            f"{self.url}/{name}: {found} bytes, {size} when this run began: cut or replaced"
+                            f"{self.url}/{name}: {actual} bytes, {size} when this run began: cut or replaced"
                         )
                     view = memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
             except FileNotFoundError as error:
@@ -141,33 +141,33 @@ class Store:
 
     @cached_property
     def on_local_disk(self) -> bool:
-        """Whether these are files of this machine alone."""
+        """Return whether these files are on a disk of this machine."""
         # Those are mapped. A network may fail in mid-read, which a mapping answers with SIGBUS.
         return self.folder is not None and file_system(self.folder) in NODE_LOCAL
 
     def size(self, name: str) -> int:
-        """The size in bytes. Raises FileNotFoundError."""
+        """Return a file's size in bytes. Raises FileNotFoundError."""
         if self.folder is not None:
             return (self.folder / name).stat().st_size
         with self._explain(name):
             return int(self._remote.head(name)["size"])
 
     def names(self) -> list[str]:
-        """The names of all files, without those of folders below it."""
+        """Return the names of all files here, without those of folders below."""
         if self.folder is not None:
             return sorted(path.name for path in self.folder.iterdir() if path.is_file()) if self.folder.exists() else []
         with self._explain(""):
             return sorted(entry["path"] for entry in self._remote.list_with_delimiter()["objects"])
 
     def folders(self) -> list[str]:
-        """The names of the folders, or prefixes, right below."""
+        """Return the names of the folders, or prefixes, directly below."""
         if self.folder is not None:
             return sorted(path.name for path in self.folder.iterdir() if path.is_dir()) if self.folder.exists() else []
         with self._explain(""):
             return sorted(prefix.rsplit("/", 1)[-1] for prefix in self._remote.list_with_delimiter()["common_prefixes"])
 
     def write_pieces(self, name: str, pieces: Iterable[bytes | memoryview]) -> None:
-        """Put an object whose content comes piece by piece; it appears complete or, when an error ends the pieces, not
+        """Write an object whose content comes in pieces; it appears complete or, if an error ends the pieces, not
         at all.
         """
         assert self.folder is None
@@ -183,7 +183,7 @@ class Store:
                 self._remote.put(name, data, chunk_size=PART)
 
     def upload(self, path: Path, name: str) -> None:
-        """Put a local file there, in parts; it appears under its name complete or not at all."""
+        """Upload a local file in parts; it appears under its name complete or not at all."""
         if self.folder is not None:
             write_atomically(self.folder / name, path.read_bytes(), MODE)
             return
@@ -221,7 +221,7 @@ class Store:
             return self._descriptors[name]
 
     def close(self) -> None:
-        """Close the files that ranges were read from."""
+        """Close the files from which ranges were read."""
         with self._lock:
             for descriptor in self._descriptors.values():
                 os.close(descriptor)

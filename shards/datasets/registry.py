@@ -20,7 +20,7 @@ BUILT_IN = (
 
 
 def names() -> tuple[str, ...]:
-    """Every dataset that `build` may be asked for."""
+    """Return the names of all readers, built in and of plugins."""
     return tuple(sorted({*BUILT_IN, *plugins.installed(plugins.DATASETS)}))
 
 

@@ -176,7 +176,7 @@ class StudyMembers(NamedTuple):
 
 
 def encode_study(row: StudyRow, dataset: str, settings: EncodingSettings) -> StudyMembers:
-    """Read the images of a study and write its description. Raises BadImage, ValidationError and Offence."""
+    """Read the images of a study and write its description. Raises BadImage, ValidationError, IdentifierError."""
     images = []
     for source, projection in row.raw.views:
         raw = load(source) if isinstance(source, Path) else source()

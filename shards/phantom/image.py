@@ -94,7 +94,7 @@ def _frontal(x: Plane, y: Plane, findings: list[Finding], rng: np.random.Generat
 def _lung(
     picture: Plane, out: Plane, y: Plane, base: float, side: str, texture: Plane, findings: dict[str, Finding]
 ) -> Plane:
-    """One lung and what is found in it; `out` is the distance from the midline toward this side."""
+    """Draw one lung and its findings; `out` is the distance from the midline toward this side."""
     along = np.sqrt(np.clip(1 - np.square(np.minimum(y - 0.30, 0) / 1.10), 0, None))
     edge = out - 0.37 * along - 0.40  # negative inside, the chest wall at zero
     dome = 2.1 * np.square(out - 0.36) + base  # height of the diaphragm
@@ -133,7 +133,7 @@ _ZONES = {"nodule upper": -0.50, "nodule middle": -0.08, "nodule lower": 0.27}  
 
 
 def _consolidation(label: str, out: Plane, y: Plane, extent: float, texture: Plane) -> Plane:
-    """A filled lobe: patchy inside, with soft edges."""
+    """Return the mask of a filled lobe: patchy inside, with soft edges."""
     across, down, width, height = _LOBES[label]
     grow = 0.9 + 0.2 * extent
     distance = np.hypot((out - across) / (width * grow), (y - down) / (height * grow))
@@ -141,7 +141,7 @@ def _consolidation(label: str, out: Plane, y: Plane, extent: float, texture: Pla
 
 
 def _nodule(label: str, out: Plane, y: Plane, extent: float, side: str) -> Plane:
-    """A round shadow with a sharp edge."""
+    """Return the mask of a round shadow with a sharp edge."""
     radius = 0.115 + 0.035 * extent
     across = 0.40 + 0.16 * ((extent * 7.3) % 1)
     if side == "left" and label == "nodule lower":
@@ -178,7 +178,7 @@ def _mediastinum(x: Plane, y: Plane, share: float) -> Plane:
 
 
 def _lateral(x: Plane, y: Plane, findings: list[Finding], rng: np.random.Generator) -> Plane:
-    """The side view, spine to the viewer's right; findings are fainter here."""
+    """Draw the side view, spine to the viewer's right; findings are fainter here."""
     outline = 0.36 + 0.36 * np.clip((y + 0.90) * 2.4, 0, 1)
     body = soft(np.abs(x) - outline, 0.05)
     picture = body * HEART + AIR
@@ -207,14 +207,14 @@ def _lateral(x: Plane, y: Plane, findings: list[Finding], rng: np.random.Generat
 
 
 def soft(distance: Plane, edge: float) -> Plane:
-    """One where the distance is negative, zero where positive, a ramp of width `edge` between."""
+    """Return one where the distance is negative, zero where positive, a ramp of width `edge` between."""
     ramp = distance * (-1 / edge)
     ramp += 0.5
     return np.clip(ramp, 0, 1, out=ramp)
 
 
 def blend(under: Plane, over: Plane | float, share: Plane) -> Plane:
-    """`over` where the share is one, `under` where it is zero."""
+    """Blend two planes: `over` where the share is one, `under` where it is zero."""
     change = over - under
     change *= share
     change += under
@@ -227,7 +227,7 @@ def _stripes(phase: Plane, width: float) -> Plane:
 
 
 def _texture(size: int, rng: np.random.Generator) -> Plane:
-    """The patient's vessel pattern, about -1 to 1."""
+    """Return the patient's vessel pattern, about -1 to 1."""
     picture = _textures(size)[rng.integers(TEXTURES)]
     picture = np.roll(picture, tuple(rng.integers(size, size=2)), axis=(0, 1))
     return picture[:, :: rng.choice((1, -1))]

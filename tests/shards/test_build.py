@@ -2,6 +2,7 @@
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import tarfile
@@ -270,3 +271,18 @@ def test_what_a_forced_build_was_to_be_apart_from_is_forgotten(archive: Path, tm
     forced = BuildSettings(workers=1, shard_samples=8, duplicates="report", force=True)
     result = build("image_text", archive, str(tmp_path / "out"), {}, forced)
     assert (result.samples, result.skipped) == (20, [])
+
+
+def test_a_listing_of_an_older_version_is_written_anew(tmp_path: Path) -> None:
+    """An interrupted build may go on with another version of the code, whose pickles name other modules."""
+    out = tmp_path / "out"
+    with pytest.raises(RuntimeError, match="stop"):
+        build("phantom", None, str(out), PHANTOM, SMALL, lambda done, total: stop_at(done, 20))
+    connection = sqlite3.connect(out / ".build" / "listing.sqlite")
+    connection.execute("UPDATE facts SET value = 'another' WHERE name = 'format'")
+    connection.execute("UPDATE studies SET raw = x'80'")
+    connection.commit()
+    connection.close()
+    assert build("phantom", None, str(out), PHANTOM, SMALL).samples == 60
+    build("phantom", None, str(tmp_path / "fresh"), PHANTOM, SMALL)
+    assert contents(out) == contents(tmp_path / "fresh")

@@ -1,4 +1,4 @@
-"""What to train: a YAML file, validated before anything is submitted.
+"""Read the recipe of a run: a YAML file, validated before anything is submitted.
 
 defaults < the file < `key=value` overrides. Unknown keys are refused with the nearest known one, and the merged
 recipe is frozen into the run folder, so that a run never depends on a file that may change. Example:
@@ -57,7 +57,7 @@ __all__ = [
 
 
 class Recipe(Section):
-    """The whole recipe."""
+    """The complete recipe."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", description="the name of the run; its folder is runs/NAME-DATE")
     seed: int = Field(
@@ -91,20 +91,20 @@ class Recipe(Section):
     board: BoardSettings = BoardSettings()  # type: ignore[call-arg]
 
     def shards_of(self, stage: Stage) -> Shards:
-        """What a stage is trained on."""
+        """Return the shards that a stage is trained on."""
         return stage.shards or self.shards
 
     def text_of(self, stage: Stage) -> TextSettings:
-        """What is asked and answered in a stage."""
+        """Return the prompts and tasks of a stage."""
         return stage.text or self.text
 
     def images_of(self, stage: Stage) -> ImageSettings:
-        """What is seen in a stage."""
+        """Return the choice of views of a stage."""
         return stage.images or self.images
 
     @property
     def heads(self) -> bool:
-        """Whether any stage needs the heads of extra_modules.py, which then belong to the model in all of them."""
+        """Return whether any stage needs the heads of extra_modules.py, which then belong to the model everywhere."""
         return any(stage.objective.contrastive or stage.objective.clinical for stage in self.stages)
 
     @model_validator(mode="after")
@@ -187,27 +187,27 @@ class Recipe(Section):
         return self
 
     def refuse_missing(self) -> None:
-        """Raise UserError where a library that only some recipes need is not installed here."""
+        """Raise UserError if a library that this recipe needs is not installed here."""
         kinds = [stage.optimizer.kind for stage in self.stages]
         eight = next((kind for kind in kinds if kind != "adamw"), None)
-        for library, extra, wanted, key in (
+        for library, extra, needed, key in (
             ("deepspeed", "engines", self.engine == "deepspeed", "engine: deepspeed"),
             ("bitsandbytes", "engines", self.model.quantise is not None, f"model.quantise: {self.model.quantise}"),
             ("bitsandbytes", "engines", eight is not None, f"optimizer.kind: {eight}"),
             ("wandb", "wandb", self.board.wandb is not None, "board.wandb"),
         ):
-            if wanted and importlib.util.find_spec(library) is None:
+            if needed and importlib.util.find_spec(library) is None:
                 raise UserError(f"{key}: {library} is not installed; {resources.install_hint(extra)}")
 
     @property
     def hash(self) -> str:
-        """Identity of the recipe, for checkpoints and to see that all ranks run the same. The engine is no part of it:
+        """Return the identity of the recipe, for checkpoints and to see that all ranks run the same. Not of its engine:
         a run may go on under another.
         """
         return hashlib.sha256(json.dumps(self.model_dump(exclude={"engine"}), sort_keys=True).encode()).hexdigest()
 
     def under(self, engine: str, path: Path) -> "Recipe":
-        """The same under another engine. Raises UserError where there is none of this name or it cannot do this."""
+        """Return the recipe under another engine. Raises UserError if that is unknown or cannot run the recipe."""
         return validate(Recipe, {**self.model_dump(), "engine": engine}, path)
 
     def to_yaml(self) -> str:

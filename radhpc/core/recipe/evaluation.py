@@ -1,4 +1,4 @@
-"""What is generated for held-out studies, and how it is scored."""
+"""Define the section `evaluation`: what is generated for held-out studies, and how it is scored."""
 
 from typing import Any, Literal
 
@@ -34,7 +34,7 @@ class ScorerSettings(Section):
         return self
 
     def folders(self) -> dict[str, str]:
-        """By name, as absolute paths."""
+        """Return the folders by name, as absolute paths."""
         names = [name for name in type(self).model_fields if name != "sha256"]
         return {name: absolute(folder) for name in names if (folder := getattr(self, name)) is not None}
 
@@ -91,7 +91,7 @@ class EvaluationSettings(Section):
         return self
 
     def decoding(self) -> dict[str, Any]:
-        """The arguments of transformers' generate() that say how words are chosen."""
+        """Return the arguments of transformers' generate() that decide how words are chosen."""
         names = ("temperature", "top_p", "repetition_penalty", "length_penalty")
         given: dict[str, Any] = {name: value for name in names if (value := getattr(self, name)) is not None}
         given |= {"num_beams": self.beams, "do_sample": self.temperature is not None}

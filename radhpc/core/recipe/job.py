@@ -1,4 +1,4 @@
-"""What goes on around the training: checkpoints, the board, the engine's own settings."""
+"""Define the sections around the training: checkpoints, the board, the engine's own settings."""
 
 import re
 from typing import Literal
@@ -9,7 +9,7 @@ from radhpc.core.recipe.section import Section
 
 
 class CheckpointSettings(Section):
-    """When checkpoints are written and how many are kept; the last one of each stage is always kept."""
+    """Checkpoints: their interval and how many are kept; the last one of each stage is always kept."""
 
     every: int = Field(100, ge=1, description="steps between two checkpoints")
     keep: int = Field(2, ge=1, description="how many of the newest checkpoints are kept")

@@ -1,4 +1,4 @@
-"""Which model, from which files, in which numbers."""
+"""Define the section `model`: its family, weights, numbers and attention."""
 
 import math
 from typing import Any, Literal
@@ -12,7 +12,7 @@ from radhpc.core.sample import CHEXPERT
 
 
 class TokenizerSettings(Section):
-    """Where the tokenizer comes from: a folder, or trained on the reports of the training split."""
+    """The source of the tokenizer: a folder, or trained on the reports of the training split."""
 
     folder: str | None = Field(None, description="local folder with a fast tokenizer; default: the weights' folder")
     train_vocabulary: int | None = Field(
@@ -21,12 +21,13 @@ class TokenizerSettings(Section):
 
 
 class ConnectorSettings(Section):
-    """What turns a picture's features into tokens of the language model, with family swin_qwen: models/connector.py."""
+    """The module that turns an image's features into tokens of the language model, with family swin_qwen."""
 
     kind: Literal["sasa", "abstractor", "linear"] = Field(
         "sasa",
-        description="sasa: convolutions, then latents that query them (LightMedVLM); abstractor: convolutions around a "
-        "pooling (Honeybee's C-Abstractor); linear: one token per feature",
+        description="sasa: the Spatially-Aware Semantic Abstractor, convolutions, then latents that query them "
+        "(LightMedVLM); abstractor: convolutions around a pooling (Honeybee's C-Abstractor); linear: one token per "
+        "feature",
     )
     latents: int = Field(64, ge=1, description="tokens per study; linear has as many as there are features")
     heads: int = Field(8, ge=1, description="of sasa's attention")
@@ -72,7 +73,7 @@ class ModelSettings(Section):
         "and vision apart",
     )
     connector: ConnectorSettings | None = Field(
-        None, description="with family swin_qwen: what joins its parts; default: sasa"
+        None, description="with family swin_qwen: what joins its components; default: sasa"
     )
     max_pixels: int | None = Field(
         None,
@@ -140,7 +141,7 @@ class ModelSettings(Section):
     @field_validator("family")
     @classmethod
     def _is_there(cls, value: str) -> str:
-        """A new family is one file, and no list has to name it."""
+        """Look the family up in the registry, which also knows those of plugins."""
         known = families.names()
         if value not in known:
             raise ValueError(f"no such family{nearest(value, known)}; allowed are {', '.join(known)}")
@@ -148,12 +149,12 @@ class ModelSettings(Section):
 
     @property
     def folders(self) -> dict[str, str]:
-        """The weights by part; a model that lies in one folder is the part `model`."""
+        """Return the folders of the weights by part; a model in one folder is the part `model`."""
         if isinstance(self.weights, str):
             return {"model": self.weights}
         return dict(self.weights or {})
 
     @property
     def tokenizer_folder(self) -> str | None:
-        """Where the tokenizer lies; None: it is trained on the reports."""
+        """Return the tokenizer's folder; None: it is trained on the reports."""
         return self.tokenizer.folder or self.folders.get("model") or self.folders.get("text")

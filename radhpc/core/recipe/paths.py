@@ -1,4 +1,4 @@
-"""Paths of a recipe hold from any folder that the job may run in."""
+"""Make the paths of a recipe absolute, for a job that may run in any folder."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,7 @@ HUB = "hub:"  # before the id of a model on a hub
 
 
 def absolute(path: str) -> str:
-    """Paths hold from any folder the job may run in; URLs stay."""
+    """Return a path as an absolute one; URLs stay as they are."""
     return path if "://" in path else os.path.abspath(os.path.expanduser(path))
 
 

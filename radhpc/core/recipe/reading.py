@@ -1,4 +1,4 @@
-"""YAML and `key=value` to a validated section, or one line that says what is wrong."""
+"""Turn YAML and `key=value` into a validated section, or into one line that says what is wrong."""
 
 from collections.abc import Hashable, Sequence
 from pathlib import Path
@@ -13,12 +13,12 @@ AnyModel = TypeVar("AnyModel", bound=BaseModel)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read one YAML mapping. Raises UserError where there is none; a key given twice is refused."""
+    """Read one YAML mapping. Raises UserError if there is none, or if a key is given twice."""
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except FileNotFoundError as error:
-        beside = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        hint = nearest(path.name, beside) or (f"; beside it are {', '.join(sorted(beside))}" if beside else "")
+        siblings = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        hint = nearest(path.name, siblings) or (f"; beside it are {', '.join(sorted(siblings))}" if siblings else "")
         raise UserError(f"{path}: no such file{hint}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {first_line(error)}") from error
@@ -30,7 +30,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML lets the last of two equal keys win in silence; here that is an error."""
+    """A loader that refuses a key given twice, of which PyYAML silently takes the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
@@ -47,17 +47,17 @@ def validate(model: type[AnyModel], data: Any, path: Path) -> AnyModel:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        what = error.errors()[0]
-        where = ".".join(map(str, what["loc"]))
-        message = what["msg"].removeprefix("Value error, ")
-        value = what["input"]
-        given = "" if isinstance(value, dict | list) or what["type"] == "missing" else f" (given: {value!r})"
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        message = problem["msg"].removeprefix("Value error, ")
+        value = problem["input"]
+        given = "" if isinstance(value, dict | list) or problem["type"] == "missing" else f" (given: {value!r})"
         more = f"; and {error.error_count() - 1} more" if error.error_count() > 1 else ""
         raise UserError(f"{path}: {where + ': ' if where else ''}{message}{given}{more}") from error
 
 
 def override(section: AnyModel, overrides: Sequence[str], name: str) -> AnyModel:
-    """A section with changes such as `beams=3` or `evaluation.beams=3`. Raises UserError."""
+    """Return a section with changes such as `beams=3` or `evaluation.beams=3`. Raises UserError."""
     data = section.model_dump(mode="json")
     for change in overrides:
         apply(data, change.removeprefix(f"{name}."))
@@ -74,18 +74,18 @@ def apply(data: dict[str, Any], override: str) -> None:
     except yaml.YAMLError as error:
         raise UserError(f"override '{override}': the value is not valid YAML") from error
     *parents, last = path.split(".")
-    here: Any = data
+    container: Any = data
     for part in parents:
-        if isinstance(here, list):
-            here = here[_position(here, part, override)]
-        elif isinstance(here, dict):
-            if here.get(part) is None:
-                here[part] = {}
-            here = here[part]
-    if isinstance(here, list):
-        here[_position(here, last, override)] = value
-    elif isinstance(here, dict):
-        here[last] = value
+        if isinstance(container, list):
+            container = container[_position(container, part, override)]
+        elif isinstance(container, dict):
+            if container.get(part) is None:
+                container[part] = {}
+            container = container[part]
+    if isinstance(container, list):
+        container[_position(container, last, override)] = value
+    elif isinstance(container, dict):
+        container[last] = value
     else:
         raise UserError(f"override '{override}': '{'.'.join(parents)}' is a plain value, it has no '{last}'")
 

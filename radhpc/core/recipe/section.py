@@ -1,4 +1,4 @@
-"""What all sections of a recipe have in common: they are immutable, and refuse keys that they do not have."""
+"""Define the base of all sections of a recipe: immutable, and without unknown keys."""
 
 import re
 from typing import Annotated, Any

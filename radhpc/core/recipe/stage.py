@@ -1,4 +1,4 @@
-"""What a stage trains, on what, by which objective and optimizer."""
+"""Define a stage: its trained parameters and adapters, its data, objective and optimizer."""
 
 import re
 from typing import Annotated, Literal
@@ -34,12 +34,12 @@ class LoraSettings(Section):
         return {check_regex(pattern): rank for pattern, rank in value.items()}
 
     def rank_of(self, layer: str) -> int:
-        """The rank of a layer by its name: as PEFT chooses it, by the first pattern that the name ends with."""
-        found = (rank for pattern, rank in self.rank_pattern.items() if re.match(rf"(.*\.)?({pattern})$", layer))
-        return next(found, self.rank)
+        """Return the rank of a layer by its name, chosen as PEFT does: by the first pattern that the name ends with."""
+        matches = (rank for pattern, rank in self.rank_pattern.items() if re.match(rf"(.*\.)?({pattern})$", layer))
+        return next(matches, self.rank)
 
     def scale(self, rank: int) -> float:
-        """What B A is multiplied by in a layer of this rank."""
+        """Return the factor of B A in a layer of this rank."""
         return self.alpha / (rank**0.5 if self.rslora else rank)
 
 
@@ -84,7 +84,7 @@ class OptimizerSettings(Section):
 
 
 class ObjectiveSettings(Section):
-    """What is minimised: a sum of terms, each with its weight; objective.py defines them."""
+    """The sum of terms that is minimised, each with its weight; objective.py defines them."""
 
     generation: float = Field(1.0, ge=0, description="cross-entropy of the supervised tokens")
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="of the cross-entropy")

@@ -1,4 +1,4 @@
-"""How samples come to a rank."""
+"""Define the section `stream`: the order of samples, and how they come to a rank."""
 
 from pydantic import Field
 
@@ -14,7 +14,7 @@ class CacheSettings(Section):
 
 
 class StreamSettings(Section):
-    """How samples are ordered and read."""
+    """The order of samples and the way they are read."""
 
     window: int | None = Field(
         64,

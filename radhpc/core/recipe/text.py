@@ -1,4 +1,4 @@
-"""What a model sees of a study and is asked about it: tasks, prompts, findings, images."""
+"""Define what a model sees of a study and is asked about it: tasks, prompts, findings, images."""
 
 import string
 from typing import Literal
@@ -53,15 +53,15 @@ class TaskSettings(Section):
             raise ValueError(f"answers {list(self.answers)}: two are wanted, for present and for absent")
         allowed = PLACEHOLDERS[self.kind]
         try:
-            found = [name for _, name, _, _ in string.Formatter().parse(self.prompt) if name is not None]
+            placeholders = [name for _, name, _, _ in string.Formatter().parse(self.prompt) if name is not None]
         except ValueError as error:
             raise ValueError(
                 f"prompt '{self.prompt}': {error}; a brace that is meant as one is written twice"
             ) from error
-        for name in found:
+        for name in placeholders:
             if name not in allowed:
                 raise ValueError(f"prompt: unknown placeholder {{{name}}}; allowed are {', '.join(allowed)}")
-        if self.kind in ("question", "finding") and self.kind not in found:
+        if self.kind in ("question", "finding") and self.kind not in placeholders:
             raise ValueError(f"prompt '{self.prompt}': {{{self.kind}}} is missing, so that nothing would be asked")
         return self
 
@@ -76,7 +76,7 @@ _OF_KIND = {
 
 
 class TextSettings(Section):
-    """What the model is asked and what it shall answer."""
+    """The questions to the model and the expected answers."""
 
     prompt: str = Field("Write the report of this chest radiograph.", description="for studies without a question")
     sections: tuple[Literal["findings", "impression", "other"], ...] = Field(
@@ -111,7 +111,7 @@ class TextSettings(Section):
         return self
 
     def mixture(self) -> dict[str, TaskSettings]:
-        """The tasks, those that `prompt` and `sections` stand for where none are named."""
+        """Return the tasks; if none are named, those that `prompt` and `sections` stand for."""
         if self.tasks:
             return self.tasks
         prompt = self.prompt.replace("{", "{{").replace("}", "}}").replace("{{language}}", "{language}")
@@ -138,7 +138,7 @@ class FindingsSettings(Section):
 
 
 class ImageSettings(Section):
-    """Which views of a study the model sees, in training, evaluation and generation alike."""
+    """The views of a study that the model sees, in training, evaluation and generation alike."""
 
     views: int | None = Field(
         None,
@@ -162,5 +162,5 @@ class ImageSettings(Section):
 
     @property
     def limit(self) -> int | None:
-        """Views of a study at most; None: all."""
+        """Return the largest number of views of a study; None: all."""
         return self.views or (4 if self.stitch else None)

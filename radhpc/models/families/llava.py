@@ -74,18 +74,18 @@ class Family(ImageTokenFamily):
         """
         folders = self.recipe.folders
         if "model" in folders:
-            model = load_pretrained(LlavaForConditionalGeneration, folders["model"], "", self.attention_name)
-            return self.finish(model)
+            saved = load_pretrained(LlavaForConditionalGeneration, folders["model"], "", self.attention_name)
+            return self.finish(saved)
         torch.manual_seed(seed)
-        whole: Any = self.build_empty()
+        model: Any = self.build_empty()
         config = self.config
         language = language_model(folders.get("text"), config.text_config, self.attention_name, load)
         vision = vision_model(folders.get("vision"), config.vision_config, CLIPVisionModel, self.attention_name, load)
         if folders:
             torch.manual_seed(seed)  # whichever way the components were read
-        whole.model.vision_tower, whole.model.language_model = vision, language.model
-        whole.model.multi_modal_projector, whole.lm_head = LlavaMultiModalProjector(self.config), language.lm_head
-        return self.finish(whole)
+        model.model.vision_tower, model.model.language_model = vision, language.model
+        model.model.multi_modal_projector, model.lm_head = LlavaMultiModalProjector(self.config), language.lm_head
+        return self.finish(model)
 
     def build_empty(self) -> Any:
         """Build only the architecture, in float32 as build() does."""

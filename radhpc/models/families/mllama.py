@@ -172,6 +172,7 @@ class Family:
         )
 
     def expand_image_tokens(self, ids: list[int], images: Arrays) -> list[int]:
+        """Return the ids as they are."""
         return ids  # an image is one token, which is not replaced by its features
 
     def encode_images(self, images: Sequence[Image.Image]) -> Arrays:

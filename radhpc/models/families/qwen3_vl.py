@@ -85,6 +85,7 @@ class Family(ImageTokenFamily):
         return None if "model" in self.recipe.folders else self.CHAT_TEMPLATE
 
     def projector(self, model: Any) -> torch.nn.Module:
+        """Return the module that merges patches to the vectors that the language model gets."""
         merger: torch.nn.Module = model.model.visual.merger
         return merger
 

@@ -74,7 +74,7 @@ class Family(ImageTokenFamily):
         """Build the model from its folders; what none of them holds is random, a pure function of the seed."""
         folders, config = self.recipe.folders, self.config
         torch.manual_seed(seed)
-        whole: Any = self.build_empty()
+        model: Any = self.build_empty()
         language = language_model(folders.get("text"), config.text_config, self.attention_name, load)
         vision = vision_model(folders.get("vision"), config.vision_config, SwinModel, self.attention_name, load)
         vision.pooler = None
@@ -83,9 +83,9 @@ class Family(ImageTokenFamily):
         connector = build_connector(config)
         if isinstance(connector, SpatialSemanticAbstractor):
             connector.set_concepts(self._concepts(all_values(language.get_input_embeddings().weight)))
-        whole.model.vision_tower, whole.model.language_model = vision, language.model
-        whole.model.multi_modal_projector, whole.lm_head = connector, language.lm_head
-        return self.finish(whole)
+        model.model.vision_tower, model.model.language_model = vision, language.model
+        model.model.multi_modal_projector, model.lm_head = connector, language.lm_head
+        return self.finish(model)
 
     def build_empty(self) -> Any:
         """Build only the architecture, in float32 as build() does."""

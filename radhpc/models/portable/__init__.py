@@ -1,1 +1,1 @@
-"""Modules that are copied beside exported weights: they need nothing of radhpc."""
+"""The modules that are exported with weights: they do not import radhpc."""

@@ -55,7 +55,7 @@ class Abstractor(nn.Module):
     """Honeybee's C-Abstractor (Cha et al., CVPR 2024, arXiv:2312.06742): convolutions, pooling, convolutions.
 
     As in khanrc/honeybee, projectors.py: learned positions, three RegNet blocks on either side of an average pooling to
-    sqrt(T) x sqrt(T), and a readout of two linear layers. Inner width as there: 1024.
+    sqrt(T) x sqrt(T), and a readout of two linear layers. The inner width is theirs, too: 1024.
     """
 
     def __init__(

@@ -26,7 +26,7 @@ class ReportStore(Protocol):
     """Reports by their path in the archive."""
 
     def text(self, place: str) -> str:
-        """The report at pXX/pXXXXXXXX/sXXXXXXXX.txt, its lines ended by \\n. Raises Unusable. Safe in threads."""
+        """Return the report at pXX/pXXXXXXXX/sXXXXXXXX.txt, with \\n as line ends. Raises UnusableRecord."""
         ...
 
 

@@ -314,11 +314,11 @@ def test_every_sample_lies_in_its_span(found: list[tuple[int, int, int]], gap: i
         SampleLocation(n, str(n), 0, shard, at * unit, (at + size) * unit, ())
         for n, (shard, at, size) in enumerate(found)
     ]
-    wanted, each = prefetch.spans(places, gap)
+    wanted, each = prefetch.plan_spans(places, gap)
     assert sum(span.left for span in wanted) == len(places)
     for place, span in zip(places, each, strict=True):
         assert any(span is one for one in wanted)
-        assert (span.part, span.shard) == (place.part, place.shard)
+        assert (span.dataset, span.shard) == (place.dataset, place.shard)
         assert span.start <= place.start
         assert place.stop <= span.stop
     for span in wanted:

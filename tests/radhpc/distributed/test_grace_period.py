@@ -120,12 +120,12 @@ def test_without_a_scheduler_nobody_kills(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_the_profile_says_how_long(monkeypatch: pytest.MonkeyPatch) -> None:
     from slurm.profile import load
-    from slurm.submit import environment
+    from slurm.submit import profile_environment
 
     monkeypatch.delenv("RADHPC_GRACE_SECONDS", raising=False)
-    with environment(load("box")):
+    with profile_environment(load("box")):
         assert float(os.environ["RADHPC_GRACE_SECONDS"]) == 20
         assert float(os.environ["RADHPC_SIGNAL_SECONDS"]) == 60
         assert float(os.environ["RADHPC_LIMIT_SECONDS"]) == 3600
-    with environment(load("local")):
+    with profile_environment(load("local")):
         assert "RADHPC_GRACE_SECONDS" not in os.environ

@@ -68,9 +68,9 @@ def test_growing_keeps_the_function_and_every_new_direction_learns(
     adapters.attach(after, lora, seed=3)
     plain = logits(after, batch)
     adapters.grow(after, lora, adapter)
-    wanted = logits(before, batch)
-    assert (wanted - plain).abs().max() > 1e-2, "the adapters do nothing: the test would pass on anything"
-    assert (logits(after, batch) - wanted).abs().max() < 1e-5
+    expected = logits(before, batch)
+    assert (expected - plain).abs().max() > 1e-2, "the adapters do nothing: the test would pass on anything"
+    assert (logits(after, batch) - expected).abs().max() < 1e-5
     after(**{k: v for k, v in batch.items() if k != "labels"}).logits.square().sum().backward()
     for name, parameter in after.named_parameters():
         if ".lora_B." in name:
@@ -164,9 +164,9 @@ def test_adapters_of_every_kind_grow_without_changing_the_function(
     adapters.attach(grown, lora, seed=3)
     fresh = logits(grown, batch)
     adapters.grow(grown, lora, adapter)
-    wanted = logits(model, batch)
-    assert (wanted - fresh).abs().max() > 1e-2, "the adapters do nothing: the test would pass on anything"
-    assert (logits(grown, batch) - wanted).abs().max() < 1e-5
+    expected = logits(model, batch)
+    assert (expected - fresh).abs().max() > 1e-2, "the adapters do nothing: the test would pass on anything"
+    assert (logits(grown, batch) - expected).abs().max() < 1e-5
     for name, parameter in grown.named_parameters():
         if name.endswith(".lora_A.default.weight"):
             layer = adapters.canonical(name).removesuffix(".lora_A.weight")

@@ -169,9 +169,9 @@ def test_a_llama_with_padding_on_either_side_attends_as_with_sdpa() -> None:
     ids, seen = torch.randint(0, 50, (3, 12)), torch.ones(3, 12, dtype=torch.long)
     seen[0, :4], seen[1, 9:] = 0, 0
     for mask in (seen, torch.ones_like(seen), None):
-        wanted, found = (model(input_ids=ids, attention_mask=mask).logits for model in (theirs, ours))
+        expected, result = (model(input_ids=ids, attention_mask=mask).logits for model in (theirs, ours))
         where = slice(None) if mask is None else mask.bool()
-        torch.testing.assert_close(found[where], wanted[where], rtol=0, atol=1e-12)
+        torch.testing.assert_close(result[where], expected[where], rtol=0, atol=1e-12)
 
 
 def test_segments_of_one_shape_are_computed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +186,7 @@ def test_segments_of_one_shape_are_computed_at_once(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(attention, "SMALL_MASK", 0)
     mask = attention.Segments([Segment(row, row) for row in rows], (3, 4, 4), torch.device("cpu"), causal=True)
     q, k, v = torch.randn(3, 3, 4, 4, 8, dtype=torch.float64)
-    found = attention.attend_segments(q, k[:, :2], v[:, :2], mask, 0.3)
+    result = attention.attend_segments(q, k[:, :2], v[:, :2], mask, 0.3)
     assert sorted(calls) == [(1, 4, 3, 8), (2, 4, 4, 8)]
     calls.clear()
     monkeypatch.setattr(attention, "SMALL_MASK", 1 << 20)
@@ -197,9 +197,9 @@ def test_segments_of_one_shape_are_computed_at_once(monkeypatch: pytest.MonkeyPa
         place, start = row[0] // 4, row[0] % 4
         kk, vv = (x[place : place + 1, :2].repeat_interleave(2, 1)[:, :, start:] for x in (k, v))
         part = q[place : place + 1, :, start:]
-        wanted = nn.functional.scaled_dot_product_attention(part, kk, vv, is_causal=True, scale=0.3).transpose(1, 2)
-        torch.testing.assert_close(found[place : place + 1, start:], wanted)
-        torch.testing.assert_close(at_once[place : place + 1, start:], wanted)
+        expected = nn.functional.scaled_dot_product_attention(part, kk, vv, is_causal=True, scale=0.3).transpose(1, 2)
+        torch.testing.assert_close(result[place : place + 1, start:], expected)
+        torch.testing.assert_close(at_once[place : place + 1, start:], expected)
 
 
 def test_the_values_of_a_moved_mask_are_read_where_they_were() -> None:
@@ -224,7 +224,7 @@ class _Card:
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype", "size", "modules", "wanted"),
+    ("capability", "dtype", "size", "modules", "expected"),
     [
         ((9, 0), torch.bfloat16, 128, {"flash_attn", "flash_attn_interface", "flash_attn.cute"}, "flash-attn 4"),
         ((9, 0), torch.bfloat16, 80, {"flash_attn", "flash_attn_interface", "flash_attn.cute"}, "flash-attn 3"),
@@ -240,11 +240,11 @@ def test_the_order_of_kernels(
     dtype: torch.dtype,
     size: int,
     modules: set[str],
-    wanted: str,
+    expected: str,
 ) -> None:
     _Card(monkeypatch, capability, modules)
-    names = [found.name for found in attention.usable_kernels(torch.device("cuda"), dtype, size, dropout=False)]
-    assert names[0] == wanted
+    names = [kernel.name for kernel in attention.usable_kernels(torch.device("cuda"), dtype, size, dropout=False)]
+    assert names[0] == expected
     assert names[-1] == "SDPA"
 
 

@@ -45,20 +45,20 @@ def run(tmp_path_factory: pytest.TempPathFactory, phantom_shards: Path) -> Path:
 
 def test_the_head_is_scored_beside_yes_and_no(run: Path) -> None:
     (folder,) = (run / "evaluation").glob("step-*")
-    found, rows = read_json(folder / "scores.json")["scores"], load_rows(folder)
+    result, rows = read_json(folder / "scores.json")["scores"], load_rows(folder)
     names = list(rows[0].head or ())
     assert names == list(RunFolder.open(run).recipe().findings.names)
-    told = [name for name in found if name.startswith("head_auroc/") and name != "head_auroc/macro"]
-    for name in told:
+    reported = [name for name in result if name.startswith("head_auroc/") and name != "head_auroc/macro"]
+    for name in reported:
         label = name.partition("/")[2]
         truth = [row.labels["chexpert"].get(label) or 0 for row in rows]
         known = [n for n, value in enumerate(truth) if value != -1]
-        wanted = roc_auc_score([truth[n] for n in known], [(rows[n].head or {})[label] for n in known])
-        assert found[name]["value"] == pytest.approx(wanted)
-        assert "probability by the multi-label head" in found[name]["convention"]
-    assert told, "no finding is there and not there among these studies"
-    assert found["head_auroc/macro"]["value"] == pytest.approx(np.mean([found[name]["value"] for name in told]))
-    assert "auroc/macro" not in found, "nobody asked about findings"
+        expected = roc_auc_score([truth[n] for n in known], [(rows[n].head or {})[label] for n in known])
+        assert result[name]["value"] == pytest.approx(expected)
+        assert "probability by the multi-label head" in result[name]["convention"]
+    assert reported, "no finding is there and not there among these studies"
+    assert result["head_auroc/macro"]["value"] == pytest.approx(np.mean([result[name]["value"] for name in reported]))
+    assert "auroc/macro" not in result, "nobody asked about findings"
     asked = [row.__class__(**{**vars(row), "likelihoods": row.head}) for row in rows]
     both = score(asked, Scoring(RunFolder.open(run).recipe().evaluation))
     assert both["auroc/macro"]["value"] == both["head_auroc/macro"]["value"]
@@ -74,9 +74,9 @@ def test_the_head_says_the_same_alone(run: Path) -> None:
     source = open_source(context, cursor.stage, "test")
     number = next(n for n in range(len(source)) if source.key(n) in written)
     row = encoder.encode(*source.read(number))
-    found = engine.predict_findings(encoder.batch([row]))
-    assert found is not None
-    assert list(written[source.key(number)].values()) == pytest.approx(found[0].tolist(), abs=2e-6)
+    result = engine.predict_findings(encoder.batch([row]))
+    assert result is not None
+    assert list(written[source.key(number)].values()) == pytest.approx(result[0].tolist(), abs=2e-6)
 
 
 def test_the_board_tells_datasets_tasks_operations_and_curves_apart(run: Path) -> None:

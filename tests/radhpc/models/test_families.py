@@ -90,16 +90,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory, phantom_shards: Path) -> dict
     from radhpc import worker
 
     folder = tmp_path_factory.mktemp("runs")
-    found = {}
+    result = {}
     for family in FAMILIES:
         recipe = short(family, phantom_shards)
         one, two = (RunFolder.create(folder / f"{family}-{ranks}", recipe) for ranks in (1, 2))
         assert worker.run(str(one.path)).state == "finished"
-        found[family] = one.path, two.path
+        result[family] = one.path, two.path
     port = 20000 + os.getpid() % 20000
     environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     environment |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "LOCAL_WORLD_SIZE": "2"}
-    command = [sys.executable, "-m", "tests.radhpc.models.interrupted_runs", *(str(two) for _, two in found.values())]
+    command = [sys.executable, "-m", "tests.radhpc.models.interrupted_runs", *(str(two) for _, two in result.values())]
     ranks = [
         subprocess.Popen(command, cwd=ROOT, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(2)
@@ -110,7 +110,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, phantom_shards: Path) -> dict
         for rank in ranks:
             rank.kill()
             rank.wait()
-    return found
+    return result
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -244,15 +244,15 @@ def test_swin_qwen_generates_what_its_forward_pass_says(built: Any) -> None:
     family, model = built("swin_qwen")
     ours = StudyEncoder(family, short("swin_qwen", "none").text)
     batch = ours.batch([ours.encode_prompt("", "What do you see?", [view(112, 112)])], left=True)
-    wanted = generated(family, model, batch)[0]
+    expected = generated(family, model, batch)[0]
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     said: list[int] = []
     with torch.no_grad():
-        for _ in wanted:
+        for _ in expected:
             said.append(int(model(**inputs, use_cache=False).logits[0, -1].argmax()))
             inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([[said[-1]]])], dim=1)
             inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    assert said == wanted
+    assert said == expected
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -267,15 +267,15 @@ def test_a_studys_features_are_its_own(built: Any, name: str) -> None:
     ]
 
     def pooled(*some: Any) -> torch.Tensor:
-        heard = []
+        outputs = []
         batch = asked.batch(list(some))
-        hook = points.image.register_forward_hook(lambda _, __, output: heard.append(points.pool(output, batch)))
+        hook = points.image.register_forward_hook(lambda _, __, output: outputs.append(points.pool(output, batch)))
         with torch.no_grad():
             model(**{key: value for key, value in batch.items() if key != "labels"})
         hook.remove()
-        (found,) = heard
-        assert found.shape == (len(some), points.width)
-        return found  # type: ignore[no-any-return]
+        (result,) = outputs
+        assert result.shape == (len(some), points.width)
+        return result  # type: ignore[no-any-return]
 
     together = pooled(*rows)
     for number, row in enumerate(rows):
@@ -340,10 +340,10 @@ def test_views_come_in_the_order_that_the_recipe_says(built: Any) -> None:
     )
     images = ImageSettings(order=("PA", "AP", "LATERAL"), views=3)  # type: ignore[call-arg]
     asked = StudyEncoder(family, short("llava", "none").text, images)
-    wanted = family.encode_images([views[2], views[3], views[0]])["pixel_values"]
+    expected = family.encode_images([views[2], views[3], views[0]])["pixel_values"]
     for encoded in (asked.encode("", sample, views), asked.encode_prompt("", None, views, sample)):
-        assert np.array_equal(encoded.images["pixel_values"], wanted)
-    assert not np.array_equal(asked.encode_prompt("", None, views).images["pixel_values"], wanted), "files of a user"
+        assert np.array_equal(encoded.images["pixel_values"], expected)
+    assert not np.array_equal(asked.encode_prompt("", None, views).images["pixel_values"], expected), "files of a user"
 
 
 def test_mllama_takes_a_chat_template_too(tokenizer: str) -> None:

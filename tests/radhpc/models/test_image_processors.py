@@ -221,15 +221,15 @@ def test_files_that_transformers_writes_are_read(tmp_path: Path) -> None:
     for name, theirs in (("mllama", mllama), ("clip", clip), ("vit", vit)):
         theirs.save_pretrained(tmp_path / name)
     path = tmp_path / "{}" / "preprocessor_config.json"
-    found = [
+    result = [
         MllamaImages.from_file(Path(str(path).format("mllama"))),
         ClipImages.from_file(Path(str(path).format("clip"))),
         SwinImages.from_file(Path(str(path).format("vit"))),
     ]
-    wanted = [theirs(images=[view.convert("RGB")], return_tensors="np") for theirs in (mllama, clip, vit)]
-    assert_close(found[0]([view])["pixel_values"], wanted[0]["pixel_values"][0])
-    assert_close(found[1]([view])["pixel_values"], np.asarray(wanted[1]["pixel_values"]))
-    assert_close(found[2]([view])["pixel_values"], np.asarray(wanted[2]["pixel_values"]))
+    expected = [theirs(images=[view.convert("RGB")], return_tensors="np") for theirs in (mllama, clip, vit)]
+    assert_close(result[0]([view])["pixel_values"], expected[0]["pixel_values"][0])
+    assert_close(result[1]([view])["pixel_values"], np.asarray(expected[1]["pixel_values"]))
+    assert_close(result[2]([view])["pixel_values"], np.asarray(expected[2]["pixel_values"]))
 
 
 def test_files_of_earlier_releases_are_read(tmp_path: Path) -> None:
@@ -246,8 +246,8 @@ def test_files_of_earlier_releases_are_read(tmp_path: Path) -> None:
     view = picture(400, 500)
     for ours, theirs, values in ((ClipImages, CLIPImageProcessorPil, clip), (SwinImages, ViTImageProcessorPil, swin)):
         path = saved(tmp_path, **values)
-        wanted = theirs.from_pretrained(tmp_path)(images=[view.convert("RGB")], return_tensors="np")
-        assert_close(ours.from_file(path)([view])["pixel_values"], np.asarray(wanted["pixel_values"]))
+        expected = theirs.from_pretrained(tmp_path)(images=[view.convert("RGB")], return_tensors="np")
+        assert_close(ours.from_file(path)([view])["pixel_values"], np.asarray(expected["pixel_values"]))
     assert ClipImages.from_file(saved(tmp_path, **clip), fit="pad").fit == "pad"
 
 
@@ -374,11 +374,11 @@ OTHERS = [
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_jpeg_is_what_pillow_sees(kind: str) -> None:
     data = KINDS[kind]
-    wanted = Image.open(io.BytesIO(data))
+    expected = Image.open(io.BytesIO(data))
     for given_as in (data, memoryview(data), memoryview(b"??" + data)[2:]):
-        found = decode(given_as)
-        assert (found.mode, found.size) == (wanted.mode, wanted.size)
-        assert np.array_equal(np.asarray(found), np.asarray(wanted))
+        result = decode(given_as)
+        assert (result.mode, result.size) == (expected.mode, expected.size)
+        assert np.array_equal(np.asarray(result), np.asarray(expected))
     assert decode(data).mode == ("L" if kind.startswith(("gray", "with", "bare")) else kind[:4].replace("colo", "RGB"))
 
 

@@ -52,9 +52,9 @@ def test_gradients_are_equal_bit_for_bit_and_the_vision_tower_keeps_little() -> 
     for kinds in ((), ("text", "cross"), ("vision",), True):
         model = adapted()
         prepare_blocks(model, Family.blocks, kinds)
-        found, kept[str(kinds)] = step(model)
-        assert found.keys() == plain.keys()
-        assert all(torch.equal(found[name], plain[name]) for name in plain), kinds
+        result, kept[str(kinds)] = step(model)
+        assert result.keys() == plain.keys()
+        assert all(torch.equal(result[name], plain[name]) for name in plain), kinds
     assert kept["()"] == all_kept
     assert kept["True"] < kept["('vision',)"] < kept["('text', 'cross')"] < all_kept
     assert kept["True"] < 0.3 * all_kept
@@ -68,10 +68,10 @@ def test_a_frozen_tower_builds_no_graph() -> None:
     model.model.vision_model.register_forward_hook(
         lambda _, __, output: seen.append(output.last_hidden_state.requires_grad)
     )
-    found, _ = step(model)
+    result, _ = step(model)
     assert seen == [False]
-    assert found
-    assert not any("vision" in name for name in found)
+    assert result
+    assert not any("vision" in name for name in result)
 
 
 def test_adapters_take_inputs_as_they_come() -> None:

@@ -33,10 +33,10 @@ RATES = {"gla": 2e-3, "lightmedvlm": 3e-4}  # without the warm-up that SASA's wo
 
 def inside(package: str, pattern: str) -> Path:
     """A file of an installed package, which is not imported."""
-    found = importlib.util.find_spec(package)
-    if found is None or found.origin is None:
+    result = importlib.util.find_spec(package)
+    if result is None or result.origin is None:
         pytest.skip(f"{package} is not installed: make smollm")
-    return next(Path(found.origin).parent.glob(pattern))
+    return next(Path(result.origin).parent.glob(pattern))
 
 
 @pytest.fixture(scope="module")

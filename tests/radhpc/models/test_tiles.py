@@ -34,13 +34,13 @@ def test_real_tiles_see_what_they_would_see_if_padding_were_hidden(monkeypatch: 
     batch = double(mixed_batch())
     names = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
     inputs = {name: batch[name] for name in names}
-    found = skipping().double().model.vision_model(**inputs).last_hidden_state
+    result = skipping().double().model.vision_model(**inputs).last_hidden_state
     monkeypatch.setattr(upstream, "_prepare_aspect_ratio_attention_mask", hiding)
-    wanted = mllama("eager").double().model.vision_model(**inputs).last_hidden_state
+    expected = mllama("eager").double().model.vision_model(**inputs).last_hidden_state
     real = (batch["aspect_ratio_mask"] * (batch["aspect_ratio_ids"] > 0)[..., None]).bool()
     assert int(real.sum()) == 7
-    torch.testing.assert_close(found[real], wanted[real], rtol=0, atol=1e-6)  # eager has its softmax in float32
-    assert not found[~real].any()
+    torch.testing.assert_close(result[real], expected[real], rtol=0, atol=1e-6)  # eager has its softmax in float32
+    assert not result[~real].any()
 
 
 def test_what_it_changes_and_saves() -> None:
@@ -78,7 +78,7 @@ def test_gradients_reach_the_tower_and_a_batch_without_images_keeps_its_graph() 
 
 
 def test_it_goes_with_segments_alone() -> None:
-    given = {"config": {}, "tokenizer": {"train_vocabulary": 400}, "skip_empty_tiles": True}
-    assert ModelSettings.model_validate(given).skip_empty_tiles
+    arguments = {"config": {}, "tokenizer": {"train_vocabulary": 400}, "skip_empty_tiles": True}
+    assert ModelSettings.model_validate(arguments).skip_empty_tiles
     with pytest.raises(ValueError, match="skip_empty_tiles"):
-        ModelSettings.model_validate(given | {"attention": "sdpa"})
+        ModelSettings.model_validate(arguments | {"attention": "sdpa"})

@@ -58,18 +58,18 @@ def test_loss_and_gradients_are_those_of_all_logits(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(token_loss, "CHUNK", rows * 4 * 211)
     inputs, labels = batch()
     model = prepared(head)
-    wanted = plain(model, inputs, labels)
-    theirs = gradients(model, wanted)
-    found = token_loss.summed_loss(model, inputs, labels)
-    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
-    ours = gradients(model, found)
+    expected = plain(model, inputs, labels)
+    theirs = gradients(model, expected)
+    result = token_loss.summed_loss(model, inputs, labels)
+    torch.testing.assert_close(result, expected, rtol=1e-12, atol=0)
+    ours = gradients(model, result)
     assert ours.keys() == theirs.keys()
     assert len(ours) >= (4 if head == "adapted" else 10)
     for name, gradient in theirs.items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-9, atol=1e-12)
     assert model(**inputs).logits.shape == (3, 40, 211), "without labels the head gives logits"
     with torch.no_grad():
-        torch.testing.assert_close(token_loss.summed_loss(model, inputs, labels), wanted.detach(), rtol=1e-12, atol=0)
+        torch.testing.assert_close(token_loss.summed_loss(model, inputs, labels), expected.detach(), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("head", ["frozen", "adapted"])
@@ -94,9 +94,9 @@ def test_nothing_supervised_is_a_zero_with_gradients(head: str) -> None:
     model = prepared(head)
     loss = token_loss.summed_loss(model, inputs, torch.full_like(labels, IGNORE))
     assert float(loss.detach()) == 0
-    found = gradients(model, loss)
-    assert found.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert not any(gradient.any() for gradient in found.values())
+    result = gradients(model, loss)
+    assert result.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert not any(gradient.any() for gradient in result.values())
 
 
 def test_bfloat16_is_as_near_as_the_plain_loss() -> None:
@@ -104,11 +104,11 @@ def test_bfloat16_is_as_near_as_the_plain_loss() -> None:
     model = prepared("frozen").float()
     exact = gradients(model, plain(model, inputs, labels))
     with torch.autocast("cpu", torch.bfloat16):
-        wanted, found = plain(model, inputs, labels), token_loss.summed_loss(model, inputs, labels)
-    assert found.dtype == torch.float32
-    assert float(found.detach()) == pytest.approx(float(wanted.detach()), rel=2e-3)
+        expected, result = plain(model, inputs, labels), token_loss.summed_loss(model, inputs, labels)
+    assert result.dtype == torch.float32
+    assert float(result.detach()) == pytest.approx(float(expected.detach()), rel=2e-3)
     name = "model.layers.0.mlp.up_proj.weight"
-    errors = [(gradients(model, loss)[name] - exact[name]).norm() / exact[name].norm() for loss in (wanted, found)]
+    errors = [(gradients(model, loss)[name] - exact[name]).norm() / exact[name].norm() for loss in (expected, result)]
     assert errors[1] < max(1.5 * errors[0], 0.02), errors
 
 

@@ -79,9 +79,9 @@ def test_components_are_put_together_and_a_new_token_is_the_mean_of_the_others(
     for folder, prefix in (("clip", "model.vision_tower."), ("llama", "model.language_model.")):
         kind: Any = CLIPVisionModel if folder == "clip" else LlamaForCausalLM
         theirs = kind.from_pretrained(saved / folder).state_dict()
-        for name, wanted in theirs.items():
-            mine = state["lm_head.weight" if name == "lm_head.weight" else prefix + name.removeprefix("model.")]
-            assert torch.equal(mine[: len(wanted)] if wanted.ndim else mine, wanted), name
+        for name, expected in theirs.items():
+            ours = state["lm_head.weight" if name == "lm_head.weight" else prefix + name.removeprefix("model.")]
+            assert torch.equal(ours[: len(expected)] if expected.ndim else ours, expected), name
     table = state["model.language_model.embed_tokens.weight"]
     assert len(table) == len(state["lm_head.weight"]) == family.image_token_id + 1
     assert torch.allclose(table[-1], table[:-1].mean(dim=0))
@@ -110,35 +110,37 @@ def test_what_is_missing_or_cut_off_is_named_with_what_to_do(recipe: Callable[..
     shard = sorted((tmp_path / "llama").glob("*.safetensors"))[1]
     data = shard.read_bytes()
     shard.write_bytes(data[:-10])
-    told = refusal(recipe())
-    assert told.startswith(f"model.weights.text: {shard}: {len(data) - 10:,} bytes, it should have {len(data):,}")
+    message = refusal(recipe())
+    assert message.startswith(f"model.weights.text: {shard}: {len(data) - 10:,} bytes, it should have {len(data):,}")
     shard.unlink()
-    told = refusal(recipe())
-    assert f"{shard}: missing; put the files of lmsys/vicuna-7b-v1.5 there" in told
-    assert f"hf download lmsys/vicuna-7b-v1.5 --local-dir {tmp_path}/llama" in told
+    message = refusal(recipe())
+    assert f"{shard}: missing; put the files of lmsys/vicuna-7b-v1.5 there" in message
+    assert f"hf download lmsys/vicuna-7b-v1.5 --local-dir {tmp_path}/llama" in message
     assert [(part, hub) for part, hub, _ in weights.missing(recipe().model)] == [("text", "lmsys/vicuna-7b-v1.5")]
     assert "no such folder" in refusal(recipe("model.weights.vision=/nowhere"))
     assert "nothing for the component 'vision'" in refusal(recipe(f"model.weights={{text: {tmp_path}/llama}}"))
 
 
 def test_weights_of_another_kind_are_refused(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    told = refusal(recipe(f"model.weights.vision={tmp_path}/llama"))
-    assert "config.json says model_type 'llama'; family llava takes clip or clip_vision_model" in told
+    message = refusal(recipe(f"model.weights.vision={tmp_path}/llama"))
+    assert "config.json says model_type 'llama'; family llava takes clip or clip_vision_model" in message
     assert "family mllama does not take weights.vision; allowed are a folder" in refusal(recipe("model.family=mllama"))
     assert "family swin_qwen takes swin" in refusal(recipe("model.family=swin_qwen"))
     assert "text.max_tokens 301: the model's context is 300 tokens" in refusal(recipe("text.max_tokens=301"))
     config = json.loads((tmp_path / "llama" / "config.json").read_text())
     (tmp_path / "llama" / "config.json").write_text(json.dumps({**config, "model_type": "llava"}))
-    told = refusal(recipe("model.weights=" + str(tmp_path / "llama")))
-    assert "no token <image> there; it is not the tokenizer of a llava model" in told
+    message = refusal(recipe("model.weights=" + str(tmp_path / "llama")))
+    assert "no token <image> there; it is not the tokenizer of a llava model" in message
 
 
 def test_a_hub_id_is_its_folder_in_the_cache_and_nothing_is_fetched(
     recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
-    told = refusal(recipe("model.weights.text=hub:lmsys/vicuna-7b-v1.5"))
-    assert told.endswith("hub:lmsys/vicuna-7b-v1.5: not on this machine; 'radhpc weights RECIPE --online' downloads it")
+    message = refusal(recipe("model.weights.text=hub:lmsys/vicuna-7b-v1.5"))
+    assert message.endswith(
+        "hub:lmsys/vicuna-7b-v1.5: not on this machine; 'radhpc weights RECIPE --online' downloads it"
+    )
     cache = tmp_path / "hub" / "models--lmsys--vicuna-7b-v1.5"
     (cache / "refs").mkdir(parents=True)
     (cache / "refs" / "main").write_text("abc")
@@ -152,19 +154,19 @@ def test_a_hub_id_is_its_folder_in_the_cache_and_nothing_is_fetched(
 def test_pickled_weights_are_converted_when_asked(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    folder, wanted = tmp_path / "llama", {}
+    folder, expected = tmp_path / "llama", {}
     for number, path in enumerate(sorted(folder.glob("*.safetensors"))):
         tensors = load_file(path)
-        wanted |= tensors
+        expected |= tensors
         torch.save(tensors, folder / f"pytorch_model-{number}.bin")
         path.unlink()
     (folder / weights.INDEX).unlink()
     assert "--convert writes safetensors" in refusal(recipe())
     assert len(weights.convert(folder)) > 1
     weights.check(recipe())
-    found = {name: one for path in folder.glob("*.safetensors") for name, one in load_file(path).items()}
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[name], one) for name, one in wanted.items())
+    result = {name: one for path in folder.glob("*.safetensors") for name, one in load_file(path).items()}
+    assert result.keys() == expected.keys()
+    assert all(torch.equal(result[name], one) for name, one in expected.items())
 
 
 def test_the_verb_says_it_in_one_object_and_by_its_exit_status(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
