@@ -53,10 +53,10 @@ class Node:
     @property
     def gpus(self) -> dict[str, int]:
         """Return the number of GPUs of each type; "" is the type of those without a name."""
-        found: dict[str, int] = {}
+        counts: dict[str, int] = {}
         for kind, count in re.findall(r"gpu:(?:([^:,()]+):)?(\d+)", self.gres):
-            found[kind] = found.get(kind, 0) + int(count)
-        return found
+            counts[kind] = counts.get(kind, 0) + int(count)
+        return counts
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,8 @@ class Cluster:
 
     def seconds(self, key: str) -> int | None:
         """Return a number at the start of a value of the configuration, such as `10 sec`."""
-        found = re.match(r"\d+", self.config.get(key, ""))
-        return int(found[0]) if found else None
+        match = re.match(r"\d+", self.config.get(key, ""))
+        return int(match[0]) if match else None
 
     def grace_seconds(self, partition: str | None) -> int | None:
         """Return the least seconds from the first signal of a preemption to SIGKILL; None if nothing is preempted.
@@ -133,10 +133,10 @@ def call(command: list[str], environment: Mapping[str, str]) -> str:
 
 def minutes(text: str) -> float | None:
     """Return the minutes of a time limit of SLURM, [days-]hours:minutes:seconds; None where there is no limit."""
-    found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
-    if found is None:
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
+    if match is None:
         return None
-    days, hours, mins, seconds = (int(part or 0) for part in found.groups())
+    days, hours, mins, seconds = (int(part or 0) for part in match.groups())
     return days * 1440 + hours * 60 + mins + seconds / 60
 
 

@@ -36,8 +36,8 @@ def required_binds(run: RunFolder) -> list[str]:
     """Return the binds that every run needs: its folder, and what its recipe names on local paths."""
     inputs = _inputs(run.recipe()) + _of_evaluation(run) if run.recipe_path.exists() else []  # a probe has none
     folder = (run.evaluated_run or run).path  # an evaluation's job lies in the folder of the run, and writes there
-    found = {path for path in inputs if path.startswith("/") and not Path(path).is_relative_to(folder)}
-    return [_bind(str(folder)), *(f"{_bind(path)}:ro" for path in sorted(found))]
+    paths = {path for path in inputs if path.startswith("/") and not Path(path).is_relative_to(folder)}
+    return [_bind(str(folder)), *(f"{_bind(path)}:ro" for path in sorted(paths))]
 
 
 def python_command(profile: Profile, binds: list[str], folder: Path) -> str:

@@ -53,10 +53,10 @@ def replace(code: Path, same_python: bool = True) -> tuple[str, str, str]:
 
 def environment(code: Path) -> dict[str, Any]:
     """Return the environment.json of frozen code. Raises UserError where it is missing."""
-    found: dict[str, Any] | None = read_json(code / ENVIRONMENT)
-    if found is None:
+    frozen: dict[str, Any] | None = read_json(code / ENVIRONMENT)
+    if frozen is None:
         raise UserError(f"{code}: no {ENVIRONMENT} there; 'radhpc resume --current-code' freezes the code anew")
-    return found
+    return frozen
 
 
 def current() -> str:
@@ -85,10 +85,10 @@ def check_profile(code: Path, profile: Path) -> None:
         command, env={**os.environ, **variables(code)}, capture_output=True, text=True, check=False, timeout=60
     )
     if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["it says nothing"])[-1].removeprefix(
+        message = (done.stderr.strip().splitlines() or ["it says nothing"])[-1].removeprefix(
             "radhpc.core.errors.UserError: "
         )
-        raise UserError(f"{said} (as the run's frozen code reads it); 'radhpc resume --current-code' takes today's")
+        raise UserError(f"{message} (as the run's frozen code reads it); 'radhpc resume --current-code' takes today's")
 
 
 def _copy(code: Path, same_python: bool) -> None:

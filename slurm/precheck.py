@@ -56,36 +56,36 @@ def problems(profile: Profile, cluster: Cluster, parameters: Mapping[str, Any], 
         if name not in cluster.partitions:
             hint = nearest(name, cluster.partitions)
             return [f"partition '{name}': no such partition{hint}; there are {', '.join(cluster.partitions)}"]
-    found = [
+    messages = [
         *_limits(profile, cluster, names),
         *_accounts(profile, cluster, names),
         *_features(profile, cluster),
         *_gpus(profile, cluster),
     ]
-    return found or _refused(profile, parameters, elements)
+    return messages or _refused(profile, parameters, elements)
 
 
 def _limits(profile: Profile, cluster: Cluster, names: list[str]) -> list[str]:
     """Return problems with nodes, time, CPUs and memory."""
     where = f"partition '{','.join(names)}'"
     row, nodes = cluster.partitions[names[0]], cluster.nodes_of(profile.partition)
-    found = []
+    messages = []
     if profile.least_nodes > len(nodes):
-        found.append(f"nodes {profile.nodes}: {where} has {len(nodes)}")
+        messages.append(f"nodes {profile.nodes}: {where} has {len(nodes)}")
     if (most := row.get("MaxNodes", "UNLIMITED")).isdecimal() and profile.least_nodes > int(most):
-        found.append(f"nodes {profile.nodes}: {where} allows {most} per job")
+        messages.append(f"nodes {profile.nodes}: {where} allows {most} per job")
     limit = minutes(row.get("MaxTime", "UNLIMITED"))
     if limit is not None and profile.minutes > limit:
-        found.append(f"minutes {profile.minutes}: {where} allows {limit:.0f}; a run may have many lives")
+        messages.append(f"minutes {profile.minutes}: {where} allows {limit:.0f}; a run may have many lives")
     cpus = profile.tasks_per_node * (profile.cpus_per_task or 1)
     if nodes and cpus > (most_cpus := max(node.cpus for node in nodes)):
-        found.append(
+        messages.append(
             f"tasks_per_node {profile.tasks_per_node}, cpus_per_task {profile.cpus_per_task or 1}: {cpus} CPUs on a "
             f"node; the largest of {where} has {most_cpus}"
         )
     if nodes and profile.memory_gb and profile.memory_gb * 1024 > (most_memory := max(n.megabytes for n in nodes)):
-        found.append(f"memory_gb {profile.memory_gb}: the largest node of {where} has {most_memory // 1024}")
-    return found
+        messages.append(f"memory_gb {profile.memory_gb}: the largest node of {where} has {most_memory // 1024}")
+    return messages
 
 
 def _accounts(profile: Profile, cluster: Cluster, names: list[str]) -> list[str]:
@@ -98,13 +98,14 @@ def _accounts(profile: Profile, cluster: Cluster, names: list[str]) -> list[str]
         return []
     command = ["sacctmgr", "--noheader", "--parsable2", "show", "associations", "format=account"]
     try:
-        mine = set(call([*command, f"user={_user()}"], profile.environment).split())
+        accounts = set(call([*command, f"user={_user()}"], profile.environment).split())
     except UserError:  # it may be missing on a login node; sbatch --test-only has the last word
         return []
-    if not mine or profile.account in mine:
+    if not accounts or profile.account in accounts:
         return []
     return [
-        f"account '{profile.account}': not yours{nearest(profile.account, mine)}; you have {', '.join(sorted(mine))}"
+        f"account '{profile.account}': not yours{nearest(profile.account, accounts)}; "
+        f"you have {', '.join(sorted(accounts))}"
     ]
 
 
@@ -118,9 +119,9 @@ def _user() -> str:
 
 def _features(profile: Profile, cluster: Cluster) -> list[str]:
     features = frozenset[str]().union(*(node.features for node in cluster.nodes_of(profile.partition)))
-    there = ", ".join(sorted(features)) or "none"
+    known = ", ".join(sorted(features)) or "none"
     return [
-        f"constraint '{name}': no node has this feature{nearest(name, features)}; there are {there}"
+        f"constraint '{name}': no node has this feature{nearest(name, features)}; there are {known}"
         for name in re.findall(r"[^\s&|!,()\[\]*]+", profile.constraint or "")
         if not name.isdecimal() and name not in features
     ]
@@ -134,7 +135,7 @@ def _gpus(profile: Profile, cluster: Cluster) -> list[str]:
         return []
     where = f"partition '{profile.partition or cluster.default}'"
     gpus = [node.gpus for node in cluster.nodes_of(profile.partition)]
-    there = sorted({kind for kinds in gpus for kind in kinds if kind})
+    known = sorted({kind for kinds in gpus for kind in kinds if kind})
     most = max((sum(kinds.values()) for kinds in gpus), default=0)
     count = profile.gpus_per_node or 1
     if most < count:
@@ -142,10 +143,10 @@ def _gpus(profile: Profile, cluster: Cluster) -> list[str]:
         hint = f"at most {most}" if most else f"none; partitions with GPUs: {', '.join(others) or 'none'}"
         return [f"gpus_per_node {count}: a node of {where} has {hint}"]
     return [
-        f"sbatch: GPU type '{kind}': no node of {where} has it{nearest(kind, there)}; "
-        f"there are {', '.join(there) or 'GPUs without a type'}"
+        f"sbatch: GPU type '{kind}': no node of {where} has it{nearest(kind, known)}; "
+        f"there are {', '.join(known) or 'GPUs without a type'}"
         for kind in types
-        if kind not in there
+        if kind not in known
     ]
 
 
@@ -196,20 +197,20 @@ def folder_problems(profile: Profile, cluster: Cluster, folder: Path) -> list[st
 
 def environment_problems(profile: Profile) -> list[str]:
     """Return problems with a missing Python, container or file to source; lines with variables are skipped."""
-    found = []
+    messages = []
     words = shlex.split(profile.python or "")
     if words:
         program = words[0]
         if "/" in program and not Path(program).exists():
-            found.append(f"python: {program}: no such program")
+            messages.append(f"python: {program}: no such program")
         elif "/" not in program and not profile.setup and shutil.which(program) is None:
-            found.append(f"python: {program}: not found in PATH, and 'setup' has no line that would load it")
-        found += [f"python: {word}: no such image" for word in words if _missing(word, (".sif", ".sqsh"))]
+            messages.append(f"python: {program}: not found in PATH, and 'setup' has no line that would load it")
+        messages += [f"python: {word}: no such image" for word in words if _missing(word, (".sif", ".sqsh"))]
     for line in profile.setup:
         sourced = re.match(r"\s*(?:source|\.)\s+(\S+)\s*$", line)
         if sourced and _missing(os.path.expanduser(sourced[1])):
-            found.append(f"setup: '{line.strip()}': no such file; make the environment there, or correct the path")
-    return found
+            messages.append(f"setup: '{line.strip()}': no such file; make the environment there, or correct the path")
+    return messages
 
 
 def _missing(text: str, endings: tuple[str, ...] = ("",)) -> bool:

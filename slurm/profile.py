@@ -117,10 +117,10 @@ class Profile(Section):
     @field_validator("nodes", mode="before")
     @classmethod
     def _check_nodes(cls, value: Any) -> int | str:
-        found = re.fullmatch(r"([1-9]\d*)(?:-([1-9]\d*))?", str(value)) if not isinstance(value, bool) else None
-        if not found or int(found[2] or found[1]) < int(found[1]):
+        match = re.fullmatch(r"([1-9]\d*)(?:-([1-9]\d*))?", str(value)) if not isinstance(value, bool) else None
+        if not match or int(match[2] or match[1]) < int(match[1]):
             raise ValueError("allowed are a number from 1 on, or a range such as 1-4")
-        return f"{int(found[1])}-{int(found[2])}" if found[2] and int(found[2]) > int(found[1]) else int(found[1])
+        return f"{int(match[1])}-{int(match[2])}" if match[2] and int(match[2]) > int(match[1]) else int(match[1])
 
     @field_validator("environment")
     @classmethod

@@ -141,15 +141,15 @@ def _cause(
     if Cause.STOP in causes:
         return Decision(Event.STOPPED, False)
     for state, cause in _FAULTS.items():
-        said = [end for _, end in sorted(ends.items()) if end["state"] == state]
-        if not said:
+        own_ends = [end for _, end in sorted(ends.items()) if end["state"] == state]
+        if not own_ends:
             continue
-        why = said[0]["cause"]
+        why = own_ends[0]["cause"]
         if cause == Event.CRASHED:
-            return Decision(Event.CRASHED, True, why, crash_signature=crash_signature(said[0].get("traceback", "")))
+            return Decision(Event.CRASHED, True, why, crash_signature=crash_signature(own_ends[0].get("traceback", "")))
         if cause == Event.HUNG:
             # A rank that never started has no host.
-            hosts = {one["host"] for one in said[0].get("culprits", ())} - {""}
+            hosts = {one["host"] for one in own_ends[0].get("culprits", ())} - {""}
             return Decision(Event.HUNG, True, why, tuple(sorted(hosts)))
         return Decision(Event.FAILED, False, why)
     if states == {OutcomeState.INTERRUPTED} and len(ends) == world:
@@ -226,8 +226,8 @@ def record_unseen_end(run: RunFolder) -> None:
 def split_earlier_attempt(events: Sequence[dict[str, Any]], job_id: str) -> tuple[list[dict[str, Any]], list[str]]:
     """Return the events without those that a failed first attempt at this decision recorded, and the names of those."""
     begun = max((n for n, event in enumerate(events) if event["event"] in JOB_BEGINNINGS), default=0)
-    mine = [event for event in events[begun:] if event["event"] in REQUEUE_VERDICTS and event.get("job") == job_id]
-    return [event for event in events if event not in mine], [event["event"] for event in mine]
+    own = [event for event in events[begun:] if event["event"] in REQUEUE_VERDICTS and event.get("job") == job_id]
+    return [event for event in events if event not in own], [event["event"] for event in own]
 
 
 def main(run_path: str, exit_status: int) -> None:

@@ -40,8 +40,8 @@ def own_job(job_id: str) -> dict[str, str]:
     Raises RuntimeError where it does not answer: if the job's state is unknown, do not requeue it.
     """
     for pause in (*_PAUSES, 0):
-        if found := show_job(job_id):
-            return found
+        if job := show_job(job_id):
+            return job
         time.sleep(pause)
     raise RuntimeError(f"scontrol show job {job_id}: no answer")
 
@@ -66,22 +66,22 @@ def down_nodes(nodes: str) -> list[str]:
     lines = (
         _output(["sinfo", "--noheader", "--Node", f"--nodes={nodes}", "--format=%N %T"]).splitlines() if nodes else []
     )
-    return sorted({name for name, found in map(str.split, lines) if found.startswith("down") or found.endswith("*")})
+    return sorted({name for name, state in map(str.split, lines) if state.startswith("down") or state.endswith("*")})
 
 
 def usable_nodes(partition: str) -> list[str]:
     """Return the nodes of a partition that jobs can run on, now or later."""
     lines = _output(["sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N %T"]).splitlines()
-    return sorted({name for name, found in map(str.split, lines) if re.match(r"idle|mix|alloc|comp|plan", found)})
+    return sorted({name for name, state in map(str.split, lines) if re.match(r"idle|mix|alloc|comp|plan", state)})
 
 
 def node_restarted(node: str, since: datetime) -> bool:
     """Return whether a node is down, or its slurmd was started after `since`."""
-    found = fields(_output(["scontrol", "show", "node", "--oneliner", node]))
-    if found.get("State", "").startswith("DOWN") or found.get("State", "").endswith("*"):
+    shown = fields(_output(["scontrol", "show", "node", "--oneliner", node]))
+    if shown.get("State", "").startswith("DOWN") or shown.get("State", "").endswith("*"):
         return True
     with contextlib.suppress(KeyError, ValueError):  # "None" for one that has never answered
-        return datetime.fromisoformat(found["SlurmdStartTime"]).astimezone() > since
+        return datetime.fromisoformat(shown["SlurmdStartTime"]).astimezone() > since
     return False
 
 
@@ -113,8 +113,8 @@ def state(job: dict[str, Any] | None) -> str:
     if job is None:
         return ""
     if job["cluster"] == "slurm":
-        found = show_job(job["id"], job.get("environment")).get("JobState", "")
-        return found if found in _LIVING else ""
+        shown = show_job(job["id"], job.get("environment")).get("JobState", "")
+        return shown if shown in _LIVING else ""
     return "RUNNING" if process_alive(job) else ""
 
 
@@ -139,8 +139,8 @@ def queue_entries(jobs: Sequence[dict[str, Any] | None]) -> list[QueueEntry]:
     for job in jobs:
         if job is not None and job["cluster"] == "slurm":
             clusters.setdefault(_variables(job), {})[job["id"]] = QueueEntry()
-    for variables, found in clusters.items():
-        found.update(_squeue(list(found), dict(variables)))
+    for variables, entries in clusters.items():
+        entries.update(_squeue(list(entries), dict(variables)))
     return [_entry(job, clusters) for job in jobs]
 
 
@@ -175,9 +175,9 @@ def _squeue(ids: list[str], environment: dict[str, str]) -> dict[str, QueueEntry
     except subprocess.TimeoutExpired:
         return dict.fromkeys(ids, QueueEntry(problem=f"the scheduler does not answer within {_TIMEOUT} s"))
     if done.returncode and "Invalid job id" not in done.stderr:
-        said = done.stderr.strip().splitlines()
+        lines = done.stderr.strip().splitlines()
         return dict.fromkeys(
-            ids, QueueEntry(problem=f"the scheduler does not answer: {said[-1] if said else 'squeue'}")
+            ids, QueueEntry(problem=f"the scheduler does not answer: {lines[-1] if lines else 'squeue'}")
         )
     rows = [line.split("|", len(_FIELDS) - 1) for line in done.stdout.splitlines() if line.count("|") >= len(_FIELDS)]
     return {
@@ -206,10 +206,10 @@ def _status(code: str) -> str:
 def refuse_if_alive(run: RunFolder) -> None:
     """Raise UserError while a job still works, or waits to work, on the run."""
     job = run.job()
-    if found := state(job):
+    if alive := state(job):
         assert job is not None
         raise UserError(
-            f"{run.path}: in use by {job['cluster']} job {job['id']} ({found.lower()}); "
+            f"{run.path}: in use by {job['cluster']} job {job['id']} ({alive.lower()}); "
             f"end it with 'radhpc stop {run.path}'"
         )
 

@@ -182,7 +182,7 @@ def _elastic(profile: Profile) -> tuple[dict[str, Any], dict[str, Any], list[str
 
 def site_parameters(profile: Profile) -> dict[str, Any]:
     """Return what any job of this profile asks for, whatever it does."""
-    wanted = {
+    requested = {
         "cpus_per_task": profile.cpus_per_task,
         "mem": f"{profile.memory_gb}GB" if profile.memory_gb else None,
         "time": profile.minutes,
@@ -193,7 +193,7 @@ def site_parameters(profile: Profile) -> dict[str, Any]:
         "constraint": profile.constraint,
         "exclude": profile.exclude,
     }
-    return {name: value for name, value in wanted.items() if value is not None}
+    return {name: value for name, value in requested.items() if value is not None}
 
 
 @contextmanager
@@ -246,13 +246,13 @@ def profile_environment(profile: Profile, more: dict[str, str] | None = None) ->
         "RADHPC_HANG_SECONDS": str(profile.hang_seconds),
         "RADHPC_HANG_SLOW_SECONDS": str(profile.hang_slow_seconds),
     }
-    wanted = limits | profile.environment | ({"OMP_NUM_THREADS": str(threads)} if threads else {}) | (more or {})
+    variables = limits | profile.environment | ({"OMP_NUM_THREADS": str(threads)} if threads else {}) | (more or {})
     if profile.cluster == "slurm":  # elsewhere nobody kills after a signal
-        wanted |= {"RADHPC_GRACE_SECONDS": str(profile.grace_seconds)}
-        wanted |= {"RADHPC_SIGNAL_SECONDS": str(profile.signal_seconds)}
-        wanted |= {"RADHPC_LIMIT_SECONDS": str(profile.minutes * 60)}
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
+        variables |= {"RADHPC_GRACE_SECONDS": str(profile.grace_seconds)}
+        variables |= {"RADHPC_SIGNAL_SECONDS": str(profile.signal_seconds)}
+        variables |= {"RADHPC_LIMIT_SECONDS": str(profile.minutes * 60)}
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:
@@ -266,5 +266,5 @@ def profile_environment(profile: Profile, more: dict[str, str] | None = None) ->
 def _reason(error: Exception) -> str:
     """Return sbatch's message without its banner."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = [line.removeprefix("sbatch: error: ") for line in lines if line.startswith("sbatch: error: ")]
-    return "; ".join(said) or first_line(error)
+    messages = [line.removeprefix("sbatch: error: ") for line in lines if line.startswith("sbatch: error: ")]
+    return "; ".join(messages) or first_line(error)

@@ -39,8 +39,8 @@ _ANY = "/the-run-folder-of-this-element"  # in the one batch script of all; no s
 
 def newest(runs: Path, name: str, sweep: Sweep, base: Recipe) -> Path | None:
     """Return the newest folder in `runs` of this very sweep: the command, called again, goes on with it."""
-    found = sorted((path.parent for path in runs.glob(f"sweep-{name}-*/sweep.yaml")), key=lambda path: path.name)
-    return next((path for path in reversed(found) if not SweepStudy(path).difference(sweep, base)), None)
+    folders = sorted((path.parent for path in runs.glob(f"sweep-{name}-*/sweep.yaml")), key=lambda path: path.name)
+    return next((path for path in reversed(folders) if not SweepStudy(path).difference(sweep, base)), None)
 
 
 def due(study: SweepStudy) -> list[int]:
@@ -81,10 +81,10 @@ def submit(study: SweepStudy, profile: Profile) -> str | None:
             raise UserError("srun is not found: submit from a login node of the cluster") from error
         executor.update_parameters(**parameters)
         jobs = executor.map_array(slurm_job.main, [str(study.run_path(number)) for number in numbers])
-    given = submitted_jobs(study)
+    jobs_by_trial = submitted_jobs(study)
     owners = {number: owner_record(str(job.job_id), profile) for number, job in zip(numbers, jobs, strict=True)}
-    given |= {study.run_path(number).name: owner for number, owner in owners.items()}
-    write_atomically(study.path / "jobs.json", json.dumps(given).encode(), 0o600)
+    jobs_by_trial |= {study.run_path(number).name: owner for number, owner in owners.items()}
+    write_atomically(study.path / "jobs.json", json.dumps(jobs_by_trial).encode(), 0o600)
     for number, owner in owners.items():
         if (run := RunFolder(study.run_path(number))).recipe_path.exists():
             take_ownership(run, owner, profile)

@@ -91,7 +91,7 @@ def build(
 
         console.print(options_of(dataset), soft_wrap=True)
         raise typer.Exit(2)
-    given: dict[str, Any] = {"workers": workers} if workers else {}
+    extra: dict[str, Any] = {"workers": workers} if workers else {}
     settings = BuildSettings(
         longest_side=longest_side,
         quality=quality,
@@ -103,7 +103,7 @@ def build(
         max_skipped=max_skipped,
         force=force,
         work=work,
-        **given,
+        **extra,
     )
     result = build_shards(dataset, raw, out, pairs(options), settings, _array(on, jobs, out, settings))
     say(build_lines(result), as_json)

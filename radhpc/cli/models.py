@@ -122,7 +122,7 @@ def generate(
 
     run_folder, target = image_settings(run)
     studies = views.find_studies(folder) if folder else {" ".join(map(str, image or [])): image or []}
-    told = views.read_answers(out, studies) if out else {}
+    answered = views.read_answers(out, studies) if out else {}
     if not folder:  # one broken image of one study: before the model is loaded
         views.load_study("", next(iter(studies.values())), target)
     context = context_of(run_folder.path)
@@ -144,7 +144,7 @@ def generate(
         return
     results: list[dict[str, Any]] = []
     broken = 0
-    waiting = [name for name in studies if name not in told]
+    waiting = [name for name in studies if name not in answered]
     with Bar("generate", len(waiting), unit="studies", hidden=not folder) as bar:
         for start in range(0, len(waiting), batch):
             some = []
@@ -163,7 +163,7 @@ def generate(
         for result in results:
             tables.answer(result, Console(highlight=False), heading=folder is not None)
     one = results[0] if not folder and results else {}
-    shown = {"studies": results, "broken": broken, "told_before": len(told)} if folder or not results else {}
+    shown = {"studies": results, "broken": broken, "told_before": len(answered)} if folder or not results else {}
     emit({"run": str(run_folder.path), **one, **shown}, as_json)
     raise typer.Exit(1 if broken else 0)
 
@@ -248,8 +248,8 @@ def export(
 
     with contextlib.redirect_stdout(sys.stderr):  # libraries that saving imports, such as deepspeed, say something
         written, probe = exports.export(context, out.absolute(), merge, dtype)
-    what = {"model": "full weights", "adapter": f"an adapter for PEFT on {written.base}"}[written.kind]
-    say(f"{written.out}: {what}, {written.parameters:,} parameters of step {written.step}; see README.md", as_json)
+    form = {"model": "full weights", "adapter": f"an adapter for PEFT on {written.base}"}[written.kind]
+    say(f"{written.out}: {form}, {written.parameters:,} parameters of step {written.step}; see README.md", as_json)
     difference = exports.check(written, probe) if check else None
     if difference is not None:
         say(f"plain transformers gives the same logits (they differ by {difference:.1g} of the largest)", as_json)

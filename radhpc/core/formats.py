@@ -14,7 +14,7 @@ RUN_FOLDER: Final = 1  # events.jsonl, job.json, end files, ...; not on the disk
 CHECKPOINT: Final = 1  # cursor.json: format
 MANIFEST: Final = 1  # manifest.json: format
 SHARDS: Final = 2  # manifest.json: build.format; raise it when the same input gives other bytes
-STATUS_CACHE: Final = 1  # ~/.cache/radhpc/status.json: version; another one is ignored
+STATUS_CACHE: Final = 2  # ~/.cache/radhpc/status.json: version; another one is ignored
 
 VERSIONS: Mapping[str, int] = {
     "recipe": RECIPE,

@@ -66,11 +66,11 @@ class TimeAccount:
             return self
         last = self.lives[-1]
         lives = [*self.lives[:-1], replace(last, ended=max(last.ended, now), cause="")]
-        found = replace(self, lives=lives, growing="", unsaved=0.0)
-        found.useful, found.lost = self.useful + self.unsaved, self.lost - self.unsaved
+        result = replace(self, lives=lives, growing="", unsaved=0.0)
+        result.useful, result.lost = self.useful + self.unsaved, self.lost - self.unsaved
         more = (lives[-1].ended - last.ended) * last.world
-        setattr(found, self.growing, getattr(found, self.growing) + more)
-        return found
+        setattr(result, self.growing, getattr(result, self.growing) + more)
+        return result
 
     @property
     def restarts(self) -> Counter[str]:
@@ -89,23 +89,23 @@ def lives(events: Events, now: float | None = None) -> list[Life]:
 
 
 def _lives(events: Events) -> list[Life]:
-    found: list[Life] = []
+    lives: list[Life] = []
     inside = False
     for event in events:
         name, at = event["event"], seconds(event)
         if name == Event.STARTED:
-            if found and not found[-1].came_back:
-                found[-1].came_back = inside
-            found.append(Life(len(found) + 1, event.get("job", ""), event.get("world", 1), at, at))
+            if lives and not lives[-1].came_back:
+                lives[-1].came_back = inside
+            lives.append(Life(len(lives) + 1, event.get("job", ""), event.get("world", 1), at, at))
             inside = True
         elif name == Event.SUBMITTED:
             inside = False
         elif inside:
-            found[-1].ended = max(found[-1].ended, at)
-            found[-1].came_back = name == Event.REQUEUED or (found[-1].came_back and name not in LIFE_ENDS)
+            lives[-1].ended = max(lives[-1].ended, at)
+            lives[-1].came_back = name == Event.REQUEUED or (lives[-1].came_back and name not in LIFE_ENDS)
             if name in LIFE_ENDS:
-                found[-1].cause = name
-    return found
+                lives[-1].cause = name
+    return lives
 
 
 def restarts(events: Events) -> Counter[str]:
@@ -135,8 +135,8 @@ def account(events: Events, now: float | None = None) -> TimeAccount:
         books.pass_until(books.life.ended)
         books.account.growing, books.account.unsaved = _GROWS[books.mode], books.pending
     books.close()
-    found = books.total()
-    return found if now is None else found.living(now)
+    total = books.total()
+    return total if now is None else total.living(now)
 
 
 def _one_start(events: Events) -> list[dict[str, Any]]:

@@ -52,13 +52,13 @@ def mark(rank: int, host: str) -> None:
 
 def files(run: RunFolder, job: str | None = None) -> list[Log]:
     """Return the files of a run's jobs, by age of the job, rank and kind."""
-    found = []
+    logs = []
     for path in (run.path / "logs").glob("*_log.*"):
         parsed = compat_submitit.parse_log_name(path.name)
         if parsed and job in (None, parsed[0]):
-            found.append(Log(path, *parsed))
+            logs.append(Log(path, *parsed))
     order = {event["job"]: number for number, event in enumerate(run.events(Event.SUBMITTED))} if job is None else {}
-    return sorted(found, key=lambda log: (order.get(log.job, -1), log.job, log.rank, log.kind))
+    return sorted(logs, key=lambda log: (order.get(log.job, -1), log.job, log.rank, log.kind))
 
 
 def show(run: RunFolder, console: Console, rank: int | None, life: int | None, follow: bool) -> None:
@@ -165,12 +165,12 @@ def first_error(run: RunFolder) -> list[Text]:
 def culprit(run: RunFolder) -> dict[str, Any] | None:
     """Return the end file of the rank that ended the newest life by an error; its peers' errors follow from its own."""
     starts = run.events(Event.STARTED)
-    found = []
+    ends = []
     for rank, path in run.end_paths().items():
         end = read_json(path)
         if end and end["state"] in _CULPRITS and (not starts or rank < starts[-1]["world"]):
-            found.append((_CULPRITS.index(end["state"]), path.stat().st_mtime, {**end, "rank": rank}))
-    return min(found, key=lambda one: one[:2])[2] if found else None
+            ends.append((_CULPRITS.index(end["state"]), path.stat().st_mtime, {**end, "rank": rank}))
+    return min(ends, key=lambda one: one[:2])[2] if ends else None
 
 
 def last_words(run: RunFolder, job: str, first: bool) -> str:
@@ -197,6 +197,6 @@ def tail(path: Path) -> list[str]:
 
 def _telling(lines: list[str], first: bool) -> str:
     """Return the line that names an error: of a traceback its last one; else the last line at all."""
-    said = [line for line in lines if line.strip() and not _ECHO.search(line)]
-    errors = [line.strip() for line in said if _TELLING.search(line) and not line.startswith((" ", "Traceback"))]
-    return (errors[0 if first else -1] if errors else said[-1] if said else "").strip()
+    telling = [line for line in lines if line.strip() and not _ECHO.search(line)]
+    errors = [line.strip() for line in telling if _TELLING.search(line) and not line.startswith((" ", "Traceback"))]
+    return (errors[0 if first else -1] if errors else telling[-1] if telling else "").strip()

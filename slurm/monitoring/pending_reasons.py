@@ -91,25 +91,25 @@ _OTHER = {"QOS": "another qos", "Assoc": "another account", "": "another partiti
 def words(code: str) -> str:
     """Return a sentence for a code, and the code behind it; one that is not known is given as it is."""
     name, comma, rest = code.partition(",")
-    said = WORDS.get(name) or _limit(name)
-    if said is None:
+    sentence = WORDS.get(name) or _limit(name)
+    if sentence is None:
         return f"SLURM says {code}" if code else ""
-    return f"{said} ({name}{':' if comma else ''}{rest})"
+    return f"{sentence} ({name}{':' if comma else ''}{rest})"
 
 
 def _limit(name: str) -> str | None:
     """Explain the systematic names of limits: whose limit, on what, for whom."""
-    found = _LIMIT.fullmatch(name.removesuffix("Limit"))
-    if found is None:
+    match = _LIMIT.fullmatch(name.removesuffix("Limit"))
+    if match is None:
         return None
-    owner, what, scope = found["owner"], _WHAT[found["what"]], found["scope"]
-    if found["kind"] == "Min":
+    owner, what, scope = match["owner"], _WHAT[match["what"]], match["scope"]
+    if match["kind"] == "Min":
         return f"asks for less {what} than {_OWNER[owner]} takes; {_RESUBMIT}"
     if scope in ("PerJob", "PerNode"):
         return f"asks for more {what} than {_OWNER[owner]} allows one {scope[3:].lower()}; {_RESUBMIT}"
-    grouped = found["kind"] == "Grp" and not scope
+    grouped = match["kind"] == "Grp" and not scope
     who = "all jobs" if grouped else "one account" if scope == "PerAccount" else "one user"
-    if found["budget"] or what == "time":
+    if match["budget"] or what == "time":
         unit = what if what == "time" else f"time on {what}"
         return f"no {unit} is left for {who} under {_OWNER[owner]}; {_WAIT}, or use {_OTHER[owner]}"
     return f"no more {what} for {who} under {_OWNER[owner]} now; {_WAIT}"

@@ -30,8 +30,8 @@ def trace(run: RunFolder, steps: int, seconds: float) -> dict[str, Any]:
             request.unlink(missing_ok=True)
             raise UserError(f"{run.path}: the job ended before it had made {steps} more steps")
         time.sleep(0.2)
-    found: dict[str, Any] = read_json(run.path / TRACE_FOLDER / max(new)[1])
-    return found
+    summary: dict[str, Any] = read_json(run.path / TRACE_FOLDER / max(new)[1])
+    return summary
 
 
 def _told(run: RunFolder) -> set[tuple[int, str]]:

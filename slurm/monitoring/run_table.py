@@ -58,11 +58,11 @@ class RunTable:
             return
         shown, notes = list(self.results), self._notes()
         if self.height is not None:
-            said = len(notes)
+            total = len(notes)
             while notes and self._lines(notes, console, options) > self.height // 3:
                 notes.pop()
-            if len(notes) < said:
-                notes.append(("", f"... and {said - len(notes)} more", "radhpc status RUN"))
+            if len(notes) < total:
+                notes.append(("", f"... and {total - len(notes)} more", "radhpc status RUN"))
             room = self.height - _FRAME - self._lines(notes, console, options)
             if len(shown) > room:
                 shown = sorted(shown, key=lambda result: _ORDER.index(result["state"]))[: max(1, room)]
@@ -86,8 +86,8 @@ class RunTable:
                     widths[column] = max(width, len(column.title))
             chosen: list[_Column] = []
             for column in sorted(widths, key=lambda column: -column.worth):
-                wanted = sum(widths[other] + _GAP for other in (*chosen, column))
-                if len(chosen) < 2 or wanted <= options.max_width:
+                needed = sum(widths[other] + _GAP for other in (*chosen, column))
+                if len(chosen) < 2 or needed <= options.max_width:
                     chosen.append(column)
             columns = list(widths)
             if len(chosen) == len(columns):
@@ -97,11 +97,11 @@ class RunTable:
 
     def _notes(self) -> list[tuple[str, str, str]]:
         """Return (state, runs, sentence) of runs with a reason to show; runs with the same sentence share a row."""
-        said: dict[tuple[str, str], list[str]] = {}
+        notes: dict[tuple[str, str], list[str]] = {}
         for result in sorted(self.results, key=lambda result: _ORDER.index(result["state"])):
             if result["why"]:
-                said.setdefault((result["state"], result["why"]), []).append(name(result))
-        return [(state, _several(runs), words) for (state, words), runs in said.items()]
+                notes.setdefault((result["state"], result["why"]), []).append(name(result))
+        return [(state, _several(runs), words) for (state, words), runs in notes.items()]
 
     def _grid(self, notes: Sequence[tuple[str, str, str]]) -> RenderableType:
         grid = Table.grid(padding=(0, 1))
@@ -114,9 +114,9 @@ class RunTable:
 
     def _summary(self, shown: int) -> str:
         counts = Counter(result["state"] for result in self.results)
-        said = ", ".join(f"{counts[state]} {state}" for state in _ORDER if counts[state])
+        states = ", ".join(f"{counts[state]} {state}" for state in _ORDER if counts[state])
         more = "" if shown == len(self.results) else f"; {shown} of them shown"
-        return f" {len(self.results)} runs: {said}{more}"
+        return f" {len(self.results)} runs: {states}{more}"
 
 
 def _columns(results: Sequence[dict[str, Any]], longest: int, brief: bool) -> list[_Column]:

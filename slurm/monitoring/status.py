@@ -234,11 +234,11 @@ def _gone(read: _Read, entry: QueueEntry, started: bool, stepped: bool) -> tuple
     if entry.state == "CANCELLED":
         return RunState.STOPPED, "cancelled while it ran" if started else "cancelled while it waited in the queue"
     when = "" if stepped else "before its first step: " if started else "before it started: "
-    said = [pending_reasons.words(entry.reason)] if entry.reason not in ("", "None") else []
-    said += [entry.status] if entry.status else []
+    reasons = [pending_reasons.words(entry.reason)] if entry.reason not in ("", "None") else []
+    reasons += [entry.status] if entry.status else []
     if words := logs.last_words(read.run, read.job["id"], first=not started):
-        said.append(words)
-    return RunState.FAILED, when + (", ".join(said) or "its job is gone without a word; see 'radhpc logs'")
+        reasons.append(words)
+    return RunState.FAILED, when + (", ".join(reasons) or "its job is gone without a word; see 'radhpc logs'")
 
 
 def _running(lives: list[Life], progress: dict[str, Any], now: float) -> str:

@@ -40,13 +40,13 @@ def _table(find: Callable[[], Sequence[RunFolder]], console: Console) -> None:
 
 def _lines(find: Callable[[], Sequence[RunFolder]], console: Console) -> None:
     """Print a line whenever something changes that stays the same from step to step."""
-    look, said = Statuses(list(find()), QUEUE_SECONDS), dict[str, Any]()
+    look, printed = Statuses(list(find()), QUEUE_SECONDS), dict[str, Any]()
     while True:
         results = look.now()
         for result in results:
             news = [result[key] for key in ("state", "why", "stage", "checkpoint_step", "restarts")]
-            if said.get(result["run"]) != news:
-                said[result["run"]] = news
+            if printed.get(result["run"]) != news:
+                printed[result["run"]] = news
                 console.print(f"{time.strftime('%H:%M:%S')} {name(result)}: {line(result)}", soft_wrap=True)
         if not any(result["state"] in LIVING for result in results):
             return

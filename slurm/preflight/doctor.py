@@ -95,15 +95,15 @@ def _preemption(profile: Profile, cluster: Cluster) -> list[Check]:
             f"grace_seconds {grace or wait}: a run that counts on more is killed while it saves",
         )
     )
-    told = "preempt_send_user_signal" in config.get("SlurmctldParameters", "") or "send_user_signal" in config.get(
-        "PreemptParameters", ""
-    )
+    user_signal = "preempt_send_user_signal" in config.get(
+        "SlurmctldParameters", ""
+    ) or "send_user_signal" in config.get("PreemptParameters", "")
     checks.append(
         check(
             "signal of a preemption",
-            told or bool(grace),
+            user_signal or bool(grace),
             "SIGUSR2 (preempt_send_user_signal is set)"
-            if told
+            if user_signal
             else "SIGTERM on every rank as the grace begins (preempt_send_user_signal is not set)"
             if grace
             else "none before the kill: GraceTime=0 and preempt_send_user_signal is not set",
@@ -167,7 +167,7 @@ def _ends(profile: Profile, cluster: Cluster) -> list[Check]:
 def _here(profile: Profile) -> list[Check]:
     """Check what a run on this machine needs."""
     gpus = len(call(["nvidia-smi", "--list-gpus"], {}).splitlines()) if shutil.which("nvidia-smi") else 0
-    wanted = profile.gpus_per_node or 0
+    requested = profile.gpus_per_node or 0
     try:
         socket.getaddrinfo(socket.gethostname(), None)
         resolves = True
@@ -175,7 +175,7 @@ def _here(profile: Profile) -> list[Check]:
         resolves = False
     return [
         check("scheduler", True, f"cluster: {profile.cluster}; nobody preempts here but Ctrl-C", ""),
-        check("GPUs", gpus >= wanted, f"{gpus} seen by nvidia-smi", f"{wanted} asked for"),
+        check("GPUs", gpus >= requested, f"{gpus} seen by nvidia-smi", f"{requested} asked for"),
         check(
             "name of this machine",
             resolves or profile.world == 1,

@@ -240,19 +240,19 @@ def _signals(ranks: dict[str, list[dict[str, Any]]], preempt_with: str | None) -
         terms = [seconds for name, seconds in signals if name == "SIGTERM"]
         if asks and lines[-1]["what"] != "ended":
             end = lines[-1]["time"] - begin
-            told = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in signals)
-            rows.append((end - asks[0], end - terms[0] if terms else 0.0, told))
+            signals_in_words = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in signals)
+            rows.append((end - asks[0], end - terms[0] if terms else 0.0, signals_in_words))
     how = (
         f"the urgent job in partition {preempt_with}"
         if preempt_with
         else f"the time limit of {MINUTES} minutes, --signal=USR2@{WARNING}"
     )
-    least, after_term, told = min(rows, default=(0.0, 0.0, "nothing"))
+    least, after_term, signals_in_words = min(rows, default=(0.0, 0.0, "nothing"))
     checks = [
         check(
             "probe: warning",
             len(rows) == len(ranks) > 0,
-            f"{how}; after the start came {told}",
+            f"{how}; after the start came {signals_in_words}",
             "a signal on every rank before SIGKILL",
         ),
         check(

@@ -103,14 +103,14 @@ class Axis(Section):
         if not isinstance(value, dict):
             return kept
         others = [other for other in self.values or () if isinstance(other, dict)]
-        told = [key for key in value if any(key not in other for other in others) and not _plain(value[key])]
+        parts = [key for key in value if any(key not in other for other in others) and not _plain(value[key])]
         for key, leaf in _leaves(value).items():
             if any(
                 _leaves(other).get(key, leaf) != leaf or (_plain(value.get(key)) and key not in other)
                 for other in others
             ):
-                told.append(f"{key.split('.')[-1]} {leaf}")
-        return ", ".join(told) or kept
+                parts.append(f"{key.split('.')[-1]} {leaf}")
+        return ", ".join(parts) or kept
 
 
 class Pruner(Section):
@@ -225,7 +225,7 @@ def check(sweep: Sweep, base: Recipe, path: Path) -> list[Recipe]:
     data = base.model_dump(mode="json")
     for key in sweep.space:
         _refuse_new_free_key(data, key, path)
-    found = []
+    recipes_at_corners = []
     for parameters in corners(sweep):
         overrides = [f"{key}={_yaml(sweep.space[key].given(value))}" for key, value in parameters.items()]
         where = f"{path}: space: {', '.join(overrides)}"
@@ -240,19 +240,19 @@ def check(sweep: Sweep, base: Recipe, path: Path) -> list[Recipe]:
                 f"{path}: pruner: trials are compared where they are evaluated; "
                 f"add 'evaluation.every={sweep.pruner.min_steps}' to overrides"
             )
-        found.append(recipe)
-    return found
+        recipes_at_corners.append(recipe)
+    return recipes_at_corners
 
 
 def distinct_data(sweep: Sweep, base: Recipe, path: Path) -> list[Recipe]:
     """Return one recipe of the corners for each set of data, weights and split that a trial may need."""
-    found = {
+    by_data = {
         repr(
             [recipe.evaluation.split, recipe.model.weights, *(recipe.shards_of(stage) for stage in recipe.stages)]
         ): recipe
         for recipe in check(sweep, base, path)
     }
-    return list(found.values())
+    return list(by_data.values())
 
 
 def corners(sweep: Sweep) -> list[dict[str, Scalar]]:
@@ -281,10 +281,10 @@ def _plain(value: Any) -> bool:
 
 def _leaves(section: dict[str, Any], before: str = "") -> dict[str, Any]:
     """Return a section's values by dotted key."""
-    found: dict[str, Any] = {}
+    leaves: dict[str, Any] = {}
     for key, value in section.items():
-        found |= _leaves(value, f"{before}{key}.") if isinstance(value, dict) else {f"{before}{key}": value}
-    return found
+        leaves |= _leaves(value, f"{before}{key}.") if isinstance(value, dict) else {f"{before}{key}": value}
+    return leaves
 
 
 def _kept(value: Any) -> Scalar:

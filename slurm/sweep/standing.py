@@ -113,9 +113,9 @@ def live_jobs(study: SweepStudy) -> dict[int, tuple[dict[str, Any], str]]:
             if job is not None:
                 candidates.append((number, job))
     living: dict[int, tuple[dict[str, Any], str]] = {}
-    for (number, job), found in zip(candidates, scheduler.queue_entries([job for _, job in candidates]), strict=True):
-        if found.problem and job["cluster"] == "slurm":
-            raise UserError(found.problem)  # who does not know what lives must not submit it again
-        if found.living:
-            living.setdefault(number, (job, found.state))
+    for (number, job), entry in zip(candidates, scheduler.queue_entries([job for _, job in candidates]), strict=True):
+        if entry.problem and job["cluster"] == "slurm":
+            raise UserError(entry.problem)  # who does not know what lives must not submit it again
+        if entry.living:
+            living.setdefault(number, (job, entry.state))
     return living

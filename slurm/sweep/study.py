@@ -83,9 +83,9 @@ class SweepStudy:
 
     def difference(self, sweep: Sweep, base: Recipe) -> str:
         """Return why this folder belongs to another sweep, or an empty string."""
-        mine = self.sweep.model_dump(mode="json", exclude={"recipe", "overrides", *_CHANGEABLE})
+        own = self.sweep.model_dump(mode="json", exclude={"recipe", "overrides", *_CHANGEABLE})
         theirs = sweep.model_dump(mode="json", exclude={"recipe", "overrides", *_CHANGEABLE})
-        keys = [key for key in mine if mine[key] != theirs[key]]
+        keys = [key for key in own if own[key] != theirs[key]]
         if keys:
             return f"its '{keys[0]}' is another"
         return "" if self.base == base else "its recipe is another"
@@ -234,15 +234,15 @@ def scores(run: Path, metric: str, split: str) -> dict[int, float]:
 
     Raises UserError for a score that its evaluations do not have.
     """
-    found = {}
+    values = {}
     for path in (run / "evaluation").glob("step-*/scores.json"):
         evaluation = read_json(path) if re.fullmatch(r"step-\d+", path.parent.name) else None
         if evaluation is None or evaluation["split"] != split:
             continue
         if metric not in evaluation["scores"]:
             raise UserError(f"metric '{metric}': {path} does not have it; it has {', '.join(evaluation['scores'])}")
-        found[int(evaluation["step"])] = float(evaluation["scores"][metric]["value"])
-    return dict(sorted(found.items()))
+        values[int(evaluation["step"])] = float(evaluation["scores"][metric]["value"])
+    return dict(sorted(values.items()))
 
 
 def _draw(trial: "optuna.Trial", key: str, axis: Any) -> Scalar:

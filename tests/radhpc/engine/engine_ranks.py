@@ -216,9 +216,9 @@ def peak(life: Life, name: str, stage: int) -> float:
     """Gigabytes of live tensors at the peak of a real step, over the batch that `plan` would take."""
     recipe, chosen = life.recipe, life.recipe.stages[stage]
     source = Source(recipe.shards, "train")
-    family, _ = forecast._family(recipe, source, life.folder / f"{name}.tokenizer.{life.ranks.rank}")
+    family, _ = forecast.build_family(recipe, source, life.folder / f"{name}.tokenizer.{life.ranks.rank}")
     encoder = StudyEncoder(family, recipe.text, recipe.images)
-    rows, _, _ = forecast._largest_rows(recipe, source, encoder, chosen.micro_batch or 1, False)
+    rows, _, _ = forecast.largest_rows(recipe, source, encoder, chosen.micro_batch or 1, False)
     life.family, batch = family, encoder.batch(rows)
     engine = life.engine(stage)
     held = [
