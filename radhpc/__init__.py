@@ -1,4 +1,4 @@
-"""What runs inside the job: recipe, stream, models, engine, loop, checkpoint, evaluate.
+"""Runs inside the job: recipe, stream, models, engine, loop, checkpoints, evaluation.
 
 Imports neither slurm nor shards.
 """

@@ -42,8 +42,8 @@ def run(folder: str) -> None:
     rank, place = int(os.environ.get("RANK", "0")), Path(folder) / "probe"
     descriptor = os.open(place / f"rank-{rank:05d}.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
-    def write_line(what: str, **fields: Any) -> None:
-        os.write(descriptor, (json.dumps({"what": what, "time": time.time(), **fields}) + "\n").encode())
+    def write_line(kind: str, **fields: Any) -> None:
+        os.write(descriptor, (json.dumps({"what": kind, "time": time.time(), **fields}) + "\n").encode())
 
     def on_signal(number: int, _: FrameType | None) -> None:
         write_line("signal", name=signal.Signals(number).name)

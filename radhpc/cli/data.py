@@ -191,7 +191,7 @@ def _balance(url: str, as_json: bool, **settings: Any) -> dict[str, Any]:
     from shards.reports.tables import balance_line
 
     with Bar("balance", 1, unit="samples") as bar:
-        result = balance(url, BalanceSettings(**settings), lambda done, total, what: bar.update(done, what, total))
+        result = balance(url, BalanceSettings(**settings), lambda done, total, phase: bar.update(done, phase, total))
     say(balance_line(result), as_json)
     return {"url": result.url, "kept": result.kept, "dropped": result.dropped, "clusters": result.clusters}
 

@@ -122,7 +122,7 @@ def doctor(
     say(tables.checks(checks), as_json)
     if probe and checks[0]["ok"]:
         with Bar("probe", 1, unit="job") as bar:
-            more = run_probe(profile, run, urls, preempt_with, progress=lambda what: bar.update(0, what))
+            more = run_probe(profile, run, urls, preempt_with, progress=lambda phase: bar.update(0, phase))
             bar.update(1)
         say(tables.checks(more), as_json)
         checks += more

@@ -44,7 +44,7 @@ YES_NO = (("yes", "Yes"), ("no", "No"))
 
 @dataclass(frozen=True)
 class EvaluationTask:
-    """What is evaluated, on which studies, and where the results go."""
+    """An evaluation: its studies, its settings, and the folder of its results."""
 
     encoder: StudyEncoder
     held_out: Source
@@ -305,9 +305,9 @@ def table(result: EvaluationResult, comparison: dict[str, Any] | None = None) ->
     yield from published_lines(result.scores, {row.dataset for row in result.rows}, result.split)
     yield from ("", "How each score is made:", "")
     made: dict[str, list[str]] = {}
-    for name, found in result.scores.items():
-        digest = f"; weights sha256 {found['weights']}" if "weights" in found else ""
-        made.setdefault(found["convention"] + digest, []).append(name)
+    for name, entry in result.scores.items():
+        digest = f"; weights sha256 {entry['weights']}" if "weights" in entry else ""
+        made.setdefault(entry["convention"] + digest, []).append(name)
     for convention, alike in made.items():
         yield f"- {', '.join(alike)}: {convention}"
     for name, why in result.missing.items():

@@ -220,8 +220,8 @@ def _exported_class(modules: Sequence[str]) -> Any:
     """Return the class of the whole model in the exported modules; None if there is none."""
     for name in modules:
         module = importlib.import_module(name)
-        if found := getattr(module, "AUTO_MAP", {}).get("AutoModelForImageTextToText"):
-            return getattr(module, found)
+        if class_name := getattr(module, "AUTO_MAP", {}).get("AutoModelForImageTextToText"):
+            return getattr(module, class_name)
     return None
 
 
@@ -233,11 +233,11 @@ def copy_modules(modules: Sequence[str], folder: Path) -> None:
     transformers' Auto classes, such as {"AutoModelForImageTextToText": "Mine"}, and goes into config.json, or into
     processor_config.json where it is a processor's.
     """
-    for name in modules:
-        package, _, stem = name.rpartition(".")
+    for module in modules:
+        package, _, stem = module.rpartition(".")
         (folder / f"{stem}.py").write_bytes((files(package) / f"{stem}.py").read_bytes())
-        if auto_map := getattr(importlib.import_module(name), "AUTO_MAP", {}):
-            classes = {kind: f"{stem}.{what}" for kind, what in auto_map.items()}
+        if auto_map := getattr(importlib.import_module(module), "AUTO_MAP", {}):
+            classes = {kind: f"{stem}.{name}" for kind, name in auto_map.items()}
             file = folder / ("processor_config.json" if "AutoProcessor" in classes else "config.json")
             config = json.loads(file.read_text())
             config["auto_map"] = config.get("auto_map", {}) | classes

@@ -1,6 +1,6 @@
 """Balances a training split: writes a subset of finished shards that repeats fewer reports, beside their manifest.
 
-    result = balance("/data/padchest", BalanceSettings(cap="50%"), lambda done, total, what: None)
+    result = balance("/data/padchest", BalanceSettings(cap="50%"), lambda done, total, phase: None)
     result.url                  # "/data/padchest#balanced": what a recipe names in `shards`
     result.kept, result.dropped, result.clusters, result.noise, result.labels["Edema"]      # (before, after)
 
@@ -52,7 +52,7 @@ VERSIONED = ("numpy", "scipy", "scikit-learn")  # their versions may change the 
 
 
 def balance(
-    url: str, settings: BalanceSettings = DEFAULTS, progress: BalanceProgress = lambda done, total, what: None
+    url: str, settings: BalanceSettings = DEFAULTS, progress: BalanceProgress = lambda done, total, phase: None
 ) -> BalanceResult:
     """Write a subset of the shards at `url`, beside their manifest.
 

@@ -93,7 +93,7 @@ class EvaluationSettings(Section):
     def decoding(self) -> dict[str, Any]:
         """Return the arguments of transformers' generate() that decide how words are chosen."""
         names = ("temperature", "top_p", "repetition_penalty", "length_penalty")
-        given: dict[str, Any] = {name: value for name in names if (value := getattr(self, name)) is not None}
-        given |= {"num_beams": self.beams, "do_sample": self.temperature is not None}
-        given |= {"min_new_tokens": self.min_new_tokens} if self.min_new_tokens else {}
-        return given | ({"cache_implementation": "static"} if self.cache == "static" else {})
+        arguments: dict[str, Any] = {name: value for name in names if (value := getattr(self, name)) is not None}
+        arguments |= {"num_beams": self.beams, "do_sample": self.temperature is not None}
+        arguments |= {"min_new_tokens": self.min_new_tokens} if self.min_new_tokens else {}
+        return arguments | ({"cache_implementation": "static"} if self.cache == "static" else {})

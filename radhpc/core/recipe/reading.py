@@ -51,9 +51,9 @@ def validate(model: type[AnyModel], data: Any, path: Path) -> AnyModel:
         where = ".".join(map(str, problem["loc"]))
         message = problem["msg"].removeprefix("Value error, ")
         value = problem["input"]
-        given = "" if isinstance(value, dict | list) or problem["type"] == "missing" else f" (given: {value!r})"
+        input_value = "" if isinstance(value, dict | list) or problem["type"] == "missing" else f" (given: {value!r})"
         more = f"; and {error.error_count() - 1} more" if error.error_count() > 1 else ""
-        raise UserError(f"{path}: {where + ': ' if where else ''}{message}{given}{more}") from error
+        raise UserError(f"{path}: {where + ': ' if where else ''}{message}{input_value}{more}") from error
 
 
 def override(section: AnyModel, overrides: Sequence[str], name: str) -> AnyModel:

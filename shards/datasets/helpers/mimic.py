@@ -103,7 +103,7 @@ def _tables(images: Path, options: MimicOptions, edition: Edition) -> dict[str, 
 
     tables = {edition.images: images}
     places = {"metadata": find("metadata"), "split": options.split or find("split")}
-    places |= {vocabulary: find(what) for vocabulary, what in VOCABULARIES.items()}
+    places |= {vocabulary: find(name) for vocabulary, name in VOCABULARIES.items()}
     for kind, path in places.items():
         if path:
             tables.setdefault(kind, path)
