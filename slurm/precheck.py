@@ -32,13 +32,13 @@ _GPU_OPTIONS = ("gres", "gpus-per-node", "gpus_per_node")
 
 def refuse(run: RunFolder, profile: Profile, parameters: Mapping[str, Any], elements: int = 0) -> None:
     """Raise UserError for what is known to fail; all of it, in one line. `elements`: of a job array, 0 for a job."""
-    found = environment_problems(profile)
+    faults = environment_problems(profile)
     if profile.cluster == "slurm":
         cluster = Cluster.ask(profile.environment)
-        found += [*time_problems(run, profile), *folder_problems(profile, cluster, run.path)]
-        found += array_problems(cluster, elements) or problems(profile, cluster, parameters, elements)
-    if found:
-        raise UserError("; ".join(found))
+        faults += [*time_problems(run, profile), *folder_problems(profile, cluster, run.path)]
+        faults += array_problems(cluster, elements) or problems(profile, cluster, parameters, elements)
+    if faults:
+        raise UserError("; ".join(faults))
 
 
 def array_problems(cluster: Cluster, elements: int) -> list[str]:

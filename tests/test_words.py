@@ -38,7 +38,6 @@ def test_variables_say_what_they_hold() -> None:
         for node in ast.walk(tree):
             if isinstance(node, ast.arg) and node.arg in VAGUE:
                 vague.append(f"{path}:{node.lineno}: argument '{node.arg}'")
-            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and id(node) not in fields:
-                if node.id in VAGUE:
-                    vague.append(f"{path}:{node.lineno}: variable '{node.id}'")
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id in VAGUE:
+                vague += [] if id(node) in fields else [f"{path}:{node.lineno}: variable '{node.id}'"]
     assert vague == []

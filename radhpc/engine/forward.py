@@ -29,7 +29,7 @@ class ForwardEngine:
 
     @property
     def lockstep(self) -> bool:
-        """Whether every rank must make as many forward passes as its peers."""
+        """Return whether every rank must make as many forward passes as its peers."""
         return isinstance(self.model, FSDPModule)
 
     @property

@@ -45,7 +45,7 @@ SIMILARITY, ENTROPY, IMBALANCE = 0.1, 0.05, 0.1
 
 
 class Phase(Enum):
-    """What a call of the objective is for."""
+    """The purpose of a call of the objective."""
 
     IDLE = auto()  # no step was begun: the token losses alone, which an evaluation reports
     COLLECTING = auto()  # inside of begin_passes(), without gradients: the embeddings for InfoNCE

@@ -102,14 +102,14 @@ def _limit(name: str) -> str | None:
     match = _LIMIT.fullmatch(name.removesuffix("Limit"))
     if match is None:
         return None
-    owner, what, scope = match["owner"], _WHAT[match["what"]], match["scope"]
+    owner, resource, scope = match["owner"], _WHAT[match["what"]], match["scope"]
     if match["kind"] == "Min":
-        return f"asks for less {what} than {_OWNER[owner]} takes; {_RESUBMIT}"
+        return f"asks for less {resource} than {_OWNER[owner]} takes; {_RESUBMIT}"
     if scope in ("PerJob", "PerNode"):
-        return f"asks for more {what} than {_OWNER[owner]} allows one {scope[3:].lower()}; {_RESUBMIT}"
+        return f"asks for more {resource} than {_OWNER[owner]} allows one {scope[3:].lower()}; {_RESUBMIT}"
     grouped = match["kind"] == "Grp" and not scope
     who = "all jobs" if grouped else "one account" if scope == "PerAccount" else "one user"
-    if match["budget"] or what == "time":
-        unit = what if what == "time" else f"time on {what}"
+    if match["budget"] or resource == "time":
+        unit = resource if resource == "time" else f"time on {resource}"
         return f"no {unit} is left for {who} under {_OWNER[owner]}; {_WAIT}, or use {_OTHER[owner]}"
-    return f"no more {what} for {who} under {_OWNER[owner]} now; {_WAIT}"
+    return f"no more {resource} for {who} under {_OWNER[owner]} now; {_WAIT}"

@@ -93,8 +93,8 @@ class _Digests:
         self.path = home / "radhpc" / "status.json"
         self._stored: dict[str, Any] = {}
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            found = read_json(self.path) or {}
-            self._stored = found["runs"] if found.get("version") == formats.STATUS_CACHE else {}
+            cache = read_json(self.path) or {}
+            self._stored = cache["runs"] if cache.get("version") == formats.STATUS_CACHE else {}
 
     def get(self, run: RunFolder, key: str) -> _Digest | None:
         data = self._stored.get(str(run.path))
@@ -126,11 +126,11 @@ class _Read:
     def read(self, digests: _Digests) -> None:
         self.job, self.progress = self.run.job(), self.run.progress()
         try:
-            found = os.stat(self.run.path / "events.jsonl")
+            about = os.stat(self.run.path / "events.jsonl")
         except FileNotFoundError:
             self.digest = _Digest()
             return
-        key = f"{found.st_ino} {found.st_size} {found.st_mtime_ns}"
+        key = f"{about.st_ino} {about.st_size} {about.st_mtime_ns}"
         if key != self.digest.key:
             self.digest = digests.get(self.run, key) or _Digest.of(key, self.run)
 
@@ -158,8 +158,8 @@ class Statuses:
             self._entries = scheduler.queue_entries([None if _has_finished(read) else read.job for read in self._read])
         now = time.time()
         return [
-            _describe(read, QueueEntry() if _has_finished(read) else found, now)
-            for read, found in zip(self._read, self._entries, strict=True)
+            _describe(read, QueueEntry() if _has_finished(read) else entry, now)
+            for read, entry in zip(self._read, self._entries, strict=True)
         ]
 
 
@@ -268,15 +268,15 @@ def _events(run: RunFolder) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     whole = data[: data.rfind("\n") + 1].split("\n")  # a last line that was cut by a crash is left out
-    found: list[dict[str, Any]] = json.loads(f"[{','.join(filter(None, whole))}]")
-    return found
+    events: list[dict[str, Any]] = json.loads(f"[{','.join(filter(None, whole))}]")
+    return events
 
 
 def _newest_evaluation(run: RunFolder) -> dict[str, Any] | None:
-    found = sorted((run.path / "evaluation").glob("step-*/scores.json"), key=lambda path: by_step(path.parent))
-    if not found:
+    paths = sorted((run.path / "evaluation").glob("step-*/scores.json"), key=lambda path: by_step(path.parent))
+    if not paths:
         return None
-    scores = read_json(found[-1])
+    scores = read_json(paths[-1])
     return {"step": scores["step"], "split": scores["split"], **{n: s["value"] for n, s in scores["scores"].items()}}
 
 
@@ -291,8 +291,8 @@ def find_runs(paths: Sequence[Path] | None, strict: bool = True) -> list[RunFold
 
 
 def _runs_in(path: Path) -> list[RunFolder]:
-    found = [path / "recipe.yaml"] if (path / "recipe.yaml").exists() else []
+    recipes = [path / "recipe.yaml"] if (path / "recipe.yaml").exists() else []
     return [
         RunFolder(recipe.parent)
-        for recipe in found or sorted([*path.glob("*/recipe.yaml"), *path.glob("trials/*/recipe.yaml")])
+        for recipe in recipes or sorted([*path.glob("*/recipe.yaml"), *path.glob("trials/*/recipe.yaml")])
     ]

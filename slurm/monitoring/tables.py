@@ -14,23 +14,23 @@ from radhpc.core.protocol import RunState
 SHOWN = 20  # samples that were seen too often or never
 
 
-def scores(found: dict[str, Any]) -> Iterator[Table | str]:
+def scores(results: dict[str, Any]) -> Iterator[Table | str]:
     """Show scores.json of an evaluation next to its baselines, the difference to another run, and what is missing.
 
     Scores of single findings have a table for each kind of score.
     """
     groups: dict[str, list[str]] = {}
-    for name in found["scores"]:
+    for name in results["scores"]:
         kind, slash, _ = name.partition("/")
         alone = not slash or kind.rpartition("_")[2] not in ("f1", "auroc", "auprc")
         groups.setdefault("score" if alone else kind, []).append(name)
     for kind, names in groups.items():
-        title = f"step {found['step']}, {found['split']}" if kind == "score" else None
+        title = f"step {results['step']}, {results['split']}" if kind == "score" else None
         table = Table(
             kind,
             "model",
             "95% interval",
-            *found["baselines"],
+            *results["baselines"],
             title=title,
             box=SIMPLE_HEAD,
             pad_edge=False,
@@ -39,35 +39,35 @@ def scores(found: dict[str, Any]) -> Iterator[Table | str]:
         for column in table.columns[1:]:
             column.justify, column.no_wrap = "right", True
         for name in names:
-            score, short = found["scores"][name], name if kind == "score" else name.partition("/")[2]
+            score, short = results["scores"][name], name if kind == "score" else name.partition("/")[2]
             limits = "" if score["low"] is None else f"{score['low']:.3f} to {score['high']:.3f}"
-            others = [values.get(name, {}).get("value") for values in found["baselines"].values()]
+            others = [values.get(name, {}).get("value") for values in results["baselines"].values()]
             table.add_row(short, f"{score['value']:.3f}", limits, *("" if v is None else f"{v:.3f}" for v in others))
         yield table
-    if other := found.get("comparison"):
+    if other := results.get("comparison"):
         title = f"against {other['against']}: {other['test']}, {other['samples']} studies"
         differences = Table("score", "difference", "95% interval", "p", title=title)
         for name, one in other["scores"].items():
             limits = f"{one['low']:+.3f} to {one['high']:+.3f}"
             differences.add_row(name, f"{one['difference']:+.3f}", limits, f"{one['p']:.3f}")
         yield differences
-    for name, why in found.get("missing", {}).items():
+    for name, why in results.get("missing", {}).items():
         yield f"{name}: not scored: {why}"
 
 
-def weights(found: dict[str, Any]) -> RenderableType:
+def weights(listing: dict[str, Any]) -> RenderableType:
     """Show the files of a recipe's model, part by part."""
-    if not found["parts"]:
-        return Text(f"family {found['family']}: random weights from the recipe's configuration, no file is needed")
+    if not listing["parts"]:
+        return Text(f"family {listing['family']}: random weights from the recipe's configuration, no file is needed")
     table = Table("part", "file", "size", "state", box=SIMPLE_HEAD)
     table.columns[2].justify = "right"
-    for part, what in found["parts"].items():
-        table.add_row(part, Text(what["folder"], style="bold"), _bytes(what["bytes"]), "")
-        for file in what["files"]:
+    for part, component in listing["parts"].items():
+        table.add_row(part, Text(component["folder"], style="bold"), _bytes(component["bytes"]), "")
+        for file in component["files"]:
             checked = {"as it should be": ", sha256 as it should be", "unknown": ", no sha256 is known"}
             state = Text(file["fault"], style="red") if file["fault"] else "whole" + checked.get(file["sha256"], "")
             table.add_row("", file["name"], "" if file["bytes"] is None else _bytes(file["bytes"]), state)
-    return Group(table, Text(found["fault"], style="red")) if found["fault"] else table
+    return Group(table, Text(listing["fault"], style="red")) if listing["fault"] else table
 
 
 def _bytes(count: int) -> str:
@@ -138,9 +138,9 @@ def plan(result: dict[str, Any]) -> Iterator[RenderableType]:
     yield from (f"[red]does not fit[/] {problem}" for problem in result["problems"])
 
 
-def checks(found: list[dict[str, Any]]) -> Iterator[str]:
+def checks(results: list[dict[str, Any]]) -> Iterator[str]:
     """Show the checks of doctor, and what is expected where one fails."""
-    for check in found:
+    for check in results:
         yield f"{'[green]ok[/]' if check['ok'] else '[red]NO[/]'}  [bold]{check['name']}[/]: {check['found']}"
         if not check["ok"]:
             yield f"    wanted: {check['wanted']}"
@@ -191,16 +191,16 @@ def answer(result: Mapping[str, Any], console: Console, heading: bool) -> None:
         console.print(line, soft_wrap=True)
 
 
-def neighbours(found: Sequence[Mapping[str, Any]]) -> Iterator[Text]:
+def neighbours(similar: Sequence[Mapping[str, Any]]) -> Iterator[Text]:
     """Show similar training studies, one line each."""
-    for neighbour in found:
+    for neighbour in similar:
         yield Text.assemble((f"  {neighbour['similarity']:.2f} {neighbour['key']} ", "dim"), neighbour["text"])
 
 
-def traced(found: dict[str, Any]) -> Iterator[RenderableType]:
+def traced(trace: dict[str, Any]) -> Iterator[RenderableType]:
     """Show where a trace lies and the operators that took longest."""
     table = Table("operator", "calls", "ms", "share", box=SIMPLE_HEAD)
-    for row in found["operators"]:
+    for row in trace["operators"]:
         table.add_row(row["operator"], str(row["calls"]), f"{row['milliseconds']:.1f}", f"{row['share']:.1%}")
     yield table
-    yield f"{found['trace']}: open it in https://ui.perfetto.dev or chrome://tracing"
+    yield f"{trace['trace']}: open it in https://ui.perfetto.dev or chrome://tracing"

@@ -31,9 +31,9 @@ def _table(find: Callable[[], Sequence[RunFolder]], console: Console) -> None:
     with Live(RunTable(look.now(), console.height - 1), console=console, screen=True, auto_refresh=False) as live:
         while True:
             time.sleep(SECONDS)
-            found = list(find())
-            if [run.path for run in found] != [run.path for run in runs]:
-                runs, look = found, Statuses(found, QUEUE_SECONDS)
+            current = list(find())
+            if [run.path for run in current] != [run.path for run in runs]:
+                runs, look = current, Statuses(current, QUEUE_SECONDS)
             results = look.now()
             live.update(RunTable(results, console.height - 1), refresh=True)
 

@@ -24,8 +24,8 @@ Check = dict[str, Any]
 FREE_GIGABYTES = 10
 
 
-def check(name: str, ok: bool, found: str, wanted: str) -> Check:
-    return {"name": name, "ok": ok, "found": found, "wanted": wanted}
+def check(name: str, ok: bool, measured: str, expected: str) -> Check:
+    return {"name": name, "ok": ok, "found": measured, "wanted": expected}
 
 
 def examine(profile: Profile, folder: Path) -> list[Check]:
@@ -48,9 +48,9 @@ def _job(profile: Profile, cluster: Cluster, folder: Path) -> list[Check]:
     nodes = cluster.nodes_of(profile.partition)
     names = sorted({f"{count} {kind or 'GPU'}" for node in nodes for kind, count in node.gpus.items()})
     version = cluster.config.get("SLURM_VERSION", "unknown")
-    found = f"{len(nodes)} nodes in partition {profile.partition or cluster.default}, SLURM {version}"
+    summary = f"{len(nodes)} nodes in partition {profile.partition or cluster.default}, SLURM {version}"
     return [
-        check("job is accepted", not problems, "; ".join(problems) or found, "sbatch --test-only takes the profile"),
+        check("job is accepted", not problems, "; ".join(problems) or summary, "sbatch --test-only takes the profile"),
         check(
             "GPUs",
             not profile.gpus_per_node or bool(names),
@@ -187,15 +187,15 @@ def _here(profile: Profile) -> list[Check]:
 
 def _folder(profile: Profile, cluster: Cluster | None, folder: Path) -> list[Check]:
     """Check the folder of the runs."""
-    kind, found = file_system(folder), precheck.folder_problems(profile, cluster, folder) if cluster else []
+    kind, faults = file_system(folder), precheck.folder_problems(profile, cluster, folder) if cluster else []
     rate = write_rate(folder)
-    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free / 1e9
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free / 1e9
     return [
         check(
             "run folder is shared",
-            not found,
-            "; ".join(found) or f"{folder.absolute()}: {kind}",
+            not faults,
+            "; ".join(faults) or f"{folder.absolute()}: {kind}",
             "a file system that all nodes see" if cluster else "any",
         ),
         check("run folder has room", free >= FREE_GIGABYTES, f"{free:,.0f} GB free", f"{FREE_GIGABYTES} GB or more"),

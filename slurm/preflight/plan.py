@@ -104,8 +104,8 @@ def own_gpu(profile: Profile, cluster: Cluster | None) -> tuple[str, float] | No
     if not profile.gpus_per_node:
         return None
     asked = f"{profile.constraint or ''} {profile.sbatch.get('gres', '')} {profile.sbatch.get('gpus-per-node', '')}"
-    if found := known_gpu(asked):
-        return found
+    if gpu := known_gpu(asked):
+        return gpu
     nodes = cluster.nodes_of(profile.partition) if cluster else []
     offered = [known_gpu(f"{kind} {','.join(sorted(node.features))}") for node in nodes for kind in node.gpus]
     if not offered or None in offered:

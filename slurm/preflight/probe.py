@@ -39,7 +39,7 @@ def run_probe(
     urls: Sequence[str] = (),
     preempt_with: str | None = None,
     patience: float = 900,
-    progress: Callable[[str], None] = lambda what: None,
+    progress: Callable[[str], None] = lambda phase: None,
 ) -> list[Check]:
     """Submit, wait until the job is gone, and judge. Raises UserError where it cannot be submitted or does not start.
 
@@ -181,11 +181,11 @@ def judge(
     ]
     for failed in of.get("failed", [])[:4]:
         checks.append(check(f"probe: {failed['part']}", False, failed["error"], "no error"))
-    if found := of.get("ranks"):
-        worst = min(found, key=lambda line: float(line["megabytes_per_second"]))
-        skew = max(line["clock_seconds"] for line in found)
-        joined = max(line["join_seconds"] for line in found)
-        right = all(line["right"] for line in found) and len(found) == profile.world
+    if measured := of.get("ranks"):
+        worst = min(measured, key=lambda line: float(line["megabytes_per_second"]))
+        skew = max(line["clock_seconds"] for line in measured)
+        joined = max(line["join_seconds"] for line in measured)
+        right = all(line["right"] for line in measured) and len(measured) == profile.world
         checks += [
             check(
                 "probe: ranks see each other",
@@ -198,8 +198,8 @@ def judge(
                 "probe: clocks", skew < CLOCK_SECONDS, f"{skew * 1000:.0f} ms apart", f"less than {CLOCK_SECONDS:.0f} s"
             ),
         ]
-    if found := of.get("scontrol"):
-        bad = next((line["error"] for line in found if not line["works"]), None)
+    if scontrol_lines := of.get("scontrol"):
+        bad = next((line["error"] for line in scontrol_lines if not line["works"]), None)
         checks.append(
             check(
                 "probe: scontrol inside the job",
@@ -212,14 +212,14 @@ def judge(
         free = min(line["free_gigabytes"] for line in of["disk"] if line["name"] == name)
         checks.append(check(f"probe: room in {name}", free >= 1, f"{free:.0f} GB on the fullest node", "1 GB or more"))
     for url in sorted({line["url"] for line in of.get("store", [])}):
-        found = [line for line in of["store"] if line["url"] == url]
-        rate = sum(line["megabytes_per_second"] for line in found)
+        reads = [line for line in of["store"] if line["url"] == url]
+        rate = sum(line["megabytes_per_second"] for line in reads)
         checks.append(
             check(
                 f"probe: {url}",
-                len(found) == profile.world,
-                f"{rate:.0f} MB/s by {len(found)} rank(s), a read of 1 MB in {_ms(found, 'median_seconds')}, at worst "
-                f"{_ms(found, 'slowest_seconds')}",
+                len(reads) == profile.world,
+                f"{rate:.0f} MB/s by {len(reads)} rank(s), a read of 1 MB in {_ms(reads, 'median_seconds')}, at worst "
+                f"{_ms(reads, 'slowest_seconds')}",
                 "every rank reads it",
             )
         )
