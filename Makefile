@@ -22,6 +22,14 @@ install: .venv/ready
 	$(BIN)/pip install --quiet -c constraints.txt -e '.$(if $(EXTRAS),[$(EXTRAS)])'
 	@touch $@
 
+# Extras are asked for again each time: which of them are there is known to pip alone.
+ifneq ($(EXTRAS),)
+install: extras
+endif
+.PHONY: extras
+extras: .venv/ready
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
+
 # What tests, checks and pages need beside it.
 install-dev: .venv/ready-dev
 
@@ -71,11 +79,11 @@ lint: install-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
-	@[ ! -e mkdocs.yml ] || $(BIN)/mkdocs build --quiet --strict --site-dir .venv/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir .venv/site
 
 # The pages as a site, in site/.
 docs: install-dev
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Imports, training and a resume with the lowest versions that setup.cfg declares, in .venv-lowest.
 lowest:

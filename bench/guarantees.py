@@ -1,4 +1,4 @@
-"""What is promised of the samples, tried on our stream and on other projects' readers: the table of the README.
+"""What is promised of the samples, tried on our stream and on other projects' readers: the table of docs/stream.md.
 
     python -m bench.guarantees [--json] [--quick] [--readers radhpc,litdata] [--data DIR]
 

@@ -67,7 +67,7 @@ def quickstart(
 @verb(
     TRAINING,
     "radhpc train quickstart --on local --watch",
-    "radhpc train recipes/image_text.yaml stages.adapt.steps=100 --on box --watch",
+    "radhpc train recipes/image_text.yaml stages.adapt.epochs=1 --on box --watch",
 )
 def train(
     recipe: RecipePath,

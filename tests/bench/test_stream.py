@@ -1,4 +1,4 @@
-"""The measurements of streams run and print what programs rely on; the experiments behind the README's table hold."""
+"""The measurements of streams run and print what programs rely on; the experiments of docs/stream.md hold."""
 
 import json
 import os

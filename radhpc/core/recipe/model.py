@@ -61,7 +61,7 @@ class FusionSettings(Section):
 class ModelSettings(Section):
     """The model: local weights, or random ones from a configuration."""
 
-    family: str = Field("mllama", description="which file of radhpc/models builds it")
+    family: str = Field("mllama", description="the model family, as radhpc/core/families.py or a plugin names it")
     weights: str | dict[str, str] | None = Field(
         None,
         description="local folder as transformers saves it, or hub:OWNER/NAME, which 'radhpc weights --online' has "
@@ -108,7 +108,7 @@ class ModelSettings(Section):
     skip_empty_tiles: bool = Field(
         False,
         description="of Mllama: compute the tiles that an image fills, not always all four; the result is not the "
-        "pretrained model's (README), and an image of one tile costs a quarter",
+        "pretrained model's (docs/engines.md), and an image of one tile costs a quarter",
     )
     checkpoint_activations: bool | tuple[Literal["text", "cross", "vision"], ...] = Field(
         False,
