@@ -80,14 +80,6 @@ def main() -> None:
     report.show("From raw archives to shards", ratios, figures, NOTES, arguments.json)
 
 
-# The build whose memory is measured; its shards are so small that even the short table has work for two.
-BUILD = """if True:
-    import sys
-    from pathlib import Path
-    from shards.build import BuildSettings, build
-
-    build("padchest", Path(sys.argv[1]), sys.argv[2], {}, BuildSettings(workers=2, shard_samples=100))
-"""
 Measured = tuple[dict[str, float], dict[str, float]]  # ratios, figures
 
 
@@ -188,7 +180,7 @@ def memory(folder: Path, size: Size) -> Measured:
         archive = folder / str(rows)
         _padchest(archive, rows)
         started = time.perf_counter()
-        peaks.append(_peaks([sys.executable, "-c", BUILD, str(archive), f"{archive}-shards"], folder))
+        peaks.append(_peaks([sys.executable, "-m", "bench.build_padchest", str(archive), f"{archive}-shards"], folder))
         figures[f"seconds, {rows:,} rows"] = time.perf_counter() - started
         for name, value in zip(("listing", "worker"), peaks[-1], strict=True):
             figures[f"peak MB, {name}, {rows:,} rows"] = value / 1e6

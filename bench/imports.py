@@ -4,8 +4,8 @@
 
 A module that only works after another one has been imported is broken for whoever imports it first. Prints one line
 per module that fails and a summary; exit status 1 where any fails. Takes minutes: about two seconds a module that needs
-PyTorch. tests/test_imports.py runs the short form, in children that are forked from a bare interpreter or from one that
-has imported only numpy and torch.
+PyTorch. tests/test_imports.py runs the short form, with two modules of each room that needs PyTorch, in children that are
+forked from a bare interpreter or from one that has imported only numpy and torch.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def import_first(module: str) -> str:
     """Import a module in a new interpreter. Return its traceback, or nothing where it succeeds."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", f"import {module}"],
+        [sys.executable, "-m", "bench.import_module", module],
         cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
     return "" if done.returncode == 0 else done.stderr or f"exit status {done.returncode}"

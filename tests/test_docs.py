@@ -38,8 +38,6 @@ HABITS = [path for name in ("CONTRIBUTING", "SECURITY", "CHANGELOG") if (path :=
 SETTINGS = [*sorted((ROOT / "recipes").rglob("*.yaml")), *sorted((ROOT / "slurm" / "profiles").glob("*.yaml"))]
 # Files and profiles of the reader's own, which the pages speak of.
 OWN_FILES = {"mine.yaml", "my-first.yaml", "SWEEP/best.yaml", "RECIPE", "NAME", "~/a100.yaml", "FILE", "PROFILE"}
-# Profiles that recipes name as an example of a site's own.
-OWN_PROFILES = {"h100", "rtx3090"}
 
 
 class Command(NamedTuple):
@@ -165,7 +163,7 @@ def check_verb(words: list[str]) -> None:
 def check_values(verb: str, values: dict[str, Any]) -> None:
     """Recipes, profiles, datasets and keys that a command names exist."""
     on = values.get("on")
-    if on and on not in OWN_FILES | OWN_PROFILES:
+    if on and on not in OWN_FILES:
         profiles.load(on)
     recipe, changes = values.get("recipe"), list(values.get("overrides") or [])
     if verb == "quickstart":

@@ -1,7 +1,7 @@
 """Every module of the product can be the first that a process imports.
 
-The short form of `python -m bench.imports`: modules that need no PyTorch start from a bare interpreter, the others from
-one that has imported numpy and torch, and nothing else that could hide a fault.
+The short form of `python -m bench.imports`: all modules that need no PyTorch, from a bare interpreter, and of each other
+room two modules, from an interpreter that has imported numpy and torch, and nothing else that could hide a fault.
 """
 
 import subprocess
@@ -34,8 +34,8 @@ def test_modules_that_need_no_torch() -> None:
     forked(FREE)
 
 
-def test_modules_that_need_torch() -> None:
-    """The last two modules of each room, to keep this short; `make imports` and the nightly run import all of them."""
+def test_two_modules_of_each_room_that_need_torch() -> None:
+    """The last two by name, to keep this short: `make imports` imports all of them, on every push."""
     rooms: dict[str, list[str]] = {}
     for name in sorted(set(modules()) - set(FREE)):
         rooms.setdefault(name.rpartition(".")[0], []).append(name)

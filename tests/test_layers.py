@@ -5,9 +5,10 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 
+import grimp
 import pytest
 
 from bench.imports import PACKAGES, modules
@@ -93,6 +94,37 @@ def test_every_layer_holds() -> None:
 
 def test_every_contract_has_an_import_that_breaks_it() -> None:
     assert set(BROKEN) | set(inside()) == set(contracts())
+
+
+def test_every_module_stands_on_a_floor() -> None:
+    """A room of three floors or more has an order, and each order has a place for every file of its room."""
+    graph = grimp.build_graph(*PACKAGES, cache_dir=None)
+    orders = {section["containers"].strip(): section for section in contracts().values() if "containers" in section}
+    for room in sorted(module for module in graph.modules if graph.find_children(module)):
+        children = graph.find_children(room)
+        below = {
+            module: {
+                other
+                for other in children - {module}
+                if graph.direct_import_exists(importer=module, imported=other, as_packages=True)
+            }
+            for module in children
+        }
+        if floors(below) > 2:
+            assert room in orders, f"{room} has {floors(below)} floors and no order in {CONFIGURATION}"
+        if room in orders:
+            assert orders[room].getboolean("exhaustive"), f"{room}: a file without a place would go unnoticed"
+            placed = {f"{room}.{name}" for name in orders[room]["layers"].replace("|", " ").split()}
+            assert placed == children, f"{room}: {sorted(placed ^ children)}"
+
+
+def floors(below: Mapping[str, Set[str]]) -> int:
+    """Return the length of the longest chain of imports. `below`: for each module those that it imports, no circles."""
+
+    def height(module: str) -> int:
+        return 1 + max(map(height, below[module]), default=0)
+
+    return max(map(height, below))
 
 
 def broken_by(copy: Path, imports: Iterable[tuple[str, str]], *names: str) -> dict[str, bool]:
