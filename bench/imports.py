@@ -4,8 +4,8 @@
 
 A module that only works after another one has been imported is broken for whoever imports it first. Prints one line
 per module that fails and a summary; exit status 1 where any fails. Takes minutes: about two seconds a module that needs
-PyTorch. tests/test_imports.py runs the short form, with two modules of each room that needs PyTorch, in children that are
-forked from a bare interpreter or from one that has imported only numpy and torch.
+PyTorch. tests/test_imports.py runs the short form, with two modules of each room that needs PyTorch, in children that
+are forked from a bare interpreter or from one that has imported only numpy and torch.
 """
 
 import argparse

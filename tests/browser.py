@@ -12,11 +12,12 @@ import os
 import select
 import shutil
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.waiting import wait_for
 
 PROGRAM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -86,10 +87,7 @@ class Browser:
 
     def wait(self, script: str, seconds: float = 40) -> None:
         """Until an expression is true."""
-        end = time.monotonic() + seconds
-        while not self.run(script):
-            assert time.monotonic() < end, f"never: {script}\n{self.text()[:2000]}\n{self.errors}"
-            time.sleep(0.1)
+        wait_for(lambda: self.run(script), seconds, lambda: f"for {script}\n{self.text()[:2000]}\n{self.errors}")
 
     def text(self) -> str:
         """What there is to read on the page, also inside of web components."""

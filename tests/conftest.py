@@ -10,12 +10,13 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import pytest
+
+from tests.waiting import wait_for
 
 if TYPE_CHECKING:
     from bench.gateway import Gateway
@@ -201,6 +202,11 @@ def free_port() -> int:
     return free_ports("127.0.0.1", 1)[0]
 
 
+def is_listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
 @contextlib.contextmanager
 def moto_server() -> Iterator[Moto]:
     """A server that is up in a second."""
@@ -211,14 +217,8 @@ def moto_server() -> Iterator[Moto]:
         stderr=subprocess.DEVNULL,
     )
     try:
-        deadline = time.monotonic() + 60
-        while True:
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            assert server.poll() is None
-            assert time.monotonic() < deadline, "the object store did not start"
-            time.sleep(0.1)
+        wait_for(lambda: is_listening(port) or server.poll() is not None, 60)
+        assert server.poll() is None, "the object store did not start"
         yield Moto(port)
     finally:
         server.kill()

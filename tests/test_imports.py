@@ -1,7 +1,7 @@
 """Every module of the product can be the first that a process imports.
 
-The short form of `python -m bench.imports`: all modules that need no PyTorch, from a bare interpreter, and of each other
-room two modules, from an interpreter that has imported numpy and torch, and nothing else that could hide a fault.
+The short form of `python -m bench.imports`: all modules that need no PyTorch, from a bare interpreter, and two of each
+other room, from an interpreter that has imported numpy and torch, and nothing else that could hide a fault.
 """
 
 import subprocess

@@ -7,9 +7,9 @@ from typing import TypeVar
 Result = TypeVar("Result")
 
 
-def wait_for(condition: Callable[[], Result], seconds: float = 120) -> Result:
+def wait_for(condition: Callable[[], Result], seconds: float = 120, explain: Callable[[], str] = str) -> Result:
     """Return the condition's first true value. Looking takes at most a fifth of the time: what is waited for wants the
-    processor, too.
+    processor, too. `explain` says more where the time is over.
     """
     end = time.monotonic() + seconds
     while True:
@@ -17,5 +17,5 @@ def wait_for(condition: Callable[[], Result], seconds: float = 120) -> Result:
         if result := condition():
             return result
         looked = time.monotonic()
-        assert looked < end, f"waited longer than {seconds:g} s"
+        assert looked < end, f"waited longer than {seconds:g} s {explain()}"
         time.sleep(max(0.02, 4 * (looked - started)))

@@ -25,7 +25,8 @@ def build(
         str,
         typer.Argument(
             metavar="DATASET",
-            help=f"One of {', '.join(registry.names())}. Without --out: print what it reads, and its options.",
+            help=f"One of {', '.join(registry.BUILT_IN)}, or a plugin's. Without --out: print what it reads, and its "
+            "options.",
         ),
     ],
     out: Annotated[

@@ -60,15 +60,17 @@ BUILT_IN: Mapping[str, FamilyEntry] = {
 
 def names() -> list[str]:
     """Return every family that a recipe may name."""
-    return sorted({*BUILT_IN, *plugins.installed(plugins.FAMILIES)})
+    return sorted({*BUILT_IN, *plugins.installed(plugins.FAMILIES, BUILT_IN)})
 
 
 def entry(name: str) -> FamilyEntry:
     """Return the entry of a family in names(). Raises UserError for a plugin that announces something else."""
+    announced = plugins.installed(plugins.FAMILIES, BUILT_IN)
     if name in BUILT_IN:
         return BUILT_IN[name]
-    announced = plugins.installed(plugins.FAMILIES)[name]
-    result = plugins.load(announced)
+    result = plugins.load(announced[name])
     if not isinstance(result, FamilyEntry):
-        raise UserError(f"plugin '{name}' ({announced.value}) is {type(result).__name__}; allowed is a FamilyEntry")
+        raise UserError(
+            f"plugin '{name}' ({announced[name].value}) is {type(result).__name__}; allowed is a FamilyEntry"
+        )
     return result

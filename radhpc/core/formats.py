@@ -22,4 +22,5 @@ VERSIONS: Mapping[str, int] = {
     "checkpoint": CHECKPOINT,
     "manifest": MANIFEST,
     "shards": SHARDS,
+    "status cache": STATUS_CACHE,
 }

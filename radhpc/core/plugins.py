@@ -8,6 +8,7 @@
 Only a plugin that is asked for by name is imported.
 """
 
+from collections.abc import Collection
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
@@ -16,10 +17,17 @@ from radhpc.core.errors import UserError, first_line
 FAMILIES, DATASETS = "radhpc.families", "radhpc.datasets"
 
 
-def installed(group: str) -> dict[str, EntryPoint]:
-    """Return the entry points of a group by name. Raises UserError if two packages announce the same name."""
+def installed(group: str, built_in: Collection[str]) -> dict[str, EntryPoint]:
+    """Return the entry points of a group by name. Raises UserError if two packages announce the same name, or one of
+    them a name that is built in.
+    """
     result: dict[str, EntryPoint] = {}
     for entry in entry_points(group=group):
+        if entry.name in built_in:
+            raise UserError(
+                f"{group}: '{entry.name}' ({entry.value}) is built in; the package that announces it must take another "
+                f"name than {', '.join(sorted(built_in))}"
+            )
         other = result.setdefault(entry.name, entry)
         if other.value != entry.value:
             raise UserError(f"{group}: '{entry.name}' is announced twice, by {other.value} and by {entry.value}")

@@ -21,15 +21,15 @@ BUILT_IN = (
 
 def names() -> tuple[str, ...]:
     """Return the names of all readers, built in and of plugins."""
-    return tuple(sorted({*BUILT_IN, *plugins.installed(plugins.DATASETS)}))
+    return tuple(sorted({*BUILT_IN, *plugins.installed(plugins.DATASETS, BUILT_IN)}))
 
 
 def reader(name: str) -> "DatasetReader":
     """Import the reader of that name. Raises UserError for an unknown one."""
+    announced = plugins.installed(plugins.DATASETS, BUILT_IN)
     if name in BUILT_IN:
         module: DatasetReader = importlib.import_module(f"shards.datasets.{name}")
         return module
-    announced = plugins.installed(plugins.DATASETS)
     if name not in announced:
         raise UserError(f"dataset: '{name}' is unknown{nearest(name, names())}; allowed are {', '.join(names())}")
     loaded = plugins.load(announced[name])

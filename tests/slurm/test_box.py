@@ -7,8 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import pytest
 from radhpc.core.errors import UserError
 from slurm import box
 from slurm.box_files import loopback_address
+from tests.waiting import wait_for
 
 ROOT = Path(box.__file__).parents[1]
 
@@ -77,15 +77,6 @@ def job(conf: str, number: str) -> dict[str, str]:
     return dict(word.split("=", 1) for word in words if "=" in word)
 
 
-def wait_until(what: Callable[[], bool], seconds: float = 20) -> float:
-    """Wait for something to become true, and return how long that took."""
-    start = time.monotonic()
-    while not what():
-        assert time.monotonic() - start < seconds, "waited in vain"
-        time.sleep(0.1)
-    return time.monotonic() - start
-
-
 def alive(pid: int) -> bool:
     try:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
@@ -134,7 +125,7 @@ def test_a_step_has_one_task_on_each_node(running: dict[str, Any]) -> None:
 def test_nothing_listens_outside_loopback(running: dict[str, Any]) -> None:
     folder = Path(running["conf"]).parent
     number = submit(running["conf"], "srun sleep 60")
-    wait_until(lambda: list(box._processes(folder).values()).count("job") >= 6)  # srun, steps, tasks: all there
+    wait_for(lambda: list(box._processes(folder).values()).count("job") >= 6)  # srun, steps, tasks: all there
     listening = [
         connection.laddr.ip
         for pid in box._processes(folder)
@@ -153,14 +144,14 @@ def test_an_urgent_job_preempts_a_preemptible_one_which_comes_back(running: dict
     # Left alone it would be requeued too, but SLURM looks at graces that are over only twice a minute.
     script = 'srun sleep 60; test "$SLURM_RESTART_COUNT" || scontrol requeue $SLURM_JOB_ID'
     first = submit(conf, script, "--partition=preemptible")
-    wait_until(lambda: job(conf, first)["JobState"] == "RUNNING")
+    wait_for(lambda: job(conf, first)["JobState"] == "RUNNING")
     urgent = submit(conf, "sleep 1", "--partition=urgent")
-    assert wait_until(lambda: job(conf, first).get("PreemptTime") != "None") < 10
-    wait_until(lambda: job(conf, urgent)["JobState"] == "COMPLETED")
+    wait_for(lambda: job(conf, first).get("PreemptTime") != "None", 10)
+    wait_for(lambda: job(conf, urgent)["JobState"] == "COMPLETED")
     assert job(conf, first)["Restarts"] == "1"
-    wait_until(lambda: job(conf, first)["JobState"] == "RUNNING")
+    wait_for(lambda: job(conf, first)["JobState"] == "RUNNING")
     ask(conf, "scancel", first)
-    wait_until(lambda: job(conf, first)["JobState"] == "CANCELLED")
+    wait_for(lambda: job(conf, first)["JobState"] == "CANCELLED")
 
 
 @pytest.mark.box
@@ -178,7 +169,7 @@ def test_down_leaves_no_process_and_no_folder(folder: Path) -> None:
     found = report("up", "--folder", str(folder))
     escapes = "trap '' TERM; setsid bash -c \"trap '' TERM; sleep 300; sleep 300\" & srun sleep 300"
     submit(found["conf"], escapes)
-    wait_until(lambda: list(box._processes(folder).values()).count("job") >= 8)
+    wait_for(lambda: list(box._processes(folder).values()).count("job") >= 8)
     pids = list(box._processes(folder))
     assert set(found["daemons"].values()) < set(pids)
     assert report("down", "--folder", str(folder))["state"] == "down"
@@ -192,10 +183,10 @@ def test_down_leaves_no_process_and_no_folder(folder: Path) -> None:
 def test_a_box_without_its_controller_is_broken_and_can_be_taken_down(folder: Path) -> None:
     found = report("up", "--nodes", "1", "--folder", str(folder))
     ask(found["conf"], "sbatch", "--output=/dev/null", "--wrap=sleep 300")
-    wait_until(lambda: "job" in box._processes(folder).values())
+    wait_for(lambda: "job" in box._processes(folder).values())
     pids = list(box._processes(folder))
     os.kill(found["daemons"]["slurmctld"], signal.SIGKILL)
-    wait_until(lambda: not alive(found["daemons"]["slurmctld"]))
+    wait_for(lambda: not alive(found["daemons"]["slurmctld"]))
 
     broken = report("status", "--folder", str(folder))
     assert (broken["state"], broken["problem"]) == ("broken", "slurmctld not running")
@@ -213,7 +204,7 @@ def test_a_box_without_its_controller_is_broken_and_can_be_taken_down(folder: Pa
 def test_up_works_after_the_machine_went_down(folder: Path) -> None:
     for pid in report("up", "--folder", str(folder))["daemons"].values():
         os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: not box._processes(folder))
+    wait_for(lambda: not box._processes(folder))
     assert report("status", "--folder", str(folder))["state"] == "down"
     assert (folder / "slurmctld.pid").exists()
     assert report("up", "--folder", str(folder))["started"]

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 from shards.build import BuildSettings, build
 from tests.conftest import ROOT
 from tests.shards.helpers import contents, records
+from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.box, pytest.mark.heavy, pytest.mark.timeout(240)]
 PHANTOMS = {"studies": "300", "size": "512"}  # large enough to be killed in the middle
@@ -73,10 +73,3 @@ def test_what_a_job_cannot_do_is_one_line_here(
     box_profile.write_text(profile)
     done = launch("build", "phantom", *ARGUMENTS, "--out", tmp_path / "out", "--on", box_profile, status=2)
     assert done.stderr.splitlines()[-1].startswith("error partition 'nowhere': no such partition")
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.05)

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import signal
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,7 +95,8 @@ def test_a_preempted_run_comes_back_and_a_cancelled_one_does_not_until_it_is_res
 
     slurm("scancel", job)
     wait_for(lambda: job_state(slurm, job) == "CANCELLED", 60)
-    time.sleep(3)
+    # A job for all nodes gets its turn: had the cancelled one come back, it would have been there before.
+    slurm("sbatch", "--wait", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "true")
     assert job_state(slurm, job) == "CANCELLED"
     assert len(events(run, "started")) == 2
     assert len(events(run, "requeued")) == 1

@@ -1,14 +1,15 @@
 """The board of a run with several lives, whatever the clocks of their nodes said."""
 
 import struct
-import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from radhpc.core.board import Board
+from tests.waiting import wait_for
 
 
 def life(folder: Path, resumed_at: int, steps: range) -> Path:
@@ -67,6 +68,10 @@ def sent(path: Path) -> Iterator[Any]:
             whole = b""
 
 
+def has_ended(path: Path) -> bool:
+    return "exit" in [record.WhichOneof("record_type") for record in sent(path)]
+
+
 def test_curves_for_weights_and_biases_are_written_offline_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,10 +93,7 @@ def test_curves_for_weights_and_biases_are_written_offline_and_nothing_else(
         board.close()
     found = {}
     for path in sorted(run.glob("wandb/offline-run-*/run-*.wandb")):
-        deadline = time.monotonic() + 30
-        while "exit" not in [record.WhichOneof("record_type") for record in sent(path)]:
-            assert time.monotonic() < deadline, "its own process has not written the end"
-            time.sleep(0.1)
+        wait_for(partial(has_ended, path), 30)  # its own process writes the end
         records = list(sent(path))
         about = next(record.run for record in records if record.WhichOneof("record_type") == "run")
         assert (about.project, about.run_group, about.host) == ("ablation", "night", "-")

@@ -9,6 +9,14 @@ from radhpc.core.manifest import Manifest
 from radhpc.engine.checkpoint import Cursor
 
 
+def test_every_version_is_listed() -> None:
+    """The changelog names those that are: tests/test_project.py."""
+    constants = {value for name, value in vars(formats).items() if name.isupper() and isinstance(value, int)}
+    names = {name.lower().replace("_", " ") for name, value in vars(formats).items() if isinstance(value, int)}
+    assert names == set(formats.VERSIONS)
+    assert constants == set(formats.VERSIONS.values())
+
+
 def test_what_is_written_has_the_version() -> None:
     assert Cursor.__dataclass_fields__["format"].default == formats.CHECKPOINT == 1
     manifest = Manifest.model_fields["format"]

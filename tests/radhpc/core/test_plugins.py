@@ -1,6 +1,7 @@
 """A package of somebody else's brings a model family and a reader, and a run keeps its version."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -98,9 +99,25 @@ def test_a_broken_reader_is_one_line(install: Install) -> None:
         registry.reader("xray_archive")
 
 
-def test_a_plugin_cannot_take_the_name_of_a_built_in(install: Install) -> None:
+@pytest.mark.parametrize("asked", ["llava", "mllama"])
+def test_a_family_cannot_take_the_name_of_a_built_in_one(install: Install, asked: str) -> None:
     install(entry_points="[radhpc.families]\nllava = xray_plugin.family:ENTRY\n")
-    assert families.entry("llava") is families.BUILT_IN["llava"]
+    message = (
+        r"radhpc.families: 'llava' \(xray_plugin.family:ENTRY\) is built in; .* another name than llava, mllama, .*$"
+    )
+    for refused in (families.names, partial(families.entry, asked)):
+        with pytest.raises(UserError, match=f"^{message}"):
+            refused()
+    with pytest.raises(ValueError, match=message.removesuffix("$")):
+        ModelSettings.model_validate({"family": asked, "weights": "/weights"})
+
+
+@pytest.mark.parametrize("asked", ["openi", "phantom"])
+def test_a_reader_cannot_take_the_name_of_a_built_in_one(install: Install, asked: str) -> None:
+    install(entry_points="[radhpc.datasets]\nopeni = xray_plugin.archive\n")
+    for refused in (registry.names, partial(registry.reader, asked)):
+        with pytest.raises(UserError, match=r"^radhpc.datasets: 'openi' \(xray_plugin.archive\) is built in; .*$"):
+            refused()
 
 
 def test_the_entry_points_have_the_documented_names() -> None:

@@ -186,6 +186,8 @@ print("ready", flush=True)
 for _ in range(int(rounds)):
     name, data = chance.choice(list(files.items()))
     def fetch(start, stop):
+        if pause >= 1:
+            print("fetching", flush=True)
         time.sleep(pause)
         for at in range(start, stop, module.BLOCK):
             os.write(log, f"{name} {at}\\n".encode())
@@ -287,7 +289,7 @@ def test_a_holder_that_stalls_is_waited_for_only_so_long(tmp_path: Path, monkeyp
     try:
         assert process.stdout
         assert process.stdout.readline() == "ready\n"
-        time.sleep(0.3)
+        assert process.stdout.readline() == "fetching\n"
         process.send_signal(signal.SIGSTOP)
         cache = NodeCache(tmp_path / "c", 64 * BLOCK)
         begun = time.monotonic()

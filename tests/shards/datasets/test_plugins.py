@@ -122,6 +122,18 @@ def test_what_is_no_reader_is_refused_in_one_line(site: Path, tmp_path: Path, mo
         registry.reader("tiny_archiv")
 
 
+def test_the_name_of_a_built_in_reader_is_refused_in_one_line(site: Path, tmp_path: Path) -> None:
+    """Where a dataset is asked for; what needs none goes on."""
+    install(site, READER, "phantom")
+    done = radhpc(site, "build", "phantom", "--out", tmp_path / "out")
+    assert done.returncode == 2, done.stderr
+    assert "radhpc.datasets: 'phantom' (phantom) is built in; the package" in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+    done = radhpc(site, "recipes")
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_plugin_is_listed_with_its_options(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(site)
     monkeypatch.delitem(sys.modules, "tiny_archive", raising=False)
