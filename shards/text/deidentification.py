@@ -13,12 +13,26 @@ import re
 from collections import Counter
 
 from radhpc.core.sample import CHEXPERT, Report, Sample
-from shards.text.identifier_rules import RULES
+from shards.text import identifier_rules
+from shards.text.language_rules import MORE_RULES
 
+RULES = (*identifier_rules.RULES, *MORE_RULES)
 MARK = "___"
 SECTIONS = tuple(Report.model_fields)
 _LANGUAGE = re.compile(r"[A-Za-z]{2,3}(?:[-_][A-Za-z0-9]{2,8}){0,3}")  # BCP 47, as far as archives use it
 _DIGIT = re.compile(r"\d")
+_TOKENS = frozenset[str]().union(*(rule.tokens for rule in RULES))
+
+
+class _LettersOnly(dict[int, int | str]):
+    """A table for str.translate: what is no letter becomes a space."""
+
+    def __missing__(self, code: int) -> int | str:
+        self[code] = code if chr(code).isalpha() else " "
+        return self[code]
+
+
+_LETTERS = _LettersOnly()
 
 
 def scrub(text: str) -> tuple[str, dict[str, int]]:
@@ -28,11 +42,15 @@ def scrub(text: str) -> tuple[str, dict[str, int]]:
     """
     counts: dict[str, int] = {}
     while True:
-        before = text
-        spaced, digit = f" {' '.join(text.lower().split())}", _DIGIT.search(text)
+        before, low = text, text.lower()
+        spaced, digit = f" {' '.join(low.split())}", _DIGIT.search(text)
+        tokens = _TOKENS.intersection(low.translate(_LETTERS).split())
         for rule in RULES:
-            if (rule.words and not _contains_any(spaced, rule.words)) or (
-                rule.near and not (digit and rule.near.search(text))
+            if (
+                (rule.near and not digit)
+                or (rule.tokens and tokens.isdisjoint(rule.tokens))
+                or (rule.words and not _contains_any(spaced, rule.words))
+                or (rule.near and not rule.near.search(text))
             ):
                 continue
             for pattern in rule.patterns:

@@ -18,18 +18,21 @@ class Rule:
     """One rule: the matches of the patterns' group `id` are replaced by a mark, and counted as `name`.
 
     Each match removes a letter or a digit, so repeated passes come to an end. Most texts hold nothing to remove, and
-    checking `words` and `near` first costs a tenth of trying the patterns.
+    checking `tokens`, `words` and `near` first costs a tenth of trying the patterns.
     """
 
     name: str
     patterns: tuple[re.Pattern[str], ...]
     words: tuple[str, ...]  # every text that can match contains one of them, in small letters with single spaces
     near: re.Pattern[str] | None  # every such text matches this, too; it begins or ends at a digit
+    tokens: frozenset[str] = frozenset()  # every such text holds one of them: whole runs of letters, in small letters
 
 
-def _rule(name: str, patterns: tuple[str, ...], words: tuple[str, ...] = (), near: str | None = None) -> Rule:
+def _rule(
+    name: str, patterns: tuple[str, ...], words: tuple[str, ...] = (), near: str | None = None, tokens: str = ""
+) -> Rule:
     compiled = tuple(re.compile(pattern, re.IGNORECASE) for pattern in patterns)
-    return Rule(name, compiled, words, re.compile(near) if near else None)
+    return Rule(name, compiled, words, re.compile(near) if near else None, frozenset(tokens.split()))
 
 
 # Dates. Day and month stand in either order, so both are a number up to 31.
@@ -128,17 +131,17 @@ _RECORDS = (
 )  # fmt: skip
 _LABELLED = (
     rf"\b{_LABEL}\s*(?:(?:id|no|num|number|n[ºo°]|n[uú]mero)\b\.?|\#)*[\s:#.=-]*"
-    r"(?P<id>(?=[a-z]{0,4}-?\d)[a-z0-9][a-z0-9./-]*\d[a-z0-9]*)(?<=[a-z0-9]{3})(?!\w)",
+    r"(?P<id>(?=[a-z]{0,4}-?\d)[a-z0-9][a-z0-9./-]*\d[a-z0-9]*(?:-[a-z]{1,3}(?![\w-]))?)(?:(?<=[a-z0-9]{3})|(?<=-[a-z])|(?<=-[a-z]{2}))(?!\w)",
 )
 _RUNS = (
     r"(?<![\w])(?<!\d\.)(?P<id>[XYZ]?\d{7,}[A-Za-z]?)(?!\w)",
     r"(?<![\w.-])(?P<id>\d{3}-\d\d-\d{4})(?![\w-])",
     r"(?<![\w.])(?P<id>[0-2](?:\.\d{1,39}){5,})(?!\w)",
 )
-_PHONE_WORDS = ("tel", "tfno", "phone", "fax", "pager", "beeper", "ext", "mobile", "móvil", "movil", "cell")
+_PHONE_WORDS = "tel telephone telefono teléfono tfno phone fax pager beeper ext extension mobile móvil movil cell"
 _LABELLED_PHONES = (
     r"\b(?:tel(?:ephone)?|tel[eé]fono|tfno|phone|fax|pager|beeper|ext(?:ension)?|mobile|m[oó]vil|cell)\b"
-    r"\.?\s*(?:(?:no|number|num)\b\.?|\#)?\s*[:#]?\s*(?P<id>\+?\(?\d(?:[\s().-]{0,2}\d){3,14})(?!\w)",
+    r"\.?\s*(?:(?:no|number|num)\b\.?|\#)?\s*[:#]?\s*(?P<id>\+?\(?\d(?:[\s()./-]{0,3}\d){3,14})(?!\w)",
 )
 _PHONES = (
     r"(?<![\w.-])(?P<id>(?:\+?1[\s.-]?)?(?:\(\d{3}\)\s?|\d{3}[\s.-])\d{3}[\s.-]\d{4}|\+\d{1,3}(?:[\s.-]?\d){7,12}"
@@ -146,7 +149,7 @@ _PHONES = (
 )
 
 # Names, known by what stands beside them. A word of a name begins with a capital, and is none of these.
-_NO_NAME = (
+NO_NAME = (
     r"(?!(?:dra?|drs|dres|mrs?|ms|srt?a?|prof|professor|doctora?|md|rn|pa|np|pgy"
     r"|radiology|cardiology|surgery|medicine|medical|emergency|department|dept|clinic|hospital|unit|service|intensive|care"
     r"|nurse|nursing|practitioner|resident|attending|physician|radiologist|technologist|team|staff|office|oncology"
@@ -159,17 +162,15 @@ _NO_NAME = (
     r"|favor|el|los|las|por|con|que|en|no|se|al|monday|tuesday|wednesday|thursday|friday|saturday|sunday|x{3,})\b)"
 )
 _LETTERS = r"[^\W\d_]"
-_CAPITAL = rf"{_NO_NAME}(?-i:[A-ZÀ-ÖØ-Þ])"
+UPPER = "".join(letter for letter in map(chr, (*range(0x250), *range(0x1E00, 0x1F00))) if letter.isupper())
+_CAPITAL = rf"{NO_NAME}(?-i:[{UPPER}])"
 _WORD = rf"{_CAPITAL}(?:\.(?=\s?[A-Z])|{_LETTERS}*(?:['’-]{_LETTERS}+)*\b)"
 _PARTICLE = r"(?:(?:de\s+las?|de\s+los|del?|las?|van\s+der|van|von|der|da|dos|di|bin|al|y)\s+)"
 _NAME = rf"{_WORD}(?:[ \t]*\n?[ \t]*{_PARTICLE}?{_WORD}){{0,3}}"
 _FULL = rf"{_WORD}(?:[ \t]+{_PARTICLE}?{_WORD}){{1,3}}"  # two words at least
-_SMALL = rf"{_NO_NAME}{_LETTERS}{{3,}}(?:['’-]{_LETTERS}+)?(?:\s{_NO_NAME}(?!\w+(?:ed|ing)\b){_LETTERS}{{3,}}\b)?"
+_SMALL = rf"{NO_NAME}{_LETTERS}{{3,}}(?:['’-]{_LETTERS}+)?(?:\s{NO_NAME}(?!\w+(?:ed|ing)\b){_LETTERS}{{3,}}\b)?"
 _NOT_THE = r"(?<!\bthe\s)(?<!\bhis\s)(?<!\bher\s)(?<!\btheir\s)"  # "by the Dr. Lungs are clear."
-_TITLES = (
-    "dr ", "dr.", "dra ", "dra.", "drs ", "drs.", "dres ", "dres.", "mr ", "mr.", "mrs ", "mrs.", "ms ", "ms.", "miss ",
-    "sr ", "sr.", "sra ", "sra.", "srta", "prof", "doctor", "nurse",
-)  # fmt: skip
+_TITLES = "dr dra drs dres mr mrs ms miss sr sra srta prof professor doctor doctora nurse"
 _TITLED = (
     rf"{_NOT_THE}\b(?-i:Dra?|Mrs?|Ms|Miss|Sra?|Srta|Prof|Professor|Doctora?|Nurse)\b\.?\s{{1,3}}(?P<id>{_PARTICLE}?{_NAME})",
     rf"\b(?-i:Drs|DRS|Dres)\b\.?\s{{1,3}}(?P<id>{_NAME}(?:\s?(?:,|and|&|y|/)\s?{_NAME}){{0,4}})",
@@ -188,9 +189,8 @@ _SIGNED = (
     rf"\s+(?:electronically\s+)?(?:by|por)\s*:?\s*(?P<id>{_NAME})",
 )
 _TOLD_WORDS = (
-    "discuss", "communicat", "convey", "telephone", "relay", "called", "phoned", "paged", "report", "spoke", "speaking",
-    "notified", "informed",
-)  # fmt: skip
+    "discussed communicated conveyed telephoned relayed called phoned paged reported spoke speaking notified informed"
+)
 _TOLD = (
     r"\b(?:discussed|communicated|conveyed|telephoned|relayed|called|phoned|paged|reported|spoke|speaking)"
     rf"\s+(?:\w+\s+)?(?:with|to)\s+(?P<id>(?-i:(?=[A-Z][a-z])){_FULL})",
@@ -201,8 +201,8 @@ _HEADERS = (
     # Behind these any word is a name, in small letters too.
     r"\b(?:patient(?:'s)?\s+name|name\s+of\s+(?:the\s+)?patient|nombre(?:\s+y\s+apellidos|\s+del\s+paciente)?|apellidos"
     r"|dictated\s+by|signed\s+by|transcribed\s+by)\s*:\s*"
-    rf"(?P<id>{_NO_NAME}{_LETTERS}+(?:['’-]{_LETTERS}+)*"
-    rf"(?:(?:,[ \t]*|\.?[ \t]+){_NO_NAME}{_LETTERS}+(?!\s*:)){{0,3}})",
+    rf"(?P<id>{NO_NAME}{_LETTERS}+(?:['’-]{_LETTERS}+)*"
+    rf"(?:(?:,[ \t]*|\.?[ \t]+){NO_NAME}{_LETTERS}+(?!\s*:)){{0,3}})",
     rf"\b(?:name|attending(?:\s+{_ROLE})?|(?:referring|ordering|requesting|interpreting|reading|primary)\s+{_ROLE}|radiologist|physician"
     r"|transcriptionist|technologist|m[eé]dico(?:\s+(?:solicitante|responsable|peticionario))?|facultativo|radi[oó]logo)"
     rf"\s*:\s*(?P<id>{_WORD}(?:,?[ \t]*{_PARTICLE}?{_WORD}(?!\s*:)){{0,4}})",
@@ -222,13 +222,13 @@ RULES = (
     _rule("date", _NAMED_DATES, _MONTHS, _NEAR_MONTH),
     _rule("time", _TIMES, (), r"\d\s?(?:[:Hh]|[AaPp]\.?\s?[Mm])"),
     _rule("age above 89", _AGES, (), r"(?:9\d|1[0-3]\d)(?!\d)"),
-    _rule("phone", _LABELLED_PHONES, _PHONE_WORDS, r"\d[\s().-]{0,2}\d"),
+    _rule("phone", _LABELLED_PHONES, (), r"\d[\s()./-]{0,3}\d", _PHONE_WORDS),
     _rule("phone", _PHONES, (), r"(?:\d[\s().-]{0,2}){8}"),
     _rule("record number", _LABELLED, _RECORDS, r"\d"),
     _rule("record number", _RUNS, (), r"\d(?:\d{6}|\d\d-\d\d-\d|(?:\.\d+){5})"),
-    _rule("name", _TITLED, _TITLES),
+    _rule("name", _TITLED, tokens=_TITLES),
     _rule("name", _DEGREES, (" md", ",md", "m.d", "mbbs", "frcr", "phd", "ph.d", " rn", ",rn", "r.n", "d.o")),
     _rule("name", _SIGNED, (" by", " por")),
-    _rule("name", _TOLD, _TOLD_WORDS),
+    _rule("name", _TOLD, tokens=_TOLD_WORDS),
     _rule("name", _HEADERS, (":",)),
 )  # fmt: skip
