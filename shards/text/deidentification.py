@@ -14,9 +14,12 @@ from collections import Counter
 
 from radhpc.core.sample import CHEXPERT, Report, Sample
 from shards.text import identifier_rules
-from shards.text.language_rules import MORE_RULES
+from shards.text.name_rules import NAME_RULES
+from shards.text.number_rules import NUMBER_RULES
+from shards.text.place_rules import PLACE_RULES
 
-RULES = (*identifier_rules.RULES, *MORE_RULES)
+LANGUAGES = ("en", "es", "de", "fr", "pt", "vi")  # that have rules
+RULES = (*identifier_rules.RULES, *NUMBER_RULES, *NAME_RULES, *PLACE_RULES)
 MARK = "___"
 SECTIONS = tuple(Report.model_fields)
 _LANGUAGE = re.compile(r"[A-Za-z]{2,3}(?:[-_][A-Za-z0-9]{2,8}){0,3}")  # BCP 47, as far as archives use it

@@ -35,6 +35,17 @@ def _rule(
     return Rule(name, compiled, words, re.compile(near) if near else None, frozenset(tokens.split()))
 
 
+def case_rule(name: str, tokens: str, patterns: tuple[str, ...], near: str | None = None) -> Rule:
+    """Compile a rule whose patterns tell capital letters from small ones; `tokens` are separated by spaces."""
+    compiled = tuple(re.compile(pattern) for pattern in patterns)
+    return Rule(name, compiled, (), re.compile(near) if near else None, frozenset(tokens.split()))
+
+
+def word_rule(name: str, words: tuple[str, ...], patterns: tuple[str, ...]) -> Rule:
+    """Compile a rule that is tried where one of the `words` is anywhere in the text, inside another word, too."""
+    return Rule(name, tuple(re.compile(pattern, re.IGNORECASE) for pattern in patterns), words, None)
+
+
 # Dates. Day and month stand in either order, so both are a number up to 31.
 _DAY = r"(?:0?[1-9]|[12]\d|3[01])"
 _YEAR = r"(?:19|20)\d\d"
@@ -134,7 +145,7 @@ _LABELLED = (
     r"(?P<id>(?=[a-z]{0,4}-?\d)[a-z0-9][a-z0-9./-]*\d[a-z0-9]*(?:-[a-z]{1,3}(?![\w-]))?)(?:(?<=[a-z0-9]{3})|(?<=-[a-z])|(?<=-[a-z]{2}))(?!\w)",
 )
 _RUNS = (
-    r"(?<![\w])(?<!\d\.)(?P<id>[XYZ]?\d{7,}[A-Za-z]?)(?!\w)",
+    r"(?<![\w])(?<!\d\.)(?P<id>[XYZ]?\d{7,}(?:[A-Za-z]|-[\dA-Za-z]{1,2})?)(?!\w)",
     r"(?<![\w.-])(?P<id>\d{3}-\d\d-\d{4})(?![\w-])",
     r"(?<![\w.])(?P<id>[0-2](?:\.\d{1,39}){5,})(?!\w)",
 )
@@ -157,7 +168,7 @@ NO_NAME = (
     r"|ordering|referring|requesting|interpreting|electronically|signed|dictated|transcribed|verified|final"
     r"|patient|paciente|name|nombre|date|fecha|age|sex|edad|sexo|male|female|var[oó]n|mujer|hombre|accession|mrn|dob|nhc"
     r"|exam|examination|study|procedure|history|indication|comparison|technique|findings?|impression|conclusion|report"
-    r"|chest|lungs?|ct|mri?|ed|er|icu|or|xr|cxr|us|none|unknown|not|no|the|(?-i:a)|an|is|was|are|were|has|had|have|at|on|by|and|who|will|to"
+    r"|pas|teleradiology|voice|speech|recognition|respiratory|infectious|second|jr|phone|chest|lungs?|ct|mri?|ed|er|icu|or|xr|cxr|us|none|unknown|not|no|the|(?-i:a)|an|is|was|are|were|has|had|have|at|on|by|and|who|will|to"
     r"|in|for|of|with|from|via|per|this|that|these|as|regarding|about|immediately|today|yesterday|telephone|phone|said|says|if|but"
     r"|favor|el|los|las|por|con|que|en|no|se|al|monday|tuesday|wednesday|thursday|friday|saturday|sunday|x{3,})\b)"
 )
@@ -165,7 +176,7 @@ _LETTERS = r"[^\W\d_]"
 UPPER = "".join(letter for letter in map(chr, (*range(0x250), *range(0x1E00, 0x1F00))) if letter.isupper())
 _CAPITAL = rf"{NO_NAME}(?-i:[{UPPER}])"
 _WORD = rf"{_CAPITAL}(?:\.(?=\s?[A-Z])|{_LETTERS}*(?:['’-]{_LETTERS}+)*\b)"
-_PARTICLE = r"(?:(?:de\s+las?|de\s+los|del?|las?|van\s+der|van|von|der|da|dos|di|bin|al|y)\s+)"
+_PARTICLE = r"(?:(?:de\s+las?|de\s+los|del?|las?|van\s+der|van|von|der|da|dos|di|bin|al|y|i|e)\s+)"
 _NAME = rf"{_WORD}(?:[ \t]*\n?[ \t]*{_PARTICLE}?{_WORD}){{0,3}}"
 _FULL = rf"{_WORD}(?:[ \t]+{_PARTICLE}?{_WORD}){{1,3}}"  # two words at least
 _SMALL = rf"{NO_NAME}{_LETTERS}{{3,}}(?:['’-]{_LETTERS}+)?(?:\s{NO_NAME}(?!\w+(?:ed|ing)\b){_LETTERS}{{3,}}\b)?"
