@@ -18,7 +18,8 @@ class Rule:
     """One rule: the matches of the patterns' group `id` are replaced by a mark, and counted as `name`.
 
     Each match removes a letter or a digit, so repeated passes come to an end. Most texts hold nothing to remove, and
-    checking `tokens`, `words` and `near` first costs a tenth of trying the patterns.
+    checking `tokens`, `words` and `near` first costs a tenth of trying the patterns. With `before`, the patterns are
+    tried at the tokens alone.
     """
 
     name: str
@@ -26,19 +27,27 @@ class Rule:
     words: tuple[str, ...]  # every text that can match contains one of them, in small letters with single spaces
     near: re.Pattern[str] | None  # every such text matches this, too; it begins or ends at a digit
     tokens: frozenset[str] = frozenset()  # every such text holds one of them: whole runs of letters, in small letters
+    before: int | None = None  # characters: a match starts at most so far before one of the tokens; None: anywhere
 
 
 def _rule(
-    name: str, patterns: tuple[str, ...], words: tuple[str, ...] = (), near: str | None = None, tokens: str = ""
+    name: str,
+    patterns: tuple[str, ...],
+    words: tuple[str, ...] = (),
+    near: str | None = None,
+    tokens: str = "",
+    before: int | None = None,
 ) -> Rule:
     compiled = tuple(re.compile(pattern, re.IGNORECASE) for pattern in patterns)
-    return Rule(name, compiled, words, re.compile(near) if near else None, frozenset(tokens.split()))
+    return Rule(name, compiled, words, re.compile(near) if near else None, frozenset(tokens.split()), before)
 
 
-def case_rule(name: str, tokens: str, patterns: tuple[str, ...], near: str | None = None) -> Rule:
+def case_rule(
+    name: str, tokens: str, patterns: tuple[str, ...], near: str | None = None, before: int | None = None
+) -> Rule:
     """Compile a rule whose patterns tell capital letters from small ones; `tokens` are separated by spaces."""
     compiled = tuple(re.compile(pattern) for pattern in patterns)
-    return Rule(name, compiled, (), re.compile(near) if near else None, frozenset(tokens.split()))
+    return Rule(name, compiled, (), re.compile(near) if near else None, frozenset(tokens.split()), before)
 
 
 def word_rule(name: str, words: tuple[str, ...], patterns: tuple[str, ...]) -> Rule:
@@ -136,16 +145,16 @@ _LABEL = (
     r"|(?:n[ºo°]\.?\s*(?:de\s*)?)?historia(?:\s+cl[ií]nica)?)"
 )
 _RECORDS = (
-    "acc", "mrn", "m.r.n", "nhc", "n.h.c", "ssn", "nhs", "dni", "nie", "sip", "cip", "csn", "medical r", "patient",
-    "study", "exam", "case", "order", "visit", "encounter", "account", "record", "report", "requisition", "insurance",
-    "policy", "paciente", "estudio", "petici", "episodio", "historia", "póliza", "poliza",
-)  # fmt: skip
+    "accession acc mrn m nhc n nº no ssn nhs dni nie sip cip cipa csn medical patient study exam examination case order visit"
+    " encounter account record report requisition insurance policy paciente estudio petición peticion episodio historia"
+    " póliza poliza"
+)
 _LABELLED = (
     rf"\b{_LABEL}\s*(?:(?:id|no|num|number|n[ºo°]|n[uú]mero)\b\.?|\#)*[\s:#.=-]*"
     r"(?P<id>(?=[a-z]{0,4}-?\d)[a-z0-9][a-z0-9./-]*\d[a-z0-9]*(?:-[a-z]{1,3}(?![\w-]))?)(?:(?<=[a-z0-9]{3})|(?<=-[a-z])|(?<=-[a-z]{2}))(?!\w)",
 )
 _RUNS = (
-    r"(?<![\w])(?<!\d\.)(?P<id>[XYZ]?\d{7,}(?:[A-Za-z]|-[\dA-Za-z]{1,2})?)(?!\w)",
+    r"(?<![\w])(?<!\d\.)(?P<id>(?:[XYZ]|[A-Z]{1,5}-)?\d{7,}(?:[A-Za-z]|-[\dA-Za-z]{1,2})?)(?!\w)",
     r"(?<![\w.-])(?P<id>\d{3}-\d\d-\d{4})(?![\w-])",
     r"(?<![\w.])(?P<id>[0-2](?:\.\d{1,39}){5,})(?!\w)",
 )
@@ -174,7 +183,7 @@ NO_NAME = (
 )
 _LETTERS = r"[^\W\d_]"
 UPPER = "".join(letter for letter in map(chr, (*range(0x250), *range(0x1E00, 0x1F00))) if letter.isupper())
-_CAPITAL = rf"{NO_NAME}(?-i:[{UPPER}])"
+_CAPITAL = rf"(?=(?-i:[{UPPER}])){NO_NAME}\w"
 _WORD = rf"{_CAPITAL}(?:\.(?=\s?[A-Z])|{_LETTERS}*(?:['’-]{_LETTERS}+)*\b)"
 _PARTICLE = r"(?:(?:de\s+las?|de\s+los|del?|las?|van\s+der|van|von|der|da|dos|di|bin|al|y|i|e)\s+)"
 _NAME = rf"{_WORD}(?:[ \t]*\n?[ \t]*{_PARTICLE}?{_WORD}){{0,3}}"
@@ -198,6 +207,14 @@ _SIGNED = (
     r"\b(?:signed|dictated|transcribed|verified|approved|interpreted|authenticated|finalized|typed|attested|read|reviewed"
     r"|performed|firmado|dictado|informado|validado|realizado|revisado|transcrito|solicitado)"
     rf"\s+(?:electronically\s+)?(?:by|por)\s*:?\s*(?P<id>{_NAME})",
+)
+_SIGNED_WORDS = (
+    "signed dictated transcribed verified approved interpreted authenticated finalized typed attested read reviewed performed"
+    " firmado dictado informado validado realizado revisado transcrito solicitado"
+)
+_HEADER_WORDS = (
+    "patient name nombre apellidos dictated signed transcribed attending referring ordering requesting interpreting reading"
+    " primary radiologist physician transcriptionist technologist médico medico facultativo radiólogo radiologo paciente"
 )
 _TOLD_WORDS = (
     "discussed communicated conveyed telephoned relayed called phoned paged reported spoke speaking notified informed"
@@ -233,13 +250,13 @@ RULES = (
     _rule("date", _NAMED_DATES, _MONTHS, _NEAR_MONTH),
     _rule("time", _TIMES, (), r"\d\s?(?:[:Hh]|[AaPp]\.?\s?[Mm])"),
     _rule("age above 89", _AGES, (), r"(?:9\d|1[0-3]\d)(?!\d)"),
-    _rule("phone", _LABELLED_PHONES, (), r"\d[\s()./-]{0,3}\d", _PHONE_WORDS),
+    _rule("phone", _LABELLED_PHONES, (), r"\d[\s()./-]{0,3}\d", _PHONE_WORDS, 0),
     _rule("phone", _PHONES, (), r"(?:\d[\s().-]{0,2}){8}"),
-    _rule("record number", _LABELLED, _RECORDS, r"\d"),
+    _rule("record number", _LABELLED, (), r"\d", _RECORDS, 0),
     _rule("record number", _RUNS, (), r"\d(?:\d{6}|\d\d-\d\d-\d|(?:\.\d+){5})"),
-    _rule("name", _TITLED, tokens=_TITLES),
+    _rule("name", _TITLED, tokens=_TITLES, before=12),
     _rule("name", _DEGREES, (" md", ",md", "m.d", "mbbs", "frcr", "phd", "ph.d", " rn", ",rn", "r.n", "d.o")),
-    _rule("name", _SIGNED, (" by", " por")),
-    _rule("name", _TOLD, tokens=_TOLD_WORDS),
-    _rule("name", _HEADERS, (":",)),
+    _rule("name", _SIGNED, (" by", " por"), tokens=_SIGNED_WORDS, before=0),
+    _rule("name", _TOLD, tokens=_TOLD_WORDS, before=0),
+    _rule("name", _HEADERS, (":",), tokens=_HEADER_WORDS, before=0),
 )  # fmt: skip

@@ -8,7 +8,9 @@ other and cite colleagues in other languages. Unlike those of identifier_rules.p
 letters from small ones: a name is a run of words with capitals behind a title, a role or a label.
 """
 
-from shards.text.identifier_rules import NO_NAME, UPPER, case_rule
+import re
+
+from shards.text.identifier_rules import NO_NAME, UPPER, Rule, case_rule
 
 # Words of names.
 LETTER = r"[^\W\d_]"
@@ -17,9 +19,9 @@ _STOP = (
     r"|und|mit|im|ist|wurde|nach|bei|frau|herrn?|monsieur|madame|mme|docteur|professeur|radiographie|examen|pas|une?|et"
     r"|avec|pour|dans|est|poumons?|cœur|conclusion|doutor|senhora?|exame|tórax|sem|com|pulmões|coração|um|uma|não|bác|bệnh"
     r"|ông|bà|phổi|tim|không|ngày|stable|unchanged|clear|normal|heart|there|it|he|she|we|views?|portable|upright|supine|left"
-    r"|right|bilateral|upper|lower|middle|new|prior|further|given|please|x-?ray|rx|tc|tac|rm|irm|mrt|lwk|bwk|hwk)\b)"
+    r"|right|bilateral|upper|lower|middle|new|prior|further|given|please|x-?ray|rx|tc|tac|rm|irm|mrt|lwk|bwk|hwk|chuyên|khoa|trưởng|chẩn)\b)"
 )
-_CAP = rf"(?:[dDlL]['’])?{_STOP}[{UPPER}]"
+_CAP = rf"(?:[dDlL]['’])?(?=[{UPPER}]){_STOP}\w"
 _WORD = rf"(?:{_CAP}(?:\.(?=\s?[{UPPER}])|{LETTER}*(?:['’-]{LETTER}+)*\b))"
 _MIXED = rf"(?:{_CAP}{LETTER}*[^\W\d_{UPPER}](?:['’-]{LETTER}+)*\b)"  # with a small letter: no abbreviation
 PARTICLE = r"(?:(?:de\s+las?|de\s+los|del?|das?|dos|du|des|la|le|van\s+der|van|von|vom|zu|zur|der|den|di|bin|al|e|y|i)\s+)"
@@ -80,19 +82,19 @@ _CUES = (
     rf"(?P<id>{_MIXED}(?:\s{_MIXED})?)(?=,|\s+(?:states|reports|says|was|is|has)\b)",
     rf"\b(?:with|by|to)\s+(?P<id>{_MIXED}(?:\s{_MIXED})?)(?=,?\s+who\s)",
     rf"\b(?:[Cc]ontact|[Cc]all|[Nn]otify|[Pp]age)\s+(?P<id>{_FULL})(?=\s+(?:at|on|with)\b|\s*[,.;(])",
-    rf"(?<!\w)(?P<id>{_MIXED}\s(?:{_WORD}\s)?{_MIXED})(?=,?\s+is\s+an?\s+(?:\d|___))",
 )
+_AGED = (rf"(?<!\w)(?P<id>{_MIXED}\s(?:{_WORD}\s)?{_MIXED})(?=,?\s+is\s+an?\s+(?:\d|___))",)
 _CUE_TOKENS = (
     "resident fellow intern surgeon technician radiographer reader author consultant signed cosigned by médico médica medico medica"
     " radiólogo radióloga radiologo radiologa residente adjunto adjunta firmado firma solicitante técnico técnica tecnico tecnica"
     " enfermero enfermera zuweiser zuweiserin einweiser einweiserin überweiser überweiserin hausarzt hausärztin oberarzt oberärztin"
-    " arzt ärztin radiologe radiologin untersucher untersucherin befunder befunderin unterschrift gez nachname vorname name nom operateur opérateur opératrice ktv surname forename apellido apellidos nombre familienname sobrenome"
+    " arzt ärztin radiologe radiologin untersucher untersucherin befunder befunderin unterschrift gez seen over overread reported co nachname vorname familienname name nom operateur opérateur opératrice ktv surname forename apellido apellidos nombre familienname sobrenome"
     " prénom prenom médecin medecin radiologue interne prescripteur signé signée signe signee manipulateur manipulatrice correspondant"
     " nome radiologista assinado assinatura operador họ người bệnh bác kỹ bn"
 )
 _PATIENT_TOKENS = (
-    "paciente patient patientin patiente bệnh người bn wife husband daughter son mother father sister brother spouse who contact"
-    " call notify page year"
+    "paciente patient patientin patiente bệnh người bn wife husband daughter son mother father sister brother spouse contact"
+    " call notify page with by to"
 )
 _VIETNAMESE_NAMES = (rf"(?<!\w)(?P<id>{SYLLABLE}\s(?:Thi|Thị|Văn)\s{SYLLABLE}(?:\s{SYLLABLE})?)",)
 
@@ -110,23 +112,29 @@ _NO_INITIALS = (
     r"|dem|den|uns|ihm|ihr|ein|eine|o|os|as|um|uma|ele|ela|tc|tac|rm|irm|mrt|eco|ai|cad|pet|all|one|it|you|fax|tel|web|hand|mail|x+)\b)"
 )
 _INITIALS = (
-    rf"\b{_DONE}\s+(?:electronically\s+)?{_BY}\s*:?\s*(?P<id>{_NO_INITIALS}[{UPPER}a-z]{{2,4}})(?=\s*(?:[.,;/)\n]|(?:and|y|und|et|e)\b|$))",
+    rf"\b{_DONE}\s+(?:electronically\s+)?{_BY}\s*:?\s*(?P<id>{_NO_INITIALS}[{UPPER}a-z]{{2,4}})(?=\s*(?:[.,;/)\n]|$)|\s+(?:and|y|und|et|e)\b)",
     r"\b(?i:diktat|schreib(?:kraft|dienst|er(?:in)?)|typist|typed|dictation|dict|trans(?:cri(?:ption|pción|ção|ptionist))?|digit(?:ado|ação|ador)|secret[aá]ri[oa]|secretary|secrétaire|mecanograf[oa]|frappe|saisie|dactylo)\s*[:.]?\s+"
     rf"(?P<id>{_NO_INITIALS}(?:[{UPPER}]{{2,4}}|[a-z]{{2,3}}))(?=\s*(?:[.,;/)\n]|$))",
     rf"\b{_DONE}\s+{_BY}\s*:?\s*{_DR}(?P<id>{_PERSON})",
 )
 _STROKED_INITIALS = (r"(?<!\w)(?P<id>(?!(?:AP|PA|CT|MR|US|LAT)\b)[A-Z]{2,4}[/:][a-z]{2,4})(?=\s*(?:\n|$))",)  # PKR/tls
 _INITIALS_TOKENS = (
-    "by por par von durch bởi pelo pela diktat typed transcription transcripción transcrição transcriptionist digitado digitação digitador"
+    "dictated checked countersigned transcribed typed read over overread reviewed approved verified signed reported entered scribed"
+    " dictado transcrito informado redactado mecanografiado validado firmado revisado remitido solicitado"
+    " dicte dictée dictee dicté saisi saisie relu relue tapé tapée transcrit transcrite frappé frappée validé validée signé signée rédigé"
+    " rédigée interprété interprétée lu lue diktiert geschrieben befundet erfasst vidiert freigegeben unterschrieben gelesen"
+    " ditado digitado laudo laudado assinado conferido liberado"
+    " diktat transcription transcripción transcrição transcriptionist digitado digitação digitador"
     " secretária secretário secretario frappe saisie dactylo schreibdienst schreibkraft schreiber schreiberin typist dictation dict trans secretary secretaria"
     " secrétaire mecanografo mecanografa"
 )
 
 NAME_RULES = (
-    case_rule("name", _TITLE_TOKENS, _TITLES),
-    case_rule("name", _CUE_TOKENS, _CUES[:2]),
-    case_rule("name", _PATIENT_TOKENS, _CUES[2:]),
-    case_rule("name", "thi thị văn", _VIETNAMESE_NAMES),
-    case_rule("name", _INITIALS_TOKENS, _INITIALS),
-    case_rule("name", "", _STROKED_INITIALS, r"[A-Z][/:][a-z]"),
+    case_rule("name", _TITLE_TOKENS, _TITLES, before=0),
+    case_rule("name", _CUE_TOKENS, _CUES[:2], before=0),
+    case_rule("name", _PATIENT_TOKENS, _CUES[2:], before=0),
+    Rule("name", tuple(map(re.compile, _AGED)), (" is a ", " is an "), None),
+    case_rule("name", "thi thị văn", _VIETNAMESE_NAMES, before=9),
+    case_rule("name", _INITIALS_TOKENS, _INITIALS, before=0),
+    Rule("name", tuple(map(re.compile, _STROKED_INITIALS)), ("/", ":"), None),
 )

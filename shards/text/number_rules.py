@@ -31,12 +31,12 @@ _DATE_TOKENS = (
 _CUED_DATES = (
     r"\b(?:am|vom|zum|seit|bis|geb\.?|dated|on|du|le|au|em|ngày|del|el)\s+(?P<id>\d{1,2}\.\s?\d{1,2}\.\s?(?:\d{4}|\d\d))(?!\d|\.\d)",
     r"\b(?:am|vom|zum|seit|bis)\s+(?P<id>\d{1,2}\.\s?(?:0?[1-9]|1[0-2])\.)(?!\s?\d|\w)(?!\s+(?:Rippe|BWK|LWK|HWK|Tag))",
+    r"\b(?i:geboren|jahrgang|née?|nascid[oa]s?|sinh(?:\snăm)?)\s*:?\s+(?:en\s+|em\s+|im\s+Jahr\s+)?(?P<id>(?:18|19|20)\d\d)(?!\d)",
     rf"(?<!\w)(?P<id>\d{{1,2}}\s+tháng\s+\d{{1,2}}(?:,?\s+năm\s+{_YEAR}))(?!\d)",
     rf"\bngày\s+(?P<id>\d{{1,2}}\s+tháng\s+\d{{1,2}}(?:,?\s+năm\s+{_YEAR})?)(?!\d)",
     rf"(?P<id>\btháng\s+\d{{1,2}}(?:\s+năm\s+|[/-]){_YEAR})(?!\d)",
-    r"\b(?i:geboren|jahrgang|née?|nascid[oa]s?|sinh(?:\snăm)?)\s*:?\s+(?:en\s+|em\s+|im\s+Jahr\s+)?(?P<id>(?:18|19|20)\d\d)(?!\d)",
 )
-_CUED_DATE_TOKENS = "am vom zum seit bis geb dated on du le au em ngày del el tháng geboren jahrgang né née nascido nascida nascidos nascidas sinh"
+_CUED_DATE_TOKENS = "am vom zum seit bis geb dated on du le au em ngày del el geboren jahrgang né née nascido nascida nascidos nascidas sinh"
 _CLOCK = r"(?:[01]?\d|2[0-3])"
 _TIMES = (
     rf"(?<![\w:.])(?P<id>{_CLOCK}(?:\s?[.:]\s?[0-5]\d)?\s?Uhr)\b",
@@ -45,7 +45,7 @@ _TIMES = (
     rf"\b(?:um|gegen|à|vers|às|as|lúc)\s+(?P<id>{_CLOCK}(?::[0-5]\d|\s?giờ\b|\s?h\b))(?![\w:])",
 )
 _AGES = (
-    r"(?<![\w.,])(?P<id>9\d|1[0-3]\d)(?=[\s-]*(?:jährig\w*|Jahre(?:\s+alte?\w?)?|J\.|ans|anos|tuổi)(?!\w)(?!\s+(?:de\s+recul|plus\s+tard|après|zuvor)))",
+    r"(?<![\w.,])(?P<id>9\d|1[0-3]\d)(?=[\s-]*(?:jährige?[rnsm]?|Jahre(?:\s+alte?\w?)?|J\.|ans|anos|tuổi)(?!\w)(?!\s+(?:de\s+recul|plus\s+tard|après|zuvor)))",
     r"\b(?:Alter|[Ââ]ge|[Ii]dade|[Tt]uổi)\s*:?\s*(?P<id>9\d|1[0-3]\d)(?![\w%]|[.,]\d)",
 )
 
@@ -106,25 +106,29 @@ _PHONES = (
 )
 
 NUMBER_RULES = (
-    case_rule("date", _DATE_TOKENS, _DATES, r"\d"),
-    case_rule("date", _CUED_DATE_TOKENS, _CUED_DATES, r"\d"),
-    case_rule("time", "uhr h giờ um gegen à vers às as lúc", _TIMES, r"\d"),
+    case_rule("date", _DATE_TOKENS, _DATES, r"\d", 14),
+    case_rule("date", _CUED_DATE_TOKENS, _CUED_DATES[:3], r"\d\.|[12]\d\d\d", 0),
+    case_rule("date", "tháng ngày", _CUED_DATES[3:], r"\d", 4),
+    case_rule("time", "uhr h giờ", _TIMES[:3], r"\d", 10),
+    case_rule("time", "um gegen à vers às as lúc", _TIMES[3:], r"\d(?::\d|\s?[gh])", 0),
     case_rule(
         "age above 89",
         "jährig jährige jähriger jährigen jähriges jährigem jahre j ans anos tuổi alter âge idade",
         _AGES,
         r"9\d|1[0-3]\d",
+        8,
     ),
     word_rule("age above 89", _WORDED_AGE_WORDS, _WORDED_AGES),
-    case_rule("record number", _RECORD_TOKENS, _RECORDS[:3], r"\d"),
-    case_rule("record number", _GROUPED_TOKENS, _GROUPED, r"\d[ -]\d"),
+    case_rule("record number", _RECORD_TOKENS, _RECORDS[:3], r"\d", 0),
+    case_rule("record number", _GROUPED_TOKENS, _GROUPED, r"\d[ -]\d", 0),
     case_rule("record number", "", _RECORDS[3:], r"\d\.\d{3}\.\d{3}-"),
-    case_rule("device serial", _DEVICE_TOKENS, _DEVICES, r"\d\w*[/-]?\w*\d"),
+    case_rule("device serial", _DEVICE_TOKENS, _DEVICES, r"\d\w*[/-]?\w*\d", 0),
     case_rule(
         "phone",
         "tel telefon telefonnummer handy mobil durchwahl tél téléphone telefone celular fone ramal đt sđt điện hotline",
         _PHONES[:1],
         r"\d",
+        0,
     ),
     case_rule("phone", "", _PHONES[1:], r"\d(?:[ .()-]+\d+){2}"),
 )

@@ -17,16 +17,22 @@ from shards.text.name_rules import LETTER, PARTICLE, SYLLABLE
 _NO_PLACE = (
     r"(?!(?i:the|this|our|an?|at|in|to|outside|local|referring|another|other|previous|prior|same|community|general|university|memorial|regional"
     r"|children['’]?s|veterans?|heart|pulmonary|lung|cancer|orthop\w+|vascular|pain|chest|thoracic|pa?ediatric|urgent|walk|outpatient"
-    r"|follow|primary|course|day|admission|stay|discharge|problem|acquired|number|bed|room|unit|service|medicine|medical|d[ií]a|jour|and"
+    r"|follow|cardiac|coumadin|main|emergency|department|\w+ology|primary|course|day|admission|stay|discharge|problem|acquired|number|bed|room|unit|service|medicine|medical|d[ií]a|jour|and"
     r"|from|with|sleep|wound|breast|transplant|asthma|dialysis|field|failure|care|surgery|disease|function|rhythm|device|specialty|universitari[oa]|universitário|geral|comarcal|clínico|provincial|municipal|estadual|federal|central|infantil"
     r"|universitaires?|r[ée]gional|civils|center|centre|clinic|hospital|dose|housefield|hounsfield)\b)"
 )
-_P = rf"(?:{_NO_PLACE}[{UPPER}]{LETTER}*(?:['’.-]{LETTER}+)*\b\.?)"
+_P = rf"(?:(?=[{UPPER}]){_NO_PLACE}\w{LETTER}*(?:['’.-]{LETTER}+)*\b\.?)"
 _PLACE = rf"(?:{PARTICLE}|d['’]|l['’])?{_P}(?:[ \t]+{PARTICLE}?{_P}){{0,3}}"
-_HOSPITALS = (
+_NAMED_HOSPITALS = (
     # Massachusetts General Hospital, St. Mary's Medical Center
     rf"(?<!\w)(?P<id>{_P}(?:[ \t]+(?:of[ \t]+|the[ \t]+|and[ \t]+)?[{UPPER}]{LETTER}+(?:['’-]{LETTER}+)*){{0,4}}?)[ \t]+"
     r"(?=(?:Hospital|Medical Cent(?:er|re)|Clinic|Infirmary|Hospice|Nursing Home|Health System|Health Cent(?:er|re)|Rehabilitation Cent(?:er|re))\b)",
+    rf"(?<!\w)(?P<id>(?:St\.-|Sankt-)?[{UPPER}]{LETTER}+(?:-[{UPPER}]{LETTER}+)*)-(?:Krankenhaus|Klinik|Klinikum|Hospital|Spital|Stift)\b",
+)
+_NAMED_HOSPITAL_TOKENS = (
+    "hospital medical clinic infirmary hospice nursing health rehabilitation krankenhaus klinik klinikum spital stift"
+)
+_HOSPITALS = (
     rf"\b(?:Hospital|Cent(?:er|re)|Clinic)\s+(?:in|of|at)\s+(?P<id>{_PLACE})",
     # Hospital Universitario La Paz, Clínica Santa Brígida, Santa Casa de Ribeira
     r"\b(?:Hospital|Clínica|Clinica|Sanatorio|Policlínic[ao]|Santa Casa|Maternidade|Maternidad|Ambulatorio|Centro\s+(?:de\s+Salud|Médico|Hospitalar))\s+"
@@ -36,7 +42,6 @@ _HOSPITALS = (
     rf"(?:(?:[Uu]niversitaires?|[Rr]égional|[Cc]ivils|de|du|des|la|les)\s+)*(?:d['’]|l['’])?(?P<id>{_PLACE})",
     r"\b(?:(?:Universitäts|Kreis|Stadt|Uni|Kantons|Landes)?(?:[Kk]linikum|[Kk]rankenhaus|[Ss]pital)|(?:Uni|Universitäts|Lungen|Tages|Thorax|Reha)-?klinik"
     rf"|Herzzentrum|(?:der|die|einer)\s+(?:Klinik|Praxis))\s+(?:(?:am|im|in|an\s+der|rechts\s+der|der|zum|zur)\s+)?(?P<id>{_PLACE})",
-    rf"(?<!\w)(?P<id>(?:St\.-|Sankt-)?[{UPPER}]{LETTER}+(?:-[{UPPER}]{LETTER}+)*)-(?:Krankenhaus|Klinik|Klinikum|Hospital|Spital|Stift)\b",
     r"\b(?:[Bb]ệnh viện|[Pp]hòng khám|[Tt]rung tâm [Yy] tế|TTYT|BV)\s+"
     r"(?:(?:[ĐđD]a khoa|[Tt]rung ương|[Qq]uốc tế|[Tt]ỉnh|[Hh]uyện|[Qq]uận|[Tt]hành phố|[Đđ]ại học|Nhi|Phổi)\s+)*"
     rf"(?P<id>{SYLLABLE}(?:\s{SYLLABLE}){{1,3}})",
@@ -47,7 +52,7 @@ _HOSPITALS = (
     rf"\b(?:[Ww]ard|[Uu]nit|Station|[Ww]ing|[Pp]avilion|Pabellón|[Ff]loor|[Pp]lanta|[Aa]la)\s+(?P<id>{_P}(?<=\w\w\w)\s\d{{1,3}})(?!\w|[.,]\d)",
 )
 _HOSPITAL_TOKENS = (
-    "memorial general regional upa ubs ama esf pronto posto cap hospital center centre clinic infirmary hospice nursing health clínica clinica sanatorio policlínica policlínico casa maternidade"
+    "from at to der die einer universitäts uni kantons landes kreis stadt lungen tages thorax reha santa polyclinique clinique upa ubs ama esf pronto posto cap hospital center centre clinic infirmary hospice nursing health clínica clinica sanatorio policlínica policlínico casa maternidade"
     " maternidad ambulatorio centro hôpital hôpitaux clinique polyclinique chu chru chr hospices klinikum krankenhaus spital"
     " universitätsklinikum universitätskrankenhaus universitätsspital kreisklinikum kreiskrankenhaus kreisspital stadtklinikum"
     " stadtkrankenhaus stadtspital uniklinikum unikrankenhaus unispital kantonsklinikum kantonskrankenhaus kantonsspital landesklinikum"
@@ -56,28 +61,32 @@ _HOSPITAL_TOKENS = (
 )
 
 # Postal addresses.
-_STREETS = (
+_NUMBERED_STREETS = (
     rf"(?<![\w.,/-])(?P<id>\d{{1,5}}[A-Z]?[ \t](?:[NSEW]\.?[ \t])?(?:[{UPPER}]{LETTER}+[ \t]){{1,3}}(?:Street|St|Avenue|Ave|Road|Rd|Lane|Ln|Drive|Boulevard|Blvd"
     r"|Way|Court|Terrace|Circle|Highway|Hwy|Parkway|Square)\b\.?(?:,?[ \t](?:Apt|Unit|Suite)\.?[ \t]\w+)?)",
-    r"\b(?:[Cc]alle|C/|[Aa]venida|[Aa]vda\.?|[Pp]laza|[Pp]aseo|[Cc]arretera|[Rr]ua|[Tt]ravessa|[Pp]raça|[Aa]lameda|[Ee]strada)\s+(?:(?:de|del|la|las|los|el|da|do|dos|das)\s+)*"
-    rf"(?P<id>[{UPPER}]{LETTER}+(?:\s{PARTICLE}?[{UPPER}]{LETTER}+){{0,3}}(?:,?\s+(?:n\.?[ºo°]\s*)?\d{{1,5}})?)",
     rf"(?<!\w)(?P<id>(?:\d{{1,4}}(?:\s?(?:bis|ter))?,?\s+)?(?:rue|avenue|boulevard|impasse|quai|allée)\s+(?:(?:de|du|des|la|les)\s+|de\s+l['’]|d['’]|l['’])*"
     rf"[{UPPER}]{LETTER}+(?:[\s-]{PARTICLE}?[{UPPER}]{LETTER}+){{0,3}})",
     rf"(?<!\w)(?P<id>\d{{1,4}},?\s+(?:place|chemin|route)\s+(?:(?:de|du|des|la|les)\s+|d['’]|l['’])*[{UPPER}]{LETTER}+(?:[\s-][{UPPER}]{LETTER}+){{0,2}})",
+    rf"(?<!\w)(?P<id>(?:[Ss]ố\s+)?\d{{1,4}}(?:/\d+)*[A-Z]?\s+(?:đường|phố|ngõ)\s+{SYLLABLE}(?:\s{SYLLABLE}){{0,3}})",
+)
+_NUMBERED_STREET_TOKENS = (
+    "street st avenue ave road rd lane ln drive boulevard blvd way court terrace circle highway hwy parkway square"
+    " rue impasse quai allée place chemin route đường phố ngõ"
+)
+_STREETS = (
+    r"\b(?i:(?:home\s+|mailing\s+)?address|domicilio|dirección|endereço|adresse|anschrift|địa chỉ)\s*:\s*(?:___\W+)?(?P<id>[^\W_](?:\b\w{1,4}\.(?=\s[^\W_])|[^.;\n]){2,100})",
+    r"\b(?:[Cc]alle|C/|[Aa]venida|[Aa]vda\.?|[Pp]laza|[Pp]aseo|[Cc]arretera|[Rr]ua|[Tt]ravessa|[Pp]raça|[Aa]lameda|[Ee]strada)\s+(?:(?:de|del|la|las|los|el|da|do|dos|das)\s+)*"
+    rf"(?P<id>[{UPPER}]{LETTER}+(?:\s{PARTICLE}?[{UPPER}]{LETTER}+){{0,3}}(?:,?\s+(?:n\.?[ºo°]\s*)?\d{{1,5}})?)",
     r"\b(?:[Ww]ohnt|[Ww]ohnhaft|Adresse|Anschrift)\s*:?\s+(?:in\s+)?"
     rf"(?P<id>(?:(?:Am|An|Im|Zum|Zur|Auf|In|Hinter|Vor|Bei|Unter|Ober|Neben)\s(?:de[rnm]\s)?)?[{UPPER}]{LETTER}+(?:[\s-][{UPPER}]{LETTER}+){{0,2}}\s\d{{1,4}}\s?[a-z]?)\b",
-    rf"(?<!\w)(?P<id>(?:[Ss]ố\s+)?\d{{1,4}}(?:/\d+)*[A-Z]?\s+(?:đường|phố|ngõ)\s+{SYLLABLE}(?:\s{SYLLABLE}){{0,3}})",
     rf"\b(?:[Pp]hường|[Qq]uận|[Hh]uyện|[Tt]hôn|[Tt]hị trấn|[Tt]hành phố|TP\.)\s+(?P<id>{SYLLABLE}(?:\s{SYLLABLE}){{1,2}})",
-    r"\b(?i:(?:home\s+|mailing\s+)?address|domicilio|dirección|endereço|adresse|anschrift|địa chỉ)\s*:\s*(?P<id>(?=[^;\n]{0,99}[^\W_])(?:\b\w{1,4}\.(?=\s[^\W_])|[^.;\n]){3,100})",
     r"\b(?:CEP|ZIP|[Zz]ip(?:\scode)?|PLZ|CP|C\.P\.)\s*:?\s*(?P<id>\d{5}(?:-?\d{3,4})?)(?!\d)",
     rf"\b(?:lives|living|resides|residing)\s+(?:in|at)\s+(?P<id>\d{{1,5}}[A-Za-z]?\s+{_PLACE}|{_PLACE})",
     # the town behind a street that was replaced
-    rf"\b(?:[Rr]esides?|[Ll]ives|[Aa]ddress|[Ww]ohnhaft|[Rr]esidente|[Dd]omicili\w+|[Hh]abite|[Rr]eside|[Vv]ive|[Mm]ora)\b[^.;\n]{{0,30}}___,\s+(?P<id>{_PLACE})(?=\s*(?:$|[.;)\n]|,\s*(?:\d|___|CEP)))",
+    rf"\b(?:[Rr]esides?|[Ll]ives|[Aa]ddress|[Ww]ohnhaft|[Rr]esidente|[Dd]omicili\w+|[Hh]abite|[Rr]eside|[Vv]ive|[Mm]ora)\b[^.;\n]{{0,30}}___,\s+(?P<id>{_PLACE})(?=\s*(?:$|[.;)\n]|___|,\s*(?:\d|___|CEP)))",
 )
 _STREET_TOKENS = (
-    "street st avenue ave road rd lane ln drive boulevard blvd way court terrace circle highway hwy parkway square calle c avenida avda"
-    " plaza paseo carretera rua travessa praça alameda estrada rue impasse quai allée place chemin route wohnt wohnhaft adresse"
-    " anschrift đường phố ngõ phường quận huyện thôn thị thành tp address domicilio dirección endereço địa cep zip plz cp p lives"
+    "calle c avenida avda plaza paseo carretera rua travessa praça alameda estrada wohnt wohnhaft adresse anschrift home mailing phường quận huyện thôn thị thành tp address domicilio dirección endereço địa cep zip plz cp p lives"
     " living resides residing resident reside residente domicilio habite vive mora domiciliado domiciliada domicilié domiciliée"
 )
 _GERMAN_STREETS = (
@@ -99,9 +108,11 @@ _TOWNS = (
 )
 
 PLACE_RULES = (
-    case_rule("hospital", _HOSPITAL_TOKENS, _HOSPITALS),
-    case_rule("address", _STREET_TOKENS, _STREETS),
+    case_rule("hospital", _NAMED_HOSPITAL_TOKENS, _NAMED_HOSPITALS, before=100),
+    case_rule("hospital", _HOSPITAL_TOKENS, _HOSPITALS, before=0),
+    case_rule("address", _NUMBERED_STREET_TOKENS, _NUMBERED_STREETS, r"\d", 60),
+    case_rule("address", _STREET_TOKENS, _STREETS, before=0),
     Rule("address", tuple(map(re.compile, _GERMAN_STREETS)), _GERMAN_ENDINGS, re.compile(r"\d")),
     case_rule("address", "", _POSTCODES, r"\d\s\d[A-Z]{2}"),
-    case_rule("address", "", _TOWNS, r"\d{4,5}|___, \d"),
+    case_rule("address", "", _TOWNS, r", ?[A-Z]{2} {1,2}\d{5}|___\W[^_\n]{0,12}\d|, \d{5} "),
 )
