@@ -9,22 +9,22 @@ needs more than this gate.
 """
 
 import functools
+import hashlib
 import re
 from collections import Counter
 
 from radhpc.core.sample import CHEXPERT, Report, Sample
 from shards.text import identifier_rules
 from shards.text.identifier_rules import Rule
+from shards.text.languages import is_code
 from shards.text.name_rules import NAME_RULES
 from shards.text.number_rules import NUMBER_RULES
 from shards.text.place_rules import PLACE_RULES
 
-LANGUAGES = ("en", "es", "de", "fr", "pt", "vi")  # that have rules
 RULES = (*identifier_rules.RULES, *NUMBER_RULES, *NAME_RULES, *PLACE_RULES)
 MARK = "___"
 REACH = 200  # characters behind a token in which a match ends
 SECTIONS = tuple(Report.model_fields)
-_LANGUAGE = re.compile(r"[A-Za-z]{2,3}(?:[-_][A-Za-z0-9]{2,8}){0,3}")  # BCP 47, as far as archives use it
 _DIGIT = re.compile(r"\d")
 _TOKENS = frozenset[str]().union(*(rule.tokens for rule in RULES))
 
@@ -38,6 +38,12 @@ class _LettersOnly(dict[int, int | str]):
 
 
 _LETTERS = _LettersOnly()
+
+
+def rules_digest() -> str:
+    """Return the identity of the rules: other rules give other texts."""
+    patterns = "\n".join(pattern.pattern for rule in RULES for pattern in rule.patterns)
+    return hashlib.sha256(patterns.encode()).hexdigest()[:16]
 
 
 def scrub(text: str) -> tuple[str, dict[str, int]]:
@@ -131,7 +137,7 @@ def remaining_identifiers(sample: Sample) -> list[str]:
     texts = {section: getattr(sample.report, section) for section in SECTIONS}
     texts |= {"question": sample.question, "answer": sample.answer}
     findings = [f"{field}: {rule}" for field, text in texts.items() if text for rule in scrub(text)[1]]
-    if not _LANGUAGE.fullmatch(sample.language):
+    if not is_code(sample.language):
         findings.append("language: no language code")
     findings += [f"dataset: {rule}" for rule in _rules_in_name(sample.dataset)]
     for number, view in enumerate(sample.images):
