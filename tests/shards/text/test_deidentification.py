@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from bench.privacy import sentences
+from bench.privacy import Sentence, left, sentences
 from radhpc.core.sample import Report, Sample, View
 from shards.text.deidentification import RULES, remaining_identifiers, scrub, scrub_report
 
@@ -161,6 +161,14 @@ GOES = [
     ("celular (21) 99555-0133", "celular ___", "phone"),
 ]  # fmt: skip
 
+
+@pytest.mark.parametrize("sentence", sentences("open"), ids=lambda sentence: sentence.language)
+def test_the_sentences_that_the_rules_were_written_with(sentence: Sentence) -> None:
+    clean, _ = scrub(sentence.text)
+    assert not [identifier for _, identifier in sentence.identifiers if left(identifier, clean)], clean
+    assert not [phrase for phrase in sentence.stays if phrase not in clean], clean
+
+
 STAYS = """
 T4, L5-S1 and C7-T1 | 2.5 x 3.1 cm | 1/2 | 3-4 mm | 12 cm | Q4 | 3/6 murmur | PA and lateral | 4.2 cm above the carina
 between 2 and 3 | 5 / 12 images | 5-10 mm | XXXX | ___ | Kerley B lines | Fleischner Society 2017 | MR brain
@@ -260,6 +268,8 @@ HOSTILE = (
     "1 Aa ", "calle A ", "rue de la ", "Aa-", "12 tháng ", "am 1.1.",
     "acc n ", "study A1-", "S/N 1/", "Address: a", "___, 12345 Aa ",
     "Aa, MA ", "by ab, ", "tel 1/", "by Dr Aa ", "weg 1", "Ông Aa ",
+    "ninety ", "12/jan/", "nhs 1 ", "from Aa ", "Aa Hospital ", "lives in ___, Aa ", "Nom: AA ", "LS6 ", "a Aa is a ",
+    "AB/", "serial of the x ", "hundertund", "chín mươi ",
 )  # fmt: skip
 
 
