@@ -35,6 +35,12 @@ class View(BaseModel):
         description="values that become black and white: raw ones behind a JPEG, those stored in a 16-bit member; null "
         "where the raw image was 8-bit already",
     )
+    done: tuple[str, ...] = Field(
+        (),
+        exclude_if=lambda done: not done,
+        description="what else was done to the picture: 'window replaced by percentiles', 'padding ignored', "
+        "'colours converted from YBR_FULL'",
+    )
 
 
 class Report(BaseModel):

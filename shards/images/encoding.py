@@ -11,6 +11,7 @@ the shrunk values themselves, to be mapped by the reader. Eight bits stay eight 
 
 import io
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -18,8 +19,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from radhpc.core.sample import View
+from shards.images import blank
 from shards.images.perceptual_hash import fingerprint
-from shards.images.raw_image import RawImage
+from shards.images.raw_image import BadImage, RawImage
 from shards.images.windowing import apply_window, percentile_window
 
 ImageFormat = Literal["jpeg", "png16", "jxl16"]
@@ -45,8 +47,16 @@ class EncodedImage(NamedTuple):
     fingerprint: bytes  # 32 bytes, see shards.images.perceptual_hash
 
 
-def encode(raw: RawImage, settings: EncodingSettings = EncodingSettings(), view: str | None = None) -> EncodedImage:
-    """Shrink, window to eight bits, and compress by the settings; `view` is the projection, which View records."""
+def encode(
+    raw: RawImage,
+    settings: EncodingSettings = EncodingSettings(),
+    view: str | None = None,
+    path: Path | str = "image",
+) -> EncodedImage:
+    """Shrink, window to eight bits, and compress by the settings; `view` is the projection, which View records.
+
+    Raises BadImage, with `path` in its message, for a picture of nothing.
+    """
     if raw.pixels.dtype == np.uint8:
         stored = shown = shrink(raw.pixels, settings.longest_side)
         window = raw.window
@@ -60,9 +70,11 @@ def encode(raw: RawImage, settings: EncodingSettings = EncodingSettings(), view:
         shown, _ = apply_window(stored, window)
         if settings.format == "jpeg":
             window = raw.window or (window[0] * step + offset, window[1] * step + offset)
+    if nothing := blank.fault(shown):
+        raise BadImage(path, blank.REASON, nothing)
     data, suffix = _compress(shown if settings.format == "jpeg" else stored, settings)
     height, width = shown.shape[:2]
-    described = View(view=view, width=width, height=height, source_bits=raw.bits, window=window)
+    described = View(view=view, width=width, height=height, source_bits=raw.bits, window=window, done=raw.done)
     return EncodedImage(data, described, suffix, fingerprint(shown))
 
 

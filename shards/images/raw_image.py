@@ -35,6 +35,7 @@ class RawImage:
     bits: int = 8  # per pixel and channel in the raw image
     window: Window | None = None  # of the file itself; where the pixels are uint8 it has been applied already
     modality: str | None = None  # of a DICOM: CR, DX, CT, ...
+    done: tuple[str, ...] = ()  # to the picture, as View.done has it
 
 
 def check_size(path: Path | str, width: int, height: int) -> None:
