@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 REASON = "picture of nothing"
-_NOISE = 2  # levels of 255 by which a picture of one value may vary
+_NOISE = 3  # levels of 255 by which a picture of one value may vary: noise of one, and what JPEG makes of it
 _RINGING = 8  # levels: what JPEG leaves beside the edge of a border
 _BORDERS = 4  # inside each other
 _STEP = 8  # pixels: what is not blank at every eighth is not blank

@@ -28,12 +28,14 @@ logging.getLogger("pydicom").setLevel(logging.CRITICAL)  # its messages quote th
 _LOSSY = (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit)
 _LOSSLESS = (uid.JPEGLossless, uid.JPEGLosslessSV1)
 _JPEG_LS = (uid.JPEGLSLossless, uid.JPEGLSNearLossless)
-_JPEG_2000 = (uid.JPEG2000Lossless, uid.JPEG2000)
+_HIGH_THROUGHPUT = (uid.HTJ2KLossless, uid.HTJ2KLosslessRPCL, uid.HTJ2K)
+_JPEG_2000 = (uid.JPEG2000Lossless, uid.JPEG2000, *_HIGH_THROUGHPUT)
 _DECODERS = (  # transfer syntaxes, and the name of imagecodecs' decoder
     (_LOSSY, "jpeg_decode"),
     (_LOSSLESS, "ljpeg_decode"),
     (_JPEG_LS, "jpegls_decode"),
     (_JPEG_2000, "jpeg2k_decode"),
+    (_HIGH_THROUGHPUT, "htj2k_decode"),
 )
 _IMAGECODECS = {syntax: name for syntaxes, name in _DECODERS for syntax in syntaxes}
 _NATIVE = (
@@ -46,6 +48,7 @@ _NATIVE = (
 RESCALE = ("RescaleSlope", "RescaleIntercept")
 _JPEG_2000_START = b"\xff\x4f\xff\x51"  # the markers of the start and of the size
 _YBR = ("YBR_FULL", "YBR_FULL_422")
+_COLOURS = (*_YBR, "RGB", "YBR_ICT", "YBR_RCT")  # those that can be shown; the last two are JPEG 2000's own
 REPLACED = "window replaced by percentiles"  # in View.done
 CONVERTED = "colours converted from {}"
 PADDING = "padding ignored"
@@ -80,7 +83,7 @@ def _decode(header: pydicom.Dataset, path: Path | str) -> RawImage:
     padding = _padding(stored, header)
     image = values if padding is None or padding.all() else values[~padding]
     lowest, highest = image.min(), image.max()
-    replaced: tuple[str, ...] = ()
+    unused = False  # the file's own mapping, because it leaves nothing to see
     if header.get("VOILUTSequence"):
         item = header.VOILUTSequence[0]
         table, first = _lookup_table(item, values, header)
@@ -89,25 +92,25 @@ def _decode(header: pydicom.Dataset, path: Path | str) -> RawImage:
         if _differs(shown, padding):
             shown = 255 * (shown - low) / (high - low or 1.0)
             return _finish(shown, (float(first), float(first + len(table) - 1)), bits, inverted)
-        replaced = (REPLACED,)
+        unused = True
     window = _window(header)
     if window and header.get("VOILUTFunction") == "SIGMOID":
         centre, half = sum(window) / 2, (window[1] - window[0]) / 2
         shown = np.rint(255 / (1 + np.exp(-2 * np.clip((values.astype(np.float64) - centre) / half, -300, 300))))
         if _differs(shown, padding):
             return _finish(shown, window, bits, inverted)
-        window, replaced = None, (REPLACED,)
+        window, unused = None, True
     if window and lowest < highest and (highest <= window[0] or lowest >= window[1]):  # nothing would be left to see
-        window, replaced = None, (REPLACED,)
-    if window is None and not replaced and bits <= 8 and values.min() >= 0 and values.max() < 1 << bits:
+        window, unused = None, True
+    if window is None and not unused and bits <= 8 and values.min() >= 0 and values.max() < 1 << bits:
         if bits == 8:
             plain = values.astype(np.uint8)
             return RawImage(255 - plain if inverted else plain, bits)
         window = (0.0, float((1 << bits) - 1))
-    done = replaced
+    done: tuple[str, ...] = ()
     if window is None:
         window = percentile_window(image)
-        done += (PADDING,) if image is not values else ()
+        done = (REPLACED,) * unused + (PADDING,) * (image is not values)
     if values.dtype == np.uint8:
         values = values.astype(np.int16)  # still to be mapped, and Raw takes uint8 as done
     return RawImage(values, bits, window[::-1] if inverted else window, done=done)
@@ -163,8 +166,13 @@ def _pixels(header: pydicom.Dataset, path: Path | str) -> tuple[npt.NDArray[Any]
     values, precision = _decode_frame(frame, syntax, header)
     if values.shape[:2] != (header.Rows, header.Columns):
         raise BadImage(path, "broken image", f"{values.shape[1]} x {values.shape[0]} pixels, not as its header says")
+    samples = 1 if values.ndim == 2 else values.shape[2]
+    if samples != header.SamplesPerPixel:
+        raise BadImage(path, "broken image", f"{samples} values for a pixel, not as its header says")
     if values.ndim == 3:
-        values, done = values[..., :3], ()
+        done = ()
+        if samples != 3 or interpretation not in _COLOURS:
+            raise BadImage(path, "DICOM of an unknown encoding", f"{samples} values for a pixel, {interpretation}")
         if interpretation in _YBR and syntax not in _LOSSY and not (syntax in _JPEG_2000 and _is_mixed(frame)):
             if values.dtype != np.uint8:
                 raise BadImage(path, "DICOM of an unknown encoding", f"{interpretation} of more than 8 bits")
