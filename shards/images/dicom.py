@@ -142,7 +142,9 @@ def _padding(stored: npt.NDArray[Any], header: pydicom.Dataset) -> npt.NDArray[n
     ends = []
     for end in (value, value if limit is None else limit):
         number = int.from_bytes(end, "little") if isinstance(end, bytes) else int(end)
-        ends.append(number - (1 << 16) if stored.dtype.kind == "i" and number > 0x7FFF else number)  # a word without sign
+        ends.append(
+            number - (1 << 16) if stored.dtype.kind == "i" and number > 0x7FFF else number
+        )  # a word without sign
     return np.asarray((stored >= min(ends)) & (stored <= max(ends)))
 
 
@@ -157,7 +159,7 @@ def _pixels(header: pydicom.Dataset, path: Path | str) -> tuple[npt.NDArray[Any]
     if syntax in _NATIVE:
         done = (CONVERTED.format(interpretation),) if interpretation in _YBR else ()
         values = np.asarray(header.pixel_array)  # pydicom has converted the colours
-        if syntax is not uid.RLELossless and any(header.PixelData[_native_length(header) + 1 :]):
+        if syntax != uid.RLELossless and any(header.PixelData[_native_length(header) + 1 :]):
             raise BadImage(path, "broken image", "more pixels than its header says")
         return values, bits, done
     if syntax not in _IMAGECODECS:
@@ -195,7 +197,8 @@ def _decode_frame(frame: bytes, syntax: uid.UID, header: pydicom.Dataset) -> tup
     read: Callable[..., npt.NDArray[Any]] = getattr(imagecodecs, _IMAGECODECS[syntax])
     if syntax in _JPEG_2000:
         jpeg.check_end(frame)
-        return np.asarray(read(frame)), _jpeg_2000_bits(frame)
+        planes = {"planar": False} if syntax in _HIGH_THROUGHPUT else {}  # else those that are not mixed come first
+        return np.asarray(read(frame, **planes)), _jpeg_2000_bits(frame)
     precision = jpeg.frame_header(frame).precision
     if syntax in _LOSSY and precision == 8:
         pixels = jpeg.decode(frame)
@@ -242,7 +245,9 @@ def _is_plain_rgb(frame: bytes, header: pydicom.Dataset) -> bool:
 def _signed(values: npt.NDArray[Any], bits: int, signed: int) -> npt.NDArray[Any]:
     """Read words as two's complement of `bits` where the header says that they are signed, else without a sign."""
     if not signed:
-        return np.asarray(values & ((1 << bits) - 1)).astype(f"u{values.itemsize}") if values.dtype.kind == "i" else values
+        return (
+            np.asarray(values & ((1 << bits) - 1)).astype(f"u{values.itemsize}") if values.dtype.kind == "i" else values
+        )
     if values.dtype.kind == "i":
         return values
     shift = 8 * values.itemsize - bits

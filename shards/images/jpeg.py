@@ -13,7 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-_WANTED = {"Gray": "GRAY", "YCbCr": "RGB", "RGB": "RGB", "CMYK": "CMYK", "YCCK": "CMYK"}  # what it holds -> is asked for
+_WANTED = {
+    "Gray": "GRAY",
+    "YCbCr": "RGB",
+    "RGB": "RGB",
+    "CMYK": "CMYK",
+    "YCCK": "CMYK",
+}  # what it holds -> is asked for
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # markers that begin a frame
 _PROGRESSIVE = (0xC2, 0xCA)
 _ZEROS = bytes(64)
@@ -67,7 +73,9 @@ def _check_scans(data: bytes, colours: str) -> None:
     for marker, segment in _segments(data):
         progressive |= marker in _PROGRESSIVE
         if marker == _TABLES:
-            tables |= {number: min(lengths, key=lengths.__getitem__) for number, lengths in _code_lengths(segment).items()}
+            tables |= {
+                number: min(lengths, key=lengths.__getitem__) for number, lengths in _code_lengths(segment).items()
+            }
         if marker != _SCAN:
             continue
         start = len(data) - len(segment)

@@ -35,7 +35,9 @@ KINDS = {
     "colour": saved(COLOUR, "JPEG", quality=90),
     "colour 4:4:4": saved(COLOUR, "JPEG", quality=90, subsampling=0),
     "CMYK": saved(COLOUR, "JPEG", mode="CMYK", quality=90),
-    "turned": saved(GRAY[:200], "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"),
+    "turned": saved(
+        GRAY[:200], "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
+    ),
 }
 
 
@@ -91,7 +93,12 @@ def test_an_early_end_is_named_with_and_without_its_marker(kind: str) -> None:
 def test_lying_dimensions_are_named() -> None:
     whole = KINDS["gray"]
     place = whole.index(b"\xff\xc0") + 5
-    for height, width, reason in ((9000, 9000, "broken"), (128, 256, "broken"), (256, 64, "broken"), (60000, 60000, "too large")):
+    for height, width, reason in (
+        (9000, 9000, "broken"),
+        (128, 256, "broken"),
+        (256, 64, "broken"),
+        (60000, 60000, "too large"),
+    ):
         lying = whole[:place] + height.to_bytes(2) + width.to_bytes(2) + whole[place + 4 :]
         with pytest.raises(BadImage, match=reason):
             decode(lying)

@@ -30,7 +30,9 @@ def _interlaced() -> bytes:
     """Write a gray PNG of 20 x 20 pixels in Adam7's seven passes."""
     gray = (np.arange(400, dtype=np.uint8).reshape(20, 20) * 7).astype(np.uint8)
     passes = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
-    rows = b"".join(b"\0" + row.tobytes() for top, left, down, across in passes for row in gray[top::down, left::across])
+    rows = b"".join(
+        b"\0" + row.tobytes() for top, left, down, across in passes for row in gray[top::down, left::across]
+    )
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return len(data).to_bytes(4) + kind + data + zlib.crc32(kind + data).to_bytes(4)
