@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from radhpc.core.errors import UserError, first_line
-from shards import splits
+from shards import raw_files, splits
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
 DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
+MAX_JSON = 1 << 30  # bytes of JSON, which is parsed at once; other tables are read row by row
 MAX_FIELD = 1 << 24  # characters: reports are longer than csv's own limit allows
 
 
@@ -120,7 +121,7 @@ def read(path: Path, delimiter: str | None = None) -> Table:
             _, header = _open_csv(path, file, delimiter)
         columns, records = header, Rows(lambda: stream(path, header, delimiter))
     else:
-        with _reading(path) as file:
+        with _reading(path, MAX_JSON) as file:
             text = file.read()
         parse = _json_lines if kind(path) == ".jsonl" else _json
         records = parse(path, text)
@@ -136,11 +137,10 @@ def kind(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _reading(path: Path) -> Iterator[io.TextIOWrapper]:
+def _reading(path: Path, limit: int | None = None) -> Iterator[io.TextIOWrapper]:
     """Open for text, and turn errors in the bytes into one line."""
     try:
-        with path.open("rb") as plain:
-            binary = gzip.GzipFile(fileobj=plain) if path.suffix.lower() == ".gz" else plain
+        with raw_files.open_table(path, limit) as binary:
             yield io.TextIOWrapper(binary, encoding="utf-8-sig", newline="")
     except UnicodeDecodeError as error:
         raise UserError(
