@@ -97,7 +97,9 @@ def current() -> Archive:
 
 def open_file(path: Path, limit: int | None = None) -> io.BufferedReader:
     """Open a file of at most `limit` bytes. Raises RefusedFile and other kinds of OSError."""
-    file = open(open_regular(path, functools.partial(current().check, path)), "rb", BUFFER)
+    file: io.BufferedReader = io.BufferedReader(
+        io.FileIO(open_regular(path, functools.partial(current().check, path))), BUFFER
+    )
     try:
         size = os.fstat(file.fileno()).st_size
         if limit is not None and size > limit:
