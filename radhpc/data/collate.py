@@ -19,6 +19,7 @@ from radhpc.core.recipe import FindingsSettings, ImageSettings, TextSettings
 from radhpc.core.sample import Sample
 from radhpc.data.source import BadSample, RawSample, decode_study
 from radhpc.data.tasks import AnswerNotAllowed, TaskExample, Tasks
+from radhpc.data.tokenization import TextTokenizer
 from radhpc.models.family import Arrays, ModelFamily
 from radhpc.models.image_processors import stitch
 
@@ -70,13 +71,17 @@ class StudyEncoder:
     ) -> None:
         """`labelled`: whether batches hold the findings, too. Raises UserError for a prompt that leaves no room."""
         self.family, self.text, self.images, self.labelled = family, text, images, labelled
+        self.tokenizer = TextTokenizer(family.tokenizer, getattr(family, "image_token_id", None))
         self.tasks = Tasks(text, findings, seed)
         self.loss_groups: tuple[tuple[str, str], ...] = ()  # whose losses are reported apart: set_loss_groups
         # Views and patient -> reports of similar training studies, where the recipe wants them: retrieval_indexes.py
         self.retrieve: Callable[[Sequence[Image.Image], str], list[str]] | None = None
         self._prompt_ids: dict[tuple[str, int], list[int]] = {}  # of prompts, by number of views
         for name, task in self.tasks.mixture.items():
-            if task.kind in ("report", "caption", "findings") and len(ids := self._ids(task.prompt)) >= text.max_tokens:
+            if (
+                task.kind in ("report", "caption", "findings")
+                and len(ids := self.tokenizer.text(task.prompt)) >= text.max_tokens
+            ):
                 where = f"text.tasks.{name}" if text.tasks else "text.prompt"
                 raise UserError(
                     f"{where}: a prompt of {len(ids)} tokens leaves no room for an answer in text.max_tokens "
@@ -119,7 +124,11 @@ class StudyEncoder:
         text = example.prompt if example else self.tasks.default_prompt(sample.language)
         text = self._grounded(text, example, views, sample.patient)
         images, prompt = self._encode_prompt_and_images(text, self.order_views(views, sample))
-        ids = [*self._ids(example.answer), self.family.tokenizer.eos_token_id] if example and example.answer else []
+        ids = (
+            [*self.tokenizer.text(example.answer), self.family.tokenizer.eos_token_id]
+            if example and example.answer
+            else []
+        )
         room = max(1, self.text.max_tokens - len(prompt))
         cut = len(ids) > room
         ids = ids[:room]
@@ -235,11 +244,8 @@ class StudyEncoder:
         if (prompt, views) not in self._prompt_ids:
             if len(self._prompt_ids) > _PROMPTS:  # every question is one
                 self._prompt_ids.clear()
-            self._prompt_ids[prompt, views] = self._ids(self.family.prompt(prompt, views))
+            self._prompt_ids[prompt, views] = self.tokenizer.chat(prompt, lambda text: self.family.prompt(text, views))
         return self._prompt_ids[prompt, views]
-
-    def _ids(self, text: str) -> list[int]:
-        return list(self.family.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def conversation(sample: Sample, text: TextSettings, findings: FindingsSettings = FindingsSettings()) -> str:  # type: ignore[call-arg]  # noqa: B008

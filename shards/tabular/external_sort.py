@@ -33,7 +33,7 @@ def grouped(rows: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, list[Any]]]:
         ordered.arraysize = BATCH
         for _, group in groupby(ordered, itemgetter(0)):
             members = list(group)
-            yield members[0][1], [pickle.loads(value) for *_, value in members]
+            yield _decode(members[0][1]), [pickle.loads(value) for *_, value in members]
     finally:
         connection.close()
 
@@ -69,7 +69,7 @@ class Lookup:
     def items(self) -> Iterator[tuple[str, Any]]:
         """Yield all pairs in the order of the keys."""
         for key, value in self._connection.execute("SELECT key, value FROM rows ORDER BY key"):
-            yield key.decode("utf-8", "surrogatepass"), pickle.loads(value)
+            yield _decode(key), pickle.loads(value)
 
 
 def _temporary() -> sqlite3.Connection:
@@ -84,6 +84,10 @@ def _temporary() -> sqlite3.Connection:
 def _encode(key: str) -> bytes:
     """Encode any text; names of files and JSON may hold half of a surrogate pair, which SQLite's own texts cannot."""
     return key.encode("utf-8", "surrogatepass")
+
+
+def _decode(key: bytes) -> str:
+    return key.decode("utf-8", "surrogatepass")
 
 
 def _pack(value: Any) -> bytes:

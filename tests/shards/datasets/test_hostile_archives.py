@@ -183,7 +183,7 @@ def test_a_hostile_file_costs_its_study_or_is_one_line(
         else:
             if path in others:
                 assert len(before) - len(images) <= 8, "one study, of at most so many views"
-                assert faults
+                assert faults, path
             assert all(image.pixels.shape[:2] != SHAPE for image in images), "seen from outside"
         finally:
             path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
