@@ -29,6 +29,7 @@ from radhpc.core.files import open_regular
 # Tables of text become 5 to 20 times as large when they are decompressed, a bomb of zeros 1,030 times.
 MAX_RATIO = 100
 MIN_LIMIT = 1 << 26  # bytes that any compressed table may become
+MAX_TABLE = 1 << 36  # bytes of a table in the archive: above them it is a sparse file, or none that can be a table
 BUFFER = 1 << 18
 OUTSIDE, CHANGED = "file outside of the archive", "file that changed while it was read"
 
@@ -126,9 +127,9 @@ def open_table(path: Path, limit: int | None = None) -> Iterator[io.BufferedRead
 
     Raises RefusedFile, also while it is read: where it becomes too large, or changes. Raises what gzip does.
     """
-    with open_file(path) as file:
+    packed = path.suffix.lower() == ".gz"
+    with open_file(path, MAX_TABLE if packed or limit is None else limit) as file:
         size = os.fstat(file.fileno()).st_size
-        packed = path.suffix.lower() == ".gz"
         length = max(MIN_LIMIT, MAX_RATIO * size) if packed else size
         source = gzip.GzipFile(fileobj=file) if packed else file
         yield io.BufferedReader(_Bytes(path, source, length, packed, limit), BUFFER)
