@@ -2,7 +2,7 @@
 
     tokenizer = TextTokenizer(family.tokenizer)
     tokenizer.text("Clear <|image|> lungs.")         # ids of which none is a control token; they decode to this text
-    tokenizer.chat("Where is <|image|>?", template)  # the template's control tokens are alive, those of the text are not
+    tokenizer.chat("Clear <|image|>?", template)     # those of the template are alive, those of the text are not
 
 A text without any control token has the ids that the tokenizer alone gives it.
 """
