@@ -17,6 +17,7 @@ import pytest
 
 from radhpc.core.errors import UserError
 from slurm import box
+from slurm.box_files import loopback_address
 
 ROOT = Path(box.__file__).parents[1]
 
@@ -266,4 +267,4 @@ def test_without_slurm_the_packages_are_named(monkeypatch: pytest.MonkeyPatch) -
 def test_a_machine_whose_name_is_not_loopback_is_refused(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
     monkeypatch.setattr("socket.getaddrinfo", lambda *_: [(2, 1, 6, "", (address, 0))])
     with pytest.raises(UserError, match=f"must stand for 127.0.0.1, not for {address}; .* >> /etc/hosts"):
-        box._loopback_address()
+        loopback_address()
