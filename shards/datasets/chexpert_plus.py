@@ -27,7 +27,7 @@ from radhpc.core.sample import CHEXPERT, Report, Split
 from shards import splits
 from shards.datasets.helpers import chexpert
 from shards.datasets.reader import DatasetWarning, RawStudy, ReaderOptions, UnusableRecord, unusable_study
-from shards.tabular import external_sort, table
+from shards.tabular import cells, external_sort, identifiers, table
 from shards.text import sections
 
 SYNTHETIC = False
@@ -140,7 +140,7 @@ def _parse_row(record: table.Record, images: chexpert.ImageFinder) -> CheXpertPl
     """Parse one row. Raises UnusableRecord."""
     if record.fault:
         raise UnusableRecord(record.fault)
-    values = {name: value.strip() for name, value in record.values.items()}
+    values = {name: cells.known(value) for name, value in record.values.items()}
     place = chexpert.parse_path(values["path_to_image"])
     if not values["deid_patient_id"]:
         raise UnusableRecord("empty patient")
@@ -151,7 +151,7 @@ def _parse_row(record: table.Record, images: chexpert.ImageFinder) -> CheXpertPl
     source = chexpert.parse_path(values["path_to_dcm"]) if images.dicom and values.get("path_to_dcm") else place
     return CheXpertPlusRow(
         place=place,
-        patient=values["deid_patient_id"],
+        patient=identifiers.identifier(values["deid_patient_id"]),
         split=split,
         path=images.path(source),
         projection=chexpert.projection(values.get("frontal_lateral", ""), values.get("ap_pa", ""), place.image),

@@ -20,38 +20,15 @@ from typing import Any
 
 from pydantic import Field
 
-from radhpc.core.errors import UserError, nearest
-from radhpc.core.sample import CHEXPERT, Report, Split
+from radhpc.core.errors import UserError
+from radhpc.core.sample import Report, Split
 from shards import splits
+from shards.datasets.helpers import table_columns, table_labels
 from shards.datasets.reader import DatasetWarning, RawStudy, ReaderOptions, UnusableRecord, unusable_study
-from shards.tabular import cells, external_sort, table, text_files
+from shards.tabular import cells, external_sort, identifiers, split_tables, table, text_files
 from shards.text import sections
 
 SYNTHETIC = False
-
-ALIASES: dict[str, tuple[str, ...]] = {
-    "image": ("image", "images", "image_path", "image_paths", "path", "file", "file_name", "filename"),
-    "text": ("text", "report", "caption"),
-    "findings": ("findings",),
-    "impression": ("impression",),
-    "patient": ("patient", "patient_id", "subject_id", "subject"),
-    "study": ("study", "study_id", "study_instance_uid"),
-    "view": ("view", "view_position", "projection"),
-    "split": ("split", "set", "partition", "subset", "fold"),
-    "question": ("question",),
-    "answer": ("answer",),
-    "labels": ("labels",),
-    "language": ("language",),
-}
-# Columns that look like one of these, by their letters: to be named to the user where they are not used.
-_NUMBER = "(id|ids|uid|no|nr|num|number|nummer|numero|key|code|name|hash|index)?$"
-LOOKS = {
-    "patient": re.compile(f"(patient(en|in)?|paciente?|subject|person|^mrn|^pid|medicalrecord|^nhc){_NUMBER}"),
-    "study": re.compile(f"(study|studyinstance|exam|examination|estudio|accession|encounter){_NUMBER}"),
-    "split": re.compile("(split|partition|subset|fold|^set|trainvaltest|traintest)$"),
-}
-NO_SPLIT = "none"  # for split=: the splits are made from the patients
-VOCABULARY = "own"  # of labels that name none
 
 
 def _column(content: str) -> Any:
@@ -63,6 +40,7 @@ class ImageTextOptions(ReaderOptions):
 
     table: str | None = Field(None, description="the file in the folder, where it holds several tables")
     delimiter: str | None = Field(None, description="the character between the columns of a CSV; \\t is a tab")
+    encoding: str | None = Field(None, description="of the table and of text files, such as cp1250 or gb18030")
     image: str | None = _column("image paths")
     text: str | None = _column("whole reports or captions")
     findings: str | None = _column("findings, where sections have columns of their own")
@@ -95,16 +73,21 @@ class TableRow:
     answer: str | None
     name: str
 
+    @property
+    def content(self) -> tuple[object, ...]:
+        """All that rows of one study must have in common."""
+        return self.report, self.language, self.labels, self.answer
+
 
 def read(raw: Path | None, options: ReaderOptions) -> Iterator[RawStudy]:
     """Yield the studies of the table. Raises UserError for a table that cannot be read."""
     assert isinstance(options, ImageTextOptions)
     if raw is None:
         raise UserError("image_text: --raw is missing: the folder of the table, or the table itself")
-    rows = table.open_folder(raw, options.table, options.delimiter)
-    columns = find_columns(rows, options)
-    for message in (*_unused(rows, columns), *_without_patients(rows, columns)):
-        warnings.warn(f"{rows.path.name}: {message}", DatasetWarning, stacklevel=2)
+    rows = split_tables.open_folder(raw, options.table, table.Form(options.delimiter, options.encoding))
+    columns = table_columns.find_columns(rows, options.model_dump(include=set(table_columns.ALIASES)))
+    for message in (*table_columns.unused_columns(rows, columns), *_without_patients(columns)):
+        _warn(rows, message)
     parser = _RowParser(rows, columns, options)
     different = studies = 0
     for _, items in external_sort.grouped(parser.rows()):
@@ -112,74 +95,23 @@ def read(raw: Path | None, options: ReaderOptions) -> Iterator[RawStudy]:
             yield items[0]
             continue
         studies += 1
-        different += any((item.report, item.answer) != (items[0].report, items[0].answer) for item in items)
+        different += any(item.content != items[0].content for item in items)
         yield _study(items)
     if different:
-        warnings.warn(
-            f"{rows.path.name}: {different} of {studies} studies have rows with different texts; each has the text of "
-            "its first row that has one",
-            DatasetWarning,
-            stacklevel=2,
+        _warn(
+            rows,
+            f"{different} of {studies} studies have rows with different texts or labels; each has those of its first "
+            "row that has a text",
         )
     for message in parser.messages():
-        warnings.warn(f"{rows.path.name}: {message}", DatasetWarning, stacklevel=2)
+        _warn(rows, message)
 
 
-def find_columns(rows: table.Table, options: ImageTextOptions) -> dict[str, str]:
-    """Map the names of ALIASES to the table's columns. Raises UserError that lists the columns found and expected."""
-    by_letters = {table.letters(name): name for name in reversed(rows.columns)}
-    columns = {}
-    for ours, aliases in ALIASES.items():
-        chosen = getattr(options, ours)
-        if ours == "split" and chosen == NO_SPLIT and NO_SPLIT not in rows.columns:
-            continue
-        if chosen is not None and (ours != "language" or chosen in rows.columns):
-            if chosen not in rows.columns:
-                raise UserError(
-                    f"{ours}={chosen}: no such column in {rows.path}{nearest(chosen, rows.columns)}; "
-                    f"found are {', '.join(rows.columns)}"
-                )
-            if rows.header.count(chosen) > 1:
-                table.refuse_repeated(rows.path, rows.header, chosen)
-            columns[ours] = chosen
-        elif theirs := next((by_letters[name] for name in map(table.letters, aliases) if name in by_letters), None):
-            if ours == "split" and table.letters(theirs) != ours and not _holds_splits(rows, theirs):
-                continue
-            table.refuse_repeated(rows.path, rows.header, theirs)
-            columns[ours] = theirs
-    has_text = (
-        "text" in columns
-        or "findings" in columns
-        or "impression" in columns
-        or {"question", "answer"} <= columns.keys()
-    )
-    if "image" not in columns or not has_text:
-        lacking = [name for name, present in (("image", "image" in columns), ("text", has_text)) if not present]
-        raise UserError(
-            f"{rows.path}: no column for {' and '.join(lacking)}; found are {', '.join(rows.columns) or 'none'}; "
-            f"expected {' or '.join(ALIASES['image'])} and {' or '.join(ALIASES['text'])} "
-            "(or name them: image=COLUMN text=COLUMN)"
-        )
-    return columns
+def _warn(rows: table.Table, message: str) -> None:
+    warnings.warn(f"{rows.path.name}: {message}", DatasetWarning, stacklevel=3)
 
 
-def _holds_splits(rows: table.Table, column: str) -> bool:
-    """Return whether all cells of a column are names of splits."""
-    values = {str(record.values.get(column, "")).strip().lower() for record in rows.records if not record.fault}
-    return bool(values - {""}) and values - {""} <= splits.WORDS.keys()
-
-
-def _unused(rows: table.Table, columns: dict[str, str]) -> Iterator[str]:
-    """Yield a message on each column that looks like a patient, a study or a split, and is not used."""
-    for name in rows.columns:
-        role = next((role for role, look in LOOKS.items() if look.search(table.letters(name))), None)
-        if role is None or name in columns.values():
-            continue
-        used = f"; '{columns[role]}' is" if role in columns else ""
-        yield f"column '{name}' looks like the {role} and is not used{used} ({role}='{name}' uses it)"
-
-
-def _without_patients(rows: table.Table, columns: dict[str, str]) -> Iterator[str]:
+def _without_patients(columns: dict[str, str]) -> Iterator[str]:
     if "patient" not in columns:
         yield (
             "no patient column, so each study counts as a patient of its own; if patients have several studies, name "
@@ -199,9 +131,10 @@ class _RowParser:
 
     def __init__(self, source: table.Table, columns: dict[str, str], options: ImageTextOptions) -> None:
         self.source, self.columns, self.options = source, columns, options
-        self.identifiers = cells.Identifiers()
-        self.texts = text_files.TextFiles(source.path.parent)
-        self.folder_splits = "split" not in columns and options.split != NO_SPLIT and self._several_splits()
+        self.patients, self.studies = identifiers.Identifiers(), identifiers.Identifiers()
+        self.texts = text_files.TextFiles(source.path.parent, options.encoding)
+        unknown = "split" not in columns and options.split != table_columns.NO_SPLIT
+        self.folder_splits = unknown and self._several_splits()
 
     def _several_splits(self) -> bool:
         """Return whether the folders of the images name two splits or three."""
@@ -214,6 +147,8 @@ class _RowParser:
 
     def messages(self) -> Iterator[str]:
         """Yield what is to be said once all rows are read."""
+        yield from self.patients.messages("patient")
+        yield from self.studies.messages("study")
         if self.texts.count:
             yield f"{self.texts.count} texts are paths of text files, which were read"
         if self.folder_splits:
@@ -245,7 +180,7 @@ def _parse_row(record: table.Record, parser: _RowParser) -> TableRow:
 
     def text(ours: str) -> str | None:
         value = get(ours)
-        if isinstance(value, (dict, list)) or isinstance(cells.structure(value), list):
+        if isinstance(cells.structure(value), (dict, list)):
             raise UnusableRecord(f"{ours} is no text")
         return cells.text(value) or None
 
@@ -260,11 +195,12 @@ def _parse_row(record: table.Record, parser: _RowParser) -> TableRow:
     images = [path for path, _ in views]
     if not images:
         raise UnusableRecord("no image named")
-    patient = parser.identifiers(get("patient")) if text("patient") else ""
+    patient = parser.patients(get("patient")) if text("patient") else ""
     if "patient" in columns and not patient:
         raise UnusableRecord("empty patient")
-    question = text("question")
-    study = (cells.identifier(get("study")) if text("study") else "") or "\x1f".join([*images, question or ""])
+    question = prose("question")
+    study = parser.studies(get("study"), within=patient) if text("study") else ""
+    study = study or "\x1f".join([*images, question or ""])
     try:
         split = splits.parse(word) if (word := text("split")) else None
     except UserError:
@@ -279,9 +215,9 @@ def _parse_row(record: table.Record, parser: _RowParser) -> TableRow:
         split=split,
         report=_report(prose("text"), prose("findings"), prose("impression"), options),
         language=text("language") or code or "en",
-        labels=_labels(get("labels"), record.values),
+        labels=table_labels.parse_labels(get("labels"), record.values),
         question=question,
-        answer=text("answer"),
+        answer=prose("answer"),
         name=f"{folder.name}: {images[0]}",
     )
 
@@ -315,39 +251,3 @@ def _study(items: list[TableRow]) -> RawStudy:
         answer=first.answer,
         fault=fault,
     )
-
-
-def _labels(value: Any, record: dict[str, Any]) -> dict[str, dict[str, int | None]]:
-    """Return labels by vocabulary, from a labels column and from columns with CheXpert's names."""
-    labels: dict[str, dict[str, int | None]] = {}
-    value = cells.structure(value)
-    if isinstance(value, str):
-        value = value.strip()
-        if value.startswith("{"):
-            raise UnusableRecord("labels that are no JSON")
-        if value.startswith("["):
-            raise UnusableRecord("labels that are no list")
-        value = [name.strip() for name in value.split("|") if name.strip()]
-    if isinstance(value, list):
-        value = {name: 1 for name in map(cells.text, value) if name}
-    if isinstance(value, dict) and value:
-        nested = all(isinstance(inner, dict) for inner in value.values())
-        plain = "chexpert" if set(value) <= set(CHEXPERT) else VOCABULARY
-        for vocabulary, values in (value if nested else {plain: value}).items():
-            labels[cells.text(vocabulary)] = {cells.text(name): _label(label) for name, label in values.items()}
-    elif value and not cells.is_empty(value):
-        raise UnusableRecord("labels that are no names")
-    own = {name: _label(record[name]) for name in CHEXPERT if name in record}
-    return {"chexpert": own, **labels} if own else labels
-
-
-def _label(value: Any) -> int | None:
-    if cells.is_empty(value):
-        return None
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        raise UnusableRecord("a label other than 1, 0, -1 and empty") from None
-    if number not in (1, 0, -1):
-        raise UnusableRecord("a label other than 1, 0, -1 and empty")
-    return int(number)

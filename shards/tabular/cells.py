@@ -1,39 +1,67 @@
-"""Says what the cells of somebody's table mean: empty ones, lists as pandas writes them, identifiers in one form.
+"""Says what the cells of somebody's table mean: those that say nothing, and lists as pandas writes them.
 
 text("N/A"), text(7.0)                  # "", "7"
 strings("['edema', 'nodule']")          # ["edema", "nodule"]
-identifier("7.0"), identifier(" 7 ")    # "7", "7"
 """
 
 import ast
 import json
 import math
 import re
-import unicodedata
 from typing import Any
 
-from shards.datasets.reader import UnusableRecord
+from shards.tabular.faults import UnusableRecord
 
-EMPTY = frozenset(("nan", "NaN", "NAN", "None", "NONE", "NA", "N/A", "n/a", "NULL", "Null", "null", "<NA>", "NaT"))
-WHOLE = re.compile(r"([+-]?\d+)\.0+")
+# Programs write these for a value that is not there; compared without case. Those that begin with # are of Excel.
+MISSING = frozenset(
+    ("nan", "-nan", "null", "(null)", "<na>", "nat", "#n/a", "#na", "#null!", "#ref!", "#value!", "#name?", "#num!",
+     "#div/0!", "1.#qnan", "-1.#ind")
+)  # fmt: skip
+# These, too; but people also say them: as an answer to a question, or of comparisons.
+EMPTY = MISSING | {"none", "na", "n/a", "n.a.", "-", "--", "---", "–", "—"}
+LONGEST_WORD = max(map(len, EMPTY))
 # ['a' 'b'], as numpy writes a list; Python would take it for one text, 'ab'.
 SPACED = re.compile(r"""\[\s*(?:'[^']*'|"[^"]*")(?:\s+(?:'[^']*'|"[^"]*"))*\s*\]""")
+BARE_NAN = re.compile(r"(?<=[\[{,:(\s])nan(?=\s*[,\]})])")
 MAX_LITERAL = 1 << 20  # characters of a list in a cell
-INVISIBLE = dict.fromkeys(map(ord, "\ufeff\u200b\u200c\u200d\u2060\u00ad"))
+
+
+def is_missing(value: Any) -> bool:
+    """Return whether a program wrote that a cell has no value: it is empty, NaN, or a word such as NULL."""
+    return _says_nothing(value, MISSING)
 
 
 def is_empty(value: Any) -> bool:
-    """Return whether a cell says that nothing is known: empty, NaN, or a word that stands for it."""
-    if isinstance(value, float):
-        return math.isnan(value)
-    return value is None or (isinstance(value, str) and (not value.strip() or value.strip() in EMPTY))
+    """Return whether a cell says that nothing is known: it is missing, or a word such as None, NA or a dash."""
+    return _says_nothing(value, EMPTY)
+
+
+def _says_nothing(value: Any, words: frozenset[str]) -> bool:
+    if isinstance(value, str):
+        stripped = value.strip()
+        return not stripped or (len(stripped) <= LONGEST_WORD and stripped.casefold() in words)
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def known(value: str) -> str:
+    """Return a cell of a CSV without the spaces around it; empty where it says nothing."""
+    return "" if is_empty(value) else value.strip()
 
 
 def text(value: Any) -> str:
     """Return a cell as text; some exporters write integers with a point, so 7.0 becomes 7. Raises UnusableRecord."""
-    if is_empty(value):
-        return ""
-    result = str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
+    return "" if is_empty(value) else spelled(value)
+
+
+def spelled(value: Any) -> str:
+    """Return a cell as text, whatever it says. Raises UnusableRecord."""
+    if isinstance(value, str):
+        result = value.strip()
+    else:
+        try:
+            result = str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
+        except ValueError:  # thousands of digits
+            raise UnusableRecord("a number of too many digits") from None
     try:
         result.encode()
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
@@ -57,8 +85,10 @@ def structure(value: Any) -> Any:
     if not isinstance(value, str) or len(value) > MAX_LITERAL:
         return value
     stripped = value.strip()
-    if not stripped.startswith(("[", "{", "('", '("')):
+    if not stripped.startswith(("[", "{", "('", '("', "array(")):
         return value
+    if stripped.startswith("array(") and (inner := re.match(r"array\((\[.*\])(?:, dtype=\S+)?\)", stripped, re.DOTALL)):
+        stripped = inner[1]
     try:
         return json.loads(stripped)
     except (ValueError, RecursionError):
@@ -66,30 +96,7 @@ def structure(value: Any) -> Any:
     if SPACED.fullmatch(stripped):
         return [first or second for first, second in re.findall(r"""'([^']*)'|"([^"]*)\"""", stripped)]
     try:
-        result = ast.literal_eval(re.sub(r"(?<=[\[{,:\s])nan(?=\s*[,\]}])", "None", stripped))
+        result = ast.literal_eval(BARE_NAN.sub("None", stripped))
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return value  # a file may be called so
-    return list(result) if isinstance(result, (tuple, set)) else result
-
-
-def identifier(value: Any) -> str:
-    """Return an identifier in the one form in which it is compared."""
-    result = unicodedata.normalize("NFC", text(value).translate(INVISIBLE)).strip()
-    return whole[1] if (whole := WHOLE.fullmatch(result)) else result
-
-
-class Identifiers:
-    """Spells the identifiers of people in one way: as the first one was, where others differ only in their case.
-
-    Identifiers in which a capital follows a small letter tell cases apart (aB3x is not ab3X), and stay as they are.
-    """
-
-    def __init__(self) -> None:
-        self._first: dict[str, str] = {}
-
-    def __call__(self, value: Any) -> str:
-        """Return the identifier of a cell."""
-        result = identifier(value)
-        if result.lower() == result.upper() or re.search(r"[a-z].*[A-Z]", result):
-            return result
-        return self._first.setdefault(result.casefold(), result)
+    return list(result) if isinstance(result, (tuple, set, frozenset)) else result

@@ -3,40 +3,56 @@
 files = TextFiles(folder)
 files.resolve("reports/a.txt", folder)       # the text of that file
 files.resolve("Clear lungs.", folder)        # "Clear lungs."
+
+Files outside of the folder are never read, and a path that is not read is the fault of its record.
 """
 
 import re
 import stat
 from pathlib import Path
 
-from shards.datasets.reader import UnusableRecord
-from shards.tabular import cells
+from radhpc.core.errors import UserError
+from shards.tabular import cells, dialect
+from shards.tabular.faults import UnusableRecord
 
 TEXT = r"txt|text|rpt"
 OTHER = r"docx?|rtf|odt|pdf|xml|html?|json|md|png|jpe?g|dcm|dicom|tiff?|gif|bmp|webp|nii(?:\.gz)?|zip|gz"
-PATH = re.compile(rf"[^\n\r]{{1,1000}}\.(?:(?P<text>{TEXT})|{OTHER})", re.IGNORECASE)
+NAMED = re.compile(rf"[^\n\r]{{1,1000}}\.(?:(?P<text>{TEXT})|{OTHER})", re.IGNORECASE)
+# Without the ending of a file's name: from a root, of a URL, or of several folders, one of which has a long number.
+PLAIN = re.compile(
+    r"(?:~?/|\.{1,2}[/\\]|\\\\|[A-Za-z]:[/\\]|[a-z][a-z0-9]{1,9}://)\S{1,1000}|(?=\S*\d{3})\S+(?:[/\\]\S+){2,20}"
+)
+SENTENCE = re.compile(r"[.:;,]\s")
 MAX_BYTES = 1 << 20
+REFUSED = "a path in the place of the text"
 
 
 class TextFiles:
     """Replaces paths by the texts of their files; `count` says how many."""
 
-    def __init__(self, root: Path) -> None:
-        """`root`: the folder that all files must lie in."""
-        self._root = root.resolve()
+    def __init__(self, root: Path, encoding: str | None = None) -> None:
+        """`root`: the folder that all files must lie in; `encoding`: theirs, where the user names it."""
+        self._root, self._encoding = root.resolve(), encoding
         self.count = 0
 
     def resolve(self, text: str, folder: Path) -> str:
         """Return a text, or that of the file which it names. Raises UnusableRecord for a path that is not read."""
-        match = PATH.fullmatch(text)
-        if match is None:
+        named = NAMED.fullmatch(text)
+        if named is None and PLAIN.fullmatch(text) is None:
             return text
         name = text if "/" in text else text.replace("\\", "/")
         path = folder / name
-        if re.search(r"\s", text) and not ("/" in name and not re.search(r"[.:;]\s", text)) and not _is_file(path):
+        if re.search(r"\s", text) and ("/" not in name or SENTENCE.search(text)) and not _is_file(path):
             return text  # a sentence that ends in the name of a file
-        if match["text"] is None:
-            raise UnusableRecord("a path in the place of the text")
+        if named is not None and named["text"] is None:
+            raise UnusableRecord(REFUSED)
+        if named is None and not _is_file(path):
+            raise UnusableRecord(REFUSED)
+        content = cells.text(self._read(path))
+        self.count += 1
+        return content
+
+    def _read(self, path: Path) -> str:
         try:
             real = path.resolve(strict=True)
             facts = real.stat()
@@ -48,8 +64,10 @@ class TextFiles:
             raise UnusableRecord("text file outside of the table's folder")
         if data is None:
             raise UnusableRecord("text file that is no plain file of at most a mebibyte")
-        self.count += 1
-        return cells.text(_decoded(data))
+        try:
+            return data.decode(self._encoding or dialect.encoding_of([data], path))
+        except (UserError, UnicodeError):
+            raise UnusableRecord("text file of unknown encoding") from None
 
 
 def _is_file(path: Path) -> bool:
@@ -57,13 +75,3 @@ def _is_file(path: Path) -> bool:
         return path.is_file()
     except (OSError, ValueError):
         return False
-
-
-def _decoded(data: bytes) -> str:
-    encodings = ("utf-16",) if data.startswith((b"\xff\xfe", b"\xfe\xff")) else ("utf-8-sig", "cp1252")
-    for encoding in encodings:
-        try:
-            return data.decode(encoding)
-        except UnicodeDecodeError:
-            continue
-    raise UnusableRecord("text file of unknown encoding")

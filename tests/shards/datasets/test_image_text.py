@@ -236,7 +236,7 @@ def test_short_rows_of_a_csv_are_named(tmp_path: Path) -> None:
         ("a.json", "[1, 2]", r"the records must be a list of objects"),
         ("a.json", "3", r"the records must be a list of objects"),
         ("a.json", '{"a": [{}], "b": [{}]}', r"an object with 2 lists \(a, b\); allowed are"),
-        ("a.jsonl", '{"image": "a"}\n{"image"', r"a.jsonl: line 2: no valid JSON"),
+        ("a.jsonl", '{"image": "a"}\n{"image"', r"a.jsonl: line 2, column \d+: no valid JSON"),
         ("a.txt", "x", r"no table there; allowed is a file that ends in .json, .jsonl, .csv, .tsv"),
     ],
 )
@@ -330,7 +330,7 @@ def test_broken_rows_are_named_with_their_places(tmp_path: Path) -> None:
 @pytest.mark.parametrize("header", ["image,report,report,patient", "image,Report,report,patient"])
 def test_headers_of_the_same_name_are_refused(header: str, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(f"{header}\na.png,first,second,1\n")
-    with pytest.raises(UserError, match=r"a.csv: line 1, columns 2 and 3 have the same name"):
+    with pytest.raises(UserError, match=r"a.csv: line 1, columns 2 and 3 are the same"):
         listed(tmp_path)
     (tmp_path / "a.csv").write_text("image,report,Unnamed,Unnamed,patient\na.png,first,x,y,1\n")
     assert listed(tmp_path)[0].report.other == "first"
@@ -455,7 +455,7 @@ def test_folders_of_images_are_splits(layout: str, tmp_path: Path) -> None:
         "validation": ("validate", tmp_path / "validation" / "b.png"),
         "test": ("test", tmp_path / "test" / "c.png"),
     }
-    assert bool(messages) == (layout == "one table")
+    assert len(messages) == 1
     if layout == "one table":
         assert [study.split for study in listed(tmp_path, split="none")] == [None, None, None]
 
