@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from radhpc.core.errors import UserError, first_line
 from radhpc.core.manifest import FINGERPRINTS, MANIFEST, Manifest, Member, SampleIndex, Shard
 from radhpc.core.sample import SPLITS, Sample
-from radhpc.storage.store import Store
+from radhpc.storage.store import NoRegularFile, Store
 from shards import duplicates
 from shards.text import deidentification
 
@@ -190,30 +190,26 @@ def _check_shard(
     """Check one tar: its size and checksum, then each member, then the bytes between and after them."""
     shard = manifest.shards[number]
     yield from _check_file(store, shard)
-    try:
-        size = store.size(shard.name)
-    except FileNotFoundError:
+    size, end = _size(store, shard), 0
+    if isinstance(size, ShardFault):
         return
-    end = 0
     for sample in samples:
         for member in index.members(sample):
             yield from _check_member(store, manifest, index, sample, member, end)
             end = member.offset + member.length + -member.length % BLOCK
-    rest = store.read_range(shard.name, end, max(0, size - end))
-    if len(rest) < 2 * BLOCK or rest.strip(b"\0"):
+    if size - end < 2 * BLOCK or any(chunk.strip(b"\0") for chunk in _chunks(store, shard, end, size)):
         yield ShardFault(shard.name, None, end, "the tar does not end where the index says")
 
 
 def _check_file(store: Store, shard: Shard) -> Iterator[ShardFault]:
     """Check the size and the checksum of one tar."""
-    try:
-        size = store.size(shard.name)
-    except FileNotFoundError:
-        yield ShardFault(shard.name, None, None, "missing")
+    size = _size(store, shard)
+    if isinstance(size, ShardFault):
+        yield size
         return
     if size != shard.size:
         yield ShardFault(shard.name, None, min(size, shard.size), f"{size} bytes, but the manifest says {shard.size}")
-    if _digest(store, shard.name, size) != shard.sha256:
+    if size > shard.size or _digest(store, shard, size) != shard.sha256:  # of a larger one it says nothing more
         yield ShardFault(shard.name, None, None, "sha256 differs from the manifest's")
 
 
@@ -268,8 +264,25 @@ def _check_description(data: bytes, index: SampleIndex, sample: int) -> Iterator
             yield f"description: {name} is {described_value}, but the index says {indexed_value}"
 
 
-def _digest(store: Store, name: str, size: int) -> str:
+def _size(store: Store, shard: Shard) -> int | ShardFault:
+    """Return the size of a tar, or why there is none."""
+    try:
+        return store.size(shard.name)
+    except FileNotFoundError:
+        return ShardFault(shard.name, None, None, "missing")
+    except NoRegularFile:
+        return ShardFault(shard.name, None, None, "no regular file")
+
+
+def _digest(store: Store, shard: Shard, size: int) -> str:
     digest = hashlib.sha256()
-    for offset in range(0, size, CHUNK):
-        digest.update(store.read_range(name, offset, min(CHUNK, size - offset)))
+    for chunk in _chunks(store, shard, 0, size):
+        digest.update(chunk)
     return digest.hexdigest()
+
+
+def _chunks(store: Store, shard: Shard, start: int, size: int) -> Iterator[bytes]:
+    """Yield the bytes from `start`, but none behind the size in the manifest: a sparse file may be endless."""
+    stop = min(size, shard.size)
+    for offset in range(start, stop, CHUNK):
+        yield store.read_range(shard.name, offset, min(CHUNK, stop - offset))

@@ -9,6 +9,7 @@ import fcntl
 import json
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,6 +39,31 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o644) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+class IrregularFile(OSError):
+    """A FIFO, a device, a socket or a folder is where a file must be."""
+
+
+def open_regular(path: str | os.PathLike[str]) -> int:
+    """Open a regular file for reading, and return its descriptor. Raises IrregularFile, and OSError.
+
+    Whatever else has the name is not opened at all: a FIFO would wait for ever, and some devices act when opened.
+    """
+    try:
+        place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    except ValueError as error:  # a zero byte
+        raise OSError(errno.EINVAL, str(error), os.fspath(path)) from error
+    try:
+        if not stat.S_ISREG(os.fstat(place).st_mode):
+            raise IrregularFile(errno.EINVAL, "no regular file", os.fspath(path))
+        return os.open(f"/proc/self/fd/{place}", os.O_RDONLY | os.O_CLOEXEC)
+    except IrregularFile:
+        raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+    finally:
+        os.close(place)
 
 
 def sync(path: Path) -> None:

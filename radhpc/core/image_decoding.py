@@ -18,6 +18,7 @@ from radhpc.core.errors import first_line
 from radhpc.core.sample import View
 
 _JPEG, _PNG, _JPEG_XL = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", (b"\xff\x0a", b"\x00\x00\x00\x0cJXL ")
+MAX_PIXELS = 100_000_000  # of an image: no build stores as many
 _WANTED = {"Gray": "GRAY", "YCbCr": "RGB", "RGB": "RGB"}  # what a JPEG holds -> what simplejpeg is asked for
 
 
@@ -33,6 +34,8 @@ def decode(data: bytes | memoryview, view: View | None = None) -> Image.Image:
         if start.startswith(_JPEG_XL):
             return _sixteen_bits(lambda codecs: codecs.jpegxl_decode(data, numthreads=1), view)
         if start.startswith(_PNG) and start[24:] == b"\x10":  # Pillow has 16 bits for gray PNG alone
+            if int.from_bytes(start[16:20]) * int.from_bytes(start[20:24]) > MAX_PIXELS:
+                raise OSError("broken image: too large")
             return _sixteen_bits(lambda codecs: codecs.png_decode(data), view)
         return _any(data)
     except (RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

@@ -15,23 +15,40 @@ samples of the same shards, and `subset_of` names the manifest that they were ta
 import hashlib
 import io
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from radhpc.core import formats
 from radhpc.core.errors import UserError, first_line
 from radhpc.core.sample import SPLITS
+from radhpc.core.untrusted import load_array, load_columns, parse_json, printable
 
 MANIFEST = "manifest.json"
 INDEX = "index.npz"
 FINGERPRINTS = "fingerprints.npy"
 _QUESTIONS = 16  # to a store at a time
+# Far above what is ever written, far below what a hostile file would take of the memory before it is refused.
+MAX_MANIFEST = 1 << 26  # bytes
+MAX_SIDE_FILE = 1 << 32  # bytes of the index, and of the perceptual hashes
+MAX_MEMBER = 1 << 30  # bytes
+MAX_COUNT = 1 << 40  # samples, patients
+HEADER = 512  # bytes before each member of a tar
+HASH = 32  # bytes of a perceptual hash
+_SHA256 = r"^[0-9a-f]{64}$"
+_KINDS = {
+    "key": "S", "patient": "S", "split": "u1", "shard": "i4", "first": "i8", "suffix": "S", "offset": "i8",
+    "length": "i8", "crc32c": "u4",
+}  # fmt: skip
+_SUFFIX = re.compile(rb"[0-9a-z]+(\.[0-9a-z]+)*")
+_REFUSED = np.isin(np.arange(256), [*range(1, 33), ord("."), 127])  # bytes of names
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 
 
 class ManifestStore(Protocol):
@@ -50,15 +67,15 @@ class FileEntry(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str
-    size: int = Field(ge=0, description="bytes")
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    name: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,199}$", description="in the folder of the manifest")
+    size: int = Field(ge=0, le=1 << 50, description="bytes")
+    sha256: str = Field(pattern=_SHA256)
 
 
 class Shard(FileEntry):
     """One tar of samples."""
 
-    samples: int = Field(gt=0)
+    samples: int = Field(gt=0, le=MAX_COUNT)
 
 
 @dataclass(frozen=True)
@@ -105,6 +122,14 @@ class SampleIndex:
         """Return the positions of a split's samples, ascending."""
         return np.flatnonzero(self.split == SPLITS.index(split))
 
+    def repeated_key(self) -> str | None:
+        """Return a key that several samples have, or None."""
+        if (self.key[1:] > self.key[:-1]).all():  # of one split in the order of a build
+            return None
+        keys = np.sort(self.key)
+        repeated = keys[1:][keys[1:] == keys[:-1]]
+        return printable(repeated[0].decode()) if len(repeated) else None
+
     def take(self, rows: npt.NDArray[np.int64]) -> "SampleIndex":
         """Return the index of some of the samples, in the order of `rows`."""
         counts = np.diff(self.first)[rows]
@@ -129,8 +154,66 @@ class SampleIndex:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "SampleIndex":
-        with np.load(io.BytesIO(data), allow_pickle=False) as columns:
-            return cls(**{name: columns[name] for name in cls.__dataclass_fields__})
+        """Parse and check the columns by themselves. Raises ValueError."""
+        columns = load_columns(data, cls.__dataclass_fields__)
+        for name, kind in _KINDS.items():
+            column = columns[name]
+            if column.ndim != 1 or kind not in (column.dtype.kind, column.dtype.str[1:]):
+                raise ValueError(f"{name}: {column.ndim} dimensions of {column.dtype}; allowed is one of {kind}")
+        index = cls(**columns)
+        samples, members = len(index.key), len(index.suffix)
+        lengths = {name: len(columns[name]) for name in _KINDS}
+        expected = dict.fromkeys(("key", "patient", "split", "shard"), samples) | {"first": samples + 1}
+        for name, length in (dict.fromkeys(_KINDS, members) | expected).items():
+            if lengths[name] != length:
+                raise ValueError(f"{name}: {lengths[name]} entries; expected are {length}")
+        if index.first[0] != 0 or index.first[-1] != members or (samples and (np.diff(index.first) < 1).any()):
+            raise ValueError("first: the members of the samples do not follow one another")
+        for name in ("key", "patient"):
+            _check_names(name, columns[name])
+        for suffix in np.unique(index.suffix).tolist():
+            if not _SUFFIX.fullmatch(suffix):
+                raise ValueError(f"suffix: {printable(ascii(suffix))}; allowed are such as json and 0.jpg")
+        if samples and int(index.split.max()) >= len(SPLITS):
+            raise ValueError(f"split: {index.split.max()}; allowed are 0 to {len(SPLITS) - 1}")
+        return index
+
+    def check_places(self, sizes: Sequence[int]) -> None:
+        """Check that the members lie inside their shards, of so many bytes, and apart. Raises ValueError."""
+        if len(self) and (int(self.shard.min()) < 0 or int(self.shard.max()) >= len(sizes)):
+            raise ValueError(f"shard: {self.shard.min()} to {self.shard.max()}; there are {len(sizes)} shards")
+        shard = np.repeat(self.shard, np.diff(self.first))
+        if len(self.length) and (int(self.length.min()) < 0 or int(self.length.max()) > MAX_MEMBER):
+            raise ValueError(f"length: {self.length.min()} to {self.length.max()}; allowed are 0 to {MAX_MEMBER}")
+        outside = (self.offset < HEADER) | (self.offset > np.asarray(sizes, np.int64)[shard] - self.length)
+        if outside.any():
+            member = int(outside.argmax())
+            raise ValueError(f"offset: {self.offset[member]}, outside of shard {shard[member]}")
+        end = self.offset + self.length
+        order = slice(None) if _ascending(shard, self.offset) else np.lexsort((self.offset, shard))
+        shard, start, end = shard[order], self.offset[order] - HEADER, end[order]
+        if ((shard[1:] == shard[:-1]) & (start[1:] < end[:-1])).any():
+            raise ValueError("offset: members of a shard that overlap")
+
+
+def _ascending(shard: npt.NDArray[np.int32], offset: npt.NDArray[np.int64]) -> bool:
+    """Return whether members stand in the order of the shards, and of their places there."""
+    return bool(((shard[1:] > shard[:-1]) | ((shard[1:] == shard[:-1]) & (offset[1:] >= offset[:-1]))).all())
+
+
+def _check_names(column: str, names: npt.NDArray[np.bytes_]) -> None:
+    """Check that names are UTF-8, not empty, and without control characters, spaces and dots. Raises ValueError."""
+    letters = names.view(np.uint8).reshape(len(names), names.itemsize)
+    bad = (letters[:, 0] == 0) | _REFUSED[letters].any(1) | ((letters[:, :-1] == 0) & (letters[:, 1:] > 0)).any(1)
+    if bad.any():
+        name = printable(ascii(names[bad.argmax()]))
+        raise ValueError(f"{column}: {name}; allowed are names without spaces and dots")
+    if letters.size and int(letters.max()) >= 0x80:
+        try:
+            for name in names.tolist():
+                name.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{column}: {printable(ascii(error.object))} is not UTF-8") from None
 
 
 class Manifest(BaseModel):
@@ -139,19 +222,34 @@ class Manifest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: Literal[1] = formats.MANIFEST
-    dataset: str
-    samples: int = Field(gt=0)
-    splits: dict[str, int] = Field(description="samples per split")
-    patients: dict[str, int] = Field(description="patients per split")
+    dataset: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,99}$")
+    samples: int = Field(gt=0, le=MAX_COUNT)
+    splits: dict[str, Count] = Field(description="samples per split")
+    patients: dict[str, Count] = Field(description="patients per split")
     shards: tuple[Shard, ...] = Field(min_length=1)
     index: FileEntry
     build: dict[str, Any] = Field(description="how it was built: reader, image and split settings, versions")
-    build_hash: str = Field(description="sha256 of `build`, to tell one build from another")
-    skipped: dict[str, int] = Field(default_factory=dict, description="samples left out, by reason")
+    build_hash: str = Field(
+        pattern=r"^[0-9A-Za-z_-]{1,64}$", description="sha256 of `build`, to tell one build from another"
+    )
+    skipped: dict[str, Count] = Field(default_factory=dict, description="samples left out, by reason")
     fingerprints: FileEntry | None = Field(
         default=None, description="perceptual hashes, a row of 32 bytes for each image"
     )
-    subset_of: str | None = Field(default=None, description="of a subset: the hash of the manifest it was taken from")
+    subset_of: str | None = Field(
+        default=None, pattern=_SHA256, description="of a subset: the hash of the manifest it was taken from"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        names = [file.name for file in (*self.shards, self.index, *filter(None, (self.fingerprints,)))]
+        if len(set(names)) < len(names) or MANIFEST in names:
+            repeated = next(name for name in names if names.count(name) > 1 or name == MANIFEST)
+            raise ValueError(f"{repeated} is the name of several files")
+        for key, counts in (("splits", self.splits), ("patients", self.patients)):
+            if unknown := next((name for name in counts if name not in SPLITS), None):
+                raise ValueError(f"{key}: {printable(unknown)}; allowed are {', '.join(SPLITS)}")
+        return self
 
     def to_bytes(self) -> bytes:
         whole = {"subset_of"} if self.subset_of is None else set()
@@ -187,29 +285,54 @@ class Manifest(BaseModel):
     @classmethod
     def _read(cls, store: ManifestStore, name: str, missing: str) -> "Manifest":
         try:
-            return cls.model_validate_json(store.read(name))
+            if (size := store.size(name)) > MAX_MANIFEST:
+                raise UserError(f"{store.url}/{name}: {size} bytes; allowed are {MAX_MANIFEST}")
+            data = store.read(name)
+            parse_json(data)  # what follows would take the last of two values of one key, and numbers without end
+            return cls.model_validate_json(data, strict=True)
         except FileNotFoundError as error:
             raise UserError(f"{store.url}: {missing}") from error
         except ValidationError as error:
             problem = error.errors()[0]
-            where = ".".join(map(str, problem["loc"])) or "the file"
-            raise UserError(f"{store.url}/{name}: {where}: {problem['msg']}") from error
+            where = printable(".".join(map(str, problem["loc"]))) or "the file"
+            raise UserError(f"{store.url}/{name}: {where}: {printable(problem['msg'])}") from error
+        except ValueError as error:
+            raise (
+                error
+                if isinstance(error, UserError)
+                else UserError(f"{store.url}/{name}: the file: {first_line(error)}")
+            ) from error
 
     def load_index(self, store: ManifestStore) -> SampleIndex:
         """Read the columns and check them against the manifest."""
         data = self._read_file(store, self.index)
         try:
-            return SampleIndex.from_bytes(data)
-        except (ValueError, KeyError) as error:
+            index = SampleIndex.from_bytes(data)
+            index.check_places([shard.size for shard in self.shards])
+            return index
+        except ValueError as error:
             raise UserError(f"{store.url}/{self.index.name}: {first_line(error)}") from error
 
     def load_fingerprints(self, store: ManifestStore) -> npt.NDArray[np.uint8]:
         """Read the perceptual hashes of all images, (images, 32), in the order of the index; check their sha256."""
         assert self.fingerprints is not None, "shards without fingerprints"
-        return np.asarray(np.load(io.BytesIO(self._read_file(store, self.fingerprints)), allow_pickle=False))
+        try:
+            hashes = load_array(self._read_file(store, self.fingerprints))
+            if hashes.dtype != np.uint8 or hashes.shape[1:] != (HASH,):
+                raise ValueError(f"{hashes.shape} of {hashes.dtype}; allowed is a row of {HASH} bytes for each image")
+        except ValueError as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{store.url}/{self.fingerprints.name}: {first_line(error)}") from error
+        return hashes
 
     def _read_file(self, store: ManifestStore, file: FileEntry) -> bytes:
         try:
+            if (size := store.size(file.name)) != file.size or size > MAX_SIDE_FILE:
+                raise UserError(
+                    f"{store.url}/{file.name}: does not match {_file(store)} ({size} bytes, not {file.size}; at most "
+                    f"{MAX_SIDE_FILE})"
+                )
             data = store.read(file.name)
         except FileNotFoundError as error:
             raise UserError(f"{store.url}/{file.name}: missing, but {_file(store)} names it") from error

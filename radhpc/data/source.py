@@ -105,6 +105,8 @@ class Source:
             folders[store.url] = url
             manifest = Manifest.load(store)
             index = manifest.load_index(store)
+            if repeated := index.repeated_key():
+                raise UserError(f"{url}: {repeated} is the key of several samples; 'radhpc verify' names every fault")
             self.datasets.append(Dataset(url, store, manifest, index, index.of_split(split)))
             _refuse_leak(url, index, patients)
         self._ends = np.cumsum([len(dataset.rows) for dataset in self.datasets])

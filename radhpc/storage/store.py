@@ -19,6 +19,7 @@ import logging
 import mmap
 import os
 import re
+import stat
 import threading
 from collections.abc import Iterable, Iterator
 from functools import cached_property
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from radhpc.core.errors import UserError
-from radhpc.core.files import NODE_LOCAL, file_system, write_atomically
+from radhpc.core.files import NODE_LOCAL, IrregularFile, file_system, open_regular, write_atomically
 from radhpc.storage import object_store
 from radhpc.storage.object_store import Traffic
 
@@ -38,7 +39,12 @@ _SUBSET = re.compile(r"(?P<url>.*)#(?P<subset>[a-z][a-z0-9_-]*)", re.DOTALL)
 
 MODE = 0o640  # of files in a folder: owner and group may read patients' data, others not
 PART = 16 << 20  # bytes of one part of an upload
+PREAD = 1 << 24  # bytes of a ranged read that is believed without a look at the file's size
 MAPS = 160  # shards that are mapped at a time
+
+
+class NoRegularFile(UserError):
+    """A FIFO, a device, a socket or a folder is where a file must be."""
 
 
 class Store:
@@ -68,9 +74,10 @@ class Store:
             return self._client
 
     def read(self, name: str) -> bytes:
-        """Read a whole file. Raises FileNotFoundError."""
+        """Read a whole file. Raises FileNotFoundError, and NoRegularFile."""
         if self.folder is not None:
-            return (self.folder / name).read_bytes()
+            with open(self._open(name), "rb") as file:
+                return file.read()
         with self._explain(name):
             return bytes(self._remote.get(name).bytes())
 
@@ -81,7 +88,10 @@ class Store:
     def view_range(self, name: str, offset: int, length: int, given_up: threading.Event | None = None) -> memoryview:
         """Read a range without a copy. Raises CancelledError between two attempts once `given_up` is set."""
         if self.folder is not None:
-            return memoryview(os.pread(self._descriptor(name), length, offset))
+            descriptor = self._descriptor(name)
+            if length > PREAD:  # room for all of it is made before it is known to be there
+                length = max(0, min(length, os.fstat(descriptor).st_size - offset))
+            return memoryview(os.pread(descriptor, length, offset))
         if length <= 0:
             return memoryview(b"")
         backoff = object_store.Backoff(given_up or threading.Event())
@@ -125,7 +135,7 @@ class Store:
             return None
         with self._lock:
             try:
-                with open(self.folder / name, "rb") as file:
+                with open(self._open(name), "rb") as file:
                     actual = os.fstat(file.fileno()).st_size
                     if actual != size:
                         raise UserError(
@@ -146,9 +156,12 @@ class Store:
         return self.folder is not None and file_system(self.folder) in NODE_LOCAL
 
     def size(self, name: str) -> int:
-        """Return a file's size in bytes. Raises FileNotFoundError."""
+        """Return a file's size in bytes. Raises FileNotFoundError, and NoRegularFile."""
         if self.folder is not None:
-            return (self.folder / name).stat().st_size
+            facts = (self.folder / name).stat()
+            if not stat.S_ISREG(facts.st_mode):
+                raise NoRegularFile(f"{self.url}/{name}: no regular file")
+            return facts.st_size
         with self._explain(name):
             return int(self._remote.head(name)["size"])
 
@@ -217,8 +230,16 @@ class Store:
     def _descriptor(self, name: str) -> int:
         with self._lock:
             if name not in self._descriptors:
-                self._descriptors[name] = os.open(self.folder / name, os.O_RDONLY | os.O_CLOEXEC)  # type: ignore[operator]
+                self._descriptors[name] = self._open(name)
             return self._descriptors[name]
+
+    def _open(self, name: str) -> int:
+        """Open a file of the folder. Raises FileNotFoundError, and NoRegularFile."""
+        assert self.folder is not None
+        try:
+            return open_regular(self.folder / name)
+        except IrregularFile as error:
+            raise NoRegularFile(f"{self.url}/{name}: no regular file") from error
 
     def close(self) -> None:
         """Close the files from which ranges were read."""
