@@ -59,7 +59,7 @@ def build(
         fresh = output.work / f"{LISTING}.new"
         messages = source.list_studies(raw, fresh, settings)
         with Listing(fresh) as listing:
-            recipe = source.recipe(settings, listing.digest)
+            recipe = source.recipe(settings, listing)
             build_hash = recipe_hash(recipe)
             manifest = output.find_finished(recipe, build_hash, settings.force)
             reused, skipped = manifest is not None, list[SkippedStudy]()

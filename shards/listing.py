@@ -26,6 +26,7 @@ from radhpc.core.errors import UserError
 from radhpc.core.sample import SPLITS, Split, salted_hash
 from shards import splits
 from shards.datasets.reader import RawStudy
+from shards.text.languages import LanguageTally
 
 _TABLES = """
 CREATE TABLE studies (place INTEGER PRIMARY KEY, study TEXT UNIQUE, patient TEXT, official TEXT, name TEXT, raw BLOB);
@@ -96,6 +97,10 @@ class Listing:
         self.format: str = facts.get("format", "")  # of the pickles: a listing of another one cannot be read
         self.digest: str = facts["digest"]  # of all that the reader yielded, keyed by the salt
         self.studies = int(facts["studies"])  # read, those left out included
+        self.without_rules: dict[str, int] = json.loads(
+            facts["without_rules"]
+        )  # studies by language: text/languages.py
+        self.warnings: list[str] = json.loads(facts["warnings"])  # about languages
         self.filled: tuple[Split, ...] = tuple(json.loads(facts["filled"]))  # splits that would have been empty
         self.plans = tuple(ShardPlan(*row) for row in json.loads(facts["plans"]))
 
@@ -150,7 +155,8 @@ def write_listing(
     try:
         connection.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;" + _TABLES)
         connection.execute("BEGIN")
-        digest, count = _add_studies(connection, studies, name, salt, folder)
+        tally = LanguageTally()
+        digest, count = _add_studies(connection, studies, name, salt, folder, tally)
         _refuse_two_splits(connection)
         connection.create_function("split_of", 2, lambda patient, split: _split_number(patient, split, ratios))
         for statement in filter(None, map(str.strip, _ORDER.split(";"))):
@@ -163,6 +169,8 @@ def write_listing(
             "digest": digest,
             "studies": count,
             "filled": json.dumps(filled),
+            "without_rules": json.dumps(tally.without_rules),
+            "warnings": json.dumps(tally.messages()),
             "plans": json.dumps(list(_plans(connection, shard_samples))),
         }
         connection.executemany("INSERT INTO facts VALUES (?, ?)", facts.items())
@@ -176,14 +184,21 @@ def write_listing(
 
 
 def _add_studies(
-    connection: sqlite3.Connection, studies: Iterable[RawStudy], name: str, salt: bytes, folder: Path | None
+    connection: sqlite3.Connection,
+    studies: Iterable[RawStudy],
+    name: str,
+    salt: bytes,
+    folder: Path | None,
+    tally: LanguageTally,
 ) -> tuple[str, int]:
-    """Write the studies as they come. Returns their digest and their number."""
+    """Write the studies as they come, and count their languages. Returns their digest and their number."""
     digest, count = hmac.new(salt, digestmod=hashlib.sha256), 0
     for count, raw in enumerate(studies, 1):
         digest.update(_canonical(raw, folder))
         study, reason = salted_hash(salt, name, "study", raw.study), raw.fault or raw.gap
         if not reason:
+            texts = (*raw.report.model_dump().values(), raw.question, raw.answer)
+            tally.count(raw.language, " ".join(filter(None, texts)))
             packed = pickle.dumps(raw, pickle.HIGHEST_PROTOCOL)
             patient = salted_hash(salt, name, "patient", raw.patient)
             added = connection.execute(

@@ -121,6 +121,7 @@ def _settings(made: dict[str, Any], workers: int | None) -> BuildSettings:
         image_format=made["image_format"],
         ratios=tuple(made["ratios"]),
         shard_samples=made["shard_samples"],
+        unscrubbed="unscrubbed" in made,
         max_skipped="100%",  # which studies are in is known
     )
 
@@ -129,7 +130,7 @@ def _refuse_changed_source(
     url: str, source: DatasetSource, settings: BuildSettings, listing: Listing, made: dict[str, Any]
 ) -> None:
     """Raise UserError where the raw archive, or anything else that decides the bytes, has changed since the build."""
-    recipe = json.loads(json.dumps(source.recipe(settings, listing.digest)))
+    recipe = json.loads(json.dumps(source.recipe(settings, listing)))
     differing = [key for key in made if key not in NOT_COMPARED and recipe.get(key) != made[key]]
     if differing:
         raise UserError(

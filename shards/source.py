@@ -22,6 +22,8 @@ from shards.datasets import reader as readers, registry
 from shards.images.windowing import PERCENTILES
 from shards.listing import Listing, SkippedStudy, write_listing
 from shards.settings import BuildSettings
+from shards.text import deidentification
+from shards.text.languages import LANGUAGES
 
 VERSIONED = ("numpy", "pillow", "pydicom", "imagecodecs")  # their versions may change the bytes
 SHOWN = 3  # names in a message
@@ -59,6 +61,7 @@ class DatasetSource:
             if not listing.studies:
                 raise UserError(f"{self.name}: no study found")
             check_budget(list(listing.skipped()), listing.studies, settings)
+            messages += [*listing.warnings, *_check_languages(listing.without_rules, settings.unscrubbed)]
             messages += [
                 f"split '{split}' would have been empty: it took the patient whose hash lies nearest; "
                 "the splits of so small a set may change when it grows"
@@ -66,11 +69,12 @@ class DatasetSource:
             ]
         return messages
 
-    def recipe(self, settings: BuildSettings, digest: str) -> dict[str, Any]:
-        """Return all that decides the bytes: equal recipes give equal shards. `digest` is that of the listing.
+    def recipe(self, settings: BuildSettings, listing: Listing) -> dict[str, Any]:
+        """Return all that decides the bytes: equal recipes give equal shards.
 
-        Paths decide nothing, as the digest covers the content; hence options that are paths are left out.
+        Paths decide nothing, as the listing's digest covers the content; hence options that are paths are left out.
         """
+        unscrubbed = {"unscrubbed": sorted(listing.without_rules)} if listing.without_rules else {}
         options = self.options.model_dump(mode="json", exclude_none=True)
         return {
             "reader": self.dataset,
@@ -85,7 +89,9 @@ class DatasetSource:
             "percentiles": list(PERCENTILES),
             "ratios": list(settings.ratios),
             "shard_samples": settings.shard_samples,
-            "source": digest,
+            "source": listing.digest,
+            "rules": deidentification.rules_digest(),
+            **unscrubbed,
             "salt": hashlib.sha256(b"radhpc fingerprint" + self.salt).hexdigest()[:16],
             "versions": {package: importlib.metadata.version(package) for package in VERSIONED},
             "format": formats.SHARDS,
@@ -103,6 +109,22 @@ def open_source(dataset: str, options: Mapping[str, str]) -> DatasetSource:
 def recipe_hash(recipe: Mapping[str, Any]) -> str:
     """Return the identity of a build: a hash of its recipe."""
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+
+
+def _check_languages(studies: Mapping[str, int], unscrubbed: bool) -> list[str]:
+    """Return the message on texts in languages without rules. Raises UserError where nobody answers for them.
+
+    `studies` are counts by language.
+    """
+    if not studies:
+        return []
+    listed = ", ".join(f"{count} in {language}" for language, count in sorted(studies.items()))
+    if not unscrubbed:
+        raise UserError(
+            f"language: {listed}: the privacy gate has rules for {', '.join(LANGUAGES)} alone; "
+            "--unscrubbed builds these studies all the same, and whoever gives it answers for the identifiers in them"
+        )
+    return [f"--unscrubbed: studies whose texts no rule of their language has looked at: {listed}"]
 
 
 def check_budget(skipped: Sequence[SkippedStudy], studies: int, settings: BuildSettings) -> None:

@@ -61,6 +61,12 @@ def build(
     work: Annotated[
         Path | None, typer.Option(help="Private folder for temporary files; all nodes must see it.")
     ] = None,
+    unscrubbed: Annotated[
+        bool,
+        typer.Option(
+            "--unscrubbed", help="Build texts in languages without privacy rules, too: you answer for what is in them."
+        ),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace shards that were built with other settings.")] = False,
     balance: Annotated[bool, typer.Option("--balance", help="Also make the subset URL#balanced (see above).")] = False,
     cap: Annotated[
@@ -101,6 +107,7 @@ def build(
         apart_from=tuple(apart_from or ()),
         shard_samples=shard_samples,
         max_skipped=max_skipped,
+        unscrubbed=unscrubbed,
         force=force,
         work=work,
         **extra,

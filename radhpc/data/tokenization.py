@@ -2,7 +2,7 @@
 
     tokenizer = TextTokenizer(family.tokenizer)
     tokenizer.text("Clear <|image|> lungs.")         # ids of which none is a control token; they decode to this text
-    tokenizer.chat("Clear <|image|>?", template)     # those of the template are alive, those of the text are not
+    tokenizer.chat("Where is <|image|>?", template)  # control tokens are those of the template, not those of the text
 
 A text without any control token has the ids that the tokenizer alone gives it.
 """

@@ -57,6 +57,16 @@ def load(device: torch.device) -> Any:
     return deepspeed
 
 
+def check_fp16(library: Any) -> None:
+    """Raise UserError where DeepSpeed would refuse fp16 when it starts: on GPUs without it and on most CPUs."""
+    accelerator = library.accelerator.get_accelerator()
+    if not accelerator.is_fp16_supported():
+        raise UserError(
+            f"precision: fp16: DeepSpeed does not compute in it on this {accelerator.device_name()}; allowed here are "
+            "fp32 and bf16, or engine: fsdp"
+        )
+
+
 def time_collectives(library: Any, ranks: Ranks) -> None:
     """Let ranks.waited() count the time that DeepSpeed's collectives wait: all of them go through one backend object.
 

@@ -36,6 +36,8 @@ class ZeroEngine(Engine):
     def _place_model(self, recipe: Recipe, blocks: tuple[type, ...]) -> None:
         self._recipe, self._replicated = recipe, False
         self._library = compat.load(self.ranks.device)
+        if self.dtype == torch.float16:
+            compat.check_fp16(self._library)
         if not dist.is_initialized():  # one rank
             backend = "nccl" if self.ranks.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]

@@ -62,7 +62,11 @@ class MemoryTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self._fake_values and is_value_request(func) and isinstance(args[0], FakeTensor):
             dtype = args[0].dtype
-            return False if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
+            if dtype.is_floating_point:
+                return 1.0
+            return (
+                False if dtype == torch.bool else int(dtype != torch.uint8)
+            )  # DeepSpeed's flags of overflow are bytes
         if any(issubclass(tensor_type, DTensor) for tensor_type in types):
             return NotImplemented  # its local tensors are dispatched next
         result = self._compute(func, args, kwargs or {})

@@ -13,16 +13,19 @@ complete: it is written under another name and renamed.
 
 import copy
 import importlib
+import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from modulefinder import ModuleFinder
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import numpy as np
@@ -228,20 +231,49 @@ def _exported_class(modules: Sequence[str]) -> Any:
 def copy_modules(modules: Sequence[str], folder: Path) -> None:
     """Lay a family's own modules beside the weights, where transformers' `auto_map` finds them.
 
-    Each is a file of its package that needs nothing of radhpc but, by relative imports, the others (import-linter holds
-    that for radhpc.models.portable); its constant AUTO_MAP, if it has one, says which of its classes is which of
+    Each is a file that imports neither radhpc nor its own package but, by relative imports, the others; if one does,
+    an AssertionError names it. Its constant AUTO_MAP, if it has one, says which of its classes is which of
     transformers' Auto classes, such as {"AutoModelForImageTextToText": "Mine"}, and goes into config.json, or into
     processor_config.json where it is a processor's.
     """
     for module in modules:
-        package, _, stem = module.rpartition(".")
-        (folder / f"{stem}.py").write_bytes((files(package) / f"{stem}.py").read_bytes())
+        spec = importlib.util.find_spec(module)
+        assert spec is not None, f"{module}: there is no such module"
+        assert spec.origin is not None, f"{module}: no file holds it"
+        used = sorted(set(_not_exported(module, modules)))
+        assert not used, f"{module} does not stand alone beside the weights: it imports {', '.join(used)}"
+        stem = module.rpartition(".")[2]
+        (folder / f"{stem}.py").write_bytes(Path(spec.origin).read_bytes())
         if auto_map := getattr(importlib.import_module(module), "AUTO_MAP", {}):
             classes = {kind: f"{stem}.{name}" for kind, name in auto_map.items()}
             file = folder / ("processor_config.json" if "AutoProcessor" in classes else "config.json")
             config = json.loads(file.read_text())
             config["auto_map"] = config.get("auto_map", {}) | classes
             file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _not_exported(module: str, modules: Sequence[str]) -> Iterator[str]:
+    """Yield what a module imports, anywhere in it, of radhpc and of its own package beyond the exported modules.
+
+    Its compiled code is asked, as import statements inside functions run only later. Imports by a computed name are
+    left to check(), which runs the export.
+    """
+    spec = importlib.util.find_spec(module)
+    loader: Any = spec and spec.loader
+    package, top = module.rpartition(".")[0], module.partition(".")[0]
+    pending: list[CodeType] = [loader.get_code(module)]
+    while pending:
+        code = pending.pop()
+        pending += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+        for kind, details in ModuleFinder().scan_opcodes(code):
+            if kind == "absolute_import":
+                _, name = details
+                if name.partition(".")[0] in {"radhpc", "shards", "slurm", top}:
+                    yield name
+            elif kind == "relative_import":
+                level, names, name = details
+                target = importlib.util.resolve_name("." * level + name, package)
+                yield from {target, *(f"{target}.{n}" for n in names or () if not name)} - {package, *modules}
 
 
 def _write_beside(context: RunContext, encoder: StudyEncoder, folder: Path) -> None:

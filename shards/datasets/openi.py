@@ -191,8 +191,8 @@ def _identifier(record: table.Record) -> str:
 
 def _section(column: str, value: str) -> str:
     """Return a section's text. People say `None` of indications and comparisons, so there it is no missing value."""
-    nothing = cells.is_missing if column.upper() in OTHERS else cells.is_empty
-    return "" if nothing(value) else value.strip()
+    is_without = cells.is_missing if column.upper() in OTHERS else cells.is_empty
+    return "" if is_without(value) else value.strip()
 
 
 def _assemble(

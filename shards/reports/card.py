@@ -78,6 +78,7 @@ def _settings(manifest: Manifest) -> str:
         "near-duplicates across splits": {"drop": "left out", "report": "kept"}.get(recipe.get("duplicates", "")),
         "kept apart from": ", ".join(hash[:16] for hash in recipe.get("apart_from", ())),
         "samples in a shard, at most": recipe.get("shard_samples"),
+        "texts in languages without rules": ", ".join(recipe.get("unscrubbed", ())),
         "versions": ", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
         "build": manifest.build_hash[:16],
     }

@@ -1,4 +1,4 @@
-"""What a table is once it is read: records, one for each row or object, and the names of their columns."""
+"""Describes a table that was read: records, one for each row or object, and the names of their columns."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass

@@ -30,7 +30,7 @@ SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
 
 @dataclass(frozen=True)
 class Form:
-    """What a user says of the form of a table; nothing is found out then."""
+    """The form of a table, as far as the user names it; the rest is detected."""
 
     delimiter: str | None = None
     encoding: str | None = None

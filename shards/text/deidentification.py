@@ -9,16 +9,41 @@ needs more than this gate.
 """
 
 import functools
+import hashlib
 import re
 from collections import Counter
 
 from radhpc.core.sample import CHEXPERT, Report, Sample
-from shards.text.identifier_rules import RULES
+from shards.text import identifier_rules
+from shards.text.identifier_rules import Rule
+from shards.text.languages import is_code
+from shards.text.name_rules import NAME_RULES
+from shards.text.number_rules import NUMBER_RULES
+from shards.text.place_rules import PLACE_RULES
 
+RULES = (*identifier_rules.RULES, *NUMBER_RULES, *NAME_RULES, *PLACE_RULES)
 MARK = "___"
+REACH = 200  # characters behind a token in which a match ends
 SECTIONS = tuple(Report.model_fields)
-_LANGUAGE = re.compile(r"[A-Za-z]{2,3}(?:[-_][A-Za-z0-9]{2,8}){0,3}")  # BCP 47, as far as archives use it
 _DIGIT = re.compile(r"\d")
+_TOKENS = frozenset[str]().union(*(rule.tokens for rule in RULES))
+
+
+class _LettersOnly(dict[int, int | str]):
+    """A table for str.translate: what is no letter becomes a space."""
+
+    def __missing__(self, code: int) -> int | str:
+        self[code] = code if chr(code).isalpha() else " "
+        return self[code]
+
+
+_LETTERS = _LettersOnly()
+
+
+def rules_digest() -> str:
+    """Return the identity of the rules: other rules give other texts."""
+    patterns = "\n".join(pattern.pattern for rule in RULES for pattern in rule.patterns)
+    return hashlib.sha256(patterns.encode()).hexdigest()[:16]
 
 
 def scrub(text: str) -> tuple[str, dict[str, int]]:
@@ -28,19 +53,55 @@ def scrub(text: str) -> tuple[str, dict[str, int]]:
     """
     counts: dict[str, int] = {}
     while True:
-        before = text
-        spaced, digit = f" {' '.join(text.lower().split())}", _DIGIT.search(text)
+        before, view = text, _TextView(text)
         for rule in RULES:
-            if (rule.words and not _contains_any(spaced, rule.words)) or (
-                rule.near and not (digit and rule.near.search(text))
-            ):
+            if not view.may_match(rule):
                 continue
+            times = 0
             for pattern in rule.patterns:
-                text, times = pattern.subn(_mark, text)
-                if times:
-                    counts[rule.name] = counts.get(rule.name, 0) + times
+                text, replaced = pattern.subn(_mark, text)
+                times += replaced
+            if times:
+                counts[rule.name] = counts.get(rule.name, 0) + times
+                view = _TextView(text)
         if text == before:
             return text, counts
+
+
+class _TextView:
+    """A text in the forms that show cheaply which rules cannot match in it."""
+
+    def __init__(self, text: str) -> None:
+        self.text, low = text, text.lower()
+        self.digit = _DIGIT.search(text) is not None
+        self.spaced = f" {' '.join(low.split())}"
+        self.letters = f" {low.translate(_LETTERS)} "  # with a space in front, a token has the position of its space
+        self.tokens = _TOKENS.intersection(self.letters.split())
+        self.aligned = len(low) == len(text)  # a few capitals have two small letters
+
+    def may_match(self, rule: Rule) -> bool:
+        """Return False where no pattern of the rule can match."""
+        if (rule.near and not self.digit) or (rule.tokens and self.tokens.isdisjoint(rule.tokens)):
+            return False
+        if (rule.words and not _contains_any(self.spaced, rule.words)) or (
+            rule.near and not rule.near.search(self.text)
+        ):
+            return False
+        return rule.before is None or not self.aligned or self._matches_at_token(rule, rule.before)
+
+    def _matches_at_token(self, rule: Rule, before: int) -> bool:
+        for token in self.tokens & rule.tokens:
+            place = self.letters.find(word := f" {token} ")
+            while place >= 0:
+                for pattern in rule.patterns:
+                    if before:
+                        match = pattern.search(self.text, max(0, place - before), place + REACH)
+                    else:
+                        match = pattern.match(self.text, place)
+                    if match:
+                        return True
+                place = self.letters.find(word, place + 1)
+        return False
 
 
 def _contains_any(text: str, words: tuple[str, ...]) -> bool:
@@ -76,7 +137,7 @@ def remaining_identifiers(sample: Sample) -> list[str]:
     texts = {section: getattr(sample.report, section) for section in SECTIONS}
     texts |= {"question": sample.question, "answer": sample.answer}
     findings = [f"{field}: {rule}" for field, text in texts.items() if text for rule in scrub(text)[1]]
-    if not _LANGUAGE.fullmatch(sample.language):
+    if not is_code(sample.language):
         findings.append("language: no language code")
     findings += [f"dataset: {rule}" for rule in _rules_in_name(sample.dataset)]
     for number, view in enumerate(sample.images):

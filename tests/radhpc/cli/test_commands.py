@@ -181,24 +181,59 @@ def test_an_adapter_on_given_weights_leaves_them_where_they_are(
     assert str(tmp_path) not in card
 
 
-def test_a_module_travels_with_its_weights(tmp_path: Path) -> None:
-    from radhpc.serving.export import copy_modules
-
-    (tmp_path / "source").mkdir()
+@pytest.fixture
+def foreign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of modules that can be imported; they are gone afterwards."""
+    (tmp_path / "source" / "travelling").mkdir(parents=True)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text('{"model_type": "llama"}')
+    monkeypatch.syspath_prepend(tmp_path / "source")
+    yield tmp_path / "source"
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("travelling", "whole")]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("package", ["", "travelling."])
+def test_a_module_travels_with_its_weights(foreign: Path, tmp_path: Path, package: str) -> None:
+    from radhpc.serving.export import copy_modules
+
     code = "import torch\nAUTO_MAP = {'AutoModel': 'Mine'}\nclass Mine(torch.nn.Module): ...\n"
-    (tmp_path / "source" / "travelling.py").write_text(code)
-    (tmp_path / "source" / "clinging.py").write_text("from radhpc.core.recipe import ModelSettings\n")
-    sys.path.insert(0, str(tmp_path / "source"))
-    try:
-        copy_modules(["travelling"], tmp_path / "out")
-        with pytest.raises(AssertionError, match="does not stand alone"):
-            copy_modules(["clinging"], tmp_path / "out")
-    finally:
-        sys.path.remove(str(tmp_path / "source"))
-    assert (tmp_path / "out" / "travelling.py").read_text() == code
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"] == {"AutoModel": "travelling.Mine"}
+    if package:
+        code += "from .part import SIZE\nfrom . import part\n"
+        (foreign / "travelling" / "part.py").write_text("SIZE = 3\n")
+    module = f"{package}whole"
+    (foreign / f"{module.replace('.', '/')}.py").write_text(code)
+    copy_modules([module, *(["travelling.part"] if package else [])], tmp_path / "out")
+    assert (tmp_path / "out" / "whole.py").read_text() == code
+    assert (tmp_path / "out" / "part.py").exists() == bool(package)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"] == {"AutoModel": "whole.Mine"}
+
+
+@pytest.mark.parametrize(
+    ("statement", "culprit"),
+    [
+        ("from radhpc.core.recipe import ModelSettings", "radhpc.core.recipe"),
+        ("import os, shards.salt as other", "shards.salt"),
+        ("def late():\n    import radhpc", "radhpc"),
+        (
+            "class Late:\n    def late(self):\n        return [(lambda: __import__) for _ in ()]\n    import slurm",
+            "slurm",
+        ),
+        ("from travelling import part", "travelling"),
+        ("from .part import SIZE", "travelling.part"),
+        ("from . import part", "travelling.part"),
+    ],
+)
+def test_a_module_that_needs_more_than_is_exported_is_refused(
+    foreign: Path, tmp_path: Path, statement: str, culprit: str
+) -> None:
+    from radhpc.serving.export import copy_modules
+
+    (foreign / "travelling" / "part.py").write_text("SIZE = 3\n")
+    (foreign / "travelling" / "clinging.py").write_text(statement + "\n")
+    with pytest.raises(AssertionError, match=rf"clinging does not stand alone .* it imports {culprit}$"):
+        copy_modules(["travelling.clinging"], tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.py"))
 
 
 def test_weights_without_a_place_in_transformers_are_refused(run: Path, tmp_path: Path) -> None:

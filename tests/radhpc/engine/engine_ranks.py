@@ -18,11 +18,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
+from radhpc.core.errors import UserError
 from radhpc.core.recipe import Recipe, load
 from radhpc.data.collate import Batch, StudyEncoder
 from radhpc.data.source import Source
 from radhpc.distributed.ranks import Ranks
-from radhpc.engine import zero
+from radhpc.engine import compat_deepspeed, zero
 from radhpc.engine.fsdp import Engine
 from radhpc.models import adapters, family as models, lazy_loading, quantization
 from radhpc.planning import forecast
@@ -232,9 +233,21 @@ def peak(life: Life, name: str, stage: int) -> float:
         return forecast.trace_step(engine, [batch, batch], memory) / 1e9
 
 
-def forecast_of(life: Life, name: str, world: int) -> list[float]:
-    """The same by `plan`, of each stage, without peers."""
+def forecast_of(life: Life, name: str, world: int, fp16: bool = True) -> list[float]:
+    """The same by `plan`, of each stage, without peers; on request as on a CPU whose fp16 DeepSpeed refuses."""
+    if not fp16:
+        library = compat_deepspeed.load(life.ranks.device)
+        library.accelerator.get_accelerator().is_fp16_supported = lambda: False
     return [stage.gigabytes_per_gpu for stage in forecast.forecast(life.recipe, world)]
+
+
+def refusal_of_fp16(life: Life, name: str) -> str:
+    """What DeepSpeed's own accelerator has against fp16 on this machine; empty where it computes in it."""
+    try:
+        compat_deepspeed.check_fp16(compat_deepspeed.load(life.ranks.device))
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def language_rows(folder: Path) -> int:

@@ -115,3 +115,14 @@ def test_a_library_that_cannot_be_imported_is_one_line(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(UserError, match="engine: deepspeed: it cannot be imported"):
         compat.load(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_fp16_is_refused_where_deepspeed_would(monkeypatch: pytest.MonkeyPatch, supported: bool) -> None:
+    library = compat.load(torch.device("cpu"))
+    monkeypatch.setattr(library.accelerator.get_accelerator(), "is_fp16_supported", lambda: supported)
+    if supported:
+        compat.check_fp16(library)
+        return
+    with pytest.raises(UserError, match=r"^precision: fp16: DeepSpeed does not compute in it on this cpu; allowed .*"):
+        compat.check_fp16(library)

@@ -44,9 +44,11 @@ def refusal(dataset: str, raw: Path | None, **options: str) -> str:
     return str(error.value)
 
 
-def built(dataset: str, raw: Path, out: Path, max_skipped: int = 0, **options: str) -> tuple[BuildResult, list[Sample]]:
+def built(
+    dataset: str, raw: Path, out: Path, max_skipped: int = 0, unscrubbed: bool = False, **options: str
+) -> tuple[BuildResult, list[Sample]]:
     """Build, and return the samples that lie in the shards, by question or text."""
-    settings = BuildSettings(workers=1, shard_samples=100, max_skipped=max_skipped)
+    settings = BuildSettings(workers=1, shard_samples=100, max_skipped=max_skipped, unscrubbed=unscrubbed)
     result = build(dataset, raw, str(out), options, settings)
     samples = []
     for path in sorted(out.glob("*.tar")):

@@ -64,14 +64,14 @@ def test_english_as_published(tmp_path: Path) -> None:
 
 def test_chinese_and_both(tmp_path: Path) -> None:
     raw = write(tmp_path / "raw")
-    _, samples = built("slake", raw, tmp_path / "zh", languages="zh")
+    _, samples = built("slake", raw, tmp_path / "zh", unscrubbed=True, languages="zh")
     assert [(sample.question, sample.answer, sample.language) for sample in samples] == [
         ("图像中 有肝脏吗？", "是", "zh"),
         ("用的是什么模态？", "核磁共振", "zh"),
     ]
-    result, samples = built("slake", raw, tmp_path / "both", languages="en,zh")
+    result, samples = built("slake", raw, tmp_path / "both", unscrubbed=True, languages="en,zh")
     assert result.samples == 6
-    assert result.warnings == []
+    assert [text.split(":")[0] for text in result.warnings] == ["--unscrubbed"]
     by_question = {sample.question: sample.patient for sample in samples}
     assert by_question["Question 0?"] == by_question["图像中 有肝脏吗？"], "the image stands for the patient"
     with pytest.raises(UserError, match=r"slake: option languages=de: .*en, zh or en,zh"):
