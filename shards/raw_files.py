@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from radhpc.core.errors import first_line
 from radhpc.core.files import open_regular
 
 # Tables of text become 5 to 20 times as large when they are decompressed, a bomb of zeros 1,030 times.
@@ -89,6 +90,12 @@ def inside(archive: Archive) -> Iterator[None]:
         yield
     finally:
         _archive.reset(token)
+
+
+def reason(error: OSError) -> str:
+    """Return why a file cannot be read, in a few words for the user."""
+    words = error.strerror or first_line(error)
+    return f"{words}: {error.detail}" if isinstance(error, RefusedFile) and error.detail else words
 
 
 def current() -> Archive:
