@@ -70,7 +70,7 @@ def test_other_encodings_are_refused_by_line_and_read_where_named(text: str, enc
 def test_damaged_utf8_is_no_other_encoding(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", [["image", "text"], *([f"{n}.png", "pequeño"] for n in range(40))], "utf-8")
     data = path.read_bytes()
-    place = data.index("20.png,peque".encode()) + 12
+    place = data.index(b"20.png,peque") + 12
     path.write_bytes(data[: place + 1] + data[place + 2 :])
     with pytest.raises(UserError, match="a.csv: line 22, character 13: byte 0xc3 is not UTF-8, as the rest"):
         table.read(path)
