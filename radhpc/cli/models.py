@@ -264,7 +264,7 @@ def _check_evaluation(
     from radhpc.core.manifest import Manifest
     from radhpc.core.sample import SPLITS
     from radhpc.engine.checkpoint import Checkpoints
-    from radhpc.evaluation.metrics.scorers import Judges
+    from radhpc.evaluation.metrics.scorers import ModelScorers
     from radhpc.evaluation.scoring import newest_evaluation
     from radhpc.storage.store import Store
 
@@ -279,7 +279,7 @@ def _check_evaluation(
     counts = [Manifest.load(Store(url)).splits.get(split, 0) for url in shards or run.recipe().shards_of(stage)]
     if not any(counts):
         raise UserError(f"--split {split}: no study there")
-    Judges(settings.scorers.folders(), settings.scorers.sha256, "cpu").hashes  # noqa: B018
+    ModelScorers(settings.scorers.folders(), settings.scorers.sha256, "cpu").hashes  # noqa: B018
     if against is not None:
         from radhpc.core.run_folder import RunFolder
 
