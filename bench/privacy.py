@@ -43,53 +43,13 @@ from shards.text.deidentification import scrub
 
 FOLDER = Path(__file__).parent / "privacy_texts"
 HALVES = ("open", "held")
-_GENERAL = frozenset(  # words of an identifier that tell nothing: kinds of places, titles, articles
-    [
-        "hospital",
-        "medical",
-        "center",
-        "clinic",
-        "rehabilitation",
-        "general",
-        "municipal",
-        "clínica",
-        "krankenhaus",
-        "klinikum",
-        "universitätsklinikum",
-        "hôpital",
-        "clinique",
-        "chu",
-        "bệnh",
-        "viện",
-        "calle",
-        "dr",
-        "docteur",
-        "mr",
-        "am",
-        "an",
-        "der",
-        "des",
-        "de",
-        "del",
-        "la",
-        "le",
-        "los",
-        "las",
-        "da",
-        "do",
-        "du",
-        "das",
-        "to",
-        "of",
-        "and",
-        "from",
-        "đa",
-        "khoa",
-        "số",
-        "đường",
-        "uhr",
-    ]
+# Words of an identifier that tell nothing: kinds of places, titles, articles.
+_GENERAL_WORDS = (
+    "hospital medical center centre clinic rehabilitation general community municipal comarcal regional provincial"
+    " clínica universitario hospitalier santa casa krankenhaus klinikum universitätsklinikum hôpital clinique chu bệnh"
+    " viện calle dr docteur mr am an der des de del la le los las da do du das to of and from đa khoa số đường uhr"
 )
+_GENERAL = frozenset(_GENERAL_WORDS.split())
 _PART = re.compile(r"\[(\w+):([^\]]+)\]|\{([^}]+)\}")
 
 
