@@ -57,7 +57,7 @@ def read(raw: Path | None, options: ReaderOptions) -> Iterator[RawStudy]:
     for split, path in files.items():
         rows = table.read(path)
         if missing := [name for name in COLUMNS if name not in rows.columns]:
-            raise UserError(f"{path}: no {', '.join(missing)} in the records; found are {', '.join(rows.columns)}")
+            raise UserError(f"{path}: no {', '.join(missing)} in the records; found are {table.listed(rows.columns)}")
         for record in rows.records:
             name = f"{path.name} {record.where}"
             try:
