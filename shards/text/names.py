@@ -50,7 +50,7 @@ def load_finder(folder: Path) -> Finder:
     try:
         import spacy
     except ImportError as error:
-        raise UserError("--names: needs spaCy; install radhpc[names]") from error
+        raise UserError("--names: needs spaCy, the extra `names`: make install EXTRAS=names") from error
     try:
         model: Any = spacy.load(folder)
     except Exception as error:  # spaCy's own, of many kinds
