@@ -7,10 +7,12 @@ try:
 except ModuleNotFoundError as error:
     if error.name and error.name.split(".")[0] in ("radhpc", "slurm", "shards"):
         raise
-    sys.exit(
+    print(
         f"radhpc: this Python ({sys.executable}) has no {error.name}; run 'make install' and "
-        "'source .venv/bin/activate', then 'radhpc VERB'"
+        "'source .venv/bin/activate', then 'radhpc VERB'",
+        file=sys.stderr,
     )
+    sys.exit(2)
 
 if __name__ == "__main__":
     main()

@@ -33,7 +33,7 @@ from radhpc.engine.fsdp import Engine
 from radhpc.models import adapters, attention
 from radhpc.models.attention import Segment
 from radhpc.models.families import mllama_attention, mllama_tiles
-from radhpc.models.families.mllama import Family
+from radhpc.models.families.mllama import MllamaFamily
 from radhpc.models.quantization import quantise
 from radhpc.planning.memory_trace import MemoryTrace
 
@@ -140,10 +140,10 @@ def ours(
     """A step of our engine."""
     model, recipe = setting.model(attention.NAME, skip), setting.recipe(*more)
     if recipe.model.quantise is not None:
-        quantise(model, Family.blocks, ())
+        quantise(model, MllamaFamily.blocks, ())
     adapters.attach(model, LoraSettings(rank=16, alpha=16, targets=targets), 0)
     adapters.choose_trained(model, recipe.stages[1].model_copy(update={"train": ()}))
-    engine = Engine(model, recipe, recipe.stages[1].optimizer, Family.blocks, Ranks())
+    engine = Engine(model, recipe, recipe.stages[1].optimizer, MllamaFamily.blocks, Ranks())
 
     def step(batch: Batch) -> None:
         engine.step([batch], int((batch["labels"][:, 1:] != IGNORE).sum()), 1.0)

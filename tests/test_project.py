@@ -2,6 +2,7 @@
 
 import configparser
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -109,3 +110,13 @@ def test_make_test_says_what_it_installs_before_it_does() -> None:
     (needs,) = re.findall(r"^test: (.*)$", makefile, re.M)
     assert needs.split()[0] == "announce"
     assert "SYSTEM=no" in (ROOT / ".ci" / "system").read_text()
+
+
+def test_without_the_environment_launch_says_in_one_line_what_to_do(tmp_path: Path) -> None:
+    """The system's Python, with nothing of the caller's environment. Its own site-packages are left out (-S)."""
+    for folder in (ROOT, tmp_path):
+        command = ["/usr/bin/env", "-i", "/usr/bin/python3", "-S", str(ROOT / "launch.py"), "--help"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+        assert (done.returncode, done.stdout) == (2, "")
+        (line,) = done.stderr.splitlines()
+        assert "run 'make install' and 'source .venv/bin/activate', then 'radhpc VERB'" in line

@@ -266,7 +266,7 @@ def _check_evaluation(
     from radhpc.core.people import DatasetPatients
     from radhpc.core.sample import SPLITS
     from radhpc.engine.checkpoint import Checkpoints
-    from radhpc.evaluation.metrics.scorers import Judges
+    from radhpc.evaluation.metrics.scorers import ModelScorers
     from radhpc.evaluation.scoring import newest_evaluation
     from radhpc.storage.store import Store
 
@@ -292,7 +292,7 @@ def _check_evaluation(
                 raise
             console.print(f"[yellow]warning[/] patients of an earlier stage: {escape(str(error))}", soft_wrap=True)
     compare_patients(datasets)
-    Judges(settings.scorers.folders(), settings.scorers.sha256, "cpu").hashes  # noqa: B018
+    ModelScorers(settings.scorers.folders(), settings.scorers.sha256, "cpu").hashes  # noqa: B018
     if against is not None:
         from radhpc.core.run_folder import RunFolder
 

@@ -1,5 +1,6 @@
 """Check, submit and follow a job: what train, resume, sweep and evaluate share."""
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -63,7 +64,7 @@ def compare_patients(datasets: Sequence["DatasetPatients"]) -> None:
     from radhpc.core.people import describe_incomparable, refuse_shared_patients
 
     refuse_shared_patients(datasets)
-    if warning := describe_incomparable(datasets):
+    if warning := describe_incomparable(itertools.combinations(datasets, 2)):
         console.print(f"[yellow]warning[/] {escape(warning)}", soft_wrap=True)
 
 

@@ -1,6 +1,6 @@
 """List the model families: where each is implemented, and which components its weights have.
 
-    entry("mllama").module                     # "radhpc.models.families.mllama", which has a class `Family`
+    entry("mllama").implementation             # "radhpc.models.families.mllama:MllamaFamily", its module and class
     entry("llava").components["vision"].types  # ("clip", "clip_vision_model"): model types its config.json may have
 
 A login node reads this without importing torch. A new family is one file in radhpc/models/families/ and one entry here;
@@ -25,15 +25,18 @@ class Component:
 
 @dataclass(frozen=True)
 class FamilyEntry:
-    """A family's module, and its components by name; `model` is the complete model in one folder."""
+    """The class that implements a family, as MODULE:CLASS, and its components by name.
 
-    module: str
+    `model` is the complete model in one folder.
+    """
+
+    implementation: str
     components: Mapping[str, Component]
 
 
 BUILT_IN: Mapping[str, FamilyEntry] = {
     "llava": FamilyEntry(
-        "radhpc.models.families.llava",
+        "radhpc.models.families.llava:LlavaFamily",
         {
             "model": Component(("llava",), "llava-hf/llava-1.5-7b-hf", ("<image>", "<|image|>")),
             "vision": Component(("clip", "clip_vision_model"), "openai/clip-vit-large-patch14-336"),
@@ -41,15 +44,15 @@ BUILT_IN: Mapping[str, FamilyEntry] = {
         },
     ),
     "mllama": FamilyEntry(
-        "radhpc.models.families.mllama",
+        "radhpc.models.families.mllama:MllamaFamily",
         {"model": Component(("mllama",), "meta-llama/Llama-3.2-11B-Vision-Instruct", ("<|image|>",))},
     ),
     "qwen3_vl": FamilyEntry(
-        "radhpc.models.families.qwen3_vl",
+        "radhpc.models.families.qwen3_vl:Qwen3VLFamily",
         {"model": Component(("qwen3_vl",), "Qwen/Qwen3-VL-4B-Instruct", ("<|image_pad|>",))},
     ),
     "swin_qwen": FamilyEntry(
-        "radhpc.models.families.swin_qwen",
+        "radhpc.models.families.swin_qwen:SwinQwenFamily",
         {
             "vision": Component(("swin",), "microsoft/swin-base-patch4-window7-224"),
             "text": Component(("qwen3", "llama"), "Qwen/Qwen3-0.6B"),

@@ -40,7 +40,7 @@ class Bar:
     def __init__(self, title: str, total: int, done: int = 0, unit: str = "", hidden: bool = False) -> None:
         self.title, self.total, self.unit, self.hidden = title, total, unit, hidden
         self.done = self.start_done = done
-        self.started = self._said = time.monotonic()
+        self.started = self._last_logged = time.monotonic()
         self._progress: Progress | None = None
         self._task: TaskID | None = None
 
@@ -67,7 +67,7 @@ class Bar:
         if self._progress is not None:
             self._progress.stop()
         elif not self.hidden and self.done > self.start_done:
-            self._say("")
+            self._log_progress("")
 
     def update(self, done: int, note: str = "", total: int | None = None) -> None:
         """Set how much is done; `note`, such as the loss, is shown after it."""
@@ -77,17 +77,17 @@ class Bar:
             return
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=done, total=self.total, rate=self._rate(), note=note)
-        elif time.monotonic() - self._said > 10:
-            self._say(note)
+        elif time.monotonic() - self._last_logged > 10:
+            self._log_progress(note)
 
     def _rate(self) -> str:
         seconds = time.monotonic() - self.started
         rate = (self.done - self.start_done) / seconds if seconds > 0 else 0.0
         return f"{rate:.1f} {self.unit}/s"
 
-    def _say(self, note: str) -> None:
-        self._said = time.monotonic()
-        seconds = self._said - self.started
+    def _log_progress(self, note: str) -> None:
+        self._last_logged = time.monotonic()
+        seconds = self._last_logged - self.started
         speed = (self.done - self.start_done) / seconds if seconds > 0 else 0.0
         left = f"{(self.total - self.done) / speed:.0f} s" if speed > 0 else "?"
         log.info("%s %d/%d %s eta %s %s", self.title, self.done, self.total, self._rate(), left, note)

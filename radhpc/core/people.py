@@ -2,15 +2,17 @@
 
     datasets = [DatasetPatients.load(Store("/data/mimic")), DatasetPatients.load(Store("/data/vqa"))]
     refuse_shared_patients(datasets)                  # UserError: 3 of 40 patients in train in test there
-    warning = describe_incomparable(datasets)         # None, or why some of them cannot be compared
+    warning = describe_incomparable(combinations(datasets, 2))  # None, or why some of them cannot be compared
 
 Patients are salted hashes in a namespace (`people` of the manifest): two datasets of one hospital have one namespace,
-while patient 7 of one hospital is not patient 7 of another. Hashes of different namespaces, or of different salts, never
-agree, so that nothing can be said about such a pair. The salt of a dataset is known by its digest in the manifest.
+while patient 7 of one hospital is not patient 7 of another. Hashes of different namespaces, or of different salts,
+never agree, so that nothing can be said about such a pair. The manifest holds a digest of the salt, which tells equal
+salts, and nothing else.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -24,7 +26,8 @@ from radhpc.core.sample import SPLITS, Split
 APART = frozenset({"mimic", "padchest", "chexpert", "chestxray14", "openi"})
 
 
-class DatasetPatients(NamedTuple):
+@dataclass(frozen=True)
+class DatasetPatients:
     """One dataset of a comparison."""
 
     url: str
@@ -35,7 +38,9 @@ class DatasetPatients(NamedTuple):
     def load(cls, store: ManifestStore) -> Self:
         """Read the manifest and the index of a dataset or a subset. Raises UserError."""
         manifest = Manifest.load(store)
-        return cls(store.url if store.subset is None else f"{store.url}#{store.subset}", manifest, manifest.load_index(store))
+        return cls(
+            store.url if store.subset is None else f"{store.url}#{store.subset}", manifest, manifest.load_index(store)
+        )
 
     @property
     def people(self) -> str:
@@ -111,17 +116,17 @@ def refuse_shared_patients(datasets: Sequence[DatasetPatients]) -> None:
                 f"{ours.url}: {_count(first.patients)} in {first.split} and in {first.other}; a patient may be in one "
                 "split only: 'radhpc verify' names them"
             )
-        described = ", ".join(f"{part.patients} of {part.total} in {part.split} in {part.other} there" for part in shared)
+        listed = ", ".join(f"{part.patients} of {part.total} in {part.split} are in {part.other}" for part in shared)
         raise UserError(
-            f"{ours.url}: patients that are in another split in {theirs.url}: {described}; a patient may be in one split "
-            "only: build one of the two with --apart-from the other"
+            f"{ours.url}: patients who are in another split in {theirs.url}: {listed} there; a patient may be in one "
+            "split only: build one of the two with --apart-from the other"
         )
 
 
-def describe_incomparable(datasets: Sequence[DatasetPatients]) -> str | None:
-    """Return why the patients of some of these datasets cannot be compared, in one line, or None where all can."""
+def describe_incomparable(pairs: Iterable[tuple[DatasetPatients, DatasetPatients]]) -> str | None:
+    """Return why the patients of some pairs of datasets cannot be compared, in one line, or None where all can."""
     reasons = []
-    for ours, theirs in itertools.combinations(datasets, 2):
+    for ours, theirs in pairs:
         if {ours.people, theirs.people} <= APART and ours.people != theirs.people:
             continue
         if not ours.namespaces & theirs.namespaces:

@@ -22,6 +22,7 @@ CHEXPERT = (
 )  # fmt: skip
 
 
+_HASH = r"^[0-9a-f]{16}$"
 # Days between two studies of a patient, as coarse as they may be told.
 DaysSince = Literal["0-1", "2-7", "8-30", "31-180", "181-365", "over 365"]
 
@@ -98,8 +99,8 @@ class Sample(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     dataset: str = Field(min_length=1, description="the name of the dataset it comes from")
-    patient: str = Field(pattern=r"^[0-9a-f]{16}$", description="salted hash")
-    study: str = Field(pattern=r"^[0-9a-f]{16}$", description="salted hash, unique in its dataset")
+    patient: str = Field(pattern=_HASH, description="salted hash")
+    study: str = Field(pattern=_HASH, description="salted hash, unique in its dataset")
     split: Split
     images: tuple[View, ...] = Field(min_length=1)
     report: Report = Report()
@@ -110,6 +111,9 @@ class Sample(BaseModel):
     )
     question: str | None = None
     answer: str | None = None
+    person: str | None = optional(
+        None, "salted hash of the patient in the namespace of the manifest, where it is not `patient`", pattern=_HASH
+    )
     boxes: tuple[Box, ...] = optional((), "rectangles on the images")
     study_rank: int | None = optional(None, "its place among the studies of its patient, from 0", ge=0, le=1_000_000)
     prior: str | None = optional(

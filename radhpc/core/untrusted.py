@@ -76,7 +76,8 @@ def _refuse_constant(name: str) -> float:
 def load_columns(data: bytes, names: Iterable[str], optional: Iterable[str] = ()) -> dict[str, npt.NDArray[Any]]:
     """Load the arrays of an .npz of exactly these names, as np.savez writes them. Raises ValueError.
 
-    Those of the `optional` names may be missing. They are not compressed there, so that what is loaded is no larger than what was read.
+    Those of the `optional` names may be missing. The columns are not compressed there, so that what is loaded is no
+    larger than what was read.
     """
     names, optional = tuple(names), tuple(optional)
     try:

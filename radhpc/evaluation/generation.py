@@ -30,7 +30,7 @@ def generate(
     `decoding`: as Evaluation.decoding() gives it.
     """
     texts: list[str] = []
-    criteria = StoppingCriteriaList([_GivenUp(given_up)])
+    criteria = StoppingCriteriaList([_CancelledCriteria(given_up)])
     (rounds,) = ranks.max([float(-(-len(prompts) // batch))])
     for n in range(int(rounds)):
         check(n * batch)
@@ -69,7 +69,7 @@ def _first_token(encoder: StudyEncoder, text: str) -> int:
     return int(encoder.family.tokenizer(text, add_special_tokens=False)["input_ids"][0])
 
 
-class _GivenUp(StoppingCriteria):
+class _CancelledCriteria(StoppingCriteria):
     """Ends a batch at the next token once its texts are not needed any more."""
 
     def __init__(self, given_up: Callable[[], bool]) -> None:

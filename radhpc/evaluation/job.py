@@ -42,12 +42,13 @@ def work(job: RunFolder, ranks: Ranks, stop: Stop) -> int:
         raise UserError(f"{context.checkpoints.storage.where(name)}: {fault}; evaluate again for the newest one")
     cursor = context.checkpoints.cursor(name)
     training = open_source(context, cursor.stage, "train")
-    held_out = Source(task["shards"], task["split"]) if task["shards"] else open_source(context, cursor.stage, task["split"])
-    if held_out is not training:
+    elsewhere = bool(task["shards"])
+    held_out = Source(task["shards"], task["split"]) if elsewhere else open_source(context, cursor.stage, task["split"])
+    if elsewhere:
         refuse_shared_patients([*{part.url: part for part in (*training.patients(), *held_out.patients())}.values()])
     _refuse_unasked(run.path, held_out, training)
-    judge = scoring.Scoring(settings, every_convention=task["every_convention"], device=str(ranks.device))
-    run_on_first(lambda: judge.judges.hashes and None, ranks, stop)
+    scorer = scoring.Scoring(settings, every_convention=task["every_convention"], device=str(ranks.device))
+    run_on_first(lambda: scorer.model_scorers.hashes and None, ranks, stop)
     count, recorded = len(evaluate.choose_studies(held_out, settings.samples)), [0.0]
     with Bar("evaluate", count, unit="studies", hidden=not ranks.first) as bar:
 
@@ -65,7 +66,13 @@ def work(job: RunFolder, ranks: Ranks, stop: Stop) -> int:
         result = evaluate.evaluate(
             lambda: restore_engine(context, name)[0],
             evaluate.EvaluationTask(
-                build_encoder(context, cursor.stage), held_out, training, settings, folder, task["weights"], judge
+                build_encoder(context, cursor.stage),
+                held_out,
+                training,
+                settings,
+                folder,
+                task["weights"],
+                scorer,
             ),
             ranks,
             check,
@@ -75,7 +82,7 @@ def work(job: RunFolder, ranks: Ranks, stop: Stop) -> int:
 
     def compared() -> dict[str, Any]:
         other = scoring.newest_evaluation(Path(task["against"]), task["split"])
-        return scoring.compare(result.rows, scoring.load_rows(other), judge, task["against"])
+        return scoring.compare(result.rows, scoring.load_rows(other), scorer, task["against"])
 
     comparison = run_in_background(compared if task["against"] and ranks.first else None, ranks, stop)
     if ranks.first:

@@ -23,7 +23,7 @@ from radhpc.core.files import read_json, read_lines
 from radhpc.core.recipe import EvaluationSettings
 from radhpc.evaluation.metrics import answers, bootstrap, conventions, findings, text
 from radhpc.evaluation.metrics.conventions import Measure
-from radhpc.evaluation.metrics.scorers import Judges
+from radhpc.evaluation.metrics.scorers import ModelScorers
 
 Scores = dict[str, dict[str, Any]]
 Floats = npt.NDArray[np.float64]
@@ -79,7 +79,7 @@ class Scoring:
         self.settings = settings
         self.conventions = tuple(conventions.CONVENTIONS) if every_convention else settings.conventions
         self.meteor = every_convention
-        self.judges = Judges(settings.scorers.folders(), settings.scorers.sha256, device)
+        self.model_scorers = ModelScorers(settings.scorers.folders(), settings.scorers.sha256, device)
 
     def measures(self, rows: Sequence[Row], model: bool = True) -> dict[str, Measure]:
         """Compute every score that these rows allow. `model`: False for a baseline, which gets no slow scores."""
@@ -108,7 +108,7 @@ class Scoring:
             available = [name for name in self.conventions if conventions.missing(name, meteor=True) is None]
             by_name = conventions.meteor(dict.fromkeys(available, (generated, references))) if available else {}
             result |= {f"{name}/meteor": measure for name, measure in by_name.items()}
-        result |= self.judges.measures(generated, references)
+        result |= self.model_scorers.measures(generated, references)
         return {
             name: replace(measure, statistic=_Some(measure.statistic, reports, len(rows)))
             for name, measure in result.items()
@@ -120,7 +120,7 @@ class Scoring:
         if self.meteor:
             lacks = {name: conventions.missing(name, meteor=True) for name in self.conventions}
             result |= {f"{name}/meteor": why for name, why in lacks.items() if why and f"{name}/*" not in result}
-        return result | {f"{name}/*": why for name, why in self.judges.missing().items()}
+        return result | {f"{name}/*": why for name, why in self.model_scorers.missing().items()}
 
 
 @dataclass(frozen=True)

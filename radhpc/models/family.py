@@ -1,6 +1,6 @@
 """Define what a model family is, and load the one that a recipe names (radhpc/core/families.py)."""
 
-import importlib
+import pkgutil
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from radhpc.core import families
+from radhpc.core.errors import UserError
 from radhpc.core.recipe import ModelSettings
 from radhpc.models import weights
 
@@ -76,11 +77,22 @@ class ModelFamily(Protocol):
         ...
 
 
+def family_class(name: str) -> Any:
+    """Import the class that implements a family. Raises UserError for an entry that names none."""
+    implementation = families.entry(name).implementation
+    try:
+        return pkgutil.resolve_name(implementation)
+    except (ValueError, AttributeError, ModuleNotFoundError) as error:
+        raise UserError(
+            f"model.family: {name}: no class {implementation} ({error}); allowed is MODULE:CLASS"
+        ) from error
+
+
 def family(model: ModelSettings, tokenizer_folder: str) -> ModelFamily:
-    """Import a family's module and create the family for a recipe's model and tokenizer."""
+    """Import a family and create the family for a recipe's model and tokenizer."""
     weights.check_architecture(model)
-    module = importlib.import_module(families.entry(model.family).module)
+    implementation = family_class(model.family)
     if model.attention == "auto":
-        model = model.model_copy(update={"attention": getattr(module.Family, "attention", "sdpa")})
-    result: ModelFamily = module.Family(model, tokenizer_folder)
+        model = model.model_copy(update={"attention": getattr(implementation, "attention", "sdpa")})
+    result: ModelFamily = implementation(model, tokenizer_folder)
     return result

@@ -11,18 +11,16 @@ they lie in models/families/configurations/, each under the name of its folder. 
 that a build makes stands in.
 """
 
-import importlib
 import json
 import os
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoTokenizer
 
-from radhpc.core import families
 from radhpc.core.recipe import ModelSettings, Recipe, Shards, read_yaml
 from radhpc.models import tokenizer as tokenizers
+from radhpc.models.family import family_class
 
 PUBLISHED = Path(str(files("radhpc.models.families"))) / "configurations"
 PIXELS, VIEWS = 1120, 2  # of each side, to which shards.build shrinks; a frontal view and a lateral one
@@ -52,7 +50,7 @@ def write_tokenizer(recipe: Recipe, folder: Path) -> None:
 
     The length of texts cannot be measured with it.
     """
-    family: Any = importlib.import_module(families.entry(recipe.model.family).module).Family
+    family = family_class(recipe.model.family)
     template = recipe.model.chat_template or getattr(family, "CHAT_TEMPLATE", None) or ""
     prompts = [task.prompt for stage in recipe.stages for task in recipe.text_of(stage).mixture().values()]
     tokenizers.train([template, *prompts, *recipe.findings.names], WORDS, folder)

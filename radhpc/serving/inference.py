@@ -77,7 +77,7 @@ def stream(
     class Pieces(TextStreamer):
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             if given_up.is_set():
-                raise _GivenUp
+                raise _GenerationCancelled
             if text:
                 pieces.put(text)
 
@@ -87,7 +87,7 @@ def stream(
         try:
             _generate(engine, encoder, [encoder.encode_prompt("", question, views)], settings, streamer=streamer)
             pieces.put(None)
-        except _GivenUp:
+        except _GenerationCancelled:
             pass
         except BaseException as error:  # for the consumer to raise
             pieces.put(error)
@@ -104,7 +104,7 @@ def stream(
         writer.join()
 
 
-class _GivenUp(Exception):
+class _GenerationCancelled(Exception):
     """Raised in the generation when the consumer has stopped reading."""
 
 

@@ -1,4 +1,4 @@
-"""Check that stages join without a seam, on the model itself as it lies on its devices.
+"""Check that a stage begins with the loss that the stage before ended with, on the model as it lies on its devices.
 
 Stands between worker.py and the engine: at the end of a stage the loss on a few of its studies is recorded with the
 event "stage_finished"; the next stage, in this life or a later one, begins only if its model gives the same loss.

@@ -71,6 +71,12 @@ class ReaderOptions(BaseModel):
         pattern=r"^[a-z0-9][a-z0-9_-]{0,39}$",
         description="what to call the dataset in keys and tables, instead of the reader's name",
     )
+    people: str | None = Field(
+        None,
+        pattern=r"^[a-z0-9][a-z0-9_-]{0,39}$",
+        description="whose patients these are, such as mimic for a table made from MIMIC-CXR, so that patients of "
+        "several datasets are compared; default: the archive's family, or the dataset's name",
+    )
 
     @property
     def shares_images(self) -> bool:

@@ -7,6 +7,7 @@ for line in build_lines(build("phantom", None, "runs/phantom")):
 from collections.abc import Iterator
 
 from rich.console import Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -56,4 +57,6 @@ def verification_lines(report: VerificationReport) -> Iterator[str]:
     for fault in report.faults:
         where = "" if fault.offset is None else f" at {fault.offset}"
         yield f"{fault.shard} {fault.member or ''}{where}: {fault.fault}"
+    for warning in report.warnings:
+        yield f"[yellow]warning[/] {escape(warning)}"
     yield f"{report.samples} samples in {report.shards} shards, {len(report.faults)} fault(s)"

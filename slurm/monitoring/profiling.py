@@ -19,14 +19,14 @@ def trace(run: RunFolder, steps: int, seconds: float) -> dict[str, Any]:
     if scheduler.state(run.job()) != "RUNNING":
         raise UserError(f"{run.path}: no running job to trace")
     request = run.folder(TRACE_FOLDER) / TRACE_REQUEST
-    known = _told(run)
+    known = _traces(run)
     write_atomically(request, json.dumps({"steps": steps}).encode(), 0o600)
     end = time.monotonic() + seconds
-    while not (new := _told(run) - known):
+    while not (new := _traces(run) - known):
         if time.monotonic() > end:
             request.unlink(missing_ok=True)
             raise UserError(f"{run.path}: no trace after {seconds:.0f} s; --wait longer, or see `radhpc logs`")
-        if scheduler.state(run.job()) != "RUNNING" and not _told(run) - known:
+        if scheduler.state(run.job()) != "RUNNING" and not _traces(run) - known:
             request.unlink(missing_ok=True)
             raise UserError(f"{run.path}: the job ended before it had made {steps} more steps")
         time.sleep(0.2)
@@ -34,6 +34,6 @@ def trace(run: RunFolder, steps: int, seconds: float) -> dict[str, Any]:
     return summary
 
 
-def _told(run: RunFolder) -> set[tuple[int, str]]:
+def _traces(run: RunFolder) -> set[tuple[int, str]]:
     """Return the traces there are. A step may be traced again after a restart, so a file is known by its time, too."""
     return {(path.stat().st_mtime_ns, path.name) for path in (run.path / TRACE_FOLDER).glob("step-*.json")}

@@ -89,7 +89,7 @@ class Axis(Section):
         """Return the values of a list, or the ends of a range."""
         return [_kept(value) for value in self.values] if self.values is not None else [self.low, self.high]
 
-    def given(self, kept: Scalar) -> Any:
+    def original_value(self, kept: Scalar) -> Any:
         """Return the value as the sweep file gives it, from how a study keeps it."""
         if self.values is None:
             return kept
@@ -97,7 +97,7 @@ class Axis(Section):
 
     def label(self, kept: Scalar) -> Scalar:
         """Return a short name of the value for tables: of a section, what tells it from the list's other sections."""
-        value = self.given(kept)
+        value = self.original_value(kept)
         if isinstance(value, list):
             return ", ".join(map(str, value)) or kept
         if not isinstance(value, dict):
@@ -188,7 +188,7 @@ class Sweep(Section):
 
     def trial_overrides(self, parameters: dict[str, Scalar]) -> list[str]:
         """Return what a trial changes in the base recipe, as on the command line."""
-        return [f"{key}={_yaml(axis.given(parameters[key]))}" for key, axis in self.space.items()]
+        return [f"{key}={_yaml(axis.original_value(parameters[key]))}" for key, axis in self.space.items()]
 
     def to_yaml(self) -> str:
         """Return the file that `load` reads back."""
@@ -227,7 +227,7 @@ def check(sweep: Sweep, base: Recipe, path: Path) -> list[Recipe]:
         _refuse_new_free_key(data, key, path)
     recipes_at_corners = []
     for parameters in corners(sweep):
-        overrides = [f"{key}={_yaml(sweep.space[key].given(value))}" for key, value in parameters.items()]
+        overrides = [f"{key}={_yaml(sweep.space[key].original_value(value))}" for key, value in parameters.items()]
         where = f"{path}: space: {', '.join(overrides)}"
         try:
             recipe = recipes.build(copy.deepcopy(data), overrides, Path(where))

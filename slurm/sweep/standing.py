@@ -62,7 +62,7 @@ def _trial(study: SweepStudy, number: int, parameters: dict[str, Any], living: s
         "value_step": None if last is None else last[0],
         "step": progress.get("step", 0),
         "steps": progress.get("steps"),
-        "parameters": {key: study.sweep.space[key].given(value) for key, value in parameters.items()},
+        "parameters": {key: study.sweep.space[key].original_value(value) for key, value in parameters.items()},
         "labels": {key: study.sweep.space[key].label(value) for key, value in parameters.items()},
         "recipe": str(run.recipe_path) if run.recipe_path.exists() else None,
     }

@@ -1,7 +1,7 @@
 """CheXbert (Smit et al., EMNLP 2020): labels fourteen observations of a report, and scores F1 between two reports.
 
-    judge = load("chexbert", Path("/weights/chexbert"), "cpu")
-    judge.labels(["Small left effusion."])                     # (1, 14): 0 unsaid, 1 present, 2 absent, 3 uncertain
+    scorer = load("chexbert", Path("/weights/chexbert"), "cpu")
+    scorer.labels(["Small left effusion."])                     # (1, 14): 0 unsaid, 1 present, 2 absent, 3 uncertain
 
 It has its own loader, because the published packages run on no current transformers. The network is BERT with fourteen
 linear heads over the first token: thirteen of four classes, and No Finding of two. The folder holds chexbert.pth,
@@ -49,7 +49,7 @@ class CheXbert(nn.Module):
         return torch.stack([head(first).argmax(1) for head in self.linear_heads], 1)
 
 
-class Judge:
+class CheXbertScorer:
     """CheXbert with its tokenizer. Labels are cached by text, because every baseline has the same references."""
 
     def __init__(self, model: CheXbert, tokenizer: Tokenizer, device: str) -> None:
@@ -87,7 +87,7 @@ def _positive(labels: npt.NDArray[np.int64]) -> list[set[str]]:
     return [{name for name, value in zip(CONDITIONS, row, strict=True) if value in (1, 3)} for row in labels]
 
 
-def load(name: str, folder: Path, device: str) -> Judge:
+def load(name: str, folder: Path, device: str) -> CheXbertScorer:
     """Read the weights; only tensors, never code. Raises UserError where they are not CheXbert's."""
     path = folder / "chexbert.pth"
     config = BertConfig.from_pretrained(folder) if (folder / "config.json").exists() else BertConfig()
@@ -100,7 +100,7 @@ def load(name: str, folder: Path, device: str) -> Judge:
         model.load_state_dict(plain)
     except Exception as error:  # torch raises several kinds for files that are no weights, or other ones
         raise UserError(f"evaluation.scorers.{name}: {path}: not CheXbert's weights: {first_line(error)}") from error
-    return Judge(model, _tokenizer(folder / "vocab.txt"), device)
+    return CheXbertScorer(model, _tokenizer(folder / "vocab.txt"), device)
 
 
 @functools.cache

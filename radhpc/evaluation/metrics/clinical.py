@@ -1,7 +1,7 @@
 """Runs the scorers of the package radeval in a separate process: F1-RadGraph, RadCliQ-v1, RaTEScore and GREEN.
 
-    judge = load("radgraph", Path("/weights/radgraph"), "cpu")
-    judge.measures(generated, references)["radgraph/partial"]
+    scorer = load("radgraph", Path("/weights/radgraph"), "cpu")
+    scorer.measures(generated, references)["radgraph/partial"]
 
 The package changes global settings, prints, and looks for its weights in the Hugging Face cache: so it runs apart, with
 the configured folder as that cache and the network switched off. One line of JSON goes in for a set of texts
@@ -32,7 +32,7 @@ _ABOUT = {
 Score = Callable[[list[str], list[str]], dict[str, list[float]]]
 
 
-class Judge:
+class RadevalScorer:
     """The scorer's process, which is kept for the next texts."""
 
     def __init__(self, name: str, folder: Path) -> None:
@@ -66,9 +66,9 @@ class Judge:
             process.wait()
 
 
-def load(name: str, folder: Path, device: str) -> Judge:
-    """Start the judge of one name in scorers.KINDS; it takes a GPU where it sees one."""
-    return Judge(name, folder)
+def load(name: str, folder: Path, device: str) -> RadevalScorer:
+    """Start the scorer of one name in scorers.KINDS; it takes a GPU where it sees one."""
+    return RadevalScorer(name, folder)
 
 
 def _scorer(name: str, folder: str) -> Score:

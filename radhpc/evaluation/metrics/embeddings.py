@@ -1,7 +1,7 @@
 """Scores two texts by a language model's vectors: BERTScore (Zhang et al., ICLR 2020), and a cosine of mean vectors.
 
-    judge = load("bertscore", Path("/weights/distilbert-base-uncased"), "cpu")
-    judge.measures(generated, references)["bertscore/f1"]
+    scorer = load("bertscore", Path("/weights/distilbert-base-uncased"), "cpu")
+    scorer.measures(generated, references)["bertscore/f1"]
 
 BERTScore as RRG24 and RadEval use it: distilbert-base-uncased, its fifth layer, no idf, rescaled by the baseline that
 the package bert-score ships, where baseline.tsv is in the folder. The cosine has no published standard.
@@ -97,7 +97,7 @@ class MeanCosine:
 
 
 def load(name: str, folder: Path, device: str) -> BertScore | MeanCosine:
-    """Load the judge that scorers.KINDS has under this name. Raises UserError."""
+    """Load the scorer that scorers.KINDS has under this name. Raises UserError."""
     encoder = _Encoder(name, folder, device)
     if name == "clinicalbert":
         return MeanCosine(encoder)

@@ -1,8 +1,8 @@
 """Models that judge reports, each from a folder on this machine, and what to put there.
 
-    judges = Judges({"chexbert": "/weights/chexbert"}, {}, "cpu")
-    judges.measures(generated, references)          # {"chexbert/micro_f1_14": Measure(..., weights="9f86d0..."), ...}
-    judges.missing()                                # {"radgraph": "name in ... a folder with ..."}
+    scorers = ModelScorers({"chexbert": "/weights/chexbert"}, {}, "cpu")
+    scorers.measures(generated, references)          # {"chexbert/micro_f1_14": Measure(..., weights="9f86d0..."), ...}
+    scorers.missing()                                # {"radgraph": "name in ... a folder with ..."}
 
 Nothing is downloaded, and no score replaces another: without its weights a score is left out by name. A score carries
 the sha256 of its weights. This module handles names, folders and hashes; torch is imported only where a model is.
@@ -25,7 +25,7 @@ CHEXBERT_KINDS = ("micro_f1_14", "macro_f1_14", "micro_f1_5", "macro_f1_5")
 
 @dataclass(frozen=True)
 class Kind:
-    """One judge: its scores, its module in metrics/, the contents of its folder, and the package it needs."""
+    """One scorer: its scores, its module in metrics/, the contents of its folder, and the package it needs."""
 
     scores: tuple[str, ...]
     module: str
@@ -73,7 +73,7 @@ KINDS: dict[str, Kind] = {
 NAMES: dict[str, tuple[str, ...]] = {name: kind.scores for name, kind in KINDS.items()}
 
 
-class Judge(Protocol):
+class ModelScorer(Protocol):
     """A loaded model."""
 
     def measures(self, generated: Sequence[str], references: Sequence[str]) -> dict[str, Measure]:
@@ -81,21 +81,21 @@ class Judge(Protocol):
         ...
 
 
-class Judges:
-    """The judges whose folders are configured. Raises UserError for a folder without its files or of another hash."""
+class ModelScorers:
+    """The scorers whose folders are configured. Raises UserError for a folder without its files or of another hash."""
 
     def __init__(self, folders: Mapping[str, str], expected: Mapping[str, str], device: str) -> None:
         self.folders = {name: Path(folder) for name, folder in folders.items()}
         self.expected, self.device = expected, device
-        self._loaded: dict[str, Judge] = {}
+        self._loaded: dict[str, ModelScorer] = {}
 
     @cached_property
     def hashes(self) -> dict[str, str]:
-        """sha256 of the weights by judge."""
+        """sha256 of the weights by scorer."""
         return {name: check(name, folder, self.expected.get(name)) for name, folder in self.folders.items()}
 
     def missing(self) -> dict[str, str]:
-        """Return by judge what has to be put where."""
+        """Return by scorer what has to be put where."""
         return {
             name: f"name in evaluation.scorers.{name} a folder with {kind.hint}"
             + (f"; and pip install {kind.package}" if kind.package else "")
@@ -104,7 +104,7 @@ class Judges:
         }
 
     def measures(self, generated: Sequence[str], references: Sequence[str]) -> dict[str, Measure]:
-        """Return the scores of all judges."""
+        """Return the scores of all scorers."""
         result: dict[str, Measure] = {}
         for name, folder in self.folders.items():
             digest = self.hashes[name]
@@ -118,7 +118,7 @@ class Judges:
 
 
 def check(name: str, folder: Path, expected: str | None) -> str:
-    """Return the sha256 of a judge's weights: of the file, or of the names and sums of several. Raises UserError."""
+    """Return the sha256 of a scorer's weights: of the file, or of the names and sums of several. Raises UserError."""
     kind, key = KINDS[name], f"evaluation.scorers.{name}"
     if not folder.is_dir():
         raise UserError(f"{key}: {folder}: no such folder; it holds {kind.hint}")

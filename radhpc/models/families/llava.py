@@ -31,7 +31,7 @@ from radhpc.models.family import Arrays, Load
 from radhpc.models.image_processors import ClipImages
 
 
-class Family(ImageTokenFamily):
+class LlavaFamily(ImageTokenFamily):
     """LLaVA as radhpc.models.family.ModelFamily describes a family."""
 
     IMAGE_TOKENS = ("<image>", "<|image|>")

@@ -32,7 +32,7 @@ from radhpc.models.family import Arrays, FeaturePoints, Load
 from radhpc.models.image_processors import MllamaImages
 
 
-class Family:
+class MllamaFamily:
     """Mllama as radhpc.models.family.ModelFamily describes a family."""
 
     attention = "segments"

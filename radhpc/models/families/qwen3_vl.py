@@ -28,7 +28,7 @@ from radhpc.models.image_processors import QwenImages
 from radhpc.models.portable.study_processor import StudyProcessor
 
 
-class Family(ImageTokenFamily):
+class Qwen3VLFamily(ImageTokenFamily):
     """Qwen3-VL as radhpc.models.family.ModelFamily describes a family."""
 
     IMAGE_TOKENS = ("<|image_pad|>",)

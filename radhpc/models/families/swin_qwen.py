@@ -35,7 +35,7 @@ from radhpc.models.portable.study_processor import StudyProcessor
 from radhpc.models.portable.swin_llava import SwinQwen, build_connector, features_of
 
 
-class Family(ImageTokenFamily):
+class SwinQwenFamily(ImageTokenFamily):
     """LightMedVLM as radhpc.models.family.ModelFamily describes a family."""
 
     blocks = (SwinLayer, Qwen3DecoderLayer, LlamaDecoderLayer)

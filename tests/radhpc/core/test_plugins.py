@@ -21,7 +21,7 @@ MODULES = {
     "__init__": "",
     "family": """
 from radhpc.core.families import Component, FamilyEntry
-ENTRY = FamilyEntry("xray_plugin.model", {"model": Component(("xray",), "somebody/xray")})
+ENTRY = FamilyEntry("xray_plugin.model:XrayFamily", {"model": Component(("xray",), "somebody/xray")})
 """,
     "archive": "from shards.datasets.phantom import OPTIONS, SYNTHETIC, read",
     "broken": "import a_package_that_nobody_has",
@@ -58,6 +58,19 @@ def test_a_family_and_a_reader_are_found_and_loaded_by_name(install: Install) ->
     assert "xray_archive" in registry.names()
     studies = open_source("xray_archive", {"studies": "300"}).reader.read
     assert studies.__module__ == "shards.datasets.phantom"
+
+
+@pytest.mark.parametrize("value", ["xray_plugin.family:Nothing", "xray_plugin.model:XrayFamily", "not a module"])
+def test_an_entry_without_its_class_is_refused_in_one_line(
+    install: Install, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    from radhpc.models.family import family_class
+
+    install()
+    entry = families.FamilyEntry(value, families.entry("xray").components)
+    monkeypatch.setattr(families, "entry", lambda name: entry)
+    with pytest.raises(UserError, match=rf"^model.family: xray: no class {value} \(.*\); allowed is MODULE:CLASS$"):
+        family_class("xray")
 
 
 def test_its_version_stands_in_the_environment_of_a_run(install: Install) -> None:

@@ -116,12 +116,12 @@ def long_pieces() -> None:
 
 def endless_load() -> None:
     """In a thread of its own, while the main threads agree again and again whether to stop."""
-    from radhpc.models.families.mllama import Family
+    from radhpc.models.families.mllama import MllamaFamily
 
-    def weights_that_never_come(self: Family, seed: int) -> Any:
+    def weights_that_never_come(self: MllamaFamily, seed: int) -> Any:
         time.sleep(600)
 
-    Family.build = weights_that_never_come  # type: ignore[method-assign]
+    MllamaFamily.build = weights_that_never_come  # type: ignore[method-assign]
 
 
 def one_slow_rank() -> None:

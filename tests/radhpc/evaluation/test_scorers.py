@@ -1,4 +1,4 @@
-"""Judges from local folders, on small weights of the right architecture; AUROC, AUPRC and F1 are scikit-learn's."""
+"""Scorers with weights in local folders, on small weights of the right kind; AUROC and F1 are those of scikit-learn."""
 
 import csv
 from pathlib import Path
@@ -13,7 +13,7 @@ from radhpc.core.errors import UserError
 from radhpc.evaluation.metrics import answers, embeddings
 from radhpc.evaluation.metrics.bootstrap import interval, value
 from radhpc.evaluation.metrics.chexbert import CONDITIONS, FIVE, CheXbert, load
-from radhpc.evaluation.metrics.scorers import KINDS, Judges
+from radhpc.evaluation.metrics.scorers import KINDS, ModelScorers
 from radhpc.evaluation.scoring import Row, Scoring, scores, trivial
 
 pytestmark = pytest.mark.timeout(120)
@@ -56,15 +56,15 @@ def test_chexbert_reads_what_transformers_reads(chexbert: Path) -> None:
         heads = [(tensors[f"{name}.weight"], tensors[f"{name}.bias"]) for name in names]
         wanted.append([int((weight @ first + bias).argmax()) for weight, bias in heads])
         assert len(heads[-1][1]) == 2
-    judge = load("chexbert", chexbert, "cpu")
-    assert judge.labels(TEXTS).tolist() == wanted
+    scorer = load("chexbert", chexbert, "cpu")
+    assert scorer.labels(TEXTS).tolist() == wanted
     assert len({tuple(row) for row in wanted}) > 3, "weights that say the same of every text"
 
 
 def test_chexbert_f1_is_scikit_learns(chexbert: Path) -> None:
-    judge = load("chexbert", chexbert, "cpu")
-    mine, wanted = (np.isin(judge.labels(texts), (1, 3)).astype(int) for texts in (TEXTS, OTHERS))
-    found = {name: value(measure.statistic) for name, measure in judge.measures(TEXTS, OTHERS).items()}
+    scorer = load("chexbert", chexbert, "cpu")
+    mine, wanted = (np.isin(scorer.labels(texts), (1, 3)).astype(int) for texts in (TEXTS, OTHERS))
+    found = {name: value(measure.statistic) for name, measure in scorer.measures(TEXTS, OTHERS).items()}
     five = [CONDITIONS.index(name) for name in FIVE]
     for size, columns in ((14, list(range(14))), (5, five)):
         report = classification_report(wanted[:, columns], mine[:, columns], output_dict=True, zero_division=0)
@@ -76,14 +76,14 @@ def test_a_score_carries_the_sum_of_its_weights(chexbert: Path) -> None:
     import hashlib
 
     digest = hashlib.sha256((chexbert / "chexbert.pth").read_bytes()).hexdigest()
-    judges = Judges({"chexbert": str(chexbert)}, {"chexbert": digest}, "cpu")
-    measured = judges.measures(TEXTS, OTHERS)
+    scorers = ModelScorers({"chexbert": str(chexbert)}, {"chexbert": digest}, "cpu")
+    measured = scorers.measures(TEXTS, OTHERS)
     assert set(measured) == set(KINDS["chexbert"].scores)
     assert {measure.weights for measure in measured.values()} == {digest}
-    assert "chexbert" not in judges.missing()
-    assert "radgraph-xl/" in judges.missing()["radgraph"]
+    assert "chexbert" not in scorers.missing()
+    assert "radgraph-xl/" in scorers.missing()["radgraph"]
     with pytest.raises(UserError, match=f"weights of sha256 {digest}; evaluation.scorers.sha256 wants 12"):
-        Judges({"chexbert": str(chexbert)}, {"chexbert": "12"}, "cpu").hashes  # noqa: B018
+        ModelScorers({"chexbert": str(chexbert)}, {"chexbert": "12"}, "cpu").hashes  # noqa: B018
 
 
 class Evil:
@@ -134,8 +134,8 @@ def test_bertscore_by_its_definition(distilbert: Path) -> None:
         precision = np.mean([max(float(a @ b) for b in right) for a in left[1:-1]])
         recall = np.mean([max(float(a @ b) for a in left) for b in right[1:-1]])
         wanted.append((precision, recall, 2 * precision * recall / (precision + recall)))
-    judge = embeddings.load("bertscore", distilbert, "cpu")
-    (measure,) = judge.measures(TEXTS, OTHERS).values()
+    scorer = embeddings.load("bertscore", distilbert, "cpu")
+    (measure,) = scorer.measures(TEXTS, OTHERS).values()
     assert "not rescaled" in measure.convention
     assert value(measure.statistic) == pytest.approx(np.mean([f1 for _, _, f1 in wanted]), abs=1e-5)
     with open(distilbert / "baseline.tsv", "w", newline="") as file:
@@ -145,9 +145,9 @@ def test_bertscore_by_its_definition(distilbert: Path) -> None:
 
 
 def test_the_cosine_of_equal_texts_is_one(distilbert: Path) -> None:
-    judge = embeddings.load("clinicalbert", distilbert, "cpu")
-    assert value(judge.measures(TEXTS, TEXTS)["clinicalbert/cosine"].statistic) == pytest.approx(1, abs=1e-5)
-    assert value(judge.measures(TEXTS, OTHERS)["clinicalbert/cosine"].statistic) < 0.999
+    scorer = embeddings.load("clinicalbert", distilbert, "cpu")
+    assert value(scorer.measures(TEXTS, TEXTS)["clinicalbert/cosine"].statistic) == pytest.approx(1, abs=1e-5)
+    assert value(scorer.measures(TEXTS, OTHERS)["clinicalbert/cosine"].statistic) < 0.999
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -22,7 +22,7 @@ from radhpc.core.errors import UserError
 from radhpc.core.image_decoding import decode
 from radhpc.core.recipe import ModelSettings
 from radhpc.core.sample import View
-from radhpc.models.families.mllama import Family
+from radhpc.models.families.mllama import MllamaFamily
 from radhpc.models.image_processors import ClipImages, MllamaImages, SwinImages, stitch
 from radhpc.models.processor_files import CLIP_MEAN, CLIP_STD, description_file
 from radhpc.models.tokenizer import train as train_tokenizer
@@ -318,10 +318,10 @@ def test_a_model_takes_the_images_that_its_folder_describes(tmp_path: Path) -> N
     (tmp_path / "config.json").write_text(json.dumps(config))
     model = ModelSettings(family="mllama", weights=str(tmp_path))
     view = picture(100, 150)
-    plain = Family(model, str(tmp_path / "tokenizer")).encode_images([view])
+    plain = MllamaFamily(model, str(tmp_path / "tokenizer")).encode_images([view])
     assert plain["pixel_values"].shape == (1, 2, 3, 112, 112)
     saved(tmp_path, size=112, max_image_tiles=2, image_mean=CLIP_MEAN, image_std=CLIP_STD)
-    family = Family(model, str(tmp_path / "tokenizer"))
+    family = MllamaFamily(model, str(tmp_path / "tokenizer"))
     images = family.encode_images([view])
     assert_close(images["pixel_values"], MllamaImages(112, 2, CLIP_MEAN, CLIP_STD)([view])["pixel_values"])
     assert not np.allclose(images["pixel_values"], plain["pixel_values"])
@@ -329,7 +329,7 @@ def test_a_model_takes_the_images_that_its_folder_describes(tmp_path: Path) -> N
     assert np.array_equal(np.asarray(shown)[:150, :100], np.asarray(view))
     saved(tmp_path, size=112, max_image_tiles=4)
     with pytest.raises(UserError, match=r"preprocessor_config.json: 4 tiles of 112 pixels; its model has 2 of 112"):
-        Family(model, str(tmp_path / "tokenizer"))
+        MllamaFamily(model, str(tmp_path / "tokenizer"))
 
 
 # Decoding: what is no whole image is an OSError, never a half gray picture.

@@ -10,11 +10,11 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from radhpc.core.errors import UserError
 from radhpc.core.recipe import LoraSettings
 from radhpc.models import adapters, token_loss
-from radhpc.models.families.mllama import Family
+from radhpc.models.families.mllama import MllamaFamily
 from radhpc.models.layers import block_kind, leave_casting_to_autocast, prepare_blocks
 from tests.radhpc.models.test_attention import mixed_batch, mllama
 
-VISION, TEXT, CROSS = Family.blocks
+VISION, TEXT, CROSS = MllamaFamily.blocks
 
 
 def adapted(targets: str = ".*_proj|.*fc[12]") -> Any:
@@ -51,7 +51,7 @@ def test_gradients_are_equal_bit_for_bit_and_the_vision_tower_keeps_little() -> 
     kept = {}
     for kinds in ((), ("text", "cross"), ("vision",), True):
         model = adapted()
-        prepare_blocks(model, Family.blocks, kinds)
+        prepare_blocks(model, MllamaFamily.blocks, kinds)
         result, kept[str(kinds)] = step(model)
         assert result.keys() == plain.keys()
         assert all(torch.equal(result[name], plain[name]) for name in plain), kinds
@@ -63,7 +63,7 @@ def test_gradients_are_equal_bit_for_bit_and_the_vision_tower_keeps_little() -> 
 
 def test_a_frozen_tower_builds_no_graph() -> None:
     model = adapted(".*language_model.*_proj")
-    prepare_blocks(model, Family.blocks, True)
+    prepare_blocks(model, MllamaFamily.blocks, True)
     seen = []
     model.model.vision_model.register_forward_hook(
         lambda _, __, output: seen.append(output.last_hidden_state.requires_grad)
@@ -97,8 +97,10 @@ def test_adapters_take_inputs_as_they_come() -> None:
 
 def test_kinds_and_what_a_layer_is_afterwards() -> None:
     model = mllama("segments")
-    prepare_blocks(model, Family.blocks, ("vision",))
-    names = {block_kind(name, module) for name, module in model.named_modules() if isinstance(module, Family.blocks)}
+    prepare_blocks(model, MllamaFamily.blocks, ("vision",))
+    names = {
+        block_kind(name, module) for name, module in model.named_modules() if isinstance(module, MllamaFamily.blocks)
+    }
     assert names == {"text", "cross", "vision"}
     layer = model.model.vision_model.transformer.layers[0]
     assert isinstance(layer, VISION)

@@ -1,14 +1,13 @@
 """A plan of every full recipe on a machine that has neither the weights nor the data."""
 
-import importlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from radhpc.core import families
 from radhpc.core.errors import UserError
 from radhpc.core.recipe import Recipe, load
+from radhpc.models.family import family_class
 from radhpc.planning import placeholders
 from radhpc.planning.forecast import forecast
 from slurm.cluster import GPUS
@@ -47,7 +46,7 @@ def test_a_published_configuration_gives_the_published_size(name: str, tmp_path:
     recipe = full(name)
     model = placeholders.fill_missing_folders(recipe.model, tmp_path)
     placeholders.write_tokenizer(recipe, tmp_path / "tokenizer")
-    family = importlib.import_module(families.entry(model.family).module).Family
+    family = family_class(model.family)
     if model.attention == "auto":
         model = model.model_copy(update={"attention": getattr(family, "attention", "sdpa")})
     made: Any = family(model, str(tmp_path / "tokenizer"))

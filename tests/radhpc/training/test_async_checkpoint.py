@@ -289,7 +289,7 @@ def test_one_rank_is_told_and_both_leave_together(new_run: Callable[..., RunFold
         "radhpc.data.source.Source.__init__",
         "radhpc.data.source.Source.check_sizes",
         "radhpc.models.tokenizer.train",
-        "radhpc.models.families.mllama.Family.build",
+        "radhpc.models.families.mllama.MllamaFamily.build",
         "radhpc.training.base_hash._hash_tensors",
         "radhpc.data.stream.Stream._assemble",
         "radhpc.evaluation.evaluate._read",
