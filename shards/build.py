@@ -28,7 +28,15 @@ from shards.images.encoding import EncodingSettings
 from shards.listing import FORMAT, Listing, SkippedStudy
 from shards.people import Pseudonyms
 from shards.reports.card import CARD, render_card
-from shards.reports.contact_sheet import SHEET, contact_sheet, load_pictures
+from shards.reports.contact_sheet import (
+    SHEET,
+    SHOWN,
+    SUSPECTS_SHEET,
+    Suspect,
+    contact_sheet,
+    load_pictures,
+    load_suspects,
+)
 from shards.settings import BuildResult, BuildSettings
 from shards.source import open_source, recipe_hash
 from shards.summary import Summary
@@ -116,7 +124,7 @@ def _finish(
     messages: list[str],
 ) -> tuple[Manifest, dict[str, int]]:
     """Write the files beside the shards, the manifest last. Returns it, and the words scrubbed from texts, by rule."""
-    summary, attributions = Summary(), list[tuple[str, str]]()
+    summary, attributions, suspects = Summary(), list[tuple[str, str]](), list[Suspect]()
 
     def records() -> Iterator[tuple[Split, ShardRecord]]:
         for task in tasks:
@@ -124,12 +132,20 @@ def _finish(
             assert record is not None, "a shard without a record"
             summary.add(record.summary)
             attributions.extend(record.attributions)
+            suspects.extend(record.suspects)
             yield task.plan.split, record
 
     reasons = Counter(skip.reason for skip in skipped)
     manifest, files = assemble(pseudonyms, records(), recipe, recipe_hash(recipe), reasons)
+    images, index = summary.total.images, SampleIndex.from_bytes(files[INDEX])
+    if suspects:
+        messages.append(
+            f"{len(suspects)} of {images} images look as if text is written into them near an edge; nothing was "
+            f"removed: look at {SUSPECTS_SHEET}, with {min(SHOWN, len(suspects))} of them, before you share the shards"
+        )
+        files[SUSPECTS_SHEET] = contact_sheet(load_suspects(output.store, manifest, index, suspects))
     files[CARD] = render_card(manifest, summary, [skip.public() for skip in skipped], messages).encode()
-    files[SHEET] = contact_sheet(load_pictures(output.store, manifest, SampleIndex.from_bytes(files[INDEX])))
+    files[SHEET] = contact_sheet(load_pictures(output.store, manifest, index))
     if attributions:
         lines = [json.dumps({"key": key, "attribution": text}) + "\n" for key, text in attributions]
         files[ATTRIBUTION] = "".join(lines).encode()

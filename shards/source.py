@@ -62,7 +62,8 @@ class DatasetSource:
             warnings.simplefilter("always", readers.DatasetWarning)
             studies = self.reader.read(base, self.options)
             write_listing(path, studies, self.pseudonyms, settings.ratios, settings.shard_samples, folder)
-        messages = [str(warning.message) for warning in caught if issubclass(warning.category, readers.DatasetWarning)]
+        own = (warning for warning in caught if issubclass(warning.category, readers.DatasetWarning))
+        messages = list(dict.fromkeys(str(warning.message) for warning in own))
         with Listing(path) as listing:
             if not listing.studies:
                 raise UserError(f"{self.name}: no study found")

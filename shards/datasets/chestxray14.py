@@ -24,7 +24,7 @@ from shards import splits
 from shards.datasets.helpers import labels as _labels
 from shards.datasets.helpers.images import files, folders_with
 from shards.datasets.reader import DatasetWarning, RawStudy, ReaderOptions, unusable_study
-from shards.tabular import external_sort, table
+from shards.tabular import cells, external_sort, identifiers, table
 
 SYNTHETIC = False
 
@@ -127,7 +127,8 @@ def _study(
 ) -> RawStudy:
     if record.fault:
         return unusable_study(where, record.fault)
-    image, findings, follow_up, patient, view = (record.values[name].strip() for name in COLUMNS)
+    image, findings, follow_up, patient, view = (cells.known(record.values[name]) for name in COLUMNS)
+    patient, follow_up = map(identifiers.identifier, (patient, follow_up))
     present = {name.strip() for name in findings.split("|")}
     if not IMAGE.fullmatch(image):
         return unusable_study(where, "unknown form of image name")

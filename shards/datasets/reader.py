@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from radhpc.core.errors import UserError, nearest
 from radhpc.core.sample import Report, Split
 from shards.images.raw_image import RawImage
+from shards.tabular.faults import DatasetWarning as DatasetWarning, UnusableRecord as UnusableRecord
 
 PixelSource = Path | Callable[[], RawImage]  # where a view's pixels come from: a file, or a drawing
 
@@ -46,14 +47,6 @@ class RawStudy:
     attribution: str | None = None  # authors that its licence asks to name: for attribution.jsonl beside the shards
     fault: str | None = None  # what is broken, if the metadata show it: counts against the budget
     gap: str | None = None  # what the archive itself lacks or excludes: left out by name, but not broken
-
-
-class UnusableRecord(ValueError):
-    """A record, row or study cannot be used; the message is a general phrase without particulars of the patient."""
-
-
-class DatasetWarning(UserWarning):
-    """A message from a reader to its user; the build returns it with the result."""
 
 
 def unusable_study(name: str, fault: UnusableRecord | str) -> RawStudy:

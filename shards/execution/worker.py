@@ -28,8 +28,10 @@ from shards.execution.writer import SampleRow, write_shard
 from shards.images.decoding import load
 from shards.images.encoding import EncodingSettings, encode
 from shards.images.raw_image import BadImage
+from shards.images.text_in_pixels import Box
 from shards.listing import Listing, ShardPlan, StudyRow
 from shards.people import REASON as PATIENT_REASON, ExcludedPatients
+from shards.reports.contact_sheet import Suspect
 from shards.summary import Summary
 from shards.text import deidentification
 
@@ -52,6 +54,7 @@ class ShardRecord(BaseModel):
     fingerprints: tuple[str, ...]  # of all images, in the order of the rows, hexadecimal
     attributions: tuple[tuple[str, str], ...]  # key, the authors that its licence asks to name
     skipped: tuple[tuple[str, str, str], ...]  # study, reason, detail
+    suspects: tuple[Suspect, ...] = ()  # images that text may be written into
     summary: Summary
 
 
@@ -127,6 +130,7 @@ def build_shard(task: ShardTask, tick: Callable[[], None]) -> ShardRecord:
     excluded = ExcludedImages(excluded_path(task.context.work, task.plan.split))
     elsewhere = ExcludedPatients(excluded_patients_path(task.context.work, task.plan.split))
     skipped: list[tuple[str, str, str]] = []
+    suspects: list[Suspect] = []
 
     def samples(listing: Listing) -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
         for row in listing.rows(task.plan):
@@ -156,6 +160,7 @@ def build_shard(task: ShardTask, tick: Callable[[], None]) -> ShardRecord:
                     if row.raw.attribution:
                         attributions.append((row.key, row.raw.attribution))
                     fingerprints.extend(value.hex() for value in encoded.fingerprints)
+                    suspects.extend(Suspect(row.key, n, box) for n, box in enumerate(encoded.text) if box)
                     yield row.key, encoded.members
             tick()
 
@@ -175,6 +180,7 @@ def build_shard(task: ShardTask, tick: Callable[[], None]) -> ShardRecord:
         fingerprints=tuple(fingerprints),
         attributions=tuple(attributions),
         skipped=tuple(skipped),
+        suspects=tuple(suspects),
         summary=summary,
     )
     write_atomically(record_path(task), record.model_dump_json().encode(), mode=0o600)
@@ -187,6 +193,7 @@ class StudyMembers(NamedTuple):
     sample: Sample
     members: list[tuple[str, bytes]]  # its description, then its images: (suffix, data)
     fingerprints: list[bytes]
+    text: list[Box | None]  # for each image, where text may be written into it
     scrubbed: Mapping[str, int]  # applications of each rule of the privacy gate
 
 
@@ -220,7 +227,8 @@ def encode_study(row: StudyRow, dataset: str, settings: EncodingSettings) -> Stu
         raise IdentifierError(findings[0])
     members = [("json", sample.model_dump_json().encode())]
     members += [(f"{n}.{image.suffix}", image.data) for n, image in enumerate(images)]
-    return StudyMembers(sample, members, [image.fingerprint for image in images], scrubbed)
+    fingerprints, text = [image.fingerprint for image in images], [image.text for image in images]
+    return StudyMembers(sample, members, fingerprints, text, scrubbed)
 
 
 def _scrub_text(text: str | None, counts: Counter[str]) -> str | None:

@@ -3,7 +3,7 @@
     for study, rows in grouped((row["StudyID"], row) for row in ...):     # in the order in which keys first appear
     reports = Lookup((path.stem, path.read_text()) for path in ...)       # reports.get("s50414267")
 
-Both use an unnamed temporary file of SQLite, which is gone when it is closed.
+All use an unnamed temporary file of SQLite, which is gone when it is closed.
 """
 
 import pickle
@@ -68,6 +68,27 @@ class Lookup:
         """Yield all pairs in the order of the keys."""
         for key, value in self._connection.execute("SELECT key, value FROM rows ORDER BY key"):
             yield key, pickle.loads(value)
+
+
+class FirstValues:
+    """A dictionary on the disk in which the first value of each key stays."""
+
+    def __init__(self) -> None:
+        self._connection = _temporary()
+        self._connection.execute("CREATE TABLE rows (key TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID")
+        self._connection.execute("BEGIN")
+        self._last = "", ""
+
+    def setdefault(self, key: str, value: str) -> str:
+        """Return the first value of the key, which is this one if there was none."""
+        if (key, value) == self._last:  # rows of one patient mostly stand together
+            return value
+        self._connection.execute("INSERT OR IGNORE INTO rows VALUES (?, ?)", (key, value))
+        row = self._connection.execute("SELECT value FROM rows WHERE key = ?", (key,)).fetchone()
+        first = str(row[0])
+        if first == value:
+            self._last = key, value
+        return first
 
 
 def _temporary() -> sqlite3.Connection:

@@ -143,7 +143,7 @@ _TOWNS = (
 PLACE_RULES = (
     case_rule("hospital", _NAMED_HOSPITAL_TOKENS, _NAMED_HOSPITALS, before=100),
     case_rule("hospital", _HOSPITAL_TOKENS, _HOSPITALS, before=0),
-    case_rule("address", _NUMBERED_STREET_TOKENS, _NUMBERED_STREETS, r"\d", 60),
+    case_rule("address", _NUMBERED_STREET_TOKENS, _NUMBERED_STREETS, before=60),
     case_rule("address", _STREET_TOKENS, _STREETS, before=0),
     Rule("address", tuple(map(re.compile, _GERMAN_STREETS)), _GERMAN_ENDINGS, re.compile(r"\d")),
     case_rule("address", "", _POSTCODES, r"\d\s\d[A-Z]{2}"),

@@ -20,6 +20,7 @@ from radhpc.core.sample import CHEXPERT, Split
 from shards import splits
 from shards.datasets.helpers.images import entries, files, folders_with
 from shards.datasets.reader import ReaderOptions, UnusableRecord
+from shards.tabular import cells
 
 SUFFIXES = (".jpg", ".png", ".dcm")  # in the order of preference, where a folder has several
 PATIENT = re.compile(r"patient\d+")
@@ -28,8 +29,7 @@ PATH = re.compile(
 )
 Labels = tuple[int | None, ...]  # in the order of CHEXPERT: a tuple, for there are many rows
 VALUES: dict[object, int | None] = {
-    "1.0": 1, "0.0": 0, "-1.0": -1, "": None, "1": 1, "0": 0, "-1": -1, "nan": None,
-    1: 1, 0: 0, -1: -1, None: None,
+    "1.0": 1, "0.0": 0, "-1.0": -1, "": None, "1": 1, "0": 0, "-1": -1, 1: 1, 0: 0, -1: -1, None: None,
 }  # fmt: skip
 SIDES = {"frontal": "Frontal", "lateral": "L"}
 
@@ -72,9 +72,16 @@ def official_split(where: ImagePath) -> Split:
 def parse_labels(values: Mapping[str, object]) -> Labels:
     """Parse the fourteen labels of a row, in CheXpert's order; a missing column is None. Raises UnusableRecord."""
     try:
-        return tuple([VALUES[values.get(name)] for name in CHEXPERT])
+        return tuple([_label(values.get(name)) for name in CHEXPERT])
     except (KeyError, TypeError):
         raise UnusableRecord("a label other than 1, 0, -1 and empty") from None
+
+
+def _label(value: object) -> int | None:
+    try:
+        return VALUES[value]
+    except KeyError:
+        return None if cells.is_empty(value) else VALUES[str(value).strip()]
 
 
 def projection(side: str, position: str, image: str) -> str | None:
@@ -82,10 +89,9 @@ def projection(side: str, position: str, image: str) -> str | None:
 
     `side` is Frontal or Lateral, or empty where the table has no such column: then the file's name decides.
     """
-    position = position.strip().upper()
-    if position not in ("", "NA", "NAN"):
-        return position
-    return SIDES.get(side.strip().lower() or image.rpartition(".")[0].rpartition("_")[2])
+    if not cells.is_empty(position):
+        return position.strip().upper()
+    return SIDES.get(cells.known(side).lower() or image.rpartition(".")[0].rpartition("_")[2])
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,93 @@
+"""Reads the records of JSON and of JSON lines.
+
+Read are a list of objects, an object that holds one such list, an object with a list for each split, and one object a
+line. A name that stands twice in one object is the record's fault, as nobody can know which one is meant.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from radhpc.core.errors import UserError
+from shards import splits
+from shards.tabular.records import Record
+
+SPLIT = "split"  # the column of records that stand below a split's name
+
+
+class _Repeated(dict[str, Any]):
+    """An object in which a name stands twice; `name`: it."""
+
+    name = ""
+
+
+def parse_json(path: Path, text: str) -> list[Record]:
+    """Return the records of a JSON file. Raises UserError that names the line of what is wrong."""
+    try:
+        value = _load(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":  # one object after the other: JSON lines under another name
+            return parse_lines(path, text)
+        raise UserError(f"{path}: line {error.lineno}, column {error.colno}: no valid JSON ({error.msg})") from error
+    except (RecursionError, ValueError) as error:
+        raise UserError(f"{path}: no usable JSON ({_reason(error)})") from error
+    if isinstance(value, dict):
+        lists = {key: items for key, items in value.items() if isinstance(items, list)}
+        if len(lists) > 1 and set(map(str.lower, lists)) <= set(splits.WORDS):
+            return [
+                _record(f"{key} record {n}", item, {SPLIT: key})
+                for key, items in lists.items()
+                for n, item in enumerate(_objects(path, items), 1)
+            ]
+        if len(lists) != 1:
+            raise UserError(
+                f"{path}: an object with {len(lists)} lists ({', '.join(lists) or 'none'}); allowed are a list of "
+                "records, an object with one such list, or one for each split"
+            )
+        value = next(iter(lists.values()))
+    return [_record(f"record {n}", item) for n, item in enumerate(_objects(path, value), 1)]
+
+
+def parse_lines(path: Path, text: str) -> list[Record]:
+    """Return the records of a file with one JSON object a line. Raises UserError that names the line."""
+    records = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                records.append(_record(f"line {number}", _objects(path, [_load(line)])[0]))
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}: line {number}, column {error.colno}: no valid JSON ({error.msg})") from error
+            except (RecursionError, ValueError) as error:
+                raise UserError(f"{path}: line {number}: no usable JSON ({_reason(error)})") from error
+    return records
+
+
+def _load(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) == len(pairs):
+        return values
+    repeated = _Repeated(values)
+    names = [name for name, _ in pairs]
+    repeated.name = next(name for name in names if names.count(name) > 1)
+    return repeated
+
+
+def _record(where: str, item: dict[str, Any], more: dict[str, Any] | None = None) -> Record:
+    repeated = next((value for value in (item, *item.values()) if isinstance(value, _Repeated)), None)
+    if repeated is not None:
+        return Record(f"{where}, '{repeated.name}'", {**(more or {}), **item}, "a name that stands twice in one record")
+    return Record(where, {**(more or {}), **item})
+
+
+def _reason(error: Exception) -> str:
+    return "nested too deeply" if isinstance(error, RecursionError) else "a number of too many digits"
+
+
+def _objects(path: Path, value: Any) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise UserError(f'{path}: the records must be a list of objects such as {{"image": ..., "text": ...}}')
+    return value
