@@ -2,12 +2,18 @@
 
     [{"image": "images/1.png", "text": "Findings: ... Impression: ...", "patient": "7", "view": "PA"}, ...]
 
-`image` is a path relative to the table, or a list of them. Rows of the same study are its views. Columns are
-found by the letters of their usual names (PatientID is patient_id) or named by options: `image=COLUMN text=COLUMN ...`.
-Columns that nobody names, dates and names among them, are not read; those that look like patients, studies or splits
-are listed. Encoding and delimiter are found, and said where they are not UTF-8 and commas. Cells such as nan, None and
-N/A are empty. Texts may be paths of text files beside the table. Images that lie in folders train, test and so on have
-these splits, also where each folder has a table of its own.
+`image` is a path relative to the table, or a list of them. Rows of the same study are its views; where their texts
+differ, the first one counts, and a warning says how many studies these are. Columns are found by the letters of their
+usual names (PatientID is patient_id) or named by options: `image=COLUMN text=COLUMN ...`. Columns that nobody names,
+dates and names among them, are not read; those that look like patients, studies or splits are listed.
+
+Encoding (UTF-8, UTF-16, Windows-1252) and delimiter are found, and said where they are unusual. Cells such as nan,
+None, N/A and a dash are empty; lists may be JSON, or as pandas and numpy print them. A text that is a path is that of
+the file, which must lie below the table's folder, or else the row is left out by name. Patients are compared in one
+form: 7, 7.0 and "7 " are one, and so are P07 and p07; 7 and 007 are two, and a warning says so.
+
+Splits come from a column; or from the names of folders or files: images in train/ and test/, a table in each of such
+folders, or train.csv beside test.csv. split=none makes them from the patients instead.
 """
 
 import re
@@ -192,7 +198,9 @@ def _parse_row(record: table.Record, parser: _RowParser) -> TableRow:
         raise UnusableRecord("image path with a zero byte")
     pairs = zip_longest(cells.strings(get("image")), cells.strings(get("view")), fillvalue="")
     views = [view for view in pairs if view[0]]
-    images = [path for path, _ in views]
+    # Two folders with a table each may hold images of the same name.
+    place = folder.relative_to(parser.source.path.parent)
+    images = [str(place / path) if place.parts else path for path, _ in views]
     if not images:
         raise UnusableRecord("no image named")
     patient = parser.patients(get("patient")) if text("patient") else ""
@@ -218,7 +226,7 @@ def _parse_row(record: table.Record, parser: _RowParser) -> TableRow:
         labels=table_labels.parse_labels(get("labels"), record.values),
         question=question,
         answer=prose("answer"),
-        name=f"{folder.name}: {images[0]}",
+        name=f"{parser.source.path.parent.name}: {images[0]}",
     )
 
 

@@ -87,7 +87,9 @@ def structure(value: Any) -> Any:
     stripped = value.strip()
     if not stripped.startswith(("[", "{", "('", '("', "array(")):
         return value
-    if stripped.startswith("array(") and (inner := re.match(r"array\((\[.*\])(?:, dtype=\S+)?\)", stripped, re.DOTALL)):
+    if stripped.startswith("array(") and (
+        inner := re.match(r"array\((\[.*\])(?:,\s*dtype=\S+)?\)", stripped, re.DOTALL)
+    ):
         stripped = inner[1]
     try:
         return json.loads(stripped)

@@ -4,8 +4,8 @@
     for record in records(rows, [("ImageID", 0), ("Report", 3)], len(header), ","):
         ...
 
-Named are a row of another length than the header, a zero byte, and a quote that nobody closed, so that the next rows
-became a part of one cell: where the file cannot be read on with a UserError, else as the fault of a record.
+Named are a row of another length than the header, a zero byte, and a quote that nobody closed or opened, so that the
+next rows became a part of one cell: where the file cannot be read on with a UserError, else as the fault of a record.
 """
 
 import csv
@@ -104,6 +104,11 @@ def records(rows: CsvRows, places: Sequence[tuple[str, int]], length: int, delim
                 f"lines {rows.line} to {rows.reader.line_num}, column {place + 1}",
                 "a quote that swallows rows",
             )
+        elif sum(line.count('"') for line in rows.lines.row) % 2:
+            # 5" in a cell without quotes is no fault; a cell that ends with a quote, and did not begin with one, is.
+            half = next((place for place, cell in enumerate(row) if cell.endswith('"')), None)
+            if half is not None:
+                where, fault = f"line {rows.line}, column {half + 1}", fault or "a quote that was never opened"
         yield Record(where, values, fault)
 
 

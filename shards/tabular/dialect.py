@@ -34,10 +34,13 @@ UNDEFINED = re.compile(rb"[\x81\x8d\x8f\x90\x9d]")  # Windows-1252 gives these b
 MULTIBYTE = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}")
 CUT = re.compile(rb"(?:[\xc2-\xdf]|[\xe0-\xef][\x80-\xbf]?|[\xf0-\xf4][\x80-\xbf]{0,2})\Z")  # a character's beginning
 MOSTLY = 10  # times as many stray bytes as characters of UTF-8: the file is no UTF-8
-# In Western words no three accented letters follow one another, and no symbol but these stands between two letters.
+# In Western words no three accented letters follow one another, and neither an accented capital nor a symbol, but for
+# these, stands between two small letters.
 RUN = re.compile(r"[\xa1-\xff]{3,}")
 INNER = re.compile(r"(?<=[^\W\d_])[\x80-\uffff](?=[^\W\d_])")
 USUAL_INNER = frozenset("\xa0\xad\xaa\xab\xae\xb0\xb1\xb5\xb7\xba\xbb\xd7\xf7‘’“”–—…•™/")
+CAPITAL = re.compile(r"(?<=[a-z])[À-ÖØ-ÞŠŒŽŸ](?=[a-z])")
+REMEDY = "save it as UTF-8, or give encoding=NAME where the dataset has that option"
 FOREIGN = 0.02  # the share of characters that make no sense, from which on a text is not Western
 
 
@@ -119,17 +122,17 @@ def encoding_of(chunks: Iterable[bytes], path: Path) -> str:
             strange, accented = _western(chunk.decode("cp1252", errors="replace"))
             foreign, high = foreign + strange, high + accented
         if place and UNDEFINED.search(MULTIBYTE.sub(b"", chunk)):
-            raise UserError(f"{path}: {place} is neither UTF-8 nor Windows-1252; save the file as UTF-8")
+            raise UserError(f"{path}: {place} is neither UTF-8 nor Windows-1252; {REMEDY}")
         line += chunk.count(b"\n")
     if not place:
         return UTF8
     if strays < MOSTLY * characters:
-        raise UserError(f"{path}: {place} is not UTF-8, as the rest of the file is; it is damaged or of two encodings")
-    if foreign > FOREIGN * high:
         raise UserError(
-            f"{path}: {place} is not UTF-8, and the words of the file make no sense as Windows-1252; save it as UTF-8, "
-            "or give encoding=NAME where the dataset has that option"
+            f"{path}: {place} is not UTF-8, as the rest of the file seems to be; it is damaged or of another encoding; "
+            f"{REMEDY}"
         )
+    if foreign > FOREIGN * high:
+        raise UserError(f"{path}: {place} is not UTF-8, and its words make no sense as Windows-1252; {REMEDY}")
     return "cp1252"
 
 
@@ -137,6 +140,7 @@ def _western(text: str) -> tuple[int, int]:
     """Return how many characters beyond ASCII stand where none do in Western words, and how many there are."""
     runs = sum(len(run) for run in RUN.findall(text) if len(set(run)) > 1)
     symbols = (c for c in INNER.findall(text) if not unicodedata.category(c).startswith("L"))
+    runs += len(CAPITAL.findall(text))
     return runs + sum(c not in USUAL_INNER for c in symbols), sum(c > "\x7f" for c in text)
 
 

@@ -20,7 +20,7 @@ OTHER = r"docx?|rtf|odt|pdf|xml|html?|json|md|png|jpe?g|dcm|dicom|tiff?|gif|bmp|
 NAMED = re.compile(rf"[^\n\r]{{1,1000}}\.(?:(?P<text>{TEXT})|{OTHER})", re.IGNORECASE)
 # Without the ending of a file's name: from a root, of a URL, or of several folders, one of which has a long number.
 PLAIN = re.compile(
-    r"(?:~?/|\.{1,2}[/\\]|\\\\|[A-Za-z]:[/\\]|[a-z][a-z0-9]{1,9}://)\S{1,1000}|(?=\S*\d{3})\S+(?:[/\\]\S+){2,20}"
+    r"(?:~?/|\.{1,2}[/\\]|\\\\|[A-Za-z]:[/\\]|[a-z][a-z0-9]{1,9}://)\S{1,1000}|(?=\S*\d{3})(?=\S*[A-Za-z])\S+(?:[/\\]\S+){2,20}"
 )
 SENTENCE = re.compile(r"[.:;,]\s")
 MAX_BYTES = 1 << 20

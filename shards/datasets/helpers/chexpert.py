@@ -71,17 +71,15 @@ def official_split(where: ImagePath) -> Split:
 
 def parse_labels(values: Mapping[str, object]) -> Labels:
     """Parse the fourteen labels of a row, in CheXpert's order; a missing column is None. Raises UnusableRecord."""
+    row = [values.get(name) for name in CHEXPERT]
     try:
-        return tuple([_label(values.get(name)) for name in CHEXPERT])
+        return tuple([VALUES[value] for value in row])  # nearly all rows: there are many
     except (KeyError, TypeError):
-        raise UnusableRecord("a label other than 1, 0, -1 and empty") from None
-
-
-def _label(value: object) -> int | None:
+        pass
     try:
-        return VALUES[value]
+        return tuple([None if cells.is_empty(value) else VALUES[str(value).strip()] for value in row])
     except KeyError:
-        return None if cells.is_empty(value) else VALUES[str(value).strip()]
+        raise UnusableRecord("a label other than 1, 0, -1 and empty") from None
 
 
 def projection(side: str, position: str, image: str) -> str | None:

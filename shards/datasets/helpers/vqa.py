@@ -39,7 +39,7 @@ def required_text(value: Any, column: str) -> str:
 
 def image_name(value: Any) -> str:
     """Return a path relative to the folder of images, with its spaces and dots. Raises UnusableRecord."""
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or cells.is_missing(value):
         raise UnusableRecord("no image named")
     if "\0" in value:
         raise UnusableRecord("image path with a zero byte")

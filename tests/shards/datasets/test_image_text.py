@@ -460,6 +460,18 @@ def test_folders_of_images_are_splits(layout: str, tmp_path: Path) -> None:
         assert [study.split for study in listed(tmp_path, split="none")] == [None, None, None]
 
 
+def test_images_of_the_same_name_in_two_folders_are_two(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        write_csv(tmp_path / split / "metadata.csv", [{"file_name": "0001.png", "text": split}])
+    studies, _ = messages_of(tmp_path)
+    assert {(study.patient, study.split) for study in studies} == {
+        ("train/0001.png", "train"), ("test/0001.png", "test"),
+    }  # fmt: skip
+    assert len({study.study for study in studies}) == 2
+    assert {study.views[0][0] for study in studies} == {tmp_path / split / "0001.png" for split in ("train", "test")}
+
+
 def test_one_folder_called_train_is_no_split(tmp_path: Path) -> None:
     rows = [{"image": f"train/{n}.png", "text": "x", "patient": n} for n in range(3)]
     assert [study.split for study in listed(write_json(tmp_path, rows))] == [None, None, None]
