@@ -76,7 +76,7 @@ def build(
             if manifest is None:
                 _place_listing(output.work, listing.digest)
                 images = EncodingSettings(settings.longest_side, settings.quality, settings.image_format)
-                context = BuildContext(output.url, output.work, build_hash, images)
+                context = BuildContext(output.url, output.work, build_hash, images, source.archive(raw))
                 tasks = [ShardTask(plan, context) for plan in listing.plans]
                 apart = ApartDatasets.load(settings.apart_from) if drop else None
                 skipped = build_shards(tasks, listing, settings, progress, run, apart)

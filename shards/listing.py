@@ -24,11 +24,16 @@ from typing import Any, Self
 
 from radhpc.core.errors import UserError
 from radhpc.core.sample import SPLITS, Split
+from radhpc.core.untrusted import printable
 from shards import splits
 from shards.datasets.reader import RawStudy
 from shards.people import Pseudonyms
 from shards.text.languages import LanguageTally
 
+# Far above any study, far below what would fill the memory of a worker, or keep the rules of the privacy gate busy.
+MAX_VIEWS = 1000
+MAX_DESCRIPTION = 1 << 19  # bytes of a study but for its pixels
+LONGEST_NAME = 500  # characters that are shown
 _TABLES = """
 CREATE TABLE studies (place INTEGER PRIMARY KEY, study TEXT UNIQUE, patient TEXT, person TEXT, official TEXT,
                       name TEXT, raw BLOB);
@@ -85,7 +90,8 @@ class SkippedStudy:
 
     def for_user(self) -> dict[str, str]:
         """Return the facts that the user alone may read."""
-        return {"name": self.name, "reason": f"{self.reason}: {self.detail}" if self.detail else self.reason}
+        reason = f"{self.reason}: {self.detail}" if self.detail else self.reason
+        return {"name": self.name, "reason": printable(reason, LONGEST_NAME)}
 
 
 class Listing:
@@ -195,22 +201,37 @@ def _add_studies(
     """Write the studies as they come, and count their languages. Returns their digest and their number."""
     digest, count = hmac.new(pseudonyms.salt, digestmod=hashlib.sha256), 0
     for count, raw in enumerate(studies, 1):
-        digest.update(_canonical(raw, folder))
-        study, reason = pseudonyms.study(raw.study), raw.fault or raw.gap
+        canonical, shown = _canonical(raw, folder), printable(raw.name, LONGEST_NAME)
+        digest.update(canonical)
+        reason = raw.fault or raw.gap or _excess(raw, canonical)
         if not reason:
+            study = pseudonyms.study(raw.study)
             texts = (*raw.report.model_dump().values(), raw.question, raw.answer)
             tally.count(raw.language, " ".join(filter(None, texts)))
             packed = pickle.dumps(raw, pickle.HIGHEST_PROTOCOL)
             patient, person = pseudonyms.patient(raw.patient), pseudonyms.person(raw.patient)
             added = connection.execute(
                 "INSERT OR IGNORE INTO studies VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (count, study, patient, person, raw.split, raw.name, packed),
+                (count, study, patient, person, raw.split, shown, packed),
             )
             reason = None if added.rowcount else "duplicate key"
         if reason:
-            skip = count, raw.name, pseudonyms.skipped(raw.name), reason, "", reason != raw.gap
+            skip = count, shown, pseudonyms.skipped(shown), reason, "", reason != raw.gap
             connection.execute("INSERT INTO skips VALUES (?, ?, ?, ?, ?, ?)", skip)
     return digest.hexdigest(), count
+
+
+def _excess(raw: RawStudy, canonical: bytes) -> str | None:
+    """Return why a study is beyond all that a study can be, or None."""
+    if len(raw.views) > MAX_VIEWS:
+        return f"more than {MAX_VIEWS} images"
+    if len(canonical) > MAX_DESCRIPTION:
+        return f"texts, labels and names of more than {MAX_DESCRIPTION} bytes"
+    try:
+        f"{raw.study}{raw.patient}".encode()
+    except UnicodeEncodeError:
+        return "identifier that is no Unicode"
+    return None
 
 
 def _refuse_two_splits(connection: sqlite3.Connection) -> None:

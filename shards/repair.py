@@ -84,7 +84,7 @@ def _rebuild(
             rebuilt = output.work / "rebuilt"
             rebuilt.mkdir(exist_ok=True)
             images = EncodingSettings(settings.longest_side, settings.quality, settings.image_format)
-            context = BuildContext(str(rebuilt), output.work, manifest.build_hash, images)
+            context = BuildContext(str(rebuilt), output.work, manifest.build_hash, images, source.archive(raw))
             tasks = []
             for plan in listing.plans:
                 if any(shard.name == plan.name for shard in to_build):

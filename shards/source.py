@@ -17,7 +17,7 @@ from radhpc.core import formats
 from radhpc.core.errors import UserError
 from radhpc.core.manifest import Manifest
 from radhpc.storage.store import Store
-from shards import salt
+from shards import raw_files, salt
 from shards.datasets import reader as readers, registry
 from shards.images.windowing import PERCENTILES
 from shards.listing import Listing, SkippedStudy, write_listing
@@ -54,11 +54,18 @@ class DatasetSource:
         """Return the policy for studies with a near-duplicate in another split: "drop" or "report"."""
         return "report" if self.options.shares_images else settings.duplicates
 
+    def archive(self, raw: Path | None) -> raw_files.Archive:
+        """Return the archive that the user names: --raw, and the paths among the options."""
+        named = [getattr(self.options, name) for name in type(self.options).model_fields]
+        places = [place for place in (raw, *named) if isinstance(place, Path)]
+        roots = [place if place.is_dir() else place.parent for place in places]
+        return raw_files.Archive(tuple(root.resolve() for root in roots), self.options.outside == "allow")
+
     def list_studies(self, raw: Path | None, path: Path, settings: BuildSettings) -> list[str]:
         """Read the metadata of the archive into a listing. Returns messages for the user. Raises UserError."""
         base = raw.resolve() if raw else None
         folder = base.parent if base and base.is_file() else base
-        with warnings.catch_warnings(record=True) as caught:
+        with warnings.catch_warnings(record=True) as caught, raw_files.inside(self.archive(raw)):
             warnings.simplefilter("always", readers.DatasetWarning)
             studies = self.reader.read(base, self.options)
             write_listing(path, studies, self.pseudonyms, settings.ratios, settings.shard_samples, folder)

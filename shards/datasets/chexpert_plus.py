@@ -12,6 +12,7 @@ The table was de-identified image by image, so the rows of one study may carry d
 first frontal image is taken, and such studies are counted.
 """
 
+import io
 import json
 import re
 import warnings
@@ -24,10 +25,11 @@ from pydantic import Field
 
 from radhpc.core.errors import UserError, first_line
 from radhpc.core.sample import CHEXPERT, Report, Split
-from shards import splits
+from shards import raw_files, splits
 from shards.datasets.helpers import chexpert
 from shards.datasets.reader import DatasetWarning, RawStudy, ReaderOptions, UnusableRecord, unusable_study
 from shards.tabular import cells, external_sort, identifiers, table
+from shards.tabular.lines import LongLine, lines_of
 from shards.text import sections
 
 SYNTHETIC = False
@@ -110,18 +112,20 @@ def find_labels(folder: Path, options: CheXpertPlusOptions) -> external_sort.Loo
 def _labels(path: Path) -> Iterator[tuple[str, chexpert.Labels]]:
     number = 0
     try:
-        with path.open(encoding="utf-8-sig") as lines:
-            for line in lines:
+        with raw_files.open_table(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig") as lines:
+            for line in lines_of(lines):
                 number += 1
+                if isinstance(line, LongLine):
+                    raise ValueError("a line without end")
                 if line.strip():
                     values = json.loads(line, parse_constant=lambda name: None)  # NaN
                     yield chexpert.parse_path(values["path_to_image"]).key, chexpert.parse_labels(values)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path}: line {number}: no object with path_to_image and the 14 labels ({first_line(error)})"
         ) from error
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or first_line(error)})") from error
+        raise UserError(f"{path}: cannot be read ({raw_files.reason(error)})") from error
 
 
 def _rows(path: Path, images: chexpert.ImageFinder) -> Iterator[tuple[str, CheXpertPlusRow | RawStudy]]:

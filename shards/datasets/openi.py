@@ -26,6 +26,7 @@ from defusedxml import DefusedXmlException, ElementTree  # type: ignore[import-u
 
 from radhpc.core.errors import UserError
 from radhpc.core.sample import Report
+from shards import raw_files
 from shards.datasets.helpers.images import files
 from shards.datasets.reader import DatasetWarning, RawStudy, ReaderOptions, UnusableRecord, unusable_study
 from shards.tabular import cells, external_sort, identifiers, table
@@ -123,13 +124,15 @@ def _from_xml(reports: list[Path], find: ImageLookup) -> Iterator[RawStudy]:
 def parse(path: Path) -> "plain.Element":
     """Return the root of a report's XML, which is untrusted: no entities, a limited size. Raises UnusableRecord."""
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise UnusableRecord("XML too large")
-        root: plain.Element = ElementTree.fromstring(path.read_bytes(), forbid_dtd=True)
+        root: plain.Element = ElementTree.fromstring(raw_files.read(path, MAX_BYTES), forbid_dtd=True)
     except DefusedXmlException:
         raise UnusableRecord("XML with a document type of its own") from None
-    except (plain.ParseError, LookupError, ValueError) as error:
-        raise error if isinstance(error, UnusableRecord) else UnusableRecord("broken XML") from None
+    except (plain.ParseError, LookupError, ValueError):
+        raise UnusableRecord("broken XML") from None
+    except raw_files.LargeFile:
+        raise UnusableRecord("XML too large") from None
+    except raw_files.RefusedFile as error:
+        raise UnusableRecord(error.strerror or "unreadable XML file") from None
     except OSError:
         raise UnusableRecord("unreadable XML file") from None
     return root

@@ -15,7 +15,7 @@ are announced by an entry point `radhpc.datasets`.
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -69,6 +69,10 @@ class ReaderOptions(BaseModel):
         pattern=r"^[a-z0-9][a-z0-9_-]{0,39}$",
         description="whose patients these are, such as mimic for a table made from MIMIC-CXR, so that patients of "
         "several datasets are compared; default: the archive's family, or the dataset's name",
+    )
+    outside: Literal["allow"] | None = Field(
+        None,
+        description="allow: also read files outside of --raw, where its tables or links lead to them",
     )
 
     @property

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from radhpc.core.manifest import Shard
 from radhpc.core.sample import Sample, Split
 from radhpc.storage.store import Store, write_atomically
+from shards import raw_files
 from shards.duplicates import REASON, ExcludedImages
 from shards.execution.writer import SampleRow, write_shard
 from shards.images.decoding import load
@@ -31,6 +32,7 @@ from shards.images.raw_image import BadImage
 from shards.images.text_in_pixels import Box
 from shards.listing import Listing, ShardPlan, StudyRow
 from shards.people import REASON as PATIENT_REASON, ExcludedPatients
+from shards.raw_files import Archive
 from shards.reports.contact_sheet import Suspect
 from shards.summary import Summary
 from shards.text import deidentification
@@ -66,6 +68,7 @@ class BuildContext:
     work: Path  # the build's private folder: listing, records
     build_hash: str
     images: EncodingSettings
+    archive: Archive = Archive()  # of the raw files
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,7 @@ def build_shard(task: ShardTask, tick: Callable[[], None]) -> ShardRecord:
 
     store = Store(task.context.url)
     folder = store.folder or task.context.work  # a shard for an object store is written here first
-    with Listing(task.context.work / LISTING) as listing:
+    with raw_files.inside(task.context.archive), Listing(task.context.work / LISTING) as listing:
         shard, rows = write_shard(folder / task.plan.name, samples(listing))
     if store.folder is None and shard:
         store.upload(folder / shard.name, shard.name)

@@ -6,7 +6,6 @@ handed on, and nothing reaches a shard.
 """
 
 import dataclasses
-import io
 import logging
 import warnings
 from collections.abc import Callable
@@ -19,6 +18,7 @@ import pydicom
 from pydicom import encaps, uid
 from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
 
+from shards.images.deflated import BoundedFile
 from shards.images.raw_image import BadImage, RawImage, Window, check_size, merge_channels
 from shards.images.windowing import percentile_window
 
@@ -48,7 +48,7 @@ def decode(data: bytes, path: Path | str) -> RawImage:
     """Decode a single-frame image. Raises BadImage, and whatever a decoder raises on broken data."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pydicom's complaints quote the header
-        header = pydicom.dcmread(io.BytesIO(data), force=True)
+        header = pydicom.dcmread(BoundedFile(data), force=True)
         return dataclasses.replace(_decode(header, path), modality=str(header.get("Modality") or "") or None)
 
 

@@ -10,16 +10,18 @@ next rows became a part of one cell: where the file cannot be read on with a Use
 
 import csv
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from radhpc.core.errors import UserError
 from shards.tabular import dialect
+from shards.tabular.lines import MAX_LINE, LongLine, lines_of
 from shards.tabular.records import Record
 
-MAX_FIELD = 1 << 24  # characters: reports are longer than csv's own limit allows
+MAX_FIELD = MAX_LINE  # characters: reports are longer than csv's own limit allows
+TOO_LONG = f"line of more than {MAX_LINE} characters"
 LONG_NUMBER = 5  # digits from which on a number tells one row from another
 # The form of a cell that hardly a sentence has: a path, a file's name, a long number.
 TELLING = re.compile(r"\S*a[./\\_-]+[a0]\S*|\S*0[./\\_-]+a\S*|\S*00\S*")
@@ -29,11 +31,11 @@ TELLING = re.compile(r"\S*a[./\\_-]+[a0]\S*|\S*0[./\\_-]+a\S*|\S*00\S*")
 class Lines:
     """The lines of a file; those since the last row are kept, so that a fault can be placed."""
 
-    file: Iterable[str]
+    file: TextIO
     row: list[str] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[str]:
-        for line in self.file:
+        for line in lines_of(self.file):
             self.row.append(line)
             yield line
 
@@ -74,7 +76,7 @@ class CsvRows:
         )
 
 
-def open_csv(path: Path, file: Iterable[str], delimiter: str) -> tuple[CsvRows, list[str]]:
+def open_csv(path: Path, file: TextIO, delimiter: str) -> tuple[CsvRows, list[str]]:
     """Return the rows after the header, and the header. Raises UserError."""
     csv.field_size_limit(MAX_FIELD)
     lines = Lines(file)
@@ -90,6 +92,9 @@ def open_csv(path: Path, file: Iterable[str], delimiter: str) -> tuple[CsvRows, 
 def records(rows: CsvRows, places: Sequence[tuple[str, int]], length: int, delimiter: str) -> Iterator[Record]:
     """Yield the rows as records of the columns (name, place), `length` being that of the header. Raises UserError."""
     for row in rows:
+        if any(isinstance(line, LongLine) for line in rows.lines.row):
+            yield Record(f"line {rows.line}", {}, TOO_LONG)
+            continue
         if not row:
             continue
         where, fault = f"line {rows.line}", None

@@ -9,7 +9,6 @@ the West, unless most of it is UTF-8 or its words make no sense so: then the pla
 
 import csv
 import functools
-import gzip
 import io
 import re
 import unicodedata
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from radhpc.core.errors import UserError
+from shards import raw_files
 
 DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 UTF8 = "utf-8-sig"
@@ -72,8 +72,7 @@ def detect(path: Path, usual: str | None = None, encoding: str | None = None) ->
 def binary(path: Path) -> Iterator[bytes]:
     """Yield the bytes of a file, plain or gzipped, in chunks that end between two characters of UTF-8."""
     carry = b""
-    with path.open("rb") as plain:
-        source = gzip.GzipFile(fileobj=plain) if path.suffix.lower() == ".gz" else plain
+    with raw_files.open_table(path) as source:
         while chunk := source.read(CHUNK):
             data = carry + chunk
             cut = CUT.search(data, max(0, len(data) - 3))
@@ -88,10 +87,8 @@ def _detect(path: Path, usual: str | None, named: str | None, size: int, time: i
     encoding = named or encoding_of(binary(path), path)
     if usual is None:
         return Dialect(encoding)
-    with path.open("rb") as plain:
-        source = gzip.GzipFile(fileobj=plain) if path.suffix.lower() == ".gz" else plain
-        with io.TextIOWrapper(source, encoding=encoding, newline="") as file:
-            text = file.read(SAMPLE)
+    with raw_files.open_table(path) as source, io.TextIOWrapper(source, encoding=encoding, newline="") as file:
+        text = file.read(SAMPLE)
     return Dialect(encoding, _delimiter(text, usual))
 
 

@@ -4,14 +4,19 @@ Read are a list of objects, an object that holds one such list, an object with a
 line. A name that stands twice in one object is the record's fault, as nobody can know which one is meant.
 """
 
+import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from radhpc.core.errors import UserError
 from shards import splits
+from shards.tabular.lines import MAX_LINE, LongLine, lines_of
 from shards.tabular.records import Record
 
+MAX_DIGITS = 1000
+DEEP = "nested too deeply"
 SPLIT = "split"  # the column of records that stand below a split's name
 
 
@@ -27,10 +32,10 @@ def parse_json(path: Path, text: str) -> list[Record]:
         value = _load(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # one object after the other: JSON lines under another name
-            return parse_lines(path, text)
+            return list(parse_lines(path, io.StringIO(text)))
         raise UserError(f"{path}: line {error.lineno}, column {error.colno}: no valid JSON ({error.msg})") from error
-    except (RecursionError, ValueError) as error:
-        raise UserError(f"{path}: no usable JSON ({_reason(error)})") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: no usable JSON ({DEEP})") from error
     if isinstance(value, dict):
         lists = {key: items for key, items in value.items() if isinstance(items, list)}
         if len(lists) > 1 and set(map(str.lower, lists)) <= set(splits.WORDS):
@@ -48,22 +53,28 @@ def parse_json(path: Path, text: str) -> list[Record]:
     return [_record(f"record {n}", item) for n, item in enumerate(_objects(path, value), 1)]
 
 
-def parse_lines(path: Path, text: str) -> list[Record]:
-    """Return the records of a file with one JSON object a line. Raises UserError that names the line."""
-    records = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
+def parse_lines(path: Path, file: TextIO) -> Iterator[Record]:
+    """Yield the records of a file with one JSON object a line. Raises UserError that names the line."""
+    for number, line in enumerate(lines_of(file), 1):
+        if isinstance(line, LongLine):
+            yield Record(f"line {number}", {}, f"line of more than {MAX_LINE} characters")
+        elif line.strip():
             try:
-                records.append(_record(f"line {number}", _objects(path, [_load(line)])[0]))
+                record = _record(f"line {number}", _objects(path, [_load(line)])[0])
             except json.JSONDecodeError as error:
                 raise UserError(f"{path}: line {number}, column {error.colno}: no valid JSON ({error.msg})") from error
-            except (RecursionError, ValueError) as error:
-                raise UserError(f"{path}: line {number}: no usable JSON ({_reason(error)})") from error
-    return records
+            except RecursionError:
+                record = Record(f"line {number}", {}, DEEP)
+            yield record
 
 
 def _load(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_object)
+    return json.loads(text, object_pairs_hook=_object, parse_int=_integer)
+
+
+def _integer(digits: str) -> int | str:
+    """Return a whole number; one of more digits than any count or number of a patient as the text that it is."""
+    return int(digits) if len(digits) <= MAX_DIGITS else digits
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -81,10 +92,6 @@ def _record(where: str, item: dict[str, Any], more: dict[str, Any] | None = None
     if repeated is not None:
         return Record(f"{where}, '{repeated.name}'", {**(more or {}), **item}, "a name that stands twice in one record")
     return Record(where, {**(more or {}), **item})
-
-
-def _reason(error: Exception) -> str:
-    return "nested too deeply" if isinstance(error, RecursionError) else "a number of too many digits"
 
 
 def _objects(path: Path, value: Any) -> list[dict[str, Any]]:

@@ -20,12 +20,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from radhpc.core.errors import UserError, first_line
+from radhpc.core.untrusted import printable
+from shards import raw_files
 from shards.tabular import csv_rows, dialect, json_records
 from shards.tabular.faults import DatasetWarning
 from shards.tabular.records import Record as Record, Rows, Table as Table
 
 CSV = (".csv", ".tsv")
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
+MAX_JSON = 1 << 30  # bytes of JSON, which is parsed at once; other tables are read row by row
+LONGEST_LIST = 1000  # characters
 
 
 @dataclass(frozen=True)
@@ -84,8 +88,7 @@ def stream(path: Path, columns: Sequence[str], form: Form = DETECTED) -> Iterato
         rows, header = csv_rows.open_csv(path, file, cut)
         if missing := [name for name in columns if name not in header]:
             raise UserError(
-                f"{path}: no column {', '.join(missing)}; found are {', '.join(header) or 'none'}; "
-                f"expected {', '.join(columns)}"
+                f"{path}: no column {', '.join(missing)}; found are {listed(header)}; expected {', '.join(columns)}"
             )
         for name in columns:
             if header.count(name) > 1:
@@ -104,6 +107,11 @@ def refuse_repeated(path: Path, header: Sequence[str], name: str) -> None:
     raise UserError(
         f"{path}: {line} are the same ({names}), so it is not known which one is meant; rename or remove one"
     )
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return the names of columns for a message, not all of them where there are too many to read."""
+    return printable(", ".join(names), LONGEST_LIST) or "none"
 
 
 def letters(name: str) -> str:
@@ -145,12 +153,17 @@ def read(path: Path, form: Form = DETECTED) -> Table:
             _, header = csv_rows.open_csv(path, file, cut)
         columns, records = list(dict.fromkeys(header)), Rows(lambda: _stream_all(path, form))
     else:
-        with _reading(path, form) as (file, _):
-            text = file.read()
-        records = (json_records.parse_lines if kind(path) == ".jsonl" else json_records.parse_json)(path, text)
+        if kind(path) == ".jsonl":
+            records = Rows(lambda: _stream_lines(path, form))
+        else:
+            with _reading(path, form) as (file, _):
+                records = json_records.parse_json(path, file.read())
         columns = list(dict.fromkeys(name for record in records for name in record.values))
-    if next(iter(records), None) is None:
+    first = next(iter(records), None)
+    if first is None:
         raise UserError(f"{path}: the table is empty")
+    if not columns and first.fault:
+        raise UserError(f"{path}: {first.where}: {first.fault}")
     return Table(path, tuple(columns), records, tuple(header or columns))
 
 
@@ -159,6 +172,11 @@ def _stream_all(path: Path, form: Form) -> Iterator[Record]:
         rows, header = csv_rows.open_csv(path, file, cut)
         places = [(name, place) for place, name in enumerate(header) if name not in header[:place]]
         yield from csv_rows.records(rows, places, len(header), cut)
+
+
+def _stream_lines(path: Path, form: Form) -> Iterator[Record]:
+    with _reading(path, form) as (file, _):
+        yield from json_records.parse_lines(path, file)
 
 
 def kind(path: Path) -> str:
@@ -177,10 +195,11 @@ def _reading(path: Path, form: Form) -> Iterator[tuple[io.TextIOWrapper, str]]:
         dialected = dialect.detect(path, usual if is_csv and cut is None else None, form.encoding)
         if message := dialected.message(usual):
             warnings.warn(f"{path.name}: {message}", DatasetWarning, stacklevel=4)
-        with path.open("rb") as plain:
-            binary = gzip.GzipFile(fileobj=plain) if path.suffix.lower() == ".gz" else plain
-            with io.TextIOWrapper(binary, encoding=dialected.encoding, newline="") as file:
-                yield file, cut or dialected.delimiter or usual
+        with (
+            raw_files.open_table(path, MAX_JSON if kind(path) == ".json" else None) as binary,
+            io.TextIOWrapper(binary, encoding=dialected.encoding, newline="") as file,
+        ):
+            yield file, cut or dialected.delimiter or usual
     except UnicodeDecodeError as error:
         name = dialect.NAMES.get(error.encoding, error.encoding)
         raise UserError(
@@ -191,4 +210,4 @@ def _reading(path: Path, form: Form) -> Iterator[tuple[io.TextIOWrapper, str]]:
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: cut or damaged ({first_line(error)})") from error
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or first_line(error)})") from error
+        raise UserError(f"{path}: cannot be read ({raw_files.reason(error)})") from error

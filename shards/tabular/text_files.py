@@ -8,10 +8,11 @@ Files outside of the folder are never read, and a path that is not read is the f
 """
 
 import re
-import stat
 from pathlib import Path
 
 from radhpc.core.errors import UserError
+from radhpc.core.files import IrregularFile
+from shards import raw_files
 from shards.tabular import cells, dialect
 from shards.tabular.faults import UnusableRecord
 
@@ -54,16 +55,14 @@ class TextFiles:
 
     def _read(self, path: Path) -> str:
         try:
-            real = path.resolve(strict=True)
-            facts = real.stat()
-            outside, plain = not real.is_relative_to(self._root), stat.S_ISREG(facts.st_mode)
-            data = real.read_bytes() if plain and not outside and facts.st_size <= MAX_BYTES else None
-        except (OSError, ValueError, RuntimeError):
-            raise UnusableRecord("text file that cannot be read") from None
-        if outside:
-            raise UnusableRecord("text file outside of the table's folder")
-        if data is None:
-            raise UnusableRecord("text file that is no plain file of at most a mebibyte")
+            with raw_files.inside(raw_files.Archive((self._root,), raw_files.current().outside)):
+                data = raw_files.read(path, MAX_BYTES)
+        except (IrregularFile, raw_files.LargeFile):
+            raise UnusableRecord("text file that is no plain file of at most a mebibyte") from None
+        except OSError as error:
+            outside = error.strerror == raw_files.OUTSIDE
+            place = "outside of the table's folder" if outside else "that cannot be read"
+            raise UnusableRecord(f"text file {place}") from None
         try:
             return data.decode(self._encoding or dialect.encoding_of([data], path))
         except (UserError, UnicodeError):

@@ -20,7 +20,7 @@ def folders_with(folder: Path, pattern: re.Pattern[str], depth: int = DEPTH) -> 
     for entry in entries(folder):
         if pattern.fullmatch(entry.name):
             return [folder]
-        if entry.is_dir():
+        if is_folder(entry):
             below.append(entry.name)
     if not depth:
         return []
@@ -31,13 +31,21 @@ def files(folder: Path, suffixes: tuple[str, ...], depth: int = DEPTH) -> Iterat
     """Yield the files with one of these endings (lower case), folder by folder, those of one folder in no order."""
     below = []
     for entry in entries(folder):
-        if entry.is_dir():
+        if is_folder(entry):
             below.append(entry.name)
         elif entry.name.lower().endswith(suffixes) and not entry.name.startswith("."):
             yield folder / entry.name
     if depth:
         for name in sorted(below):
             yield from files(folder / name, suffixes, depth - 1)
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return whether an entry is a folder, wherever links lead; one that leads in a circle is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def entries(folder: Path) -> Iterator[os.DirEntry[str]]:

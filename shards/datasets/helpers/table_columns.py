@@ -53,7 +53,7 @@ def find_columns(rows: table.Table, named: Mapping[str, str | None]) -> dict[str
             if chosen not in rows.columns:
                 raise UserError(
                     f"{ours}={chosen}: no such column in {rows.path}{nearest(chosen, rows.columns)}; "
-                    f"found are {', '.join(rows.columns)}"
+                    f"found are {table.listed(rows.columns)}"
                 )
             if rows.header.count(chosen) > 1:
                 table.refuse_repeated(rows.path, rows.header, chosen)
@@ -65,7 +65,7 @@ def find_columns(rows: table.Table, named: Mapping[str, str | None]) -> dict[str
     if "image" not in columns or not has_text:
         lacking = [name for name, present in (("image", "image" in columns), ("text", has_text)) if not present]
         raise UserError(
-            f"{rows.path}: no column for {' and '.join(lacking)}; found are {', '.join(rows.columns) or 'none'}; "
+            f"{rows.path}: no column for {' and '.join(lacking)}; found are {table.listed(rows.columns)}; "
             f"expected {' or '.join(ALIASES['image'])} and {' or '.join(ALIASES['text'])} "
             "(or name them: image=COLUMN text=COLUMN)"
         )
