@@ -161,6 +161,7 @@ def _rebuild_index(store: Store, manifest: Manifest) -> bytes:
         assert sha256(data) == shard.sha256, "verify found this shard intact"
         rows: dict[str, list[MemberRow]] = {}
         patients: list[str] = []
+        people: list[str] = []
         split: Split = "train"
         with tarfile.open(fileobj=io.BytesIO(data)) as tar:
             for member in tar:
@@ -169,11 +170,12 @@ def _rebuild_index(store: Store, manifest: Manifest) -> bytes:
                 if suffix == "json":
                     sample = Sample.model_validate_json(content)
                     patients.append(sample.patient)
+                    people.append(sample.person or sample.patient)
                     split = sample.split
                 checksum = crc32c(content)
                 rows.setdefault(key, []).append(MemberRow(suffix, member.offset_data, member.size, checksum))
         sample_rows = [SampleRow(key, tuple(members)) for key, members in rows.items()]
-        parts.append(index_of_shard(sample_rows, patients, split, number))
+        parts.append(index_of_shard(sample_rows, patients, split, number, people))
     data = concatenate(parts).to_bytes()
     assert sha256(data) == manifest.index.sha256, "the index of intact shards is the one that was written"
     return data

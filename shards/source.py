@@ -22,6 +22,7 @@ from shards import raw_files, salt
 from shards.datasets import reader as readers, registry
 from shards.images.windowing import PERCENTILES
 from shards.listing import Listing, SkippedStudy, write_listing
+from shards.people import Pseudonyms, namespace
 from shards.settings import BuildSettings
 from shards.text import deidentification, names
 from shards.text.languages import LANGUAGES
@@ -44,6 +45,12 @@ class DatasetSource:
         """The name of the dataset in keys and tables."""
         return self.options.name or self.dataset
 
+    @property
+    def pseudonyms(self) -> Pseudonyms:
+        """The hashes of its identifiers."""
+        chosen = self.options.people
+        return Pseudonyms(self.name, namespace(self.dataset, self.name, chosen), chosen is not None, self.salt)
+
     def duplicates(self, settings: BuildSettings) -> str:
         """Return the policy for studies with a near-duplicate in another split: "drop" or "report"."""
         return "report" if self.options.shares_images else settings.duplicates
@@ -63,7 +70,7 @@ class DatasetSource:
         with warnings.catch_warnings(record=True) as caught, raw_files.inside(self.archive(raw)):
             warnings.simplefilter("always", readers.DatasetWarning)
             studies = self.reader.read(base, self.options)
-            write_listing(path, studies, self.name, self.salt, settings.ratios, settings.shard_samples, folder, listed)
+            write_listing(path, studies, self.pseudonyms, settings.ratios, settings.shard_samples, folder, listed)
         own = (warning for warning in caught if issubclass(warning.category, readers.DatasetWarning))
         messages = list(dict.fromkeys(str(warning.message) for warning in own))
         with Listing(path) as listing:

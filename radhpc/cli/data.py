@@ -171,7 +171,8 @@ def verify(
         report = verify_all(urls)
     say(verification_lines(report), as_json)
     faults = [vars(fault) for fault in report.faults]
-    emit({"ok": report.ok, "shards": report.shards, "samples": report.samples, "faults": faults, **proposals}, as_json)
+    result = {"ok": report.ok, "shards": report.shards, "samples": report.samples, "faults": faults}
+    emit({**result, "warnings": report.warnings, **proposals}, as_json)
     raise typer.Exit(0 if report.ok else 1)
 
 

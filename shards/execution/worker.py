@@ -31,6 +31,7 @@ from shards.images.encoding import EncodingSettings, encode
 from shards.images.raw_image import BadImage
 from shards.images.text_in_pixels import Box
 from shards.listing import Listing, ShardPlan, StudyRow
+from shards.people import REASON as PATIENT_REASON, ExcludedPatients
 from shards.raw_files import Archive
 from shards.reports.contact_sheet import Suspect
 from shards.summary import Summary
@@ -51,6 +52,7 @@ class ShardRecord(BaseModel):
     shard: Shard | None  # None where every study was left out
     rows: tuple[SampleRow, ...]
     patients: tuple[str, ...]  # of the rows
+    people: tuple[str, ...]  # of the rows: patients in their namespace
     fingerprints: tuple[str, ...]  # of all images, in the order of the rows, hexadecimal
     attributions: tuple[tuple[str, str], ...]  # key, the authors that its licence asks to name
     skipped: tuple[tuple[str, str, str], ...]  # study, reason, detail
@@ -91,6 +93,11 @@ def excluded_path(work: Path, split: Split) -> Path:
     return work / f"others-{split}.npz"
 
 
+def excluded_patients_path(work: Path, split: Split) -> Path:
+    """Return the file of patients that a split must not hold (shards/people.py)."""
+    return work / f"patients-{split}.npz"
+
+
 def record_path(task: ShardTask) -> Path:
     """Return the file of a shard's record."""
     return task.context.work / f"{task.plan.name}.json"
@@ -119,16 +126,22 @@ def is_finished(task: ShardTask) -> bool:
 def build_shard(task: ShardTask, tick: Callable[[], None]) -> ShardRecord:
     """Build one shard. `tick` is called after each study, and may raise to end it. Raises OSError."""
     patients: list[str] = []
+    people: list[str] = []
     summary = Summary()
     attributions: list[tuple[str, str]] = []
     fingerprints: list[str] = []
     excluded = ExcludedImages(excluded_path(task.context.work, task.plan.split))
+    elsewhere = ExcludedPatients(excluded_patients_path(task.context.work, task.plan.split))
     skipped: list[tuple[str, str, str]] = []
     suspects: list[Suspect] = []
 
     def samples(listing: Listing, rules: deidentification.RuleSet) -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
         for row in listing.rows(task.plan):
             if task.studies is not None and row.study not in task.studies:
+                continue
+            if elsewhere.holds(row.person, row.patient):
+                skipped.append((row.study, PATIENT_REASON, ""))
+                tick()
                 continue
             try:
                 encoded = encode_study(row, listing.dataset, task.context.images, rules)
@@ -145,6 +158,7 @@ def build_shard(task: ShardTask, tick: Callable[[], None]) -> ShardRecord:
                     skipped.append((row.study, REASON, twin))
                 else:
                     patients.append(row.patient)
+                    people.append(row.person)
                     summary.count(encoded.sample, encoded.scrubbed)
                     if row.raw.attribution:
                         attributions.append((row.key, row.raw.attribution))
@@ -165,6 +179,7 @@ def build_shard(task: ShardTask, tick: Callable[[], None]) -> ShardRecord:
         shard=shard,
         rows=tuple(rows),
         patients=tuple(patients),
+        people=tuple(people),
         fingerprints=tuple(fingerprints),
         attributions=tuple(attributions),
         skipped=tuple(skipped),
@@ -205,6 +220,7 @@ def encode_study(
     sample = Sample(
         dataset=dataset,
         patient=row.patient,
+        person=None if row.person == row.patient else row.person,
         study=row.study,
         split=row.split,
         images=tuple(image.view for image in images),

@@ -28,6 +28,8 @@ def identifier(value: Any) -> str:
 
     Raises UnusableRecord for a number that a spreadsheet or a program has rounded.
     """
+    if isinstance(value, str) and value.isdecimal() and value.isascii():
+        return value
     if isinstance(value, float) and abs(value) >= EXACT:
         raise UnusableRecord("identifier that was rounded as a number")
     result = cells.text(value)

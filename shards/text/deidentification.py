@@ -155,7 +155,8 @@ def scrub_report(report: Report, rules: RuleSet = STANDARD) -> tuple[Report, Cou
 def remaining_identifiers(sample: Sample) -> list[str]:
     """Return what a rule still finds in a finished description, as "field: rule"; the words are never quoted.
 
-    It checks the texts, the language, projections, and the names of labels, vocabularies and the dataset.
+    It checks the texts, the language, projections, boxes, and the names of labels, vocabularies and the
+    dataset.
     """
     texts = {section: getattr(sample.report, section) for section in SECTIONS}
     texts |= {"question": sample.question, "answer": sample.answer}
@@ -165,6 +166,10 @@ def remaining_identifiers(sample: Sample) -> list[str]:
     findings += [f"dataset: {rule}" for rule in _rules_in_name(sample.dataset)]
     for number, view in enumerate(sample.images):
         findings += [f"images.{number}.view: {rule}" for rule in _rules_in_name(view.view or "")]
+    for number, box in enumerate(sample.boxes):
+        findings += [
+            f"boxes.{number}: {rule}" for text in (box.label, box.source or "") for rule in _rules_in_name(text)
+        ]
     labels = dict.fromkeys(
         rule
         for vocabulary, values in sample.labels.items()

@@ -472,6 +472,19 @@ def test_images_of_the_same_name_in_two_folders_are_two(tmp_path: Path) -> None:
     assert {study.views[0][0] for study in studies} == {tmp_path / split / "0001.png" for split in ("train", "test")}
 
 
+def test_rows_without_a_split_among_others_are_counted(tmp_path: Path) -> None:
+    images = ["train/a.png", "test/b.png", "extra/c.png", "d.png"]
+    rows = [{"image": image, "text": "x", "patient": n} for n, image in enumerate(images)]
+    studies, messages = messages_of(write_json(tmp_path, rows))
+    assert [study.split for study in studies] == ["train", "test", None, None]
+    assert "data.json: 2 of 4 rows have no split, so theirs is made from the patients" in messages
+    for row, word in zip(rows, ["train", "NA", "test", "n/a"], strict=True):
+        row["set"] = word
+    studies, messages = messages_of(write_json(tmp_path, rows))
+    assert [study.split for study in studies] == ["train", None, "test", None]
+    assert "data.json: 2 of 4 rows have no split, so theirs is made from the patients" in messages
+
+
 def test_one_folder_called_train_is_no_split(tmp_path: Path) -> None:
     rows = [{"image": f"train/{n}.png", "text": "x", "patient": n} for n in range(3)]
     assert [study.split for study in listed(write_json(tmp_path, rows))] == [None, None, None]
