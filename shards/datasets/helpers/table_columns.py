@@ -33,7 +33,7 @@ LOOKS = {
         f"prontuario|benhnhan){_NUMBER}"
     ),
     "study": re.compile(f"(study|studyinstance|exam|examen|examination|estudio|estudo|accession|encounter){_NUMBER}"),
-    "split": re.compile("(split|partition|subset|fold|^set|^phase|trainvaltest|traintest)$"),
+    "split": re.compile("(split|partition|subset|fold|^set|trainvaltest|traintest)$"),
 }
 NO_SPLIT = "none"  # for split=: the splits are made from the patients
 
@@ -81,13 +81,16 @@ def _by_alias(rows: table.Table, ours: str, columns: list[str | None]) -> str | 
 
 
 def _holds_splits(rows: table.Table, column: str) -> bool:
-    values = {record.values.get(column) for record in rows.records if not record.fault and _plain(record, column)}
-    words = {str(value).strip().lower() for value in values if not cells.is_empty(value)}
-    return bool(words) and words <= splits.WORDS.keys()
-
-
-def _plain(record: table.Record, column: str) -> bool:
-    return not isinstance(record.values.get(column), (list, dict))
+    """Return whether all cells of a column that say something name a split."""
+    any_split = False
+    for record in rows.records:
+        value = record.values.get(column)
+        if record.fault or cells.is_empty(value):
+            continue
+        if str(value).strip().lower() not in splits.WORDS:
+            return False
+        any_split = True
+    return any_split
 
 
 def unused_columns(rows: table.Table, columns: Mapping[str, str]) -> Iterator[str]:

@@ -168,6 +168,7 @@ def test_labels(tmp_path: Path) -> None:
     }
     assert labels(["nodule", "mass"]) == labels("nodule | mass") == {"own": {"nodule": 1, "mass": 1}}
     assert labels('{"radlex": {"nodule": true}}') == {"radlex": {"nodule": 1}}
+    assert labels({"Edema": "1,0", "Fracture": "-1,00"}) == {"chexpert": {"Edema": 1, "Fracture": -1}}
     assert labels(None, Edema="1.0", Fracture="") == {"chexpert": {"Edema": 1, "Fracture": None}}
     assert labels({"Edema": 2}) == labels({"Edema": "yes"}) == "a label other than 1, 0, -1 and empty"
     assert labels("{broken") == "labels that are no JSON"
