@@ -5,6 +5,7 @@ unused_columns(rows, columns)                # "column 'MRN' looks like the pati
 """
 
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping
 
 from radhpc.core.errors import UserError, nearest
@@ -25,15 +26,19 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "labels": ("labels",),
     "language": ("language",),
 }
-# Columns that look like one of these, by their letters: to be named to the user where they are not used.
+# Columns that look like one of these, by their letters without accents: to be named to the user where they are not used.
 _NUMBER = "(id|ids|uid|no|nr|num|number|nummer|numero|key|code|name|hash|index)?$"
 LOOKS = {
     "patient": re.compile(
         f"(patient(en|in)?|paciente?|subject|person|participant|^case|^mrn|^pid|^ptid|medicalrecord|^nhc|^ipp|"
         f"prontuario|benhnhan){_NUMBER}"
     ),
-    "study": re.compile(f"(study|studyinstance|exam|examen|examination|estudio|estudo|accession|encounter){_NUMBER}"),
-    "split": re.compile("(split|partition|subset|fold|^set|trainvaltest|traintest)$"),
+    "study": re.compile(
+        f"(study|studyinstance|exam|examen|examination|estudio|estudo|etude|accession|encounter){_NUMBER}"
+    ),
+    "split": re.compile(
+        "(split|partition|particion|particao|conjunto|aufteilung|subset|fold|^set|trainvaltest|traintest)$"
+    ),
 }
 NO_SPLIT = "none"  # for split=: the splits are made from the patients
 
@@ -96,7 +101,8 @@ def _holds_splits(rows: table.Table, column: str) -> bool:
 def unused_columns(rows: table.Table, columns: Mapping[str, str]) -> Iterator[str]:
     """Yield a message on each column that looks like a patient, a study or a split, and is not used."""
     for name in rows.columns:
-        role = next((role for role, look in LOOKS.items() if look.search(table.letters(name))), None)
+        plain = "".join(c for c in unicodedata.normalize("NFD", table.letters(name)) if not unicodedata.combining(c))
+        role = next((role for role, look in LOOKS.items() if look.search(plain)), None)
         if role is None or name in columns.values():
             continue
         used = f"; '{columns[role]}' is" if role in columns else ""
