@@ -26,7 +26,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "labels": ("labels",),
     "language": ("language",),
 }
-# Columns that look like one of these, by their letters without accents: to be named to the user where they are not used.
+# Columns that look like one of these, by their letters without accents: they are named where they are not used.
 _NUMBER = "(id|ids|uid|no|nr|num|number|nummer|numero|key|code|name|hash|index)?$"
 LOOKS = {
     "patient": re.compile(

@@ -425,7 +425,8 @@ def test_split_columns_of_other_names(name: str, tmp_path: Path) -> None:
 def test_columns_that_look_like_people_and_are_not_used_are_named(tmp_path: Path) -> None:
     row = {
         "image": "a.png", "text": "x", "Patientennummer": "7", "AccessionNumber": "8", "fold": "3", "PatientAge": "70",
-        "Número de paciente": "7", "Partición": "A", "StudyDate": "2001", "mrn": "9", "anon_patient_key": "1", "offset": "3",
+        "Número de paciente": "7", "Partición": "A", "StudyDate": "2001", "mrn": "9", "anon_patient_key": "1",
+        "offset": "3",
     }  # fmt: skip
     _, messages = messages_of(write_json(tmp_path, [row]))
     for name, role in (
