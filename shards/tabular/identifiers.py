@@ -16,7 +16,7 @@ from typing import Any
 from shards.tabular import cells, external_sort
 from shards.tabular.faults import UnusableRecord
 
-WHOLE = re.compile(r"([+-]?\d+)\.0+")
+WHOLE = re.compile(r"([+-]?\d+)(?:\.0+|,00?)")  # a comma where Excel's language has one; 7,000 may be seven thousand
 FORMULA = re.compile(r'="(.*)"')  # keeps a spreadsheet from taking an identifier for a number
 ROUNDED = re.compile(r"[+-]?\d(?:[.,]\d+)?[eE]\+\d+")  # 2.1684E+44: the digits that told people apart are gone
 EXACT = 1 << 53  # a floating-point number from here on stands for several integers
