@@ -64,6 +64,12 @@ class ReaderOptions(BaseModel):
         pattern=r"^[a-z0-9][a-z0-9_-]{0,39}$",
         description="what to call the dataset in keys and tables, instead of the reader's name",
     )
+    people: str | None = Field(
+        None,
+        pattern=r"^[a-z0-9][a-z0-9_-]{0,39}$",
+        description="whose patients these are, such as mimic for a table made from MIMIC-CXR, so that patients of "
+        "several datasets are compared; default: the archive's family, or the dataset's name",
+    )
     outside: Literal["allow"] | None = Field(
         None,
         description="allow: also read files outside of --raw, where its tables or links lead to them",

@@ -7,8 +7,9 @@
                                                 "content_type": "Modality", ...}, ...]
 
 642 images with 14,028 questions, about half of them in each language. `languages=en` (as most published results),
-`zh`, or `en,zh`. The official split is by image; no patients are known, so an image stands for its patient, and an
-image in two splits is refused. One question is one sample, and its image is stored with each. Labels: answer
+`zh`, or `en,zh`; Chinese needs `--unscrubbed`. The official split is by image; no patients are known, so an image
+stands for its patient, and an image in two splits is refused. One question is one sample, and its image is stored with
+each. Labels: answer
 type (open, closed), question type (the set's content_type), organ (its location), modality, and base type (vqa, or
 kvqa: it needs knowledge that is not in the image).
 """

@@ -59,6 +59,8 @@ def verification_lines(report: VerificationReport) -> Iterator[Text]:
     for fault in report.faults:
         where = "" if fault.offset is None else f" at {fault.offset}"
         yield _line(f"{fault.shard} {fault.member or ''}{where}: {fault.fault}")
+    for warning in report.warnings:
+        yield Text.assemble(("warning", "yellow"), " ", _line(warning))
     yield _line(f"{report.samples} samples in {report.shards} shards, {len(report.faults)} fault(s)")
 
 
