@@ -34,6 +34,7 @@ from shards.execution.writer import write_shard
 from shards.images import png
 from shards.images.decoding import load
 from shards.images.encoding import EncodingSettings, encode
+from shards.images.text_in_pixels import find_text
 from shards.settings import BuildSettings
 
 NOTES = """\
@@ -105,8 +106,10 @@ def images(folder: Path, size: Size) -> Measured:
 
     for data in raw:
         assert np.array_equal(imagecodecs.png_decode(data), imagecodecs.png_decode(png.unpack(data)))
+    stored = [np.asarray(Image.open(io.BytesIO(encode(load(path)).data))) for path in paths]
     seconds = report.interleaved(
         {
+            "text in pixels": lambda: [find_text(pixels) for pixels in stored],
             "library decode": each(imagecodecs.png_decode),
             "Pillow decode": each(lambda data: Image.open(io.BytesIO(data)).load()),
             "own decode": each(lambda data: imagecodecs.png_decode(png.unpack(data))),
@@ -118,6 +121,7 @@ def images(folder: Path, size: Size) -> Measured:
     )
     whole = seconds["whole path"]
     ratios = {f"CPU time, whole path / {name}": whole / seconds[name] for name in ("library decode", "own decode")}
+    ratios["CPU time, search for text in pixels / whole path"] = seconds["text in pixels"] / whole
     for name in ("img2dataset-style", "webdataset loop"):
         ratios[f"images per CPU second, radhpc / {name}"] = seconds[name] / whole
     figures = {f"CPU ms per image, {name}": 1e3 * one / len(paths) for name, one in seconds.items()}
@@ -200,10 +204,12 @@ def memory(folder: Path, size: Size) -> Measured:
 
 
 def _padchest(archive: Path, rows: int) -> None:
-    """PadChest's table and its images, links to one tiny image without structure, which is no duplicate of itself."""
+    """PadChest's table and its images, links to one tiny image with so little in it that it is no duplicate."""
     (archive / "0").mkdir(parents=True)
     image = archive / "image.png"
-    Image.fromarray(np.full((32, 32), 4000, np.uint16)).save(image)
+    pixels = np.full((32, 32), 4000, np.uint16)
+    pixels[10, 10], pixels[20, 24] = 9000, 100  # a picture of one value is no sample
+    Image.fromarray(pixels).save(image)
     rng = np.random.default_rng(0)
     with (archive / padchest.TABLE).open("w", newline="") as file:
         table = csv.DictWriter(file, ["", *padchest.COLUMNS])

@@ -41,6 +41,7 @@ def repair(
     report: VerificationReport,
     workers: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    remove_names: Path | None = None,
 ) -> list[str]:
     """Return the names of the files that were repaired. Raises UserError for what cannot be repaired."""
     store = Store(url)
@@ -56,7 +57,15 @@ def repair(
         store.write(INDEX, _rebuild_index(store, manifest))
         mended.append(INDEX)
     if broken or FINGERPRINTS in bad:
-        mended += _rebuild(store, manifest, raw, broken, FINGERPRINTS in bad, workers, progress)
+        mended += _rebuild(
+            store,
+            manifest,
+            raw,
+            broken,
+            FINGERPRINTS in bad,
+            _settings(manifest.build, workers, remove_names),
+            progress,
+        )
     return mended
 
 
@@ -66,13 +75,12 @@ def _rebuild(
     raw: Path | None,
     broken: list[Shard],
     fingerprints: bool,
-    workers: int | None,
+    settings: BuildSettings,
     progress: Callable[[int, int], None],
 ) -> list[str]:
     """Build shards in the work folder, and upload those that match the manifest."""
     made = manifest.build
     source = open_source(made["reader"], {name: str(value) for name, value in made["options"].items()})
-    settings = _settings(made, workers)
     index = manifest.load_index(store)
     to_build = list(manifest.shards) if fingerprints else broken
     output = BuildOutput(store.url)
@@ -84,7 +92,7 @@ def _rebuild(
             rebuilt = output.work / "rebuilt"
             rebuilt.mkdir(exist_ok=True)
             images = EncodingSettings(settings.longest_side, settings.quality, settings.image_format)
-            context = BuildContext(str(rebuilt), output.work, manifest.build_hash, images)
+            context = BuildContext(str(rebuilt), output.work, manifest.build_hash, images, source.archive(raw))
             tasks = []
             for plan in listing.plans:
                 if any(shard.name == plan.name for shard in to_build):
@@ -112,8 +120,13 @@ def _rebuild(
     return [*([FINGERPRINTS] if fingerprints else []), *(shard.name for shard in broken)]
 
 
-def _settings(made: dict[str, Any], workers: int | None) -> BuildSettings:
-    """Return the settings of a build from its manifest."""
+def _settings(made: dict[str, Any], workers: int | None, remove_names: Path | None) -> BuildSettings:
+    """Return the settings of a build from its manifest, which does not hold the names that were removed.
+
+    Raises UserError where there were some and they are not given again.
+    """
+    if "names" in made and remove_names is None:
+        raise UserError("--remove-names: the build was given a list of names; --repair needs the same one")
     return BuildSettings(
         workers=workers,
         longest_side=made["longest_side"],
@@ -122,6 +135,7 @@ def _settings(made: dict[str, Any], workers: int | None) -> BuildSettings:
         ratios=tuple(made["ratios"]),
         shard_samples=made["shard_samples"],
         unscrubbed="unscrubbed" in made,
+        remove_names=remove_names,
         max_skipped="100%",  # which studies are in is known
     )
 
@@ -147,6 +161,7 @@ def _rebuild_index(store: Store, manifest: Manifest) -> bytes:
         assert sha256(data) == shard.sha256, "verify found this shard intact"
         rows: dict[str, list[MemberRow]] = {}
         patients: list[str] = []
+        people: list[str] = []
         split: Split = "train"
         with tarfile.open(fileobj=io.BytesIO(data)) as tar:
             for member in tar:
@@ -155,11 +170,12 @@ def _rebuild_index(store: Store, manifest: Manifest) -> bytes:
                 if suffix == "json":
                     sample = Sample.model_validate_json(content)
                     patients.append(sample.patient)
+                    people.append(sample.person or sample.patient)
                     split = sample.split
                 checksum = crc32c(content)
                 rows.setdefault(key, []).append(MemberRow(suffix, member.offset_data, member.size, checksum))
         sample_rows = [SampleRow(key, tuple(members)) for key, members in rows.items()]
-        parts.append(index_of_shard(sample_rows, patients, split, number))
+        parts.append(index_of_shard(sample_rows, patients, split, number, people))
     data = concatenate(parts).to_bytes()
     assert sha256(data) == manifest.index.sha256, "the index of intact shards is the one that was written"
     return data

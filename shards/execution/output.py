@@ -23,14 +23,14 @@ from radhpc.core.manifest import FINGERPRINTS, INDEX, MANIFEST, Manifest
 from radhpc.core.sample import SPLITS
 from radhpc.storage.store import Store, write_atomically
 from shards.reports.card import CARD
-from shards.reports.contact_sheet import SHEET
+from shards.reports.contact_sheet import SHEET, SUSPECTS_SHEET
 
 WORK = ".build"
 RECIPE = "recipe.json"
 LOCK = "lock"
 _SHARD = re.compile(rf"(?:{'|'.join(SPLITS)})-\d{{6,}}\.tar")
 ATTRIBUTION = "attribution.jsonl"  # the authors that the samples' licences ask to name
-SIDE_FILES = (INDEX, FINGERPRINTS, CARD, SHEET, ATTRIBUTION)  # files beside the shards and the manifest
+SIDE_FILES = (INDEX, FINGERPRINTS, CARD, SHEET, SUSPECTS_SHEET, ATTRIBUTION)  # files beside the shards and the manifest
 _TEMPORARY = re.compile(rf"\.(?:{_SHARD.pattern}|{'|'.join(map(re.escape, (MANIFEST, *SIDE_FILES)))})\..+")
 
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from radhpc.core.errors import first_line
+from shards import raw_files
 from shards.images import jpeg, png
 from shards.images.raw_image import BadImage, RawImage, check_size, merge_channels
 
@@ -24,9 +25,11 @@ MAX_BYTES = 1 << 30  # of a raw file
 def load(path: Path) -> RawImage:
     """Load an image of any supported kind, recognised by its content. Raises BadImage."""
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise BadImage(path, "image too large", f"{path.stat().st_size} bytes")
-        data = path.read_bytes()
+        data = raw_files.read(path, MAX_BYTES)
+    except raw_files.LargeFile as error:
+        raise BadImage(path, "image too large", error.detail) from error
+    except raw_files.RefusedFile as error:
+        raise BadImage(path, error.strerror or "", error.detail) from error
     except FileNotFoundError as error:
         raise BadImage(path, "missing image file") from error
     except OSError as error:

@@ -1,12 +1,11 @@
 """Decodes DICOM to a RawImage: one frame, stored values through the modality's transform, then the file's own window.
 
 Pixel data are decoded by imagecodecs or, where uncompressed or RLE, by pydicom itself, so that the result does
-not depend on which of pydicom's optional decoders happen to be installed; JPEG of 8 bits by jpeg.py, which is strict. Of
-the header nothing but the modality is handed on, and nothing reaches a shard.
+not depend on which of pydicom's optional decoders happen to be installed; JPEG of 8 bits by jpeg.py, which is
+strict. Of the header nothing but the modality is handed on, and nothing reaches a shard.
 """
 
 import dataclasses
-import io
 import logging
 import warnings
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from pydicom import encaps, uid
 from pydicom.pixels.processing import apply_color_lut, convert_color_space
 
 from shards.images import jpeg
+from shards.images.deflated import BoundedFile
 from shards.images.raw_image import BadImage, RawImage, Window, check_size, merge_channels
 from shards.images.windowing import percentile_window
 
@@ -58,7 +58,7 @@ def decode(data: bytes, path: Path | str) -> RawImage:
     """Decode a single-frame image. Raises BadImage, and whatever a decoder raises on broken data."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pydicom's complaints quote the header
-        header = pydicom.dcmread(io.BytesIO(data), force=True)
+        header = pydicom.dcmread(BoundedFile(data), force=True)
         return dataclasses.replace(_decode(header, path), modality=str(header.get("Modality") or "") or None)
 
 
@@ -213,7 +213,7 @@ def _decode_frame(frame: bytes, syntax: uid.UID, header: pydicom.Dataset) -> tup
 
 def _jpeg_2000_bits(frame: bytes) -> int:
     """Read the bits of the first component: ISO 15444-1, A.5.1."""
-    return (frame[frame.index(_JPEG_2000_START) + 42] & 0x7F) + 1
+    return (int(frame[frame.index(_JPEG_2000_START) + 42]) & 0x7F) + 1
 
 
 def _is_mixed(frame: bytes) -> bool:

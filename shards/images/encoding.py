@@ -22,6 +22,7 @@ from radhpc.core.sample import View
 from shards.images import blank
 from shards.images.perceptual_hash import fingerprint
 from shards.images.raw_image import BadImage, RawImage
+from shards.images.text_in_pixels import Box, find_text
 from shards.images.windowing import apply_window, percentile_window
 
 ImageFormat = Literal["jpeg", "png16", "jxl16"]
@@ -45,6 +46,7 @@ class EncodedImage(NamedTuple):
     view: View
     suffix: str  # of its name in the tar: "jpg", "png" or "jxl"
     fingerprint: bytes  # 32 bytes, see shards.images.perceptual_hash
+    text: Box | None  # where text may be written into the pixels, see shards.images.text_in_pixels
 
 
 def encode(
@@ -75,7 +77,7 @@ def encode(
     data, suffix = _compress(shown if settings.format == "jpeg" else stored, settings)
     height, width = shown.shape[:2]
     described = View(view=view, width=width, height=height, source_bits=raw.bits, window=window, done=raw.done)
-    return EncodedImage(data, described, suffix, fingerprint(shown))
+    return EncodedImage(data, described, suffix, fingerprint(shown), find_text(shown))
 
 
 def shrink(pixels: npt.NDArray[Any], longest_side: int) -> npt.NDArray[Any]:

@@ -7,7 +7,7 @@ libjpeg warns and continues where data are missing or wrong, and most of its wra
 picture whose lower half is displaced. simplejpeg makes an error of it. The pixels are those that Pillow decodes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -147,7 +147,7 @@ def _bits(values: npt.NDArray[np.int32], predictor: int, precision: int, lengths
     expected[0, 0] = 1 << (precision - 1)
     expected[0, 1:] = values[0, :-1]
     expected[1:, 0] = values[:-1, 0]
-    expected[1:, 1:] = {
+    predictions: dict[int, Callable[[], npt.NDArray[np.int32]]] = {
         1: lambda: left,
         2: lambda: above,
         3: lambda: corner,
@@ -155,7 +155,8 @@ def _bits(values: npt.NDArray[np.int32], predictor: int, precision: int, lengths
         5: lambda: left + ((above - corner) >> 1),
         6: lambda: above + ((left - corner) >> 1),
         7: lambda: (left + above) >> 1,
-    }[predictor]()
+    }
+    expected[1:, 1:] = predictions[predictor]()
     differences = ((values - expected + 0x8000) & 0xFFFF) - 0x8000  # modulo 2^16
     sizes = np.abs(differences)
     counts = np.bincount(np.frexp(sizes.astype(np.float32))[1].ravel(), minlength=17)  # of each category

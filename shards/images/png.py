@@ -94,7 +94,7 @@ def unpack(data: bytes) -> bytes:
 
 
 def _inflated_length(data: bytes) -> int:
-    """Return the bytes of all pixels before compression: in each row of each pass a byte for the filter, then the row."""
+    """Return the bytes of all pixels before compression: each row of each pass, and a byte for its filter."""
     (width, height), (bits, colour) = size(data), depth(data)
     total = 0
     for left, top, across, down in _PASSES if data[28] else ((0, 0, 1, 1),):
