@@ -187,7 +187,8 @@ def _pixels(header: pydicom.Dataset, path: Path | str) -> tuple[npt.NDArray[Any]
 
 def _native_length(header: pydicom.Dataset) -> int:
     """Return the bytes of a frame that is not compressed, as long as they can be: part 5, 8.1.1."""
-    return -(-header.Rows * header.Columns * header.SamplesPerPixel * header.BitsAllocated // 8)
+    bits: int = header.Rows * header.Columns * header.SamplesPerPixel * header.BitsAllocated
+    return -(-bits // 8)
 
 
 def _decode_frame(frame: bytes, syntax: uid.UID, header: pydicom.Dataset) -> tuple[npt.NDArray[Any], int]:

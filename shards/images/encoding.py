@@ -72,8 +72,8 @@ def encode(
         shown, _ = apply_window(stored, window)
         if settings.format == "jpeg":
             window = raw.window or (window[0] * step + offset, window[1] * step + offset)
-    if nothing := blank.fault(shown):
-        raise BadImage(path, blank.REASON, nothing)
+    if fault := blank.fault(shown):
+        raise BadImage(path, blank.REASON, fault)
     data, suffix = _compress(shown if settings.format == "jpeg" else stored, settings)
     height, width = shown.shape[:2]
     described = View(view=view, width=width, height=height, source_bits=raw.bits, window=window, done=raw.done)
