@@ -28,10 +28,10 @@ from radhpc.core.untrusted import printable
 from shards import splits
 from shards.datasets.reader import RawStudy
 from shards.people import Pseudonyms
+from shards.raw_state import MAX_VIEWS, ArchiveState
 from shards.text.languages import LanguageTally
 
 # Far above any study, far below what would fill the memory of a worker, or keep the rules of the privacy gate busy.
-MAX_VIEWS = 1000
 MAX_DESCRIPTION = 1 << 19  # bytes of a study but for its pixels
 LONGEST_NAME = 500  # characters that are shown
 _TABLES = """
@@ -105,6 +105,7 @@ class Listing:
         self.dataset: str = facts["dataset"]
         self.format: str = facts.get("format", "")  # of the pickles: a listing of another one cannot be read
         self.digest: str = facts["digest"]  # of all that the reader yielded, keyed by the salt
+        self.files: dict[str, Any] = json.loads(facts.get("files", "{}"))  # the state of the images: raw_state.py
         self.studies = int(facts["studies"])  # read, those left out included
         self.without_rules: dict[str, int] = json.loads(
             facts["without_rules"]
@@ -164,7 +165,8 @@ def write_listing(
         connection.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;" + _TABLES)
         connection.execute("BEGIN")
         tally = LanguageTally()
-        digest, count = _add_studies(connection, studies, pseudonyms, folder, tally)
+        state = ArchiveState(pseudonyms.salt, folder)
+        digest, count = _add_studies(connection, state.watch(studies), pseudonyms, folder, tally)
         _refuse_two_splits(connection)
         connection.create_function("split_of", 2, lambda patient, split: _split_number(patient, split, ratios))
         for statement in filter(None, map(str.strip, _ORDER.split(";"))):
@@ -175,6 +177,7 @@ def write_listing(
             "dataset": pseudonyms.name,
             "format": FORMAT,
             "digest": digest,
+            "files": json.dumps(state.summary()),
             "studies": count,
             "filled": json.dumps(filled),
             "without_rules": json.dumps(tally.without_rules),

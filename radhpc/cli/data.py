@@ -1,5 +1,6 @@
 """Turn raw archives into shards: build, verify."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -125,6 +126,7 @@ def build(
 @verb(
     DATA,
     "radhpc verify runs/cxr-shards",
+    "radhpc verify runs/cxr-shards --raw /data/cxr_notes",
     "radhpc verify runs/cxr-shards --repair --raw /data/cxr_notes",
 )
 def verify(
@@ -132,20 +134,28 @@ def verify(
         list[str], typer.Argument(metavar="URL", help="Shards; several are also checked against each other.")
     ],
     repair: Annotated[bool, typer.Option("--repair", help="Rebuild broken shards, byte for byte.")] = False,
-    raw: Annotated[Path | None, typer.Option(help="The raw archive, with --repair.")] = None,
+    raw: Annotated[
+        Path | None,
+        typer.Option(help="The raw archive: to rebuild from, with --repair; alone to compare pixels and texts with."),
+    ] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Worker processes of --repair; default: one per core.", min=1)
+        int | None, typer.Option(help="Worker processes of --repair and --raw; default: one per core.", min=1)
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Check every shard against the manifest: sizes, checksums, members, keys, identifiers, and that no patient and no
     image is in two splits.
+
+    With --raw it also builds every shard again, aside, and names each study whose pixels or texts are not those of
+    the archive.
     """
     from shards.reports.tables import verification_lines
     from shards.verify import verify_all
 
     if repair and len(urls) > 1:
         raise UserError("--repair: one URL at a time")
+    if raw is not None and len(urls) > 1:
+        raise UserError("--raw: one URL at a time")
     with Bar("verify", 1, unit="samples") as bar:
         report = verify_all(urls, lambda done, total: bar.update(done, total=total))
     if repair and not report.ok:
@@ -155,6 +165,12 @@ def verify(
             mended = repair_shards(urls[0], raw, report, workers, lambda done, total: bar.update(done, total=total))
         say(f"built again: {', '.join(mended)}", as_json)
         report = verify_all(urls)
+    if raw is not None and report.ok and not repair:
+        from shards.rebuild import compare
+
+        with Bar("compare", 1, unit="studies") as bar:
+            different = compare(urls[0], raw, workers, lambda done, total: bar.update(done, total=total))
+        report = replace(report, faults=different)
     say(verification_lines(report), as_json)
     faults = [vars(fault) for fault in report.faults]
     result = {"ok": report.ok, "shards": report.shards, "samples": report.samples, "faults": faults}

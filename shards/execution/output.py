@@ -22,6 +22,7 @@ from radhpc.core.errors import UserError, first_line
 from radhpc.core.manifest import FINGERPRINTS, INDEX, MANIFEST, Manifest
 from radhpc.core.sample import SPLITS
 from radhpc.storage.store import Store, write_atomically
+from shards.raw_state import describe_change
 from shards.reports.card import CARD
 from shards.reports.contact_sheet import SHEET, SUSPECTS_SHEET
 
@@ -125,9 +126,12 @@ class BuildOutput:
             pass  # a file system without locks
 
     def _another(self, kind: str, theirs: dict[str, Any], ours: dict[str, Any]) -> UserError:
-        differing = [key for key in ours if theirs.get(key) != ours[key]]
+        differing = [key for key in ours if key != "files" and theirs.get(key) != ours[key]]
+        changes = [f"other {', '.join(differing)}"] if differing else []
+        if theirs.get("files") != ours.get("files"):
+            changes.append(describe_change(theirs.get("files"), ours["files"]) if "files" in ours else "no files")
         return UserError(
-            f"{self.url}: holds {kind} (other {', '.join(differing) or 'format'}); "
+            f"{self.url}: holds {kind} ({'; '.join(changes) or 'other format'}); "
             "use another folder, or --force to replace it"
         )
 
