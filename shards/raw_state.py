@@ -1,7 +1,7 @@
 """Record the sizes and modification times of an archive's images, so that a changed archive is not taken for the same.
 
     state = ArchiveState(salt, folder)
-    for study in state.watch(studies):     # the same studies in their order; their files are looked at on the way
+    for study, files in state.watch(studies):      # the same studies in their order, and the state of their images
         ...
     state.summary()      # {"images": 3, "missing": 0, "bytes": 4096, "sizes": "1f3a...", "times": "9c0e...", ...}
 
@@ -48,26 +48,31 @@ class ArchiveState:
         self._started = time.time_ns()
         self._checksums = None if folder is None else _checksums(salt, folder)
 
-    def watch(self, studies: Iterable[RawStudy]) -> Iterator[RawStudy]:
-        """Yield the studies, and look at their files, many at a time."""
+    def watch(self, studies: Iterable[RawStudy]) -> Iterator[tuple[RawStudy, bytes]]:
+        """Yield the studies, each with the sizes and times of its images as bytes; many files are asked at a time."""
         studies = iter(studies)
         with ThreadPoolExecutor(THREADS, "sizes") as pool:
             while batch := list(islice(studies, BATCH)):
-                views = chain.from_iterable(study.views[:MAX_VIEWS] for study in batch)
-                paths = [source for source, _ in views if isinstance(source, Path)]
-                parts = [paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK)]
-                for state in chain.from_iterable(pool.map(_look, parts)):
-                    self._add(state)
-                yield from batch
+                paths = [
+                    [source for source, _ in study.views[:MAX_VIEWS] if isinstance(source, Path)] for study in batch
+                ]
+                every = list(chain.from_iterable(paths))
+                parts = [every[start : start + CHUNK] for start in range(0, len(every), CHUNK)]
+                states = chain.from_iterable(pool.map(_look, parts))
+                for study, own in zip(batch, paths, strict=True):
+                    yield study, b"".join(self._add(state) for state in islice(states, len(own)))
 
-    def _add(self, state: _FileState) -> None:
+    def _add(self, state: _FileState) -> bytes:
+        """Count a file in, and return its state as bytes."""
         self._images += 1
         self._missing += state.size < 0
         self._bytes += max(state.size, 0)
         # Some mounts of object stores tell the time of the question, which says nothing about the file.
         moment = state.time if state.time < self._started else 0
-        self._sizes.update(state.size.to_bytes(8, "big", signed=True))
-        self._times.update(moment.to_bytes(8, "big", signed=True))
+        size, moment_bytes = (value.to_bytes(8, "big", signed=True) for value in (state.size, moment))
+        self._sizes.update(size)
+        self._times.update(moment_bytes)
+        return size + moment_bytes
 
     def summary(self) -> dict[str, Any]:
         """Return what a build records; nothing where there are no files, as in drawn datasets."""
@@ -82,6 +87,10 @@ class ArchiveState:
             "times": self._times.hexdigest()[:DIGITS],
             **checksums,
         }
+
+
+def _files_of(study: RawStudy) -> list[Path]:
+    return [source for source, _ in study.views[:MAX_VIEWS] if isinstance(source, Path)]
 
 
 def _look(paths: Sequence[Path]) -> list[_FileState]:

@@ -49,6 +49,7 @@ class BuildOutput:
             raise UserError(f"--out {out}: '#{self.store.subset}' would name a subset; allowed is a URL without it")
         self.url, self.folder = self.store.url, self.store.folder
         self.work = _work_folder(self.store, work).resolve()
+        self.changed_files: str | None = None  # how the images differ from those that an unfinished build began with
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -98,8 +99,10 @@ class BuildOutput:
             return manifest
         with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
             begun = json.loads((self.work / RECIPE).read_bytes())
-            if begun != recipe:
+            if {**begun, "files": None} != {**json.loads(json.dumps(recipe)), "files": None}:
                 raise self._another("another, unfinished build", begun, recipe)
+            if begun.get("files") != recipe.get("files"):  # the user may have repaired images that it named
+                self.changed_files = describe_change(begun.get("files"), recipe["files"])
         write_atomically(self.work / RECIPE, json.dumps(recipe).encode(), 0o600)
         return None
 
