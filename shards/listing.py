@@ -17,7 +17,7 @@ import os
 import pickle
 import re
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -111,6 +111,7 @@ class Listing:
         self.without_rules: dict[str, int] = json.loads(
             facts["without_rules"]
         )  # studies by language: text/languages.py
+        self.names: list[str] = json.loads(facts["names"])  # to be removed from texts
         self.warnings: list[str] = json.loads(facts["warnings"])  # about languages
         self.filled: tuple[Split, ...] = tuple(json.loads(facts["filled"]))  # splits that would have been empty
         self.plans = tuple(ShardPlan(*row) for row in json.loads(facts["plans"]))
@@ -154,10 +155,12 @@ def write_listing(
     ratios: splits.Ratios,
     shard_samples: int,
     folder: Path | None,
+    names: Sequence[str] = (),
 ) -> None:
     """Hash, split and sort the studies of a dataset. Raises UserError where a patient has two splits.
 
     `folder` is the raw archive's: the digest holds paths relative to it, so that an archive may be moved.
+    `names` are to be removed from texts; they lie here because a listing is private.
     """
     path.unlink(missing_ok=True)
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
@@ -182,6 +185,7 @@ def write_listing(
             "studies": count,
             "filled": json.dumps(filled),
             "without_rules": json.dumps(tally.without_rules),
+            "names": json.dumps(list(names)),
             "warnings": json.dumps(tally.messages()),
             "plans": json.dumps(list(_plans(connection, shard_samples, pseudonyms.salt))),
         }

@@ -1,8 +1,8 @@
 """Builds shards again from the raw archive, as they were built, for `verify --repair` and `verify --raw`.
 
-    for rebuilt in build_again(store, manifest, raw, manifest.shards, work, workers, progress):
+    for rebuilt in build_again(store, manifest, raw, manifest.shards, work, settings, progress):
         rebuilt.shard, rebuilt.record, rebuilt.path        # of the manifest; of the second build; where it lies
-    faults = compare(url, raw, workers, progress)          # what in the shards is not what the archive gives
+    faults = compare(url, raw, workers)                    # what in the shards is not what the archive gives
 
 The studies that are in a shard decide which are built; near-duplicates and other datasets need not be looked at again.
 """
@@ -44,7 +44,7 @@ def build_again(
     raw: Path | None,
     shards: Sequence[Shard],
     work: Path,
-    workers: int | None,
+    settings: BuildSettings,
     progress: Progress,
 ) -> Iterator[RebuiltShard]:
     """Build shards into the private folder `work`, and yield each when it is done.
@@ -53,7 +53,6 @@ def build_again(
     """
     made = manifest.build
     source = open_source(made["reader"], {name: str(value) for name, value in made["options"].items()})
-    settings = _settings(made, workers)
     index = manifest.load_index(store)
     names = {shard.name: number for number, shard in enumerate(manifest.shards)}
     by_name = {shard.name: shard for shard in shards}
@@ -79,7 +78,11 @@ def build_again(
 
 
 def compare(
-    url: str, raw: Path | None, workers: int | None = None, progress: Progress = lambda done, total: None
+    url: str,
+    raw: Path | None,
+    workers: int | None = None,
+    remove_names: Path | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> list[ShardFault]:
     """Build every shard again, aside, and name each study that differs, by its own name in the archive.
 
@@ -88,9 +91,10 @@ def compare(
     store = Store(url)
     manifest = Manifest.load(store)
     index = manifest.load_index(store)
+    settings = settings_of(manifest.build, workers, remove_names)
     faults: list[ShardFault] = []
     with tempfile.TemporaryDirectory(prefix="radhpc-verify-") as work:  # private: the listing has raw identifiers
-        for rebuilt in build_again(store, manifest, raw, manifest.shards, Path(work), workers, progress):
+        for rebuilt in build_again(store, manifest, raw, manifest.shards, Path(work), settings, progress):
             if rebuilt.record.shard != rebuilt.shard:
                 faults += _differences(manifest, index, rebuilt)
             rebuilt.path.unlink(missing_ok=True)
@@ -124,8 +128,13 @@ def _differences(manifest: Manifest, index: SampleIndex, rebuilt: RebuiltShard) 
         yield ShardFault(rebuilt.shard.name, member.name, member.offset, f"{text}: {name}")
 
 
-def _settings(made: dict[str, Any], workers: int | None) -> BuildSettings:
-    """Return the settings of a build from its manifest."""
+def settings_of(made: dict[str, Any], workers: int | None, remove_names: Path | None) -> BuildSettings:
+    """Return the settings of a build from its manifest, which does not hold the names that were removed.
+
+    Raises UserError where there were some and they are not given again.
+    """
+    if "names" in made and remove_names is None:
+        raise UserError("--remove-names: the build was given a list of names; to build again needs the same one")
     return BuildSettings(
         workers=workers,
         longest_side=made["longest_side"],
@@ -134,6 +143,7 @@ def _settings(made: dict[str, Any], workers: int | None) -> BuildSettings:
         ratios=tuple(made["ratios"]),
         shard_samples=made["shard_samples"],
         unscrubbed="unscrubbed" in made,
+        remove_names=remove_names,
         max_skipped="100%",  # which studies are in is known
     )
 

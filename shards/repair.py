@@ -22,7 +22,8 @@ from radhpc.storage.store import Store
 from shards.execution.assembly import concatenate, fingerprints_of, index_of_shard, npy_bytes
 from shards.execution.output import BuildOutput
 from shards.execution.writer import MemberRow, SampleRow
-from shards.rebuild import build_again
+from shards.rebuild import build_again, settings_of
+from shards.settings import BuildSettings
 from shards.verify import VerificationReport
 
 
@@ -32,6 +33,7 @@ def repair(
     report: VerificationReport,
     workers: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    remove_names: Path | None = None,
 ) -> list[str]:
     """Return the names of the files that were repaired. Raises UserError for what cannot be repaired."""
     store = Store(url)
@@ -47,7 +49,15 @@ def repair(
         store.write(INDEX, _rebuild_index(store, manifest))
         mended.append(INDEX)
     if broken or FINGERPRINTS in bad:
-        mended += _rebuild(store, manifest, raw, broken, FINGERPRINTS in bad, workers, progress)
+        mended += _rebuild(
+            store,
+            manifest,
+            raw,
+            broken,
+            FINGERPRINTS in bad,
+            settings_of(manifest.build, workers, remove_names),
+            progress,
+        )
     return mended
 
 
@@ -57,14 +67,14 @@ def _rebuild(
     raw: Path | None,
     broken: list[Shard],
     fingerprints: bool,
-    workers: int | None,
+    settings: BuildSettings,
     progress: Callable[[int, int], None],
 ) -> list[str]:
     """Build shards in the work folder, and upload those that match the manifest."""
     output = BuildOutput(store.url)
     with output.locked():
         to_build = list(manifest.shards) if fingerprints else broken
-        again = build_again(store, manifest, raw, to_build, output.work, workers, progress)
+        again = build_again(store, manifest, raw, to_build, output.work, settings, progress)
         rebuilt = {part.shard.name: part for part in again}
         hashes = []
         for shard in to_build:

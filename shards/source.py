@@ -5,6 +5,7 @@ messages = source.list_studies(Path("/data/padchest"), work / "listing", setting
 """
 
 import hashlib
+import hmac
 import importlib.metadata
 import json
 import warnings
@@ -23,7 +24,7 @@ from shards.images.windowing import PERCENTILES
 from shards.listing import Listing, SkippedStudy, write_listing
 from shards.people import Pseudonyms, namespace
 from shards.settings import BuildSettings
-from shards.text import deidentification
+from shards.text import deidentification, names
 from shards.text.languages import LANGUAGES
 
 VERSIONED = ("numpy", "pillow", "pydicom", "imagecodecs")  # their versions may change the bytes
@@ -65,10 +66,11 @@ class DatasetSource:
         """Read the metadata of the archive into a listing. Returns messages for the user. Raises UserError."""
         base = raw.resolve() if raw else None
         folder = base.parent if base and base.is_file() else base
+        listed = names.read(settings.remove_names) if settings.remove_names else []
         with warnings.catch_warnings(record=True) as caught, raw_files.inside(self.archive(raw)):
             warnings.simplefilter("always", readers.DatasetWarning)
             studies = self.reader.read(base, self.options)
-            write_listing(path, studies, self.pseudonyms, settings.ratios, settings.shard_samples, folder)
+            write_listing(path, studies, self.pseudonyms, settings.ratios, settings.shard_samples, folder, listed)
         own = (warning for warning in caught if issubclass(warning.category, readers.DatasetWarning))
         messages = list(dict.fromkeys(str(warning.message) for warning in own))
         with Listing(path) as listing:
@@ -88,7 +90,10 @@ class DatasetSource:
 
         Paths decide nothing, as the listing's digest covers the content; hence options that are paths are left out.
         """
-        unscrubbed = {"unscrubbed": sorted(listing.without_rules)} if listing.without_rules else {}
+        special: dict[str, Any] = {"unscrubbed": sorted(listing.without_rules)} if listing.without_rules else {}
+        if listing.names:
+            listed = "\n".join(listing.names).encode()
+            special["names"] = hmac.new(self.salt, listed, hashlib.sha256).hexdigest()[:16]
         options = self.options.model_dump(mode="json", exclude_none=True)
         return {
             "reader": self.dataset,
@@ -106,7 +111,7 @@ class DatasetSource:
             "source": listing.digest,
             **({"files": listing.files} if listing.files else {}),
             "rules": deidentification.rules_digest(),
-            **unscrubbed,
+            **special,
             "salt": hashlib.sha256(b"radhpc fingerprint" + self.salt).hexdigest()[:16],
             "versions": {package: importlib.metadata.version(package) for package in VERSIONED},
             "format": formats.SHARDS,

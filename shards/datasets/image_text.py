@@ -141,6 +141,7 @@ class _RowParser:
         self.texts = text_files.TextFiles(source.path.parent, options.encoding)
         unknown = "split" not in columns and options.split != table_columns.NO_SPLIT
         self.folder_splits = unknown and self._several_splits()
+        self.with_split = self.without_split = 0  # rows
 
     def _several_splits(self) -> bool:
         """Return whether the folders of the images name two splits or three."""
@@ -159,6 +160,9 @@ class _RowParser:
             yield f"{self.texts.count} texts are paths of text files, which were read"
         if self.folder_splits:
             yield "the splits are those that the images' folders name (others: split=COLUMN, or split=none)"
+        if self.with_split and self.without_split:
+            total = self.with_split + self.without_split
+            yield f"{self.without_split} of {total} rows have no split, so theirs is made from the patients"
 
     def rows(self) -> Iterator[tuple[str, TableRow | RawStudy]]:
         """Yield (key of a study, its row), row by row; a row that cannot be used is a study of its own."""
@@ -170,6 +174,8 @@ class _RowParser:
                 name = f"{self.source.path.name} {record.where}"
                 yield own_key, unusable_study(name, fault)
                 continue
+            self.with_split += item.split is not None
+            self.without_split += item.split is None
             study_key = "\x1f".join((item.patient, item.study, item.question or ""))
             yield study_key if "study" in self.columns else own_key, item
 

@@ -137,7 +137,7 @@ def build_shard(task: ShardTask, tick: Callable[[], None]) -> ShardRecord:
     skipped: list[tuple[str, str, str]] = []
     suspects: list[Suspect] = []
 
-    def samples(listing: Listing) -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
+    def samples(listing: Listing, rules: deidentification.RuleSet) -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
         for row in listing.rows(task.plan):
             if task.studies is not None and row.study not in task.studies:
                 continue
@@ -146,7 +146,7 @@ def build_shard(task: ShardTask, tick: Callable[[], None]) -> ShardRecord:
                 tick()
                 continue
             try:
-                encoded = encode_study(row, listing.dataset, task.context.images)
+                encoded = encode_study(row, listing.dataset, task.context.images, rules)
             except BadImage as error:
                 skipped.append((row.study, error.reason, error.detail))
             except ValidationError as error:
@@ -172,7 +172,7 @@ def build_shard(task: ShardTask, tick: Callable[[], None]) -> ShardRecord:
     store = Store(task.context.url)
     folder = store.folder or task.context.work  # a shard for an object store is written here first
     with raw_files.inside(task.context.archive), Listing(task.context.work / LISTING) as listing:
-        shard, rows = write_shard(folder / task.plan.name, samples(listing))
+        shard, rows = write_shard(folder / task.plan.name, samples(listing, deidentification.with_names(listing.names)))
     if store.folder is None and shard:
         store.upload(folder / shard.name, shard.name)
         (folder / shard.name).unlink()
@@ -203,7 +203,12 @@ class StudyMembers(NamedTuple):
     scrubbed: Mapping[str, int]  # applications of each rule of the privacy gate
 
 
-def encode_study(row: StudyRow, dataset: str, settings: EncodingSettings) -> StudyMembers:
+def encode_study(
+    row: StudyRow,
+    dataset: str,
+    settings: EncodingSettings,
+    rules: deidentification.RuleSet = deidentification.STANDARD,
+) -> StudyMembers:
     """Read the images of a study and write its description. Raises BadImage, ValidationError, IdentifierError."""
     images = []
     for source, projection in row.raw.views:
@@ -211,8 +216,8 @@ def encode_study(row: StudyRow, dataset: str, settings: EncodingSettings) -> Stu
         if raw.modality not in RADIOGRAPHS:
             raise BadImage(str(source), "DICOM that is no radiograph", f"modality {raw.modality}")
         images.append(encode(raw, settings, projection))
-    report, scrubbed = deidentification.scrub_report(row.raw.report)
-    question, answer = (_scrub_text(text, scrubbed) for text in (row.raw.question, row.raw.answer))
+    report, scrubbed = deidentification.scrub_report(row.raw.report, rules)
+    question, answer = (_scrub_text(text, scrubbed, rules) for text in (row.raw.question, row.raw.answer))
     if answer is not None and not answer.replace(deidentification.MARK, "").strip(" .,;"):
         raise IdentifierError("answer: nothing else in it")
     sample = Sample(
@@ -237,10 +242,10 @@ def encode_study(row: StudyRow, dataset: str, settings: EncodingSettings) -> Stu
     return StudyMembers(sample, members, fingerprints, text, scrubbed)
 
 
-def _scrub_text(text: str | None, counts: Counter[str]) -> str | None:
+def _scrub_text(text: str | None, counts: Counter[str], rules: deidentification.RuleSet) -> str | None:
     if text is None:
         return None
-    clean, applied = deidentification.scrub(text)
+    clean, applied = deidentification.scrub(text, rules)
     counts.update(applied)
     return clean
 

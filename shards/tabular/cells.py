@@ -45,7 +45,8 @@ def _says_nothing(value: Any, words: frozenset[str]) -> bool:
 
 def known(value: str) -> str:
     """Return a cell of a CSV without the spaces around it; empty where it says nothing."""
-    return "" if is_empty(value) else value.strip()
+    stripped = value.strip()  # not by is_empty: there are many cells
+    return "" if len(stripped) <= LONGEST_WORD and stripped.casefold() in EMPTY else stripped
 
 
 def text(value: Any) -> str:

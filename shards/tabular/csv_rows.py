@@ -91,6 +91,7 @@ def open_csv(path: Path, file: TextIO, delimiter: str) -> tuple[CsvRows, list[st
 
 def records(rows: CsvRows, places: Sequence[tuple[str, int]], length: int, delimiter: str) -> Iterator[Record]:
     """Yield the rows as records of the columns (name, place), `length` being that of the header. Raises UserError."""
+    lines = rows.lines.row
     for row in rows:
         if any(isinstance(line, LongLine) for line in rows.lines.row):
             yield Record(f"line {rows.line}", {}, TOO_LONG)
@@ -101,15 +102,16 @@ def records(rows: CsvRows, places: Sequence[tuple[str, int]], length: int, delim
         if len(row) != length:
             fault = "row of another length than the header"
         values = {name: row[place] for name, place in places if place < len(row)}
-        zero = next((place for name, place in places if "\0" in values.get(name, "")), None)
-        if zero is not None:
-            where, fault = f"{where}, column {zero + 1}", fault or "zero byte in a cell"
-        if len(rows.lines.row) > 1 and (place := _swallowing(row, delimiter)) is not None:
+        if any("\0" in line for line in lines):
+            zero = next((place for name, place in places if "\0" in values.get(name, "")), None)
+            if zero is not None:
+                where, fault = f"{where}, column {zero + 1}", fault or "zero byte in a cell"
+        if len(lines) > 1 and (place := _swallowing(row, delimiter)) is not None:
             where, fault = (
                 f"lines {rows.line} to {rows.reader.line_num}, column {place + 1}",
                 "a quote that swallows rows",
             )
-        elif sum(line.count('"') for line in rows.lines.row) % 2:
+        elif sum([line.count('"') for line in lines]) % 2:
             # 5" in a cell without quotes is no fault; a cell that ends with a quote, and did not begin with one, is.
             half = next((place for place, cell in enumerate(row) if cell.endswith('"')), None)
             if half is not None:

@@ -16,7 +16,7 @@ from typing import Any
 from shards.tabular import cells, external_sort
 from shards.tabular.faults import UnusableRecord
 
-WHOLE = re.compile(r"([+-]?\d+)\.0+")
+WHOLE = re.compile(r"([+-]?\d+)(?:\.0+|,00?)")  # a comma where Excel's language has one; 7,000 may be seven thousand
 FORMULA = re.compile(r'="(.*)"')  # keeps a spreadsheet from taking an identifier for a number
 ROUNDED = re.compile(r"[+-]?\d(?:[.,]\d+)?[eE]\+\d+")  # 2.1684E+44: the digits that told people apart are gone
 EXACT = 1 << 53  # a floating-point number from here on stands for several integers
@@ -28,6 +28,8 @@ def identifier(value: Any) -> str:
 
     Raises UnusableRecord for a number that a spreadsheet or a program has rounded.
     """
+    if isinstance(value, str) and value.isdecimal() and value.isascii():
+        return value
     if isinstance(value, float) and abs(value) >= EXACT:
         raise UnusableRecord("identifier that was rounded as a number")
     result = cells.text(value)

@@ -5,6 +5,7 @@ unused_columns(rows, columns)                # "column 'MRN' looks like the pati
 """
 
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping
 
 from radhpc.core.errors import UserError, nearest
@@ -25,15 +26,19 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "labels": ("labels",),
     "language": ("language",),
 }
-# Columns that look like one of these, by their letters: to be named to the user where they are not used.
+# Columns that look like one of these, by their letters without accents: they are named where they are not used.
 _NUMBER = "(id|ids|uid|no|nr|num|number|nummer|numero|key|code|name|hash|index)?$"
 LOOKS = {
     "patient": re.compile(
         f"(patient(en|in)?|paciente?|subject|person|participant|^case|^mrn|^pid|^ptid|medicalrecord|^nhc|^ipp|"
         f"prontuario|benhnhan){_NUMBER}"
     ),
-    "study": re.compile(f"(study|studyinstance|exam|examen|examination|estudio|estudo|accession|encounter){_NUMBER}"),
-    "split": re.compile("(split|partition|subset|fold|^set|^phase|trainvaltest|traintest)$"),
+    "study": re.compile(
+        f"(study|studyinstance|exam|examen|examination|estudio|estudo|etude|accession|encounter){_NUMBER}"
+    ),
+    "split": re.compile(
+        "(split|partition|particion|particao|conjunto|aufteilung|subset|fold|^set|trainvaltest|traintest)$"
+    ),
 }
 NO_SPLIT = "none"  # for split=: the splits are made from the patients
 
@@ -81,19 +86,23 @@ def _by_alias(rows: table.Table, ours: str, columns: list[str | None]) -> str | 
 
 
 def _holds_splits(rows: table.Table, column: str) -> bool:
-    values = {record.values.get(column) for record in rows.records if not record.fault and _plain(record, column)}
-    words = {str(value).strip().lower() for value in values if not cells.is_empty(value)}
-    return bool(words) and words <= splits.WORDS.keys()
-
-
-def _plain(record: table.Record, column: str) -> bool:
-    return not isinstance(record.values.get(column), (list, dict))
+    """Return whether all cells of a column that say something name a split."""
+    any_split = False
+    for record in rows.records:
+        value = record.values.get(column)
+        if record.fault or cells.is_empty(value):
+            continue
+        if str(value).strip().lower() not in splits.WORDS:
+            return False
+        any_split = True
+    return any_split
 
 
 def unused_columns(rows: table.Table, columns: Mapping[str, str]) -> Iterator[str]:
     """Yield a message on each column that looks like a patient, a study or a split, and is not used."""
     for name in rows.columns:
-        role = next((role for role, look in LOOKS.items() if look.search(table.letters(name))), None)
+        plain = "".join(c for c in unicodedata.normalize("NFD", table.letters(name)) if not unicodedata.combining(c))
+        role = next((role for role, look in LOOKS.items() if look.search(plain)), None)
         if role is None or name in columns.values():
             continue
         used = f"; '{columns[role]}' is" if role in columns else ""

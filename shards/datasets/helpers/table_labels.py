@@ -41,7 +41,7 @@ def _label(value: Any) -> int | None:
     if cells.is_empty(value):
         return None
     try:
-        number = float(value)
+        number = float(value.replace(",", ".") if isinstance(value, str) else value)  # a Spanish Excel writes 1,0
     except (TypeError, ValueError, OverflowError):
         raise UnusableRecord("a label other than 1, 0, -1 and empty") from None
     if number not in (1, 0, -1):

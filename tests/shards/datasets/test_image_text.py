@@ -168,6 +168,7 @@ def test_labels(tmp_path: Path) -> None:
     }
     assert labels(["nodule", "mass"]) == labels("nodule | mass") == {"own": {"nodule": 1, "mass": 1}}
     assert labels('{"radlex": {"nodule": true}}') == {"radlex": {"nodule": 1}}
+    assert labels({"Edema": "1,0", "Fracture": "-1,00"}) == {"chexpert": {"Edema": 1, "Fracture": -1}}
     assert labels(None, Edema="1.0", Fracture="") == {"chexpert": {"Edema": 1, "Fracture": None}}
     assert labels({"Edema": 2}) == labels({"Edema": "yes"}) == "a label other than 1, 0, -1 and empty"
     assert labels("{broken") == "labels that are no JSON"
@@ -424,14 +425,21 @@ def test_split_columns_of_other_names(name: str, tmp_path: Path) -> None:
 def test_columns_that_look_like_people_and_are_not_used_are_named(tmp_path: Path) -> None:
     row = {
         "image": "a.png", "text": "x", "Patientennummer": "7", "AccessionNumber": "8", "fold": "3", "PatientAge": "70",
-        "StudyDate": "2001", "mrn": "9", "anon_patient_key": "1", "offset": "3",
+        "Número de paciente": "7", "Partición": "A", "StudyDate": "2001", "mrn": "9", "anon_patient_key": "1",
+        "offset": "3",
     }  # fmt: skip
     _, messages = messages_of(write_json(tmp_path, [row]))
-    for name, role in (("Patientennummer", "patient"), ("AccessionNumber", "study"), ("fold", "split")):
+    for name, role in (
+        ("Patientennummer", "patient"),
+        ("AccessionNumber", "study"),
+        ("fold", "split"),
+        ("Número de paciente", "patient"),
+        ("Partición", "split"),
+    ):
         assert any(
             f"column '{name}' looks like the {role} and is not used ({role}='{name}' uses it)" in m for m in messages
         )
-    assert len(messages) == 6  # these, mrn, the key, and that there are no patients
+    assert len(messages) == 8  # these, mrn, the key, and that there are no patients
 
 
 @pytest.mark.parametrize("layout", ["one table", "a table each", "jsonl each"])
@@ -470,6 +478,19 @@ def test_images_of_the_same_name_in_two_folders_are_two(tmp_path: Path) -> None:
     }  # fmt: skip
     assert len({study.study for study in studies}) == 2
     assert {study.views[0][0] for study in studies} == {tmp_path / split / "0001.png" for split in ("train", "test")}
+
+
+def test_rows_without_a_split_among_others_are_counted(tmp_path: Path) -> None:
+    images = ["train/a.png", "test/b.png", "extra/c.png", "d.png"]
+    rows = [{"image": image, "text": "x", "patient": n} for n, image in enumerate(images)]
+    studies, messages = messages_of(write_json(tmp_path, rows))
+    assert [study.split for study in studies] == ["train", "test", None, None]
+    assert "data.json: 2 of 4 rows have no split, so theirs is made from the patients" in messages
+    for row, word in zip(rows, ["train", "NA", "test", "n/a"], strict=True):
+        row["set"] = word
+    studies, messages = messages_of(write_json(tmp_path, rows))
+    assert [study.split for study in studies] == ["train", None, "test", None]
+    assert "data.json: 2 of 4 rows have no split, so theirs is made from the patients" in messages
 
 
 def test_one_folder_called_train_is_no_split(tmp_path: Path) -> None:

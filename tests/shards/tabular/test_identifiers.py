@@ -32,7 +32,7 @@ PLAIN = st.one_of(
 @given(st.integers(0, 10**15))
 def test_a_number_is_one_identifier(number: int) -> None:
     spellings = [number, str(number), f"{number}.0", f"{number}.00", f" {number}\t", f"\ufeff{number}\u200b"]
-    spellings += [f'="{number}"', f"{number}\u00a0", float(number)]
+    spellings += [f"{number},0", f"{number},00", f'="{number}"', f"{number}\u00a0", float(number)]
     assert {identifier(spelling) for spelling in spellings} == {str(number)}
 
 
@@ -52,7 +52,7 @@ def test_what_a_spreadsheet_rounded_is_nobody(value: Any) -> None:
         identifier(value)
 
 
-@pytest.mark.parametrize("value", ["7E5", "1e5", "3.5", "7.05", "07", "7-0", "2^3", "E+11", "p1.0"])
+@pytest.mark.parametrize("value", ["7E5", "1e5", "3.5", "7.05", "07", "7-0", "2^3", "E+11", "p1.0", "7,000", "7,5"])
 def test_others_stay_as_they_are(value: str) -> None:
     assert identifier(value) == value
 
