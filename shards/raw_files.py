@@ -68,15 +68,16 @@ class Archive:
         """Return the archive with one more folder, which its own content did not name."""
         return replace(self, roots=(*self.roots, folder)) if self.roots else self
 
+    def holds(self, place: str) -> bool:
+        """Return whether what lies at a real place belongs to the archive."""
+        if self.outside or not self.roots:
+            return True
+        return any(place == real or place.startswith(real.rstrip("/") + "/") for real in map(_real, self.roots))
+
     def check(self, path: Path, place: str) -> None:
         """Raise RefusedFile for a file whose real place is outside of the archive."""
-        if self.outside or not self.roots:
-            return
-        for root in self.roots:
-            real = _real(root)
-            if place == real or place.startswith(real.rstrip("/") + "/"):
-                return
-        raise RefusedFile(path, OUTSIDE, "outside=allow reads such files")
+        if not self.holds(place):
+            raise RefusedFile(path, OUTSIDE, "outside=allow reads such files")
 
 
 _archive: ContextVar[Archive] = ContextVar("archive", default=Archive())  # noqa: B039, it is frozen

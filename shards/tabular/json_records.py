@@ -6,6 +6,7 @@ line. A name that stands twice in one object is the record's fault, as nobody ca
 
 import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -15,6 +16,7 @@ from shards import splits
 from shards.tabular.lines import MAX_LINE, LongLine, lines_of
 from shards.tabular.records import Record
 
+TOKEN = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[\]{},]', re.DOTALL)  # a text, or what begins, parts and ends a list
 MAX_DIGITS = 1000
 DEEP = "nested too deeply"
 SPLIT = "split"  # the column of records that stand below a split's name
@@ -35,7 +37,9 @@ def parse_json(path: Path, text: str) -> list[Record]:
             return list(parse_lines(path, io.StringIO(text)))
         raise UserError(f"{path}: line {error.lineno}, column {error.colno}: no valid JSON ({error.msg})") from error
     except RecursionError as error:
-        raise UserError(f"{path}: no usable JSON ({DEEP})") from error
+        if not (items := _items(text)):
+            raise UserError(f"{path}: no usable JSON ({DEEP})") from error
+        return [_salvaged(path, f"record {n}", item) for n, item in enumerate(items, 1)]
     if isinstance(value, dict):
         lists = {key: items for key, items in value.items() if isinstance(items, list)}
         if len(lists) > 1 and set(map(str.lower, lists)) <= set(splits.WORDS):
@@ -51,6 +55,31 @@ def parse_json(path: Path, text: str) -> list[Record]:
             )
         value = next(iter(lists.values()))
     return [_record(f"record {n}", item) for n, item in enumerate(_objects(path, value), 1)]
+
+
+def _items(text: str) -> list[str]:
+    """Return the items of a list in JSON, each as it stands; none where the text is no list that ends."""
+    items, start, depth = [], 0, 0
+    for match in TOKEN.finditer(text) if text.lstrip().startswith("[") else ():
+        token = match[0]
+        depth += (token in "[{") - (token in "]}")
+        if depth == 0 or (depth == 1 and token == ","):
+            items.append(text[start : match.start()])
+        if depth == 0:
+            return items if not text[match.end() :].strip() else []
+        if depth == 1 and token in "[,":
+            start = match.end()
+    return []
+
+
+def _salvaged(path: Path, where: str, text: str) -> Record:
+    """Return the record of one item of a list, another of which was nested too deeply."""
+    try:
+        return _record(where, _objects(path, [_load(text)])[0])
+    except RecursionError:
+        return Record(where, {}, DEEP)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: {where}: no valid JSON ({error.msg})") from error
 
 
 def parse_lines(path: Path, file: TextIO) -> Iterator[Record]:

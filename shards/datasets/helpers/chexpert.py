@@ -149,7 +149,9 @@ class ImageFinder:
 
 
 def _find_roots(folder: Path) -> list[ImageRoot]:
-    return [ImageRoot(path, suffix) for path in folders_with(folder, PATIENT) if (suffix := _suffix(path))]
+    return [
+        ImageRoot(path, suffix) for path in folders_with(folder, PATIENT, of_folders=True) if (suffix := _suffix(path))
+    ]
 
 
 def _suffix(folder: Path) -> str | None:

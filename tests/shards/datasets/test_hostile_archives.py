@@ -6,6 +6,7 @@ Each file of a small archive is replaced by each thing that is no honest file; t
 import gzip
 import itertools
 import os
+import re
 import shutil
 import socket
 import warnings
@@ -14,11 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, event, given, settings, strategies as st
 from PIL import Image
 
 from radhpc.core.errors import UserError
 from shards import raw_files
 from shards.datasets import reader as datasets, registry
+from shards.datasets.helpers import images
 from shards.images.decoding import load
 from shards.images.raw_image import BadImage, RawImage
 from tests.conftest import ROOT
@@ -99,6 +102,11 @@ def secret(path: Path) -> Path:
     return place
 
 
+def terabyte(path: Path) -> None:
+    path.touch()
+    os.truncate(path, 1 << 40)
+
+
 KEPT: dict[Path, bytes] = {}  # what was replaced
 HOSTILE: dict[str, Callable[[Path], object]] = {
     "fifo": fifo,
@@ -109,7 +117,7 @@ HOSTILE: dict[str, Callable[[Path], object]] = {
     "outside": outside,
     "loop": lambda path: path.symlink_to(path.name),
     "empty": Path.touch,
-    "terabyte": lambda path: (path.touch(), os.truncate(path, 1 << 40)),
+    "terabyte": terabyte,
     "noise": lambda path: path.write_bytes(np.random.default_rng(1).bytes(5000)),
     "brackets": lambda path: packed(path, b"[" * 200_000),
     "digits": lambda path: packed(path, b"[" + b"9" * 200_000 + b"]"),
@@ -128,7 +136,7 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def read_all(dataset: str, raw: Path, outside: bool = False) -> tuple[list[RawImage], list[str]]:
     """List and load an archive as a build does. Returns the images, and the faults. Raises UserError."""
     reader = registry.reader(dataset)
-    images, faults = [], []
+    loaded, faults = [], []
     with warnings.catch_warnings(), raw_files.inside(raw_files.Archive((raw.resolve(),), outside)):
         warnings.simplefilter("ignore")
         for study in reader.read(raw, datasets.parse_options(dataset, reader.OPTIONS, {})):
@@ -138,16 +146,16 @@ def read_all(dataset: str, raw: Path, outside: bool = False) -> tuple[list[RawIm
             for source, _ in study.views:
                 assert isinstance(source, Path)
                 try:
-                    images.append(load(source))
+                    loaded.append(load(source))
                 except BadImage as error:
                     faults.append(error.reason)
-    return images, faults
+    return loaded, faults
 
 
 @pytest.mark.parametrize("name", ARCHIVES)
 def test_an_honest_archive_has_no_fault_but_its_own(name: str, archives: dict[str, Path]) -> None:
-    images, faults = read_all(ARCHIVES[name][0], archives[name])
-    assert images
+    loaded, faults = read_all(ARCHIVES[name][0], archives[name])
+    assert loaded
     assert not {"no regular file", raw_files.OUTSIDE, raw_files.CHANGED} & set(faults)
 
 
@@ -174,15 +182,108 @@ def test_a_hostile_file_costs_its_study_or_is_one_line(name: str, archives: dict
             path.unlink()
             HOSTILE[kind](path)
             try:
-                images, _ = read_all(dataset, raw)
+                loaded, _ = read_all(dataset, raw)
             except UserError as error:
                 line = f"{kind} as {file}: {error}"
                 assert file in tables or file.suffix == ".txt", line
                 assert line.isprintable(), line
                 assert len(line) < 2000, line
             else:
-                assert file in tables or count - len(images) <= 8, f"{kind} as {file}: more than a study is gone"
-                assert all(image.pixels.shape[:2] != SHAPE for image in images), f"{kind}: seen from outside"
+                assert file in tables or count - len(loaded) <= 8, f"{kind} as {file}: more than a study is gone"
+                assert all(image.pixels.shape[:2] != SHAPE for image in loaded), f"{kind}: seen from outside"
             finally:
                 path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
                 path.write_bytes(KEPT.pop(path))
+
+
+STRANGERS: tuple[tuple[bytes, Callable[[Path], object]], ...] = (
+    (b"fifo.png", fifo),
+    (b"fifo.xml", fifo),
+    (b"\xff\xfe.png", lambda path: path.write_bytes(b"x")),
+    (b"\xff\xfe.dcm", fifo),
+    (b"a\nb.bmp", lambda path: path.write_bytes(b"x")),
+    (b"loop.png", lambda path: path.symlink_to(path.name)),
+    (b"up", lambda path: path.symlink_to("..")),
+    (b"patient9", fifo),
+    (b"p10", lambda path: path.symlink_to("/proc")),
+    (b"[red]", Path.mkdir),
+)
+
+
+@pytest.mark.parametrize("name", ARCHIVES)
+def test_strangers_beside_the_files_change_nothing(name: str, archives: dict[str, Path], tmp_path: Path) -> None:
+    dataset = ARCHIVES[name][0]
+    before, faults = read_all(dataset, archives[name])
+    raw = Path(shutil.copytree(archives[name], tmp_path / "raw"))
+    for folder in [raw, *sorted(path for path in raw.rglob("*") if path.is_dir())][:20]:
+        for stranger, make in STRANGERS:
+            if name == "openi tables" and stranger.endswith(b".xml"):  # then its reports are in XML
+                continue
+            if not (path := Path(os.fsdecode(os.path.join(os.fsencode(folder), stranger)))).exists():
+                make(path)
+    loaded, others = read_all(dataset, raw)
+    assert len(loaded) == len(before)
+    assert set(others) <= {*faults, "unreadable XML file"}
+
+
+@pytest.mark.timeout(20)
+def test_folders_that_lead_into_one_another_are_gone_through_once(tmp_path: Path) -> None:
+    raw = test_openi.archive(tmp_path / "raw")
+    for folder in ("a", "b", "c", "d", "e"):
+        (raw / folder).mkdir()
+        for number in range(40):
+            (raw / folder / f"{number}").symlink_to(raw / "abcde"["bcdea".index(folder)])
+    assert len(list(images.files(raw, (".png", ".xml")))) == 5
+    assert images.folders_with(raw, re.compile(r"CXR.*")) == [raw]
+    with (
+        raw_files.inside(raw_files.Archive((raw / "a",))),
+        pytest.warns(datasets.DatasetWarning, match="outside=allow"),
+    ):
+        assert list(images.files(raw / "a", (".png",))) == []
+
+
+NAMES = ("../../secret.png", "{secret}", "/dev/zero", "/proc/self/mem", "..", "a\\0.png", "\\ud800", "x" * 5000, "[/x]")
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+@pytest.mark.parametrize("name", ARCHIVES)
+def test_changed_bytes_of_a_table_are_named_and_lead_nowhere(
+    name: str, archives: dict[str, Path], tmp_path: Path, data: st.DataObject
+) -> None:
+    """Bytes are overwritten, cut out or repeated, or a name of the archive becomes a path to somewhere else."""
+    dataset = ARCHIVES[name][0]
+    raw = tmp_path / "raw"
+    if not raw.exists():
+        shutil.copytree(archives[name], raw)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, SHAPE, np.uint8)).save(tmp_path / "secret.png")
+    tables, others = files_of(raw)
+    path = raw / data.draw(st.sampled_from([*tables, *(file for file in others if file.suffix in (".xml", ".txt"))]))
+    whole = path.read_bytes()
+    content = bytearray(gzip.decompress(whole) if path.suffix == ".gz" else whole)
+    start = data.draw(st.integers(0, len(content)))
+    stop = start + data.draw(st.integers(0, 40))
+    change = data.draw(st.sampled_from(["bytes", "cut", "repeat", "name", "name"]))
+    if change == "bytes":
+        content[start:stop] = data.draw(st.binary(max_size=8))
+    elif change == "cut":
+        del content[start:stop]
+    elif change == "repeat":
+        content[start:start] = content[start:stop] * 20
+    else:
+        words = [match.span() for match in re.finditer(rb"[\w./-]{4,}", bytes(content))]
+        first, last = data.draw(st.sampled_from(words))
+        content[first:last] = data.draw(st.sampled_from(NAMES)).format(secret=tmp_path / "secret.png").encode()
+    packed(path, bytes(content))
+    try:
+        loaded, _ = read_all(dataset, raw)
+    except UserError as error:
+        line = str(error)
+        event(line[len(str(path)) :][:40])
+    else:
+        line = ""
+        assert all(image.pixels.shape[:2] != SHAPE for image in loaded), "seen from outside"
+    finally:
+        path.write_bytes(whole)
+    assert len(line.splitlines()) < 2
+    assert len(line) < 3000
