@@ -149,6 +149,9 @@ def verify(
         Path | None,
         typer.Option(help="A spaCy model's folder: list names that stand alone, for you to look at; none is a fault."),
     ] = None,
+    read_pixels: Annotated[
+        bool, typer.Option("--read-pixels", help="List the words that are written into images; none is a fault.")
+    ] = False,
     remove_names: Annotated[
         Path | None, typer.Option(help="With --repair and --raw: the list of names that the build was given.")
     ] = None,
@@ -168,6 +171,8 @@ def verify(
     if raw is not None and len(urls) > 1:
         raise UserError("--raw: one URL at a time")
     proposals = _propose_names(urls, names, as_json) if names else {}
+    if read_pixels:
+        proposals |= _read_pixels(urls, as_json)
     with Bar("verify", 1, unit="samples") as bar:
         report = verify_all(urls, lambda done, total: bar.update(done, total=total))
     if repair and not report.ok:
@@ -212,6 +217,24 @@ def _propose_names(urls: list[str], folder: Path, as_json: bool) -> dict[str, An
         else:
             say(f"{url}: the model proposes no name", as_json)
     return {"proposed_names": total}
+
+
+def _read_pixels(urls: list[str], as_json: bool) -> dict[str, Any]:
+    """List the words in the images, and return in how many samples there are any for programs."""
+    from shards.pixel_words import load_reader, read_pixels
+
+    read, total = load_reader(), 0
+    for url in urls:
+        with Bar("pixels", 1, unit="samples") as bar:
+            words = read_pixels(url, read, lambda done, total: bar.update(done, total=total))
+        total += words.samples
+        place = f", for you alone in {words.file}" if words.file else ""
+        say(
+            f"{url}: {words.suspects} images look as if text is written into them; {words.samples} samples have words "
+            f"that are no markers{place}",
+            as_json,
+        )
+    return {"samples_with_words_in_pixels": total}
 
 
 def build_shards(

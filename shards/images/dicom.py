@@ -19,6 +19,7 @@ from pydicom import encaps, uid
 from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
 
 from shards.images.deflated import BoundedFile
+from shards.images.frame_size import frame_size
 from shards.images.raw_image import BadImage, RawImage, Window, check_size, merge_channels
 from shards.images.windowing import percentile_window
 
@@ -41,6 +42,7 @@ _NATIVE = (
     uid.ExplicitVRBigEndian,
     uid.RLELossless,
 )
+MAX_COMPONENTS = 4  # of a pixel
 RESCALE = ("RescaleSlope", "RescaleIntercept")
 
 
@@ -108,6 +110,8 @@ def _pixels(header: pydicom.Dataset, path: Path | str) -> npt.NDArray[Any]:
 
     read: Callable[..., npt.NDArray[Any]] = getattr(imagecodecs, _IMAGECODECS[syntax])
     frame = encaps.get_frame(header.PixelData, 0, number_of_frames=1)
+    if (size := frame_size(frame)) and (size[:2] != (header.Columns, header.Rows) or size[2] > MAX_COMPONENTS):
+        raise BadImage(path, "broken image", f"{size[0]} x {size[1]} x {size[2]} values, not as its header says")
     colours = {"colorspace": "RGB", "outcolorspace": "RGB"} if _is_plain_rgb(frame, header) else {}
     values = np.asarray(read(frame, **colours))
     if values.shape[:2] != (header.Rows, header.Columns):
