@@ -76,14 +76,14 @@ def read_pixels(url: str, read: Reader, progress: Progress = lambda done, total:
         sample = Sample.model_validate_json(store.read_range(shard, description.offset, description.length))
         for number, (member, view) in enumerate(zip(members.values(), sample.images, strict=True)):
             image = np.asarray(decode(store.read_range(shard, member.offset, member.length), view).convert("RGB"))
-            if box := find_text(image):
-                suspects += 1
-                left, top, right, bottom = box
+            boxes, words = find_text(image), list[str]()
+            suspects += bool(boxes)
+            for left, top, right, bottom in boxes:
                 part = image[max(0, top - MARGIN) : bottom + MARGIN, max(0, left - MARGIN) : right + MARGIN]
-                words = [" ".join(text.split()) for text in read(np.ascontiguousarray(part)) if not is_marker(text)]
-                if words:
-                    keys.add(sample.key)
-                    lines.append(f"{sample.key}\t{number}\t{' | '.join(words)}\n")
+                words += [" ".join(text.split()) for text in read(np.ascontiguousarray(part)) if not is_marker(text)]
+            if words:
+                keys.add(sample.key)
+                lines.append(f"{sample.key}\t{number}\t{' | '.join(words)}\n")
         progress(row + 1, len(index))
     store.close()
     return PixelWords(suspects, len(keys), _write(manifest, lines) if lines else None)

@@ -163,7 +163,7 @@ def build_shard(task: ShardTask, tick: Callable[[], None]) -> ShardRecord:
                     if row.raw.attribution:
                         attributions.append((row.key, row.raw.attribution))
                     fingerprints.extend(value.hex() for value in encoded.fingerprints)
-                    suspects.extend(Suspect(row.key, n, box) for n, box in enumerate(encoded.text) if box)
+                    suspects.extend(Suspect(row.key, n, boxes) for n, boxes in enumerate(encoded.text) if boxes)
                     yield row.key, encoded.members
             tick()
 
@@ -196,7 +196,7 @@ class StudyMembers(NamedTuple):
     sample: Sample
     members: list[tuple[str, bytes]]  # its description, then its images: (suffix, data)
     fingerprints: list[bytes]
-    text: list[Box | None]  # for each image, where text may be written into it
+    text: list[tuple[Box, ...]]  # for each image, where text may be written into it
     scrubbed: Mapping[str, int]  # applications of each rule of the privacy gate
 
 
