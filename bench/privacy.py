@@ -185,12 +185,12 @@ def pixels(images: int) -> dict[str, float]:
     for size in SIZES:
         for name, (ink, paper) in {"white on black": (255, 0), "gray on dark": (140, 20)}.items():
             noticed = [
-                find_text(_written(picture, text, size, corner, ink, paper)) is not None
+                bool(find_text(_written(picture, text, size, corner, ink, paper)))
                 for picture in pictures
                 for corner, text in enumerate(WRITTEN)
             ]
             shown[f"text of {size} pixels/noticed, {name}"] = sum(noticed) / len(noticed)
-    shown["phantoms without text that are suspected"] = sum(find_text(np.asarray(one)) is not None for one in pictures)
+    shown["phantoms without text that are suspected"] = sum(bool(find_text(np.asarray(one))) for one in pictures)
     return shown
 
 

@@ -58,9 +58,9 @@ class DatasetSource:
     def archive(self, raw: Path | None) -> raw_files.Archive:
         """Return the archive that the user names: --raw, and the paths among the options."""
         named = [getattr(self.options, name) for name in type(self.options).model_fields]
-        places = [place for place in (raw, *named) if isinstance(place, Path)]
-        roots = [place if place.is_dir() else place.parent for place in places]
-        return raw_files.Archive(tuple(root.resolve() for root in roots), self.options.outside == "allow")
+        places = [place.resolve() for place in (raw, *named) if isinstance(place, Path)]
+        roots = tuple(place if place.is_dir() else place.parent for place in places)
+        return raw_files.Archive(roots, self.options.outside == "allow")
 
     def list_studies(self, raw: Path | None, path: Path, settings: BuildSettings) -> list[str]:
         """Read the metadata of the archive into a listing. Returns messages for the user. Raises UserError."""
@@ -109,6 +109,7 @@ class DatasetSource:
             "ratios": list(settings.ratios),
             "shard_samples": settings.shard_samples,
             "source": listing.digest,
+            **({"files": listing.files} if listing.files else {}),
             "rules": deidentification.rules_digest(),
             **special,
             "salt": hashlib.sha256(b"radhpc fingerprint" + self.salt).hexdigest()[:16],

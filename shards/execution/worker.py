@@ -49,6 +49,7 @@ class ShardRecord(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     build_hash: str
+    files: str  # of its plan: the images that it was built from
     shard: Shard | None  # None where every study was left out
     rows: tuple[SampleRow, ...]
     patients: tuple[str, ...]  # of the rows
@@ -66,7 +67,7 @@ class BuildContext:
 
     url: str  # where the shards go
     work: Path  # the build's private folder: listing, records
-    build_hash: str
+    build_hash: str  # of the recipe without the state of the files, of which each plan has its own
     images: EncodingSettings
     archive: Archive = Archive()  # of the raw files
 
@@ -109,7 +110,8 @@ def read_record(task: ShardTask) -> ShardRecord | None:
         record = ShardRecord.model_validate_json(record_path(task).read_bytes())
     except (FileNotFoundError, ValidationError):
         return None
-    return record if record.build_hash == task.context.build_hash else None
+    same = (record.build_hash, record.files) == (task.context.build_hash, task.plan.files)
+    return record if same else None
 
 
 def is_finished(task: ShardTask) -> bool:
@@ -163,7 +165,7 @@ def build_shard(task: ShardTask, tick: Callable[[], None]) -> ShardRecord:
                     if row.raw.attribution:
                         attributions.append((row.key, row.raw.attribution))
                     fingerprints.extend(value.hex() for value in encoded.fingerprints)
-                    suspects.extend(Suspect(row.key, n, box) for n, box in enumerate(encoded.text) if box)
+                    suspects.extend(Suspect(row.key, n, boxes) for n, boxes in enumerate(encoded.text) if boxes)
                     yield row.key, encoded.members
             tick()
 
@@ -176,6 +178,7 @@ def build_shard(task: ShardTask, tick: Callable[[], None]) -> ShardRecord:
         (folder / shard.name).unlink()
     record = ShardRecord(
         build_hash=task.context.build_hash,
+        files=task.plan.files,
         shard=shard,
         rows=tuple(rows),
         patients=tuple(patients),
@@ -196,7 +199,7 @@ class StudyMembers(NamedTuple):
     sample: Sample
     members: list[tuple[str, bytes]]  # its description, then its images: (suffix, data)
     fingerprints: list[bytes]
-    text: list[Box | None]  # for each image, where text may be written into it
+    text: list[tuple[Box, ...]]  # for each image, where text may be written into it
     scrubbed: Mapping[str, int]  # applications of each rule of the privacy gate
 
 

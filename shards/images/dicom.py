@@ -20,6 +20,7 @@ from pydicom.pixels.processing import apply_color_lut, convert_color_space
 
 from shards.images import jpeg
 from shards.images.deflated import BoundedFile
+from shards.images.frame_size import frame_size
 from shards.images.raw_image import BadImage, RawImage, Window, check_size, merge_channels
 from shards.images.windowing import percentile_window
 
@@ -45,6 +46,7 @@ _NATIVE = (
     uid.ExplicitVRBigEndian,
     uid.RLELossless,
 )
+MAX_COMPONENTS = 4  # of a pixel
 RESCALE = ("RescaleSlope", "RescaleIntercept")
 _JPEG_2000_START = b"\xff\x4f\xff\x51"  # the markers of the start and of the size
 _YBR = ("YBR_FULL", "YBR_FULL_422")
@@ -165,6 +167,8 @@ def _pixels(header: pydicom.Dataset, path: Path | str) -> tuple[npt.NDArray[Any]
     if syntax not in _IMAGECODECS:
         raise BadImage(path, "DICOM of an unknown encoding", f"transfer syntax {syntax.name}")
     frame = encaps.get_frame(header.PixelData, 0, number_of_frames=1)
+    if (size := frame_size(frame)) and (size[:2] != (header.Columns, header.Rows) or size[2] > MAX_COMPONENTS):
+        raise BadImage(path, "broken image", f"{size[0]} x {size[1]} x {size[2]} values, not as its header says")
     values, precision = _decode_frame(frame, syntax, header)
     if values.shape[:2] != (header.Rows, header.Columns):
         raise BadImage(path, "broken image", f"{values.shape[1]} x {values.shape[0]} pixels, not as its header says")

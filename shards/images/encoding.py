@@ -46,7 +46,7 @@ class EncodedImage(NamedTuple):
     view: View
     suffix: str  # of its name in the tar: "jpg", "png" or "jxl"
     fingerprint: bytes  # 32 bytes, see shards.images.perceptual_hash
-    text: Box | None  # where text may be written into the pixels, see shards.images.text_in_pixels
+    text: tuple[Box, ...]  # where text may be written into the pixels, see shards.images.text_in_pixels
 
 
 def encode(

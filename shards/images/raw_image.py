@@ -39,7 +39,9 @@ class RawImage:
 
 
 def check_size(path: Path | str, width: int, height: int) -> None:
-    """Refuse a decompression bomb before it is decoded."""
+    """Refuse a decompression bomb, and an image of nothing, before it is decoded: some decoders survive neither."""
+    if min(width, height) < 1:
+        raise BadImage(path, "broken image", f"{width} x {height} pixels")
     if width * height > MAX_PIXELS:
         raise BadImage(path, "image too large", f"{width} x {height} pixels")
 

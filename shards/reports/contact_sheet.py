@@ -34,7 +34,7 @@ class Suspect(NamedTuple):
 
     key: str  # of the sample
     image: int  # its number in the sample
-    box: Box  # in pixels of the stored image
+    boxes: tuple[Box, ...]  # in pixels of the stored image
 
 
 def choose_samples(index: SampleIndex, count: int = SHOWN) -> list[int]:
@@ -62,17 +62,22 @@ def load_pictures(
 def load_suspects(
     store: Store, manifest: Manifest, index: SampleIndex, suspects: Sequence[Suspect], count: int = SHOWN
 ) -> list[tuple[str, Image.Image]]:
-    """Load (key, image with a box around what looks like text) of up to `count` suspects, spread over them all."""
+    """Load (key, image with boxes around what looks like text) of up to `count` suspects, spread over them all."""
     row_of = {key: row for row, key in enumerate(index.key.tolist())}
     captioned = []
     for n in range(min(count, len(suspects))):
         suspect = suspects[n * len(suspects) // min(count, len(suspects))]
         _, picture = _load(store, manifest, index, row_of[suspect.key.encode()], suspect.image)
         framed = picture.convert("RGB")
-        left, top, right, bottom = suspect.box
         line = max(2, framed.width // 200)
-        place = max(0, left - line), max(0, top - line), min(framed.width - 1, right), min(framed.height - 1, bottom)
-        ImageDraw.Draw(framed).rectangle(place, None, _FRAME, line)
+        for left, top, right, bottom in suspect.boxes:
+            place = (
+                max(0, left - line),
+                max(0, top - line),
+                min(framed.width - 1, right),
+                min(framed.height - 1, bottom),
+            )
+            ImageDraw.Draw(framed).rectangle(place, None, _FRAME, line)
         captioned.append((suspect.key.rsplit("-", 1)[1], framed))
     return captioned
 

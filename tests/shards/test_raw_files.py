@@ -80,8 +80,10 @@ def test_links_inside_the_archive_are_read_wherever_the_archive_lies(archive: Pa
     (archive / "images").rename(archive / "moved")
     (archive / "images").symlink_to("moved")
     (tmp_path / "elsewhere").symlink_to(archive)
-    result = build("image_text", tmp_path / "elsewhere", str(tmp_path / "out"), {}, SETTINGS)
-    assert (result.samples, result.skipped) == (6, [])
+    (tmp_path / "table.json").symlink_to(archive / "data.json")
+    for number, raw in enumerate((tmp_path / "elsewhere", tmp_path / "table.json")):
+        result = build("image_text", raw, str(tmp_path / f"out{number}"), {}, SETTINGS)
+        assert (result.samples, result.skipped) == (6, [])
 
 
 NAMES = [b"a\nERROR b.png", b"\xff\xfe.png", b"[/x].png", b"\x1b]0;owned\x07.png", b"[red]x.png", b" .png"]

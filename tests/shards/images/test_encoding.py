@@ -52,7 +52,7 @@ def test_16_bits_are_shown_as_the_jpeg_was_before_its_compression(
 ) -> None:
     noisy = RAMP + np.random.default_rng(1).integers(0, 3000, RAMP.shape).astype(np.uint16)
     raw = RawImage(noisy, 16, window)
-    data, view, suffix, printed, _ = encode(raw, EncodingSettings(40, 95, form))
+    data, view, suffix, printed, *_ = encode(raw, EncodingSettings(40, 95, form))
     assert suffix == form.removesuffix("16")
     stored = imagecodecs.png_decode(data) if form == "png16" else imagecodecs.jpegxl_decode(data)
     assert stored.dtype == np.uint16

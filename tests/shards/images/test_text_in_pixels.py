@@ -55,21 +55,19 @@ def written(
 def test_words_in_corners_are_noticed_where_they_are(size: int, ink: int, paper: int, corner: str) -> None:
     for text in ("MEIER ANNA 1951", "12.03.2019 14:35"):
         image, (left, top, right, bottom) = written(radiograph(len(text) % 3), text, size, corner, ink, paper)
-        box = find_text(image)
-        assert box is not None
-        assert box[0] < right
-        assert left < box[2]
-        assert box[1] < bottom
-        assert top < box[3]
+        boxes = find_text(image)
+        assert any(box[0] < right and left < box[2] and box[1] < bottom and top < box[3] for box in boxes)
+        area = sum((box[2] - box[0]) * (box[3] - box[1]) for box in boxes)
+        assert area < image.size / 4
 
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("side", [256, 700, 1120])
 def test_phantoms_and_side_markers_are_not(seed: int, side: int) -> None:
     image = radiograph(seed, side)
-    assert find_text(image) is None
+    assert find_text(image) == ()
     for letter in "LR":
-        assert find_text(written(image, letter, max(12, side // 20), "top left", 255, None)[0]) is None
+        assert find_text(written(image, letter, max(12, side // 20), "top left", 255, None)[0]) == ()
 
 
 def test_lines_wires_and_collimators_are_not() -> None:
@@ -81,14 +79,14 @@ def test_lines_wires_and_collimators_are_not() -> None:
         draw.line((100, 40 + 170 * n, 790, 90 + 150 * n), 230, 3)
         draw.ellipse((120 + 130 * n, 20, 160 + 130 * n, 60), outline=250, width=4)
         draw.line((700 + 18 * n, 0, 700 + 18 * n, 899), 220, 2)
-    assert find_text(np.asarray(picture)) is None
+    assert find_text(np.asarray(picture)) == ()
 
 
 def test_small_colored_and_empty_images_are_looked_at() -> None:
     for shape in ((1, 1), (7, 40), (8, 64), (8, 65), (40, 40, 3), (300, 400, 3)):
-        assert find_text(np.zeros(shape, np.uint8)) is None
+        assert find_text(np.zeros(shape, np.uint8)) == ()
     image, _ = written(np.zeros((300, 400), np.uint8), "MEIER ANNA", 20, "top left", 255, 0)
-    assert find_text(np.stack([image] * 3, axis=2)) == find_text(image) is not None
+    assert find_text(np.stack([image] * 3, axis=2)) == find_text(image) != ()
 
 
 def test_real_radiographs(real_notes: Path) -> None:
