@@ -76,11 +76,16 @@ def build(
             if manifest is None:
                 _place_listing(output.work, listing.digest)
                 images = EncodingSettings(settings.longest_side, settings.quality, settings.image_format)
-                context = BuildContext(output.url, output.work, build_hash, images, source.archive(raw))
+                shard_hash = recipe_hash({key: value for key, value in recipe.items() if key != "files"})
+                context = BuildContext(output.url, output.work, shard_hash, images, source.archive(raw))
                 tasks = [ShardTask(plan, context) for plan in listing.plans]
                 apart = ApartDatasets.load(settings.apart_from) if drop else None
                 skipped = build_shards(tasks, listing, settings, progress, run, apart)
                 manifest, scrubbed = _finish(output, tasks, source.pseudonyms, recipe, skipped, messages)
+                if output.changed_files:  # for the user; the card says what was built, not how
+                    messages.append(
+                        f"changed since the build began: {output.changed_files}; what it changes was built again"
+                    )
             else:
                 messages += [
                     f"{n} studies were left out when it was built: {why}" for why, n in manifest.skipped.items()

@@ -28,15 +28,15 @@ from radhpc.core.untrusted import printable
 from shards import splits
 from shards.datasets.reader import RawStudy
 from shards.people import Pseudonyms
+from shards.raw_state import DIGITS, MAX_VIEWS, ArchiveState
 from shards.text.languages import LanguageTally
 
 # Far above any study, far below what would fill the memory of a worker, or keep the rules of the privacy gate busy.
-MAX_VIEWS = 1000
 MAX_DESCRIPTION = 1 << 19  # bytes of a study but for its pixels
 LONGEST_NAME = 500  # characters that are shown
 _TABLES = """
 CREATE TABLE studies (place INTEGER PRIMARY KEY, study TEXT UNIQUE, patient TEXT, person TEXT, official TEXT,
-                      name TEXT, raw BLOB);
+                      name TEXT, raw BLOB, files BLOB);
 CREATE TABLE skips (place INTEGER PRIMARY KEY, name TEXT, id TEXT, reason TEXT, detail TEXT, fault INTEGER);
 CREATE TABLE patients (patient TEXT PRIMARY KEY, split INTEGER) WITHOUT ROWID;
 CREATE TABLE rows (split INTEGER, study TEXT, place INTEGER, PRIMARY KEY (split, study)) WITHOUT ROWID;
@@ -47,7 +47,7 @@ CREATE INDEX by_patient ON studies (patient);
 INSERT INTO patients SELECT patient, split_of(patient, MAX(official)) FROM studies GROUP BY patient;
 """
 _ROWS = "INSERT INTO rows SELECT split, study, place FROM studies JOIN patients USING (patient)"
-FORMAT = f"{RawStudy.__module__}.{RawStudy.__qualname__} 1"  # of the pickles in a listing
+FORMAT = f"{RawStudy.__module__}.{RawStudy.__qualname__} 2"  # of a listing and the pickles in it
 _COUNTS = "SELECT split, COUNT(*) FROM patients GROUP BY split"
 
 
@@ -72,6 +72,7 @@ class ShardPlan:
     first: str  # study
     last: str  # study
     samples: int
+    files: str  # digest of the state of its images: raw_state.py
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ class Listing:
         self.dataset: str = facts["dataset"]
         self.format: str = facts.get("format", "")  # of the pickles: a listing of another one cannot be read
         self.digest: str = facts["digest"]  # of all that the reader yielded, keyed by the salt
+        self.files: dict[str, Any] = json.loads(facts.get("files", "{}"))  # the state of the images: raw_state.py
         self.studies = int(facts["studies"])  # read, those left out included
         self.without_rules: dict[str, int] = json.loads(
             facts["without_rules"]
@@ -167,7 +169,8 @@ def write_listing(
         connection.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;" + _TABLES)
         connection.execute("BEGIN")
         tally = LanguageTally()
-        digest, count = _add_studies(connection, studies, pseudonyms, folder, tally)
+        state = ArchiveState(pseudonyms.salt, folder)
+        digest, count = _add_studies(connection, state.watch(studies), pseudonyms, folder, tally)
         _refuse_two_splits(connection)
         connection.create_function("split_of", 2, lambda patient, split: _split_number(patient, split, ratios))
         for statement in filter(None, map(str.strip, _ORDER.split(";"))):
@@ -178,12 +181,13 @@ def write_listing(
             "dataset": pseudonyms.name,
             "format": FORMAT,
             "digest": digest,
+            "files": json.dumps(state.summary()),
             "studies": count,
             "filled": json.dumps(filled),
             "without_rules": json.dumps(tally.without_rules),
             "names": json.dumps(list(names)),
             "warnings": json.dumps(tally.messages()),
-            "plans": json.dumps(list(_plans(connection, shard_samples))),
+            "plans": json.dumps(list(_plans(connection, shard_samples, pseudonyms.salt))),
         }
         connection.executemany("INSERT INTO facts VALUES (?, ?)", facts.items())
         connection.execute("COMMIT")
@@ -197,14 +201,14 @@ def write_listing(
 
 def _add_studies(
     connection: sqlite3.Connection,
-    studies: Iterable[RawStudy],
+    studies: Iterable[tuple[RawStudy, bytes]],
     pseudonyms: Pseudonyms,
     folder: Path | None,
     tally: LanguageTally,
 ) -> tuple[str, int]:
     """Write the studies as they come, and count their languages. Returns their digest and their number."""
     digest, count = hmac.new(pseudonyms.salt, digestmod=hashlib.sha256), 0
-    for count, raw in enumerate(studies, 1):
+    for count, (raw, files) in enumerate(studies, 1):
         canonical, shown = _canonical(raw, folder), printable(raw.name, LONGEST_NAME)
         digest.update(canonical)
         reason = raw.fault or raw.gap or _excess(raw, canonical)
@@ -215,8 +219,8 @@ def _add_studies(
             packed = pickle.dumps(raw, pickle.HIGHEST_PROTOCOL)
             patient, person = pseudonyms.patient(raw.patient), pseudonyms.person(raw.patient)
             added = connection.execute(
-                "INSERT OR IGNORE INTO studies VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (count, study, patient, person, raw.split, shown, packed),
+                "INSERT OR IGNORE INTO studies VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (count, study, patient, person, raw.split, shown, packed, files),
             )
             reason = None if added.rowcount else "duplicate key"
         if reason:
@@ -283,12 +287,18 @@ def _fill_empty_splits(connection: sqlite3.Connection, ratios: splits.Ratios) ->
     return filled
 
 
-def _plans(connection: sqlite3.Connection, shard_samples: int) -> Iterator[tuple[str, Split, str, str, int]]:
+def _plans(
+    connection: sqlite3.Connection, shard_samples: int, salt: bytes
+) -> Iterator[tuple[str, Split, str, str, int, str]]:
     for place, split in enumerate(SPLITS):
-        studies = connection.execute("SELECT study FROM rows WHERE split = ? ORDER BY study", (place,))
+        studies = connection.execute(
+            "SELECT rows.study, files FROM rows JOIN studies USING (place) WHERE split = ? ORDER BY rows.study",
+            (place,),
+        )
         number = 0
         while part := studies.fetchmany(shard_samples):
-            yield f"{split}-{number:06d}.tar", split, part[0][0], part[-1][0], len(part)
+            files = hmac.new(salt, b"".join(state for _, state in part), hashlib.sha256).hexdigest()[:DIGITS]
+            yield f"{split}-{number:06d}.tar", split, part[0][0], part[-1][0], len(part), files
             number += 1
 
 

@@ -109,6 +109,7 @@ class DatasetSource:
             "ratios": list(settings.ratios),
             "shard_samples": settings.shard_samples,
             "source": listing.digest,
+            **({"files": listing.files} if listing.files else {}),
             "rules": deidentification.rules_digest(),
             **special,
             "salt": hashlib.sha256(b"radhpc fingerprint" + self.salt).hexdigest()[:16],

@@ -1,5 +1,6 @@
 """Turn raw archives into shards: build, verify."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -129,6 +130,7 @@ def build(
 @verb(
     DATA,
     "radhpc verify runs/cxr-shards",
+    "radhpc verify runs/cxr-shards --raw /data/cxr_notes",
     "radhpc verify runs/cxr-shards --repair --raw /data/cxr_notes",
 )
 def verify(
@@ -136,9 +138,12 @@ def verify(
         list[str], typer.Argument(metavar="URL", help="Shards; several are also checked against each other.")
     ],
     repair: Annotated[bool, typer.Option("--repair", help="Rebuild broken shards, byte for byte.")] = False,
-    raw: Annotated[Path | None, typer.Option(help="The raw archive, with --repair.")] = None,
+    raw: Annotated[
+        Path | None,
+        typer.Option(help="The raw archive: to rebuild from, with --repair; alone to compare pixels and texts with."),
+    ] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Worker processes of --repair; default: one per core.", min=1)
+        int | None, typer.Option(help="Worker processes of --repair and --raw; default: one per core.", min=1)
     ] = None,
     names: Annotated[
         Path | None,
@@ -148,18 +153,23 @@ def verify(
         bool, typer.Option("--read-pixels", help="List the words that are written into images; none is a fault.")
     ] = False,
     remove_names: Annotated[
-        Path | None, typer.Option(help="With --repair: the list of names that the build was given.")
+        Path | None, typer.Option(help="With --repair and --raw: the list of names that the build was given.")
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Check every shard against the manifest: sizes, checksums, members, keys, identifiers, and that no patient and no
     image is in two splits.
+
+    With --raw it also builds every shard again, aside, and names each study whose pixels or texts are not those of
+    the archive.
     """
     from shards.reports.tables import verification_lines
     from shards.verify import verify_all
 
     if repair and len(urls) > 1:
         raise UserError("--repair: one URL at a time")
+    if raw is not None and len(urls) > 1:
+        raise UserError("--raw: one URL at a time")
     proposals = _propose_names(urls, names, as_json) if names else {}
     if read_pixels:
         proposals |= _read_pixels(urls, as_json)
@@ -174,6 +184,13 @@ def verify(
             )
         say(f"built again: {', '.join(mended)}", as_json)
         report = verify_all(urls)
+    if raw is not None and report.ok and not repair:
+        from shards.rebuild import compare
+
+        with Bar("compare", 1, unit="studies") as bar:
+            advance = lambda done, total: bar.update(done, total=total)  # noqa: E731
+            different = compare(urls[0], raw, workers, remove_names, advance)
+        report = replace(report, faults=different)
     say(verification_lines(report), as_json)
     faults = [vars(fault) for fault in report.faults]
     result = {"ok": report.ok, "shards": report.shards, "samples": report.samples, "faults": faults}

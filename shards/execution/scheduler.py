@@ -54,7 +54,7 @@ def build_shards(
     The splits are built one after the other, each without near-duplicates of those before and of `apart`, and without
     patients of other splits of `apart`; all at once where that is None.
     """
-    done = [task for task in tasks if is_finished(task)]
+    done = _finished(tasks, apart is not None)
     skipped = {task.plan.name: _skipped_of(task, listing) for task in done}
     total, ready = (sum(task.plan.samples for task in some) for some in (tasks, done))
     known = list(listing.skipped())
@@ -83,6 +83,27 @@ def build_shards(
                 record_path(task).unlink(missing_ok=True)
         raise
     return [*known, *_flatten(skipped[task.plan.name] for task in tasks)]
+
+
+def _finished(tasks: list[ShardTask], ordered: bool) -> list[ShardTask]:
+    """Return the tasks that an earlier run has finished.
+
+    Splits that are built in order depend on those before: where one of these has a shard to build again, such as one
+    whose images were repaired, the shards of later splits do not count.
+    """
+    if not ordered:
+        return [task for task in tasks if is_finished(task)]
+    done: list[ShardTask] = []
+    for split in duplicates.BUILD_ORDER:
+        own = [task for task in tasks if task.plan.split == split]
+        finished = [task for task in own if is_finished(task)]
+        done += finished
+        if len(finished) < len(own):
+            for task in tasks:
+                if duplicates.BUILD_ORDER.index(task.plan.split) > duplicates.BUILD_ORDER.index(split):
+                    record_path(task).unlink(missing_ok=True)
+            break
+    return done
 
 
 def _report_progress(progress: BuildProgress, before: int, total: int, done: int) -> None:

@@ -49,6 +49,7 @@ class ShardRecord(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     build_hash: str
+    files: str  # of its plan: the images that it was built from
     shard: Shard | None  # None where every study was left out
     rows: tuple[SampleRow, ...]
     patients: tuple[str, ...]  # of the rows
@@ -66,7 +67,7 @@ class BuildContext:
 
     url: str  # where the shards go
     work: Path  # the build's private folder: listing, records
-    build_hash: str
+    build_hash: str  # of the recipe without the state of the files, of which each plan has its own
     images: EncodingSettings
     archive: Archive = Archive()  # of the raw files
 
@@ -109,7 +110,8 @@ def read_record(task: ShardTask) -> ShardRecord | None:
         record = ShardRecord.model_validate_json(record_path(task).read_bytes())
     except (FileNotFoundError, ValidationError):
         return None
-    return record if record.build_hash == task.context.build_hash else None
+    same = (record.build_hash, record.files) == (task.context.build_hash, task.plan.files)
+    return record if same else None
 
 
 def is_finished(task: ShardTask) -> bool:
@@ -176,6 +178,7 @@ def build_shard(task: ShardTask, tick: Callable[[], None]) -> ShardRecord:
         (folder / shard.name).unlink()
     record = ShardRecord(
         build_hash=task.context.build_hash,
+        files=task.plan.files,
         shard=shard,
         rows=tuple(rows),
         patients=tuple(patients),
