@@ -255,7 +255,9 @@ def _check_member(
         yield fault("crc32c differs from the index's")
     if member.name.endswith(".json"):
         yield from (fault(text) for text in _check_description(data, index, sample))
-    elif not data.startswith(BEGINNINGS[suffix := member.name.rsplit(".", 1)[1]]):
+    elif (suffix := member.name.rsplit(".", 1)[1]) not in BEGINNINGS:
+        yield fault(f"neither a description nor {', '.join(BEGINNINGS)}")
+    elif not data.startswith(BEGINNINGS[suffix]):
         yield fault(f"no {suffix.upper()}")
 
 

@@ -1,5 +1,6 @@
 """Raw files: only regular ones inside the archive, as large as expected, and as they were when they were opened."""
 
+import ast
 import gzip
 import io
 import json
@@ -330,3 +331,16 @@ def _png(width: int, height: int) -> bytes:
     return (
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
     )
+
+
+def test_nothing_else_opens_a_raw_file() -> None:
+    """Readers, tables and images name no other way to a file than raw_files."""
+    allowed = {"Image.open", "self._zip.open"}  # from bytes, and from a zip that raw_files has opened
+    calls = []
+    for room in ("datasets", "tabular", "images"):
+        for path in sorted((ROOT / "shards" / room).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+                if name.rpartition(".")[2] in ("open", "read_bytes", "read_text", "fromfile", "memmap"):
+                    calls += [] if name in allowed else [f"{path.relative_to(ROOT)}:{node.lineno}: {name}"]
+    assert calls == []
