@@ -5,15 +5,14 @@ import pytest
 from bench import damage
 
 pytestmark = pytest.mark.timeout(120)
-GONE = ("block zeroed", "block overwritten", "block lost", "end lost", "end zeroed")
 CODECS = damage.codecs()
 
 
 @pytest.mark.parametrize("codec", damage.PROMISED)
 def test_blocks_that_are_zeroed_overwritten_or_lost_are_named(codec: str) -> None:
     damaged, undetected = damage.measure(CODECS[codec], 70, seed=1)
-    assert min(damaged[kind] for kind in GONE) >= 10
-    assert {kind: undetected[kind] for kind in GONE if undetected[kind]} == {}
+    assert min(damaged[kind] for kind in damage.GONE) >= 10
+    assert {kind: undetected[kind] for kind in damage.GONE if undetected[kind]} == {}
 
 
 @pytest.mark.parametrize("codec", [codec for codec in CODECS if codec not in damage.PROMISED])
