@@ -7,6 +7,7 @@ strict. Of the header nothing but the modality is handed on, and nothing reaches
 
 import dataclasses
 import logging
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -202,8 +203,8 @@ def _decode_frame(frame: bytes, syntax: uid.UID, header: pydicom.Dataset) -> tup
     read: Callable[..., npt.NDArray[Any]] = getattr(imagecodecs, _IMAGECODECS[syntax])
     if syntax in _JPEG_2000:
         jpeg.check_end(frame)
-        planes = {"planar": False} if syntax in _HIGH_THROUGHPUT else {}  # else those that are not mixed come first
-        return np.asarray(read(frame, **planes)), _jpeg_2000_bits(frame)
+        values = _high_throughput(frame) if syntax in _HIGH_THROUGHPUT else np.asarray(read(frame))
+        return values, _jpeg_2000_bits(frame)
     precision = jpeg.frame_header(frame).precision
     if syntax in _LOSSY and precision == 8:
         pixels = jpeg.decode(frame)
@@ -214,6 +215,21 @@ def _decode_frame(frame: bytes, syntax: uid.UID, header: pydicom.Dataset) -> tup
     if syntax in _LOSSLESS:
         jpeg.check_lossless(frame, values)
     return values, precision
+
+
+def _high_throughput(frame: bytes) -> npt.NDArray[Any]:
+    """Decode HTJ2K. Raises ValueError for an error of the decoder that its wrapper passes over."""
+    import imagecodecs
+
+    passed_over: list[str] = []
+    hook, sys.unraisablehook = sys.unraisablehook, lambda error: passed_over.append(str(error.exc_value))
+    try:
+        values = np.asarray(imagecodecs.htj2k_decode(frame, planar=False))  # else planes that are not mixed come first
+    finally:
+        sys.unraisablehook = hook
+    if passed_over:
+        raise ValueError(passed_over[0])
+    return values
 
 
 def _jpeg_2000_bits(frame: bytes) -> int:
