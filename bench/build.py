@@ -288,7 +288,7 @@ def manifest(folder: Path, size: Size) -> Measured:
         shard=(np.arange(count) // per_shard).astype(np.int32),
         first=np.arange(count + 1, dtype=np.int64) * 2,
         suffix=np.tile(np.array([b"json", b"0.jpg"]), count),
-        offset=np.cumsum(lengths),
+        offset=np.cumsum(lengths + 512) - lengths,  # behind a header of tar each
         length=lengths,
         crc32c=rng.integers(1 << 32, size=2 * count).astype(np.uint32),
     )
