@@ -31,9 +31,10 @@ from radhpc.storage.store import Store
 from shards.build import build
 from shards.datasets import padchest, phantom
 from shards.execution.writer import write_shard
-from shards.images import png
+from shards.images import jpeg, png
 from shards.images.decoding import load
 from shards.images.encoding import EncodingSettings, encode
+from shards.images.text_in_pixels import find_text
 from shards.settings import BuildSettings
 
 NOTES = """\
@@ -97,8 +98,18 @@ def images(folder: Path, size: Size) -> Measured:
 
     for data in raw:
         assert np.array_equal(imagecodecs.png_decode(data), imagecodecs.png_decode(png.unpack(data)))
+    stored = [np.asarray(Image.open(io.BytesIO(encode(load(path)).data))) for path in paths]
+    jpegs = [path.with_suffix(".jpg") for path in paths]
+    for data, path in zip(raw, jpegs, strict=True):
+        eight_bits = Image.fromarray((np.asarray(Image.open(io.BytesIO(data))) >> 8).astype(np.uint8))
+        eight_bits.save(path, quality=95)
+    compressed = [path.read_bytes() for path in jpegs]
     seconds = report.interleaved(
         {
+            "strict decode of JPEG": lambda: [jpeg.decode(data) for data in compressed],
+            "Pillow decode of JPEG": lambda: [np.asarray(Image.open(io.BytesIO(data))) for data in compressed],
+            "whole path, JPEG": lambda: _ours(folder / "ours.tar", jpegs),
+            "text in pixels": lambda: [find_text(pixels) for pixels in stored],
             "library decode": each(imagecodecs.png_decode),
             "Pillow decode": each(lambda data: Image.open(io.BytesIO(data)).load()),
             "own decode": each(lambda data: imagecodecs.png_decode(png.unpack(data))),
@@ -110,6 +121,11 @@ def images(folder: Path, size: Size) -> Measured:
     )
     whole = seconds["whole path"]
     ratios = {f"CPU time, whole path / {name}": whole / seconds[name] for name in ("library decode", "own decode")}
+    ratios["CPU time, search for text in pixels / whole path"] = seconds["text in pixels"] / whole
+    strict, plain = seconds["strict decode of JPEG"], seconds["Pillow decode of JPEG"]
+    ratios["CPU time, whole path of JPEG / the same with Pillow's decoder"] = seconds["whole path, JPEG"] / (
+        seconds["whole path, JPEG"] - strict + plain
+    )
     for name in ("img2dataset-style", "webdataset loop"):
         ratios[f"images per CPU second, radhpc / {name}"] = seconds[name] / whole
     figures = {f"CPU ms per image, {name}": 1e3 * one / len(paths) for name, one in seconds.items()}
@@ -192,10 +208,12 @@ def memory(folder: Path, size: Size) -> Measured:
 
 
 def _padchest(archive: Path, rows: int) -> None:
-    """PadChest's table and its images, links to one tiny image without structure, which is no duplicate of itself."""
+    """PadChest's table and its images, links to one tiny image with so little in it that it is no duplicate."""
     (archive / "0").mkdir(parents=True)
     image = archive / "image.png"
-    Image.fromarray(np.full((32, 32), 4000, np.uint16)).save(image)
+    pixels = np.full((32, 32), 4000, np.uint16)
+    pixels[10, 10], pixels[20, 24] = 9000, 100  # a picture of one value is no sample
+    Image.fromarray(pixels).save(image)
     rng = np.random.default_rng(0)
     with (archive / padchest.TABLE).open("w", newline="") as file:
         table = csv.DictWriter(file, ["", *padchest.COLUMNS])
@@ -262,14 +280,14 @@ def manifest(folder: Path, size: Size) -> Measured:
         shard=(np.arange(count) // per_shard).astype(np.int32),
         first=np.arange(count + 1, dtype=np.int64) * 2,
         suffix=np.tile(np.array([b"json", b"0.jpg"]), count),
-        offset=np.cumsum(lengths),
+        offset=np.cumsum(lengths + 512) - lengths,  # behind a header of tar each
         length=lengths,
         crc32c=rng.integers(1 << 32, size=2 * count).astype(np.uint32),
     )
     data = index.to_bytes()
     (folder / INDEX).write_bytes(data)
     shards = [
-        Shard(name=f"train-{n:06d}.tar", size=1, sha256="0" * 64, samples=per_shard)
+        Shard(name=f"train-{n:06d}.tar", size=1 << 40, sha256="0" * 64, samples=per_shard)
         for n in range(-(-count // per_shard))
     ]
     described = Manifest(

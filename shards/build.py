@@ -16,17 +16,27 @@ from typing import Any
 
 from radhpc.core.files import write_atomically
 from radhpc.core.manifest import INDEX, MANIFEST, Manifest, SampleIndex
+from radhpc.core.people import describe_incomparable
 from radhpc.core.sample import Split
-from shards import duplicates
+from shards import duplicates, people
 from shards.execution.assembly import assemble
 from shards.execution.output import ATTRIBUTION, BuildOutput
 from shards.execution.pool import TaskRunner
-from shards.execution.scheduler import BuildProgress, build_shards
+from shards.execution.scheduler import ApartDatasets, BuildProgress, build_shards
 from shards.execution.worker import LISTING, BuildContext, ShardRecord, ShardTask, read_record
 from shards.images.encoding import EncodingSettings
 from shards.listing import FORMAT, Listing, SkippedStudy
+from shards.people import Pseudonyms
 from shards.reports.card import CARD, render_card
-from shards.reports.contact_sheet import SHEET, contact_sheet, load_pictures
+from shards.reports.contact_sheet import (
+    SHEET,
+    SHOWN,
+    SUSPECTS_SHEET,
+    Suspect,
+    contact_sheet,
+    load_pictures,
+    load_suspects,
+)
 from shards.settings import BuildResult, BuildSettings
 from shards.source import open_source, recipe_hash
 from shards.summary import Summary
@@ -66,17 +76,24 @@ def build(
             if manifest is None:
                 _place_listing(output.work, listing.digest)
                 images = EncodingSettings(settings.longest_side, settings.quality, settings.image_format)
-                context = BuildContext(output.url, output.work, build_hash, images)
+                shard_hash = recipe_hash({key: value for key, value in recipe.items() if key != "files"})
+                context = BuildContext(output.url, output.work, shard_hash, images, source.archive(raw))
                 tasks = [ShardTask(plan, context) for plan in listing.plans]
-                apart = [duplicates.load(url) for url in settings.apart_from] if drop else None
+                apart = ApartDatasets.load(settings.apart_from) if drop else None
                 skipped = build_shards(tasks, listing, settings, progress, run, apart)
-                manifest, scrubbed = _finish(output, tasks, listing.dataset, recipe, skipped, messages)
+                manifest, scrubbed = _finish(output, tasks, source.pseudonyms, recipe, skipped, messages)
+                if output.changed_files:  # for the user; the card says what was built, not how
+                    messages.append(
+                        f"changed since the build began: {output.changed_files}; what it changes was built again"
+                    )
             else:
                 messages += [
                     f"{n} studies were left out when it was built: {why}" for why, n in manifest.skipped.items()
                 ]
     if not drop:
         messages += _overlaps(out, settings)
+    if settings.apart_from:
+        messages += _compare_patients(out, settings, drop)
     return BuildResult(
         url=out,
         samples=manifest.samples,
@@ -106,13 +123,13 @@ def _write_skipped(manifest: Manifest, skipped: list[SkippedStudy]) -> Path:
 def _finish(
     output: BuildOutput,
     tasks: list[ShardTask],
-    name: str,
+    pseudonyms: Pseudonyms,
     recipe: dict[str, Any],
     skipped: list[SkippedStudy],
     messages: list[str],
 ) -> tuple[Manifest, dict[str, int]]:
     """Write the files beside the shards, the manifest last. Returns it, and the words scrubbed from texts, by rule."""
-    summary, attributions = Summary(), list[tuple[str, str]]()
+    summary, attributions, suspects = Summary(), list[tuple[str, str]](), list[Suspect]()
 
     def records() -> Iterator[tuple[Split, ShardRecord]]:
         for task in tasks:
@@ -120,12 +137,20 @@ def _finish(
             assert record is not None, "a shard without a record"
             summary.add(record.summary)
             attributions.extend(record.attributions)
+            suspects.extend(record.suspects)
             yield task.plan.split, record
 
     reasons = Counter(skip.reason for skip in skipped)
-    manifest, files = assemble(name, records(), recipe, recipe_hash(recipe), reasons)
+    manifest, files = assemble(pseudonyms, records(), recipe, recipe_hash(recipe), reasons)
+    images, index = summary.total.images, SampleIndex.from_bytes(files[INDEX])
+    if suspects:
+        messages.append(
+            f"{len(suspects)} of {images} images look as if text is written into them near an edge; nothing was "
+            f"removed: look at {SUSPECTS_SHEET}, with {min(SHOWN, len(suspects))} of them, before you share the shards"
+        )
+        files[SUSPECTS_SHEET] = contact_sheet(load_suspects(output.store, manifest, index, suspects))
     files[CARD] = render_card(manifest, summary, [skip.public() for skip in skipped], messages).encode()
-    files[SHEET] = contact_sheet(load_pictures(output.store, manifest, SampleIndex.from_bytes(files[INDEX])))
+    files[SHEET] = contact_sheet(load_pictures(output.store, manifest, index))
     if attributions:
         lines = [json.dumps({"key": key, "attribution": text}) + "\n" for key, text in attributions]
         files[ATTRIBUTION] = "".join(lines).encode()
@@ -144,6 +169,14 @@ def _place_listing(work: Path, digest: str) -> None:
             if (earlier.digest, earlier.format) == (digest, FORMAT):
                 return
     fresh.replace(path)
+
+
+def _compare_patients(url: str, settings: BuildSettings, dropped: bool) -> list[str]:
+    """Return messages on patients who are in other splits of the datasets to be apart from, or cannot be compared."""
+    ours, others = people.load(url), [people.load(other) for other in settings.apart_from]
+    messages = [message for theirs in others for message in people.overlaps(ours, theirs)]
+    assert not (dropped and messages), "patients of other splits were left out"
+    return [*messages, *filter(None, (describe_incomparable((ours, theirs) for theirs in others),))]
 
 
 def _overlaps(url: str, settings: BuildSettings) -> list[str]:

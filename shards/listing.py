@@ -17,19 +17,26 @@ import os
 import pickle
 import re
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from radhpc.core.errors import UserError
-from radhpc.core.sample import SPLITS, Split, salted_hash
+from radhpc.core.sample import SPLITS, Split
+from radhpc.core.untrusted import printable
 from shards import splits
 from shards.datasets.reader import RawStudy
+from shards.people import Pseudonyms
+from shards.raw_state import DIGITS, MAX_VIEWS, ArchiveState
 from shards.text.languages import LanguageTally
 
+# Far above any study, far below what would fill the memory of a worker, or keep the rules of the privacy gate busy.
+MAX_DESCRIPTION = 1 << 19  # bytes of a study but for its pixels
+LONGEST_NAME = 500  # characters that are shown
 _TABLES = """
-CREATE TABLE studies (place INTEGER PRIMARY KEY, study TEXT UNIQUE, patient TEXT, official TEXT, name TEXT, raw BLOB);
+CREATE TABLE studies (place INTEGER PRIMARY KEY, study TEXT UNIQUE, patient TEXT, person TEXT, official TEXT,
+                      name TEXT, raw BLOB, files BLOB);
 CREATE TABLE skips (place INTEGER PRIMARY KEY, name TEXT, id TEXT, reason TEXT, detail TEXT, fault INTEGER);
 CREATE TABLE patients (patient TEXT PRIMARY KEY, split INTEGER) WITHOUT ROWID;
 CREATE TABLE rows (split INTEGER, study TEXT, place INTEGER, PRIMARY KEY (split, study)) WITHOUT ROWID;
@@ -40,7 +47,7 @@ CREATE INDEX by_patient ON studies (patient);
 INSERT INTO patients SELECT patient, split_of(patient, MAX(official)) FROM studies GROUP BY patient;
 """
 _ROWS = "INSERT INTO rows SELECT split, study, place FROM studies JOIN patients USING (patient)"
-FORMAT = f"{RawStudy.__module__}.{RawStudy.__qualname__} 1"  # of the pickles in a listing
+FORMAT = f"{RawStudy.__module__}.{RawStudy.__qualname__} 2"  # of a listing and the pickles in it
 _COUNTS = "SELECT split, COUNT(*) FROM patients GROUP BY split"
 
 
@@ -51,6 +58,7 @@ class StudyRow:
     raw: RawStudy
     study: str  # salted hash
     patient: str  # salted hash
+    person: str  # salted hash in the namespace of its patients: shards/people.py
     split: Split
     key: str  # of its members in the tar
 
@@ -64,6 +72,7 @@ class ShardPlan:
     first: str  # study
     last: str  # study
     samples: int
+    files: str  # digest of the state of its images: raw_state.py
 
 
 @dataclass(frozen=True)
@@ -82,7 +91,8 @@ class SkippedStudy:
 
     def for_user(self) -> dict[str, str]:
         """Return the facts that the user alone may read."""
-        return {"name": self.name, "reason": f"{self.reason}: {self.detail}" if self.detail else self.reason}
+        reason = f"{self.reason}: {self.detail}" if self.detail else self.reason
+        return {"name": self.name, "reason": printable(reason, LONGEST_NAME)}
 
 
 class Listing:
@@ -96,10 +106,12 @@ class Listing:
         self.dataset: str = facts["dataset"]
         self.format: str = facts.get("format", "")  # of the pickles: a listing of another one cannot be read
         self.digest: str = facts["digest"]  # of all that the reader yielded, keyed by the salt
+        self.files: dict[str, Any] = json.loads(facts.get("files", "{}"))  # the state of the images: raw_state.py
         self.studies = int(facts["studies"])  # read, those left out included
         self.without_rules: dict[str, int] = json.loads(
             facts["without_rules"]
         )  # studies by language: text/languages.py
+        self.names: list[str] = json.loads(facts["names"])  # to be removed from texts
         self.warnings: list[str] = json.loads(facts["warnings"])  # about languages
         self.filled: tuple[Split, ...] = tuple(json.loads(facts["filled"]))  # splits that would have been empty
         self.plans = tuple(ShardPlan(*row) for row in json.loads(facts["plans"]))
@@ -107,12 +119,12 @@ class Listing:
     def rows(self, plan: ShardPlan) -> Iterator[StudyRow]:
         """Yield the rows of a shard, in its order."""
         rows = self._connection.execute(
-            "SELECT rows.study, patient, raw FROM rows JOIN studies USING (place) "
+            "SELECT rows.study, patient, person, raw FROM rows JOIN studies USING (place) "
             "WHERE split = ? AND rows.study BETWEEN ? AND ? ORDER BY rows.study",
             (SPLITS.index(plan.split), plan.first, plan.last),
         )
-        for study, patient, raw in rows:
-            yield StudyRow(pickle.loads(raw), study, patient, plan.split, self.key(study))
+        for study, patient, person, raw in rows:
+            yield StudyRow(pickle.loads(raw), study, patient, person, plan.split, self.key(study))
 
     def key(self, study: str) -> str:
         return f"{self.dataset}-{study}"
@@ -139,15 +151,16 @@ class Listing:
 def write_listing(
     path: Path,
     studies: Iterable[RawStudy],
-    name: str,
-    salt: bytes,
+    pseudonyms: Pseudonyms,
     ratios: splits.Ratios,
     shard_samples: int,
     folder: Path | None,
+    names: Sequence[str] = (),
 ) -> None:
-    """Hash, split and sort the studies of the dataset `name`. Raises UserError where a patient has two splits.
+    """Hash, split and sort the studies of a dataset. Raises UserError where a patient has two splits.
 
     `folder` is the raw archive's: the digest holds paths relative to it, so that an archive may be moved.
+    `names` are to be removed from texts; they lie here because a listing is private.
     """
     path.unlink(missing_ok=True)
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
@@ -156,7 +169,8 @@ def write_listing(
         connection.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;" + _TABLES)
         connection.execute("BEGIN")
         tally = LanguageTally()
-        digest, count = _add_studies(connection, studies, name, salt, folder, tally)
+        state = ArchiveState(pseudonyms.salt, folder)
+        digest, count = _add_studies(connection, state.watch(studies), pseudonyms, folder, tally)
         _refuse_two_splits(connection)
         connection.create_function("split_of", 2, lambda patient, split: _split_number(patient, split, ratios))
         for statement in filter(None, map(str.strip, _ORDER.split(";"))):
@@ -164,14 +178,16 @@ def write_listing(
         filled = _fill_empty_splits(connection, ratios)
         connection.execute(_ROWS)
         facts = {
-            "dataset": name,
+            "dataset": pseudonyms.name,
             "format": FORMAT,
             "digest": digest,
+            "files": json.dumps(state.summary()),
             "studies": count,
             "filled": json.dumps(filled),
             "without_rules": json.dumps(tally.without_rules),
+            "names": json.dumps(list(names)),
             "warnings": json.dumps(tally.messages()),
-            "plans": json.dumps(list(_plans(connection, shard_samples))),
+            "plans": json.dumps(list(_plans(connection, shard_samples, pseudonyms.salt))),
         }
         connection.executemany("INSERT INTO facts VALUES (?, ?)", facts.items())
         connection.execute("COMMIT")
@@ -185,31 +201,45 @@ def write_listing(
 
 def _add_studies(
     connection: sqlite3.Connection,
-    studies: Iterable[RawStudy],
-    name: str,
-    salt: bytes,
+    studies: Iterable[tuple[RawStudy, bytes]],
+    pseudonyms: Pseudonyms,
     folder: Path | None,
     tally: LanguageTally,
 ) -> tuple[str, int]:
     """Write the studies as they come, and count their languages. Returns their digest and their number."""
-    digest, count = hmac.new(salt, digestmod=hashlib.sha256), 0
-    for count, raw in enumerate(studies, 1):
-        digest.update(_canonical(raw, folder))
-        study, reason = salted_hash(salt, name, "study", raw.study), raw.fault or raw.gap
+    digest, count = hmac.new(pseudonyms.salt, digestmod=hashlib.sha256), 0
+    for count, (raw, files) in enumerate(studies, 1):
+        canonical, shown = _canonical(raw, folder), printable(raw.name, LONGEST_NAME)
+        digest.update(canonical)
+        reason = raw.fault or raw.gap or _excess(raw, canonical)
         if not reason:
+            study = pseudonyms.study(raw.study)
             texts = (*raw.report.model_dump().values(), raw.question, raw.answer)
             tally.count(raw.language, " ".join(filter(None, texts)))
             packed = pickle.dumps(raw, pickle.HIGHEST_PROTOCOL)
-            patient = salted_hash(salt, name, "patient", raw.patient)
+            patient, person = pseudonyms.patient(raw.patient), pseudonyms.person(raw.patient)
             added = connection.execute(
-                "INSERT OR IGNORE INTO studies VALUES (?, ?, ?, ?, ?, ?)",
-                (count, study, patient, raw.split, raw.name, packed),
+                "INSERT OR IGNORE INTO studies VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (count, study, patient, person, raw.split, shown, packed, files),
             )
             reason = None if added.rowcount else "duplicate key"
         if reason:
-            skip = count, raw.name, salted_hash(salt, name, "skipped", raw.name), reason, "", reason != raw.gap
+            skip = count, shown, pseudonyms.skipped(shown), reason, "", reason != raw.gap
             connection.execute("INSERT INTO skips VALUES (?, ?, ?, ?, ?, ?)", skip)
     return digest.hexdigest(), count
+
+
+def _excess(raw: RawStudy, canonical: bytes) -> str | None:
+    """Return why a study is beyond all that a study can be, or None."""
+    if len(raw.views) > MAX_VIEWS:
+        return f"more than {MAX_VIEWS} images"
+    if len(canonical) > MAX_DESCRIPTION:
+        return f"texts, labels and names of more than {MAX_DESCRIPTION} bytes"
+    try:
+        f"{raw.study}{raw.patient}".encode()
+    except UnicodeEncodeError:
+        return "identifier that is no Unicode"
+    return None
 
 
 def _refuse_two_splits(connection: sqlite3.Connection) -> None:
@@ -257,12 +287,18 @@ def _fill_empty_splits(connection: sqlite3.Connection, ratios: splits.Ratios) ->
     return filled
 
 
-def _plans(connection: sqlite3.Connection, shard_samples: int) -> Iterator[tuple[str, Split, str, str, int]]:
+def _plans(
+    connection: sqlite3.Connection, shard_samples: int, salt: bytes
+) -> Iterator[tuple[str, Split, str, str, int, str]]:
     for place, split in enumerate(SPLITS):
-        studies = connection.execute("SELECT study FROM rows WHERE split = ? ORDER BY study", (place,))
+        studies = connection.execute(
+            "SELECT rows.study, files FROM rows JOIN studies USING (place) WHERE split = ? ORDER BY rows.study",
+            (place,),
+        )
         number = 0
         while part := studies.fetchmany(shard_samples):
-            yield f"{split}-{number:06d}.tar", split, part[0][0], part[-1][0], len(part)
+            files = hmac.new(salt, b"".join(state for _, state in part), hashlib.sha256).hexdigest()[:DIGITS]
+            yield f"{split}-{number:06d}.tar", split, part[0][0], part[-1][0], len(part), files
             number += 1
 
 

@@ -26,6 +26,7 @@ class BuildSettings:
     duplicates: Literal["drop", "report"] = "drop"  # of a study with a near-duplicate in another split
     apart_from: tuple[str, ...] = ()  # shards of other datasets whose other splits must not be repeated
     unscrubbed: bool = False  # build texts in languages that the privacy gate has no rules for
+    remove_names: Path | None = None  # a file of names to take out of texts, one a line
     force: bool = False  # replace what another build left in the output folder
     work: Path | None = None  # private folder of a build under way; None: see shards/execution/output.py
 

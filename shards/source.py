@@ -5,6 +5,7 @@ messages = source.list_studies(Path("/data/padchest"), work / "listing", setting
 """
 
 import hashlib
+import hmac
 import importlib.metadata
 import json
 import warnings
@@ -17,12 +18,13 @@ from radhpc.core import formats
 from radhpc.core.errors import UserError
 from radhpc.core.manifest import Manifest
 from radhpc.storage.store import Store
-from shards import salt
+from shards import raw_files, salt
 from shards.datasets import reader as readers, registry
 from shards.images.windowing import PERCENTILES
 from shards.listing import Listing, SkippedStudy, write_listing
+from shards.people import Pseudonyms, namespace
 from shards.settings import BuildSettings
-from shards.text import deidentification
+from shards.text import deidentification, names
 from shards.text.languages import LANGUAGES
 
 VERSIONED = ("numpy", "pillow", "pydicom", "imagecodecs")  # their versions may change the bytes
@@ -43,19 +45,34 @@ class DatasetSource:
         """The name of the dataset in keys and tables."""
         return self.options.name or self.dataset
 
+    @property
+    def pseudonyms(self) -> Pseudonyms:
+        """The hashes of its identifiers."""
+        chosen = self.options.people
+        return Pseudonyms(self.name, namespace(self.dataset, self.name, chosen), chosen is not None, self.salt)
+
     def duplicates(self, settings: BuildSettings) -> str:
         """Return the policy for studies with a near-duplicate in another split: "drop" or "report"."""
         return "report" if self.options.shares_images else settings.duplicates
+
+    def archive(self, raw: Path | None) -> raw_files.Archive:
+        """Return the archive that the user names: --raw, and the paths among the options."""
+        named = [getattr(self.options, name) for name in type(self.options).model_fields]
+        places = [place.resolve() for place in (raw, *named) if isinstance(place, Path)]
+        roots = tuple(place if place.is_dir() else place.parent for place in places)
+        return raw_files.Archive(roots, self.options.outside == "allow")
 
     def list_studies(self, raw: Path | None, path: Path, settings: BuildSettings) -> list[str]:
         """Read the metadata of the archive into a listing. Returns messages for the user. Raises UserError."""
         base = raw.resolve() if raw else None
         folder = base.parent if base and base.is_file() else base
-        with warnings.catch_warnings(record=True) as caught:
+        listed = names.read(settings.remove_names) if settings.remove_names else []
+        with warnings.catch_warnings(record=True) as caught, raw_files.inside(self.archive(raw)):
             warnings.simplefilter("always", readers.DatasetWarning)
             studies = self.reader.read(base, self.options)
-            write_listing(path, studies, self.name, self.salt, settings.ratios, settings.shard_samples, folder)
-        messages = [str(warning.message) for warning in caught if issubclass(warning.category, readers.DatasetWarning)]
+            write_listing(path, studies, self.pseudonyms, settings.ratios, settings.shard_samples, folder, listed)
+        own = (warning for warning in caught if issubclass(warning.category, readers.DatasetWarning))
+        messages = list(dict.fromkeys(str(warning.message) for warning in own))
         with Listing(path) as listing:
             if not listing.studies:
                 raise UserError(f"{self.name}: no study found")
@@ -73,7 +90,10 @@ class DatasetSource:
 
         Paths decide nothing, as the listing's digest covers the content; hence options that are paths are left out.
         """
-        unscrubbed = {"unscrubbed": sorted(listing.without_rules)} if listing.without_rules else {}
+        special: dict[str, Any] = {"unscrubbed": sorted(listing.without_rules)} if listing.without_rules else {}
+        if listing.names:
+            listed = "\n".join(listing.names).encode()
+            special["names"] = hmac.new(self.salt, listed, hashlib.sha256).hexdigest()[:16]
         options = self.options.model_dump(mode="json", exclude_none=True)
         return {
             "reader": self.dataset,
@@ -89,8 +109,9 @@ class DatasetSource:
             "ratios": list(settings.ratios),
             "shard_samples": settings.shard_samples,
             "source": listing.digest,
+            **({"files": listing.files} if listing.files else {}),
             "rules": deidentification.rules_digest(),
-            **unscrubbed,
+            **special,
             "salt": hashlib.sha256(b"radhpc fingerprint" + self.salt).hexdigest()[:16],
             "versions": {package: importlib.metadata.version(package) for package in VERSIONED},
             "format": formats.SHARDS,

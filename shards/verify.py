@@ -16,14 +16,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import numpy.typing as npt
 from awscrt.checksums import crc32c
 from pydantic import ValidationError
 
 from radhpc.core.errors import UserError, first_line
 from radhpc.core.manifest import FINGERPRINTS, MANIFEST, Manifest, Member, SampleIndex, Shard
+from radhpc.core.people import describe_incomparable
 from radhpc.core.sample import SPLITS, Sample
 from radhpc.storage.store import NoRegularFile, Store
-from shards import duplicates
+from shards import duplicates, people
 from shards.text import deidentification
 
 Progress = Callable[[int, int], None]  # (samples done, samples in all)
@@ -50,6 +52,7 @@ class VerificationReport:
     shards: int
     samples: int
     faults: list[ShardFault] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -91,8 +94,13 @@ def verify_all(urls: Sequence[str], progress: Progress = lambda done, total: Non
     faults = [replace(fault, shard=f"{report.url}/{fault.shard}") for report in reports for fault in report.faults]
     for url, other in itertools.combinations(urls, 2):
         faults += [replace(fault, shard=f"{url}/{fault.shard}") for fault in verify_apart(url, other)]
+    loaded = [people.load(url) for url in urls]
+    for ours, theirs in itertools.combinations(loaded, 2):
+        name = f"{ours.url}/{ours.manifest.index.name}"
+        faults += [ShardFault(name, None, None, text) for text in people.overlaps(ours, theirs)]
+    warning = describe_incomparable(itertools.combinations(loaded, 2))
     samples, shards = sum(report.samples for report in reports), sum(report.shards for report in reports)
-    return VerificationReport(", ".join(urls), shards, samples, faults)
+    return VerificationReport(", ".join(urls), shards, samples, faults, [warning] if warning else [])
 
 
 def verify_apart(url: str, other: str) -> list[ShardFault]:
@@ -130,10 +138,9 @@ def _check_counts(manifest: Manifest, index: SampleIndex) -> Iterator[ShardFault
     for key, count in Counter(keys).items():
         if count > 1:
             yield fault(f"key {key.decode()} occurs {count} times")
-    split_of: dict[bytes, set[int]] = {}
-    for patient, split in zip(index.patient.tolist(), index.split.tolist(), strict=True):
-        split_of.setdefault(patient, set()).add(split)
-    for patient, places in split_of.items():
+    split_of = _splits_by(index.patient, index.split)
+    people_of = {} if index.person is None else _splits_by(index.person, index.split)
+    for patient, places in itertools.chain(split_of.items(), people_of.items()):
         if len(places) > 1:
             yield fault(f"patient {patient.decode()} is in {' and '.join(SPLITS[n] for n in sorted(places))}")
     samples = {split: int((index.split == n).sum()) for n, split in enumerate(SPLITS)}
@@ -146,6 +153,14 @@ def _check_counts(manifest: Manifest, index: SampleIndex) -> Iterator[ShardFault
         held = int((index.shard == number).sum())
         if held != shard.samples and manifest.subset_of is None:
             yield fault(f"{shard.name}: {shard.samples} samples, but the index has {held}")
+
+
+def _splits_by(patients: npt.NDArray[np.bytes_], split: npt.NDArray[np.uint8]) -> dict[bytes, set[int]]:
+    """Return the splits of each patient."""
+    split_of: dict[bytes, set[int]] = {}
+    for patient, place in zip(patients.tolist(), split.tolist(), strict=True):
+        split_of.setdefault(patient, set()).add(place)
+    return split_of
 
 
 def _check_subset(store: Store, manifest: Manifest) -> Iterator[ShardFault]:
@@ -171,7 +186,8 @@ def _check_subset(store: Store, manifest: Manifest) -> Iterator[ShardFault]:
             yield ShardFault(manifest.index.name, None, None, f"{key.decode()}: not in {full.index.name}")
             continue
         same = all(
-            getattr(index, column)[row] == getattr(full_index, column)[full_row] for column in ("patient", "split")
+            getattr(index, column)[row] == getattr(full_index, column)[full_row]
+            for column in ("patient", "people", "split")
         )
         if not same or list(index.members(row)) != list(full_index.members(full_row)):
             yield ShardFault(manifest.index.name, None, None, f"{key.decode()}: another row than in {full.index.name}")
@@ -239,7 +255,9 @@ def _check_member(
         yield fault("crc32c differs from the index's")
     if member.name.endswith(".json"):
         yield from (fault(text) for text in _check_description(data, index, sample))
-    elif not data.startswith(BEGINNINGS[suffix := member.name.rsplit(".", 1)[1]]):
+    elif (suffix := member.name.rsplit(".", 1)[1]) not in BEGINNINGS:
+        yield fault(f"neither a description nor {', '.join(BEGINNINGS)}")
+    elif not data.startswith(BEGINNINGS[suffix]):
         yield fault(f"no {suffix.upper()}")
 
 
@@ -256,6 +274,7 @@ def _check_description(data: bytes, index: SampleIndex, sample: int) -> Iterator
     pairs = {
         "key": (described.key, index.key[sample].decode()),
         "patient": (described.patient, index.patient[sample].decode()),
+        "person": (described.person or described.patient, index.people[sample].decode()),
         "split": (described.split, SPLITS[index.split[sample]]),
         "number of images": (len(described.images), images),
     }

@@ -34,7 +34,7 @@ class LoadedView(NamedTuple):
 def load_view(source: Path | bytes, target: EncodingSettings, name: str = "image") -> LoadedView:
     """Load a JPEG, PNG or DICOM file, or its bytes. Raises BadImage."""
     raw = load(source) if isinstance(source, Path) else decode(source, name)
-    encoded = encode(raw, target)
+    encoded = encode(raw, target, path=source if isinstance(source, Path) else name)
     return LoadedView(decode_member(encoded.data, encoded.view), raw.modality)
 
 

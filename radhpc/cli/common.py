@@ -18,6 +18,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console, RenderableType
+from rich.text import Text
 from typer.core import TyperCommand
 
 from radhpc.core.errors import UserError
@@ -140,7 +141,7 @@ def say(message: RenderableType | Iterator[Any], as_json: bool) -> None:
     """Print for people: on standard output, or on standard error where standard output belongs to the JSON."""
     out = console if as_json else Console(highlight=False)
     for part in message if isinstance(message, Iterator) else (message,):
-        out.print(part, soft_wrap=isinstance(part, str))
+        out.print(part, soft_wrap=isinstance(part, str | Text))
 
 
 def emit(result: dict[str, Any], as_json: bool) -> None:

@@ -1,5 +1,6 @@
 """Turn raw archives into shards: build, verify."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -68,6 +69,9 @@ def build(
             "--unscrubbed", help="Build texts in languages without privacy rules, too: you answer for what is in them."
         ),
     ] = False,
+    remove_names: Annotated[
+        Path | None, typer.Option(help="A list of names to take out of texts, one a line; see `verify --names`.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace shards that were built with other settings.")] = False,
     balance: Annotated[bool, typer.Option("--balance", help="Also make the subset URL#balanced (see above).")] = False,
     cap: Annotated[
@@ -109,6 +113,7 @@ def build(
         shard_samples=shard_samples,
         max_skipped=max_skipped,
         unscrubbed=unscrubbed,
+        remove_names=remove_names,
         force=force,
         work=work,
         **extra,
@@ -126,6 +131,7 @@ def build(
 @verb(
     DATA,
     "radhpc verify runs/cxr-shards",
+    "radhpc verify runs/cxr-shards --raw /data/cxr_notes",
     "radhpc verify runs/cxr-shards --repair --raw /data/cxr_notes",
 )
 def verify(
@@ -133,33 +139,103 @@ def verify(
         list[str], typer.Argument(metavar="URL", help="Shards; several are also checked against each other.")
     ],
     repair: Annotated[bool, typer.Option("--repair", help="Rebuild broken shards, byte for byte.")] = False,
-    raw: Annotated[Path | None, typer.Option(help="The raw archive, with --repair.")] = None,
+    raw: Annotated[
+        Path | None,
+        typer.Option(help="The raw archive: to rebuild from, with --repair; alone to compare pixels and texts with."),
+    ] = None,
     workers: Annotated[
-        int | None, typer.Option(help="Worker processes of --repair; default: one per core.", min=1)
+        int | None, typer.Option(help="Worker processes of --repair and --raw; default: one per core.", min=1)
+    ] = None,
+    names: Annotated[
+        Path | None,
+        typer.Option(help="A spaCy model's folder: list names that stand alone, for you to look at; none is a fault."),
+    ] = None,
+    read_pixels: Annotated[
+        bool, typer.Option("--read-pixels", help="List the words that are written into images; none is a fault.")
+    ] = False,
+    remove_names: Annotated[
+        Path | None, typer.Option(help="With --repair and --raw: the list of names that the build was given.")
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Check every shard against the manifest: sizes, checksums, members, keys, identifiers, and that no patient and no
     image is in two splits.
+
+    With --raw it also builds every shard again, aside, and names each study whose pixels or texts are not those of
+    the archive.
     """
     from shards.reports.tables import verification_lines
     from shards.verify import verify_all
 
     if repair and len(urls) > 1:
         raise UserError("--repair: one URL at a time")
+    if raw is not None and len(urls) > 1:
+        raise UserError("--raw: one URL at a time")
+    proposals = _propose_names(urls, names, as_json) if names else {}
+    if read_pixels:
+        proposals |= _read_pixels(urls, as_json)
     with Bar("verify", 1, unit="samples") as bar:
         report = verify_all(urls, lambda done, total: bar.update(done, total=total))
     if repair and not report.ok:
         from shards.repair import repair as repair_shards
 
         with Bar("repair", 1, unit="studies") as bar:
-            mended = repair_shards(urls[0], raw, report, workers, lambda done, total: bar.update(done, total=total))
+            mended = repair_shards(
+                urls[0], raw, report, workers, lambda done, total: bar.update(done, total=total), remove_names
+            )
         say(f"built again: {', '.join(mended)}", as_json)
         report = verify_all(urls)
+    if raw is not None and report.ok and not repair:
+        from shards.rebuild import compare
+
+        with Bar("compare", 1, unit="studies") as bar:
+            advance = lambda done, total: bar.update(done, total=total)  # noqa: E731
+            different = compare(urls[0], raw, workers, remove_names, advance)
+        report = replace(report, faults=different)
     say(verification_lines(report), as_json)
     faults = [vars(fault) for fault in report.faults]
-    emit({"ok": report.ok, "shards": report.shards, "samples": report.samples, "faults": faults}, as_json)
+    result = {"ok": report.ok, "shards": report.shards, "samples": report.samples, "faults": faults}
+    emit({**result, "warnings": report.warnings, **proposals}, as_json)
     raise typer.Exit(0 if report.ok else 1)
+
+
+def _propose_names(urls: list[str], folder: Path, as_json: bool) -> dict[str, Any]:
+    """List the names that a model finds in the texts, and return how many there are for programs."""
+    from shards.proposals import propose_names
+    from shards.text.names import load_finder
+
+    find, total = load_finder(folder), 0
+    for url in urls:
+        with Bar("names", 1, unit="samples") as bar:
+            proposals = propose_names(url, find, lambda done, total: bar.update(done, total=total))
+        total += len(proposals.counts)
+        if proposals.file:
+            say(
+                f"{url}: {len(proposals.counts)} proposals in {proposals.samples} samples, for you alone in "
+                f"{proposals.file}; delete the lines that are no names, then build with --remove-names",
+                as_json,
+            )
+        else:
+            say(f"{url}: the model proposes no name", as_json)
+    return {"proposed_names": total}
+
+
+def _read_pixels(urls: list[str], as_json: bool) -> dict[str, Any]:
+    """List the words in the images, and return in how many samples there are any for programs."""
+    from shards.pixel_words import load_reader, read_pixels
+
+    read, total = load_reader(), 0
+    for url in urls:
+        with Bar("pixels", 1, unit="samples") as bar:
+            words = read_pixels(url, read, lambda done, total: bar.update(done, total=total))
+        total += words.samples
+        place = f", for you alone in {words.file}" if words.file else ""
+        say(
+            f"{url}: {words.suspects} images look as if text is written into them; {words.samples} samples have words "
+            f"that are no markers{place}",
+            as_json,
+        )
+    return {"samples_with_words_in_pixels": total}
 
 
 def build_shards(

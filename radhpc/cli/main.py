@@ -5,9 +5,12 @@ PyTorch is imported only where a model is.
 
 import sys
 
+from rich.text import Text
+
 from radhpc.cli.common import app
 from radhpc.core.errors import UserError
 from radhpc.core.log import console, start_logging
+from radhpc.core.untrusted import printable
 
 # Each registers its verbs with the app, in the order in which the help shows them.
 from radhpc.cli import training, data, monitor, models, preflight, recipes  # noqa: F401  # isort: skip
@@ -19,7 +22,8 @@ def main() -> None:
     try:
         app(prog_name="radhpc")
     except UserError as error:
-        console.print(f"[red]error[/] {error}", soft_wrap=True, highlight=False, markup=True)
+        message = str(error)  # names of files and words of others are in it: no markup, and nothing a terminal obeys
+        console.print(Text.assemble(("error", "red"), f" {printable(message, len(message))}"), soft_wrap=True)
         sys.exit(2)
 
 

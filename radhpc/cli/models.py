@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from radhpc.cli.common import MODELS, Json, On, RunPath, emit, from_elsewhere, one_of, say, verb
-from radhpc.cli.submission import submit_job
+from radhpc.cli.submission import compare_patients, submit_job
 from radhpc.core.errors import UserError
 from radhpc.core.log import Bar, console, start_logging
 from slurm.monitoring import tables
@@ -262,6 +263,7 @@ def _check_evaluation(
 ) -> tuple[str, str]:
     """Check here what would otherwise fail in the job. Return the name and the identity of the newest checkpoint."""
     from radhpc.core.manifest import Manifest
+    from radhpc.core.people import DatasetPatients
     from radhpc.core.sample import SPLITS
     from radhpc.engine.checkpoint import Checkpoints
     from radhpc.evaluation.metrics.scorers import ModelScorers
@@ -275,10 +277,21 @@ def _check_evaluation(
     if name is None:
         why = "".join(f"; {torn}: {fault}" for torn, fault in skipped)
         raise UserError(f"{run.path}: no checkpoint to evaluate{why}")
-    stage = run.recipe().stages[checkpoints.cursor(name).stage]
-    counts = [Manifest.load(Store(url)).splits.get(split, 0) for url in shards or run.recipe().shards_of(stage)]
+    stages = run.recipe().stages[: checkpoints.cursor(name).stage + 1]
+    counts = [Manifest.load(Store(url)).splits.get(split, 0) for url in shards or run.recipe().shards_of(stages[-1])]
     if not any(counts):
         raise UserError(f"--split {split}: no study there")
+    # The model knows what earlier stages were trained on, too; those shards may be gone by now.
+    earlier = {url for stage in stages[:-1] for url in run.recipe().shards_of(stage)}
+    datasets = []
+    for url in dict.fromkeys([*run.recipe().shards_of(stages[-1]), *shards, *sorted(earlier)]):
+        try:
+            datasets.append(DatasetPatients.load(Store(url)))
+        except UserError as error:
+            if url not in earlier or url in shards:
+                raise
+            console.print(f"[yellow]warning[/] patients of an earlier stage: {escape(str(error))}", soft_wrap=True)
+    compare_patients(datasets)
     ModelScorers(settings.scorers.folders(), settings.scorers.sha256, "cpu").hashes  # noqa: B018
     if against is not None:
         from radhpc.core.run_folder import RunFolder

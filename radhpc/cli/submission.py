@@ -1,10 +1,12 @@
 """Check, submit and follow a job: what train, resume, sweep and evaluate share."""
 
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import typer
+from rich.markup import escape
 
 from radhpc.cli.common import say
 from radhpc.core.errors import UserError
@@ -13,6 +15,7 @@ from radhpc.core.protocol import OutcomeState, RunState
 from slurm.monitoring import run_table
 
 if TYPE_CHECKING:
+    from radhpc.core.people import DatasetPatients
     from radhpc.core.recipe import Recipe
     from radhpc.core.run_folder import RunFolder
     from slurm.profile import Profile
@@ -31,6 +34,7 @@ def check_engine(recipe: "Recipe", profile: "Profile") -> None:
 def check_data(recipe: "Recipe", *also: str) -> None:
     """Raise UserError here, in seconds, for data that would fail in the queue; `also`: further splits needed."""
     from radhpc.core.manifest import Manifest
+    from radhpc.core.people import DatasetPatients
     from radhpc.data import tasks
     from radhpc.data.source import Source
     from radhpc.models import weights as weights_of
@@ -44,8 +48,24 @@ def check_data(recipe: "Recipe", *also: str) -> None:
             if not manifest.splits.get(split):
                 raise UserError(f"{url}: no sample of split '{split}'; it has {manifest.splits}")
     weights_of.check(recipe)
+    datasets: dict[str, DatasetPatients] = {}
     for stage in recipe.stages:
-        tasks.check(recipe, stage, Source(recipe.shards_of(stage), "train"))
+        source = Source(recipe.shards_of(stage), "train")
+        datasets |= {dataset.url: dataset for dataset in source.patients()}
+        tasks.check(recipe, stage, source)
+    compare_patients(list(datasets.values()))
+
+
+def compare_patients(datasets: Sequence["DatasetPatients"]) -> None:
+    """Refuse a patient in two splits, across all stages and what they are evaluated on; warn of what is not comparable.
+
+    Raises UserError.
+    """
+    from radhpc.core.people import describe_incomparable, refuse_shared_patients
+
+    refuse_shared_patients(datasets)
+    if warning := describe_incomparable(itertools.combinations(datasets, 2)):
+        console.print(f"[yellow]warning[/] {escape(warning)}", soft_wrap=True)
 
 
 def submit_job(

@@ -45,10 +45,11 @@ class IrregularFile(OSError):
     """A FIFO, a device, a socket or a folder is where a file must be."""
 
 
-def open_regular(path: str | os.PathLike[str]) -> int:
+def open_regular(path: str | os.PathLike[str], check: Callable[[str], None] | None = None) -> int:
     """Open a regular file for reading, and return its descriptor. Raises IrregularFile, and OSError.
 
     Whatever else has the name is not opened at all: a FIFO would wait for ever, and some devices act when opened.
+    `check` gets the file's real place, and may raise OSError.
     """
     try:
         place = os.open(path, os.O_PATH | os.O_CLOEXEC)
@@ -57,11 +58,12 @@ def open_regular(path: str | os.PathLike[str]) -> int:
     try:
         if not stat.S_ISREG(os.fstat(place).st_mode):
             raise IrregularFile(errno.EINVAL, "no regular file", os.fspath(path))
-        return os.open(f"/proc/self/fd/{place}", os.O_RDONLY | os.O_CLOEXEC)
-    except IrregularFile:
-        raise
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+        if check is not None:
+            check(os.readlink(f"/proc/self/fd/{place}"))
+        try:
+            return os.open(f"/proc/self/fd/{place}", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from error
     finally:
         os.close(place)
 

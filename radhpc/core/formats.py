@@ -12,8 +12,8 @@ from typing import Final
 RECIPE: Final = 1  # recipe.yaml; not on the disk: an unknown key is refused by name
 RUN_FOLDER: Final = 1  # events.jsonl, job.json, end files, ...; not on the disk: a run is resumed by the code it froze
 CHECKPOINT: Final = 1  # cursor.json: format
-MANIFEST: Final = 1  # manifest.json: format
-SHARDS: Final = 2  # manifest.json: build.format; raise it when the same input gives other bytes
+MANIFEST: Final = 2  # manifest.json: format; 1 is read as well
+SHARDS: Final = 3  # manifest.json: build.format; raise it when the same input gives other bytes
 STATUS_CACHE: Final = 2  # ~/.cache/radhpc/status.json: version; another one is ignored
 
 VERSIONS: Mapping[str, int] = {

@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from radhpc.core import formats
 from radhpc.core.errors import UserError, first_line
-from radhpc.core.sample import SPLITS
+from radhpc.core.sample import SPLITS, optional
 from radhpc.core.untrusted import load_array, load_columns, parse_json, printable
 
 MANIFEST = "manifest.json"
@@ -44,8 +44,10 @@ HASH = 32  # bytes of a perceptual hash
 _SHA256 = r"^[0-9a-f]{64}$"
 _KINDS = {
     "key": "S", "patient": "S", "split": "u1", "shard": "i4", "first": "i8", "suffix": "S", "offset": "i8",
-    "length": "i8", "crc32c": "u4",
+    "length": "i8", "crc32c": "u4", "person": "S",
 }  # fmt: skip
+_OPTIONAL = ("person",)
+_FORMAT_2 = ("people", "gate", "checksums")  # keys of the manifest
 _SUFFIX = re.compile(rb"[0-9a-z]+(\.[0-9a-z]+)*")
 _REFUSED = np.isin(np.arange(256), [*range(1, 33), ord("."), 127])  # bytes of names
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
@@ -102,6 +104,8 @@ class SampleIndex:
     offset: npt.NDArray[np.int64]  # (m,) of the data, behind the tar header
     length: npt.NDArray[np.int64]  # (m,)
     crc32c: npt.NDArray[np.uint32]  # (m,)
+    # (n,) salted hash in the namespace `people` of the manifest; None: `patient` is that hash
+    person: npt.NDArray[np.bytes_] | None = None
 
     def __len__(self) -> int:
         return len(self.key)
@@ -145,32 +149,40 @@ class SampleIndex:
             offset=self.offset[members],
             length=self.length[members],
             crc32c=self.crc32c[members],
+            person=None if self.person is None else self.person[rows],
         )
+
+    @property
+    def people(self) -> npt.NDArray[np.bytes_]:
+        """The salted hash of each sample's patient in the namespace `people` of the manifest, (n,)."""
+        return self.patient if self.person is None else self.person
 
     def to_bytes(self) -> bytes:
         buffer = io.BytesIO()
-        np.savez(buffer, allow_pickle=False, **self.__dict__)
+        np.savez(
+            buffer, allow_pickle=False, **{name: column for name, column in vars(self).items() if column is not None}
+        )
         return buffer.getvalue()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "SampleIndex":
         """Parse and check the columns by themselves. Raises ValueError."""
-        columns = load_columns(data, cls.__dataclass_fields__)
-        for name, kind in _KINDS.items():
-            column = columns[name]
+        columns = load_columns(data, (name for name in _KINDS if name not in _OPTIONAL), _OPTIONAL)
+        for name, column in columns.items():
+            kind = _KINDS[name]
             if column.ndim != 1 or kind not in (column.dtype.kind, column.dtype.str[1:]):
                 raise ValueError(f"{name}: {column.ndim} dimensions of {column.dtype}; allowed is one of {kind}")
         index = cls(**columns)
         samples, members = len(index.key), len(index.suffix)
-        lengths = {name: len(columns[name]) for name in _KINDS}
-        expected = dict.fromkeys(("key", "patient", "split", "shard"), samples) | {"first": samples + 1}
-        for name, length in (dict.fromkeys(_KINDS, members) | expected).items():
-            if lengths[name] != length:
-                raise ValueError(f"{name}: {lengths[name]} entries; expected are {length}")
+        expected = dict.fromkeys(("key", "patient", "split", "shard", "person"), samples) | {"first": samples + 1}
+        for name, column in columns.items():
+            if len(column) != expected.get(name, members):
+                raise ValueError(f"{name}: {len(column)} entries; expected are {expected.get(name, members)}")
         if index.first[0] != 0 or index.first[-1] != members or (samples and (np.diff(index.first) < 1).any()):
             raise ValueError("first: the members of the samples do not follow one another")
-        for name in ("key", "patient"):
-            _check_names(name, columns[name])
+        for name in ("key", "patient", "person"):
+            if name in columns:
+                _check_names(name, columns[name])
         for suffix in np.unique(index.suffix).tolist():
             if not _SUFFIX.fullmatch(suffix):
                 raise ValueError(f"suffix: {printable(ascii(suffix))}; allowed are such as json and 0.jpg")
@@ -216,12 +228,22 @@ def _check_names(column: str, names: npt.NDArray[np.bytes_]) -> None:
             raise ValueError(f"{column}: {printable(ascii(error.object))} is not UTF-8") from None
 
 
-class Manifest(BaseModel):
-    """The content of `manifest.json`, or of a subset's file."""
+class SourceChecksums(BaseModel):
+    """The checksums that came with the raw archive, as counts of its files."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    format: Literal[1] = formats.MANIFEST
+    file: str = Field(min_length=1, max_length=200, description="the archive's table of checksums, such as SHA256SUMS")
+    checked: Count = Field(description="files that were read and have the checksum")
+    unchecked: Count = Field(description="files that the table does not name")
+
+
+class Manifest(BaseModel):
+    """The content of `manifest.json`, or of a subset's file. Format 1 has none of the optional fields of format 2."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format: Literal[1, 2] = formats.MANIFEST
     dataset: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,99}$")
     samples: int = Field(gt=0, le=MAX_COUNT)
     splits: dict[str, Count] = Field(description="samples per split")
@@ -239,9 +261,20 @@ class Manifest(BaseModel):
     subset_of: str | None = Field(
         default=None, pattern=_SHA256, description="of a subset: the hash of the manifest it was taken from"
     )
+    people: str | None = optional(
+        None,
+        "the namespace of its patients: those of two datasets with the same one can be compared; null: the dataset",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,99}$",
+    )
+    gate: Literal["scrubbed", "unscrubbed", "adopted"] | None = optional(
+        None, "whether its texts went through the privacy gate; unscrubbed: not all of them; adopted: nobody knows"
+    )
+    checksums: SourceChecksums | None = optional(None, "the checksums of the raw archive, where it has any")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.format == 1 and (later := [name for name in _FORMAT_2 if getattr(self, name) is not None]):
+            raise ValueError(f"{later[0]}: not in format 1")
         names = [file.name for file in (*self.shards, self.index, *filter(None, (self.fingerprints,)))]
         if len(set(names)) < len(names) or MANIFEST in names:
             repeated = next(name for name in names if names.count(name) > 1 or name == MANIFEST)

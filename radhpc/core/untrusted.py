@@ -73,16 +73,19 @@ def _refuse_constant(name: str) -> float:
     raise ValueError(f"{name} is no number of JSON")
 
 
-def load_columns(data: bytes, names: Iterable[str]) -> dict[str, npt.NDArray[Any]]:
+def load_columns(data: bytes, names: Iterable[str], optional: Iterable[str] = ()) -> dict[str, npt.NDArray[Any]]:
     """Load the arrays of an .npz of exactly these names, as np.savez writes them. Raises ValueError.
 
-    They are not compressed there, so that what is loaded is no larger than what was read.
+    Those of the `optional` names may be missing. The columns are not compressed there, so that what is loaded is no
+    larger than what was read.
     """
-    names = tuple(names)
+    names, optional = tuple(names), tuple(optional)
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             entries = archive.infolist()
-            if sorted(entry.filename for entry in entries) != sorted(f"{name}.npy" for name in names):
+            files = [entry.filename for entry in entries]
+            names += tuple(name for name in optional if f"{name}.npy" in files)
+            if sorted(files) != sorted(f"{name}.npy" for name in names):
                 raise ValueError(f"other columns than {', '.join(names)}")
             for entry in entries:
                 if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:

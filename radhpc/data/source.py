@@ -24,6 +24,7 @@ from pydantic import ValidationError
 from radhpc.core.errors import UserError, first_line
 from radhpc.core.image_decoding import decode
 from radhpc.core.manifest import Manifest, SampleIndex
+from radhpc.core.people import DatasetPatients, refuse_shared_patients
 from radhpc.core.sample import Sample
 from radhpc.data.sampler import Positions
 from radhpc.storage.store import Store, Traffic
@@ -97,7 +98,6 @@ class Source:
         self.traffic = Traffic()
         self.datasets: list[Dataset] = []
         folders: dict[str, str] = {}
-        patients: dict[bytes, tuple[str, int]] = {}
         for url in shards:
             store = Store(url, self.traffic)
             if store.url in folders:
@@ -108,12 +108,16 @@ class Source:
             if repeated := index.repeated_key():
                 raise UserError(f"{url}: {repeated} is the key of several samples; 'radhpc verify' names every fault")
             self.datasets.append(Dataset(url, store, manifest, index, index.of_split(split)))
-            _refuse_leak(url, index, patients)
+        refuse_shared_patients(self.patients())
         self._ends = np.cumsum([len(dataset.rows) for dataset in self.datasets])
         self.hashes = tuple(dataset.manifest.hash for dataset in self.datasets)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
+
+    def patients(self) -> list[DatasetPatients]:
+        """Return the patients of each dataset, of all its splits, for comparisons."""
+        return [DatasetPatients(dataset.url, dataset.manifest, dataset.index) for dataset in self.datasets]
 
     def check_sizes(self) -> None:
         """Compare every shard's size with its manifest. Raises UserError."""
@@ -259,11 +263,3 @@ def decode_study(raw: RawSample) -> DecodedStudy:
     if sample is None or not views:
         raise BadSample(raw.key, "no description or no image in the shard")
     return raw.key, sample, views
-
-
-def _refuse_leak(url: str, index: SampleIndex, patients: dict[bytes, tuple[str, int]]) -> None:
-    """Refuse a patient in two splits, across all the folders of a recipe (promise 7). Raises UserError."""
-    for patient, split in set(zip(index.patient.tolist(), index.split.tolist(), strict=True)):
-        where = patients.setdefault(patient, (url, split))
-        if where[1] != split:
-            raise UserError(f"{url}: patient {patient.decode()} is in another split there than in {where[0]}")

@@ -38,7 +38,7 @@ from radhpc.core.batch import IGNORE
 from radhpc.core.errors import UserError
 from radhpc.core.files import write_atomically
 from radhpc.core.recipe import Recipe, Stage, StreamSettings, load
-from radhpc.core.sample import SPLITS, Split
+from radhpc.core.sample import SPLITS, Sample, Split
 from radhpc.data.prefetch import Prefetcher
 from radhpc.data.sampler import Positions, Sampler
 from radhpc.data.source import BadSample, RawSample, Source, decode_study
@@ -336,6 +336,8 @@ def _show(recipe: Recipe, number: int, split: Split, count: int, out: Path) -> N
         supervised = row.labels != IGNORE
         for n, (view, image) in enumerate(itertools.zip_longest(views, described.images)):
             print(f"  view {n}     {image.view if image else None}, {view.width} x {view.height} pixels, {view.mode}")
+        for name, text in _context(described):
+            print(f"  {name:<10} {text}")
         for name, values in row.images.items():
             small = f" {values.tolist()}" if values.size <= 8 else ""
             print(f"  {name:<10} {values.shape} {values.dtype}{small}")
@@ -349,6 +351,20 @@ def _show(recipe: Recipe, number: int, split: Split, count: int, out: Path) -> N
         picture.save(data, "PNG")
         write_atomically(path, data.getvalue(), 0o600)
         print(f"  picture    {path}")
+
+
+def _context(sample: Sample) -> Iterator[tuple[str, str]]:
+    """Yield what a description holds beside images, findings and impression: (name, text)."""
+    for name in ("indication", "history", "comparison", "technique"):
+        if text := getattr(sample.report, name):
+            yield name, text
+    if sample.study_rank is not None:
+        yield "study", f"number {sample.study_rank} of its patient"
+    if sample.prior is not None:
+        yield "prior", f"{sample.prior}, {sample.days_since_prior or 'an unknown number of'} days before"
+    for box in sample.boxes:
+        place = f"image {box.image}, {box.x0:g} {box.y0:g} to {box.x1:g} {box.y1:g}"
+        yield "box", f"{box.label}: {place}{f', by {box.source}' if box.source else ''}"
 
 
 def _refuse(message: str) -> NoReturn:

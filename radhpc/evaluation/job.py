@@ -14,6 +14,7 @@ from typing import Any
 from radhpc.core.errors import UserError
 from radhpc.core.files import read_json
 from radhpc.core.log import Bar
+from radhpc.core.people import refuse_shared_patients
 from radhpc.core.protocol import Event
 from radhpc.core.recipe import EvaluationSettings
 from radhpc.core.run_folder import EVALUATION, RunFolder
@@ -41,11 +42,10 @@ def work(job: RunFolder, ranks: Ranks, stop: Stop) -> int:
         raise UserError(f"{context.checkpoints.storage.where(name)}: {fault}; evaluate again for the newest one")
     cursor = context.checkpoints.cursor(name)
     training = open_source(context, cursor.stage, "train")
-    if task["shards"]:
-        held_out = Source(task["shards"], task["split"])
-        Source(tuple(dict.fromkeys([*(part.url for part in training.datasets), *task["shards"]])), "train")  # no leak
-    else:
-        held_out = open_source(context, cursor.stage, task["split"])
+    elsewhere = bool(task["shards"])
+    held_out = Source(task["shards"], task["split"]) if elsewhere else open_source(context, cursor.stage, task["split"])
+    if elsewhere:
+        refuse_shared_patients([*{part.url: part for part in (*training.patients(), *held_out.patients())}.values()])
     _refuse_unasked(run.path, held_out, training)
     scorer = scoring.Scoring(settings, every_convention=task["every_convention"], device=str(ranks.device))
     run_on_first(lambda: scorer.model_scorers.hashes and None, ranks, stop)

@@ -29,6 +29,7 @@ from dataclasses import asdict
 
 import numpy as np
 
+from radhpc.core import formats
 from radhpc.core.errors import UserError
 from radhpc.core.manifest import FileEntry, Manifest, SampleIndex, sha256
 from radhpc.core.sample import SPLITS
@@ -145,6 +146,7 @@ def _subset_manifest(
     skipped = {**manifest.skipped, f"{settings.name}: above the cap of a cluster": result.dropped}
     return manifest.model_copy(
         update={
+            "format": formats.MANIFEST,
             "samples": len(index),
             "splits": {split: len(index.of_split(split)) for split in SPLITS},
             "patients": patients,

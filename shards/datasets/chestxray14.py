@@ -20,11 +20,11 @@ from pydantic import Field
 
 from radhpc.core.errors import UserError, first_line
 from radhpc.core.sample import CHEXPERT, Split
-from shards import splits
+from shards import raw_files, splits
 from shards.datasets.helpers import labels as _labels
 from shards.datasets.helpers.images import files, folders_with
 from shards.datasets.reader import DatasetWarning, RawStudy, ReaderOptions, unusable_study
-from shards.tabular import external_sort, table
+from shards.tabular import cells, external_sort, identifiers, table
 
 SYNTHETIC = False
 
@@ -32,6 +32,7 @@ TABLES = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")
 BOXES = "BBox_List_2017.csv"
 LISTS = {"train_val": "train_val_list.txt", "test": "test_list.txt"}
 COLUMNS = ("Image Index", "Finding Labels", "Follow-up #", "Patient ID", "View Position")
+MAX_LIST = 1 << 26  # bytes of a list of images: the real ones have less than two million
 IMAGE = re.compile(r"\d{8}_\d{3}\.png")
 NAMES = (
     "Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia", "Pneumothorax",
@@ -112,8 +113,8 @@ def held_out(patient: str, share: float) -> bool:
 
 def _lines(path: Path) -> Iterator[str]:
     try:
-        with path.open(encoding="utf-8-sig") as lines:
-            yield from filter(None, (line.strip() for line in lines))
+        text = raw_files.read(path, MAX_LIST).decode("utf-8-sig")
+        yield from filter(None, map(str.strip, text.splitlines()))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({first_line(error)})") from error
 
@@ -127,7 +128,8 @@ def _study(
 ) -> RawStudy:
     if record.fault:
         return unusable_study(where, record.fault)
-    image, findings, follow_up, patient, view = (record.values[name].strip() for name in COLUMNS)
+    image, findings, follow_up, patient, view = (cells.known(record.values[name]) for name in COLUMNS)
+    patient, follow_up = map(identifiers.identifier, (patient, follow_up))
     present = {name.strip() for name in findings.split("|")}
     if not IMAGE.fullmatch(image):
         return unusable_study(where, "unknown form of image name")

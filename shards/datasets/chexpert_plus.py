@@ -7,8 +7,12 @@
 Read are the paths, the view, the patient, the split, the report and its findings and impression: dates, age, sex, race
 and all the rest stay in the table. Where findings and impression are both empty the full report is taken, without
 the text after its impression (a code, an accession number). Patients, images and splits are those of CheXpert.
+
+The table was de-identified image by image, so the rows of one study may carry different made-up dates: the text of its
+first frontal image is taken, and such studies are counted.
 """
 
+import io
 import json
 import re
 import warnings
@@ -21,10 +25,11 @@ from pydantic import Field
 
 from radhpc.core.errors import UserError, first_line
 from radhpc.core.sample import CHEXPERT, Report, Split
-from shards import splits
+from shards import raw_files, splits
 from shards.datasets.helpers import chexpert
 from shards.datasets.reader import DatasetWarning, RawStudy, ReaderOptions, UnusableRecord, unusable_study
-from shards.tabular import external_sort, table
+from shards.tabular import cells, external_sort, identifiers, table
+from shards.tabular.lines import LongLine, lines_of
 from shards.text import sections
 
 SYNTHETIC = False
@@ -32,6 +37,7 @@ SYNTHETIC = False
 TABLE = "df_chexpert_plus_240401.csv"
 REQUIRED = ("path_to_image", "deid_patient_id", "report", "section_findings", "section_impression", "split")
 OPTIONAL = ("path_to_dcm", "frontal_lateral", "ap_pa")
+LATERAL = ("L", "LL", "RL", "LATERAL")  # projections
 LABEL_FOLDERS = ("chexbert_labels", "labels", "label", ".")
 USUAL_LABELS = "impression"
 # Behind the impression a report ends with a summary code, the accession number and a note on its dates.
@@ -70,8 +76,21 @@ def read(raw: Path | None, options: ReaderOptions) -> Iterator[RawStudy]:
     folder = path.parent
     images = chexpert.ImageFinder(folder, options.images, None)
     labels = find_labels(folder, options)
+    different = studies = 0
     for _, items in external_sort.grouped(_rows(path, images)):
-        yield items[0] if isinstance(items[0], RawStudy) else _study(items, labels)
+        if isinstance(items[0], RawStudy):
+            yield items[0]
+            continue
+        studies += 1
+        different += any(item.report != items[0].report for item in items)
+        yield _study(items, labels)
+    if different:
+        warnings.warn(
+            f"{path.name}: {different} of {studies} studies have rows with different texts, as the table was "
+            "de-identified image by image; each has the text of its first frontal image",
+            DatasetWarning,
+            stacklevel=2,
+        )
 
 
 def find_labels(folder: Path, options: CheXpertPlusOptions) -> external_sort.Lookup | None:
@@ -93,18 +112,20 @@ def find_labels(folder: Path, options: CheXpertPlusOptions) -> external_sort.Loo
 def _labels(path: Path) -> Iterator[tuple[str, chexpert.Labels]]:
     number = 0
     try:
-        with path.open(encoding="utf-8-sig") as lines:
-            for line in lines:
+        with raw_files.open_table(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig") as lines:
+            for line in lines_of(lines):
                 number += 1
+                if isinstance(line, LongLine):
+                    raise ValueError("a line without end")
                 if line.strip():
                     values = json.loads(line, parse_constant=lambda name: None)  # NaN
                     yield chexpert.parse_path(values["path_to_image"]).key, chexpert.parse_labels(values)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path}: line {number}: no object with path_to_image and the 14 labels ({first_line(error)})"
         ) from error
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or first_line(error)})") from error
+        raise UserError(f"{path}: cannot be read ({raw_files.reason(error)})") from error
 
 
 def _rows(path: Path, images: chexpert.ImageFinder) -> Iterator[tuple[str, CheXpertPlusRow | RawStudy]]:
@@ -123,7 +144,7 @@ def _parse_row(record: table.Record, images: chexpert.ImageFinder) -> CheXpertPl
     """Parse one row. Raises UnusableRecord."""
     if record.fault:
         raise UnusableRecord(record.fault)
-    values = {name: value.strip() for name, value in record.values.items()}
+    values = {name: cells.known(value) for name, value in record.values.items()}
     place = chexpert.parse_path(values["path_to_image"])
     if not values["deid_patient_id"]:
         raise UnusableRecord("empty patient")
@@ -134,7 +155,7 @@ def _parse_row(record: table.Record, images: chexpert.ImageFinder) -> CheXpertPl
     source = chexpert.parse_path(values["path_to_dcm"]) if images.dicom and values.get("path_to_dcm") else place
     return CheXpertPlusRow(
         place=place,
-        patient=values["deid_patient_id"],
+        patient=identifiers.identifier(values["deid_patient_id"]),
         split=split,
         path=images.path(source),
         projection=chexpert.projection(values.get("frontal_lateral", ""), values.get("ap_pa", ""), place.image),
@@ -150,12 +171,11 @@ def _report(text: str, findings: str, impression: str) -> Report:
 
 
 def _study(items: list[CheXpertPlusRow], labels: external_sort.Lookup | None) -> RawStudy:
-    first = items[0]
+    with_text = [item for item in items if item.report.text()]
+    first = min(with_text or items, key=lambda item: item.projection in LATERAL)  # the first one that is frontal
     fault = gap = None
     if any(item.patient != first.patient for item in items):
         fault = "rows of one study with different patients"
-    elif any(item.report != first.report for item in items):
-        fault = "rows of one study with different texts"
     elif not first.report.text():
         gap = "empty text"
     known = labels.get(first.place.key) if labels is not None else None

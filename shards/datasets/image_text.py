@@ -2,13 +2,21 @@
 
     [{"image": "images/1.png", "text": "Findings: ... Impression: ...", "patient": "7", "view": "PA"}, ...]
 
-`image` is a path relative to the table, or a list of them. Rows of the same study are its views. Columns are
-found by their usual names (ALIASES) or named by options: `image=COLUMN text=COLUMN ...`. Columns that nobody
-names, dates and names among them, are not read.
+`image` is a path relative to the table, or a list of them. Rows of the same study are its views; where their texts
+differ, the first one counts, and a warning says how many studies these are. Columns are found by the letters of their
+usual names (PatientID is patient_id) or named by options: `image=COLUMN text=COLUMN ...`. Columns that nobody names,
+dates and names among them, are not read; those that look like patients, studies or splits are listed.
+
+Encoding (UTF-8, UTF-16, Windows-1252) and delimiter are found, and said where they are unusual. Cells such as nan,
+None, N/A and a dash are empty; lists may be JSON, or as pandas and numpy print them. A text that is a path is that of
+the file, which must lie below the table's folder, or else the row is left out by name. Patients are compared in one
+form: 7, 7.0 and "7 " are one, and so are P07 and p07; 7 and 007 are two, and a warning says so.
+
+Splits come from a column; or from the names of folders or files: images in train/ and test/, a table in each of such
+folders, or train.csv beside test.csv. split=none makes them from the patients instead.
 """
 
-import json
-import math
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,30 +26,15 @@ from typing import Any
 
 from pydantic import Field
 
-from radhpc.core.errors import UserError, nearest
-from radhpc.core.sample import CHEXPERT, Report, Split
+from radhpc.core.errors import UserError
+from radhpc.core.sample import Report, Split
 from shards import splits
+from shards.datasets.helpers import table_columns, table_labels
 from shards.datasets.reader import DatasetWarning, RawStudy, ReaderOptions, UnusableRecord, unusable_study
-from shards.tabular import external_sort, table
+from shards.tabular import cells, external_sort, identifiers, split_tables, table, text_files
 from shards.text import sections
 
 SYNTHETIC = False
-
-ALIASES: dict[str, tuple[str, ...]] = {
-    "image": ("image", "images", "image_path", "image_paths", "path", "file", "file_name", "filename"),
-    "text": ("text", "report", "caption"),
-    "findings": ("findings",),
-    "impression": ("impression",),
-    "patient": ("patient", "patient_id", "subject_id"),
-    "study": ("study", "study_id"),
-    "view": ("view", "view_position", "projection"),
-    "split": ("split",),
-    "question": ("question",),
-    "answer": ("answer",),
-    "labels": ("labels",),
-    "language": ("language",),
-}
-VOCABULARY = "own"  # of labels that name none
 
 
 def _column(content: str) -> Any:
@@ -53,6 +46,7 @@ class ImageTextOptions(ReaderOptions):
 
     table: str | None = Field(None, description="the file in the folder, where it holds several tables")
     delimiter: str | None = Field(None, description="the character between the columns of a CSV; \\t is a tab")
+    encoding: str | None = Field(None, description="of the table and of text files, such as cp1250 or gb18030")
     image: str | None = _column("image paths")
     text: str | None = _column("whole reports or captions")
     findings: str | None = _column("findings, where sections have columns of their own")
@@ -60,7 +54,7 @@ class ImageTextOptions(ReaderOptions):
     patient: str | None = _column("patients; without one each study counts as a patient")
     study: str | None = _column("studies; without one each row is a study")
     view: str | None = _column("projections: PA, AP, L, ...")
-    split: str | None = _column("official splits: train, validate or test")
+    split: str | None = _column("official splits: train, validate or test; none: made here, from the patients")
     question: str | None = _column("questions about the image")
     answer: str | None = _column("answers to them")
     labels: str | None = _column("labels: {name: 1, 0, -1 or null}, or the names of what is present")
@@ -85,113 +79,160 @@ class TableRow:
     answer: str | None
     name: str
 
+    @property
+    def content(self) -> tuple[object, ...]:
+        """All that rows of one study must have in common."""
+        return self.report, self.language, self.labels, self.answer
+
 
 def read(raw: Path | None, options: ReaderOptions) -> Iterator[RawStudy]:
     """Yield the studies of the table. Raises UserError for a table that cannot be read."""
     assert isinstance(options, ImageTextOptions)
     if raw is None:
         raise UserError("image_text: --raw is missing: the folder of the table, or the table itself")
-    rows = table.read(table.find(raw, options.table), options.delimiter)
-    columns = find_columns(rows, options)
-    if "patient" not in columns:
-        warnings.warn(
-            f"{rows.path.name}: no patient column, so each study counts as a patient of its own; if patients have "
-            "several studies, name the column with patient=COLUMN",
-            DatasetWarning,
-            stacklevel=2,
-        )
-    for _, items in external_sort.grouped(_rows(rows, columns, options)):
-        yield items[0] if isinstance(items[0], RawStudy) else _study(items)
-
-
-def _rows(
-    source: table.Table, columns: dict[str, str], options: ImageTextOptions
-) -> Iterator[tuple[str, TableRow | RawStudy]]:
-    """Yield (key of a study, its row), row by row; a row that cannot be used is a study of its own."""
-    for number, record in enumerate(source.records):
-        own_key = str(number)
-        try:
-            item = _parse_row(record, columns, options, source.path.parent)
-        except UnusableRecord as fault:
-            name = f"{source.path.name} {record.where}"
-            yield own_key, unusable_study(name, fault)
+    rows = split_tables.open_folder(raw, options.table, table.Form(options.delimiter, options.encoding))
+    columns = table_columns.find_columns(rows, options.model_dump(include=set(table_columns.ALIASES)))
+    for message in (*table_columns.unused_columns(rows, columns), *_without_patients(columns)):
+        _warn(rows, message)
+    parser = _RowParser(rows, columns, options)
+    different = studies = 0
+    for _, items in external_sort.grouped(parser.rows()):
+        if isinstance(items[0], RawStudy):
+            yield items[0]
             continue
-        study_key = "\x1f".join((item.patient, item.study, item.question or ""))
-        yield study_key if "study" in columns else own_key, item
-
-
-def find_columns(rows: table.Table, options: ImageTextOptions) -> dict[str, str]:
-    """Map the names of ALIASES to the table's columns. Raises UserError that lists the columns found and expected."""
-    by_name = {name.strip().lower(): name for name in reversed(rows.columns)}
-    columns = {}
-    for ours, aliases in ALIASES.items():
-        chosen = getattr(options, ours)
-        if chosen is not None and (ours != "language" or chosen in rows.columns):
-            if chosen not in rows.columns:
-                raise UserError(
-                    f"{ours}={chosen}: no such column in {rows.path}{nearest(chosen, rows.columns)}; "
-                    f"found are {', '.join(rows.columns)}"
-                )
-            columns[ours] = chosen
-        elif theirs := next((by_name[alias] for alias in aliases if alias in by_name), None):
-            columns[ours] = theirs
-    has_text = (
-        "text" in columns
-        or "findings" in columns
-        or "impression" in columns
-        or {"question", "answer"} <= columns.keys()
-    )
-    if "image" not in columns or not has_text:
-        lacking = [name for name, present in (("image", "image" in columns), ("text", has_text)) if not present]
-        raise UserError(
-            f"{rows.path}: no column for {' and '.join(lacking)}; found are {', '.join(rows.columns) or 'none'}; "
-            f"expected {' or '.join(ALIASES['image'])} and {' or '.join(ALIASES['text'])} "
-            "(or name them: image=COLUMN text=COLUMN)"
+        studies += 1
+        different += any(item.content != items[0].content for item in items)
+        yield _study(items)
+    if different:
+        _warn(
+            rows,
+            f"{different} of {studies} studies have rows with different texts or labels; each has those of its first "
+            "row that has a text",
         )
-    return columns
+    for message in parser.messages():
+        _warn(rows, message)
 
 
-def _parse_row(record: table.Record, columns: dict[str, str], options: ImageTextOptions, folder: Path) -> TableRow:
+def _warn(rows: table.Table, message: str) -> None:
+    warnings.warn(f"{rows.path.name}: {message}", DatasetWarning, stacklevel=3)
+
+
+def _without_patients(columns: dict[str, str]) -> Iterator[str]:
+    if "patient" not in columns:
+        yield (
+            "no patient column, so each study counts as a patient of its own; if patients have several studies, name "
+            "the column with patient=COLUMN"
+        )
+
+
+def _folder_split(path: str) -> Split | None:
+    """Return the split that the folders of an image name, as those of Hugging Face's imagefolder do."""
+    parts = re.split(r"[/\\]", path)[:-1]
+    named = {splits.WORDS[part.lower()] for part in parts if part.lower() in splits.WORDS}
+    return named.pop() if len(named) == 1 else None
+
+
+class _RowParser:
+    """Parses the rows of a table, and knows what there is to say about them."""
+
+    def __init__(self, source: table.Table, columns: dict[str, str], options: ImageTextOptions) -> None:
+        self.source, self.columns, self.options = source, columns, options
+        self.patients, self.studies = identifiers.Identifiers(), identifiers.Identifiers()
+        self.texts = text_files.TextFiles(source.path.parent, options.encoding)
+        unknown = "split" not in columns and options.split != table_columns.NO_SPLIT
+        self.folder_splits = unknown and self._several_splits()
+        self.with_split = self.without_split = 0  # rows
+
+    def _several_splits(self) -> bool:
+        """Return whether the folders of the images name two splits or three."""
+        named: set[Split | None] = set()
+        for record in self.source.records:
+            named |= {_folder_split(path) for path in re.split(r"[|,]", str(record.values.get(self.columns["image"])))}
+            if len(named - {None}) > 1:
+                return True
+        return False
+
+    def messages(self) -> Iterator[str]:
+        """Yield what is to be said once all rows are read."""
+        yield from self.patients.messages("patient")
+        yield from self.studies.messages("study")
+        if self.texts.count:
+            yield f"{self.texts.count} texts are paths of text files, which were read"
+        if self.folder_splits:
+            yield "the splits are those that the images' folders name (others: split=COLUMN, or split=none)"
+        if self.with_split and self.without_split:
+            total = self.with_split + self.without_split
+            yield f"{self.without_split} of {total} rows have no split, so theirs is made from the patients"
+
+    def rows(self) -> Iterator[tuple[str, TableRow | RawStudy]]:
+        """Yield (key of a study, its row), row by row; a row that cannot be used is a study of its own."""
+        for number, record in enumerate(self.source.records):
+            own_key = str(number)
+            try:
+                item = _parse_row(record, self)
+            except UnusableRecord as fault:
+                name = f"{self.source.path.name} {record.where}"
+                yield own_key, unusable_study(name, fault)
+                continue
+            self.with_split += item.split is not None
+            self.without_split += item.split is None
+            study_key = "\x1f".join((item.patient, item.study, item.question or ""))
+            yield study_key if "study" in self.columns else own_key, item
+
+
+def _parse_row(record: table.Record, parser: _RowParser) -> TableRow:
     """Parse one row. Raises UnusableRecord."""
     if record.fault:
         raise UnusableRecord(record.fault)
+    columns, options, folder = parser.columns, parser.options, record.folder or parser.source.path.parent
 
     def get(ours: str) -> Any:
         value = record.values.get(columns[ours]) if ours in columns else None
-        return None if isinstance(value, float) and math.isnan(value) else value
+        return None if cells.is_empty(value) else value
 
     def text(ours: str) -> str | None:
         value = get(ours)
-        if isinstance(value, (dict, list)):
+        if isinstance(cells.structure(value), (dict, list)):
             raise UnusableRecord(f"{ours} is no text")
-        return _text(value) or None
+        return cells.text(value) or None
 
-    views = [view for view in zip_longest(_strings(get("image")), _strings(get("view")), fillvalue="") if view[0]]
-    images = [path for path, _ in views]
+    def prose(ours: str) -> str | None:
+        content = text(ours)
+        return None if content is None else parser.texts.resolve(content, folder) or None
+
+    if "\0" in str(get("image")):
+        raise UnusableRecord("image path with a zero byte")
+    pairs = zip_longest(cells.strings(get("image")), cells.strings(get("view")), fillvalue="")
+    views = [view for view in pairs if view[0]]
+    # Two folders with a table each may hold images of the same name.
+    place = folder.relative_to(parser.source.path.parent)
+    images = [str(place / path) if place.parts else path for path, _ in views]
     if not images:
         raise UnusableRecord("no image named")
-    if any("\0" in path for path in images):
-        raise UnusableRecord("image path with a zero byte")
-    if "patient" in columns and not text("patient"):
+    patient = parser.patients(get("patient")) if text("patient") else ""
+    if "patient" in columns and not patient:
         raise UnusableRecord("empty patient")
-    question = text("question")
-    study = text("study") or "\x1f".join([*images, question or ""])
+    question = prose("question")
+    study = parser.studies(get("study"), within=patient) if text("study") else ""
+    study = study or "\x1f".join([*images, question or ""])
     try:
         split = splits.parse(word) if (word := text("split")) else None
     except UserError:
         raise UnusableRecord("unknown split") from None
+    if parser.folder_splits:
+        split = _folder_split(images[0])
     code = options.language if options.language not in columns.values() else None
     return TableRow(
         views=tuple((folder / path, view or None) for path, view in views),
-        patient=text("patient") or (study if "study" in columns else "\x1f".join(images)),
+        patient=patient or (study if "study" in columns else "\x1f".join(images)),
         study=study,
         split=split,
-        report=_report(text("text"), text("findings"), text("impression"), options),
+        report=_report(prose("text"), prose("findings"), prose("impression"), options),
         language=text("language") or code or "en",
-        labels=_labels(get("labels"), record.values),
+        labels=table_labels.parse_labels(get("labels"), record.values),
         question=question,
-        answer=text("answer"),
-        name=f"{folder.name}: {images[0]}",
+        answer=prose("answer"),
+        name=f"{parser.source.path.parent.name}: {images[0]}",
     )
 
 
@@ -204,13 +245,11 @@ def _report(text: str | None, findings: str | None, impression: str | None, opti
 
 
 def _study(items: list[TableRow]) -> RawStudy:
-    """Combine the rows of one study: the views of all, everything else of the first."""
-    first = items[0]
+    """Combine the rows of one study: the views of all, everything else of the first one that has a text."""
+    first = next((item for item in items if item.report.text() or item.answer), items[0])
     fault = None
     if not first.report.text() and not first.answer:
         fault = "empty text"
-    elif any(item.report != first.report or item.answer != first.answer for item in items):
-        fault = "rows of one study with different texts"
     elif any(item.split != first.split for item in items):
         fault = "rows of one study in different splits"
     return RawStudy(
@@ -226,65 +265,3 @@ def _study(items: list[TableRow]) -> RawStudy:
         answer=first.answer,
         fault=fault,
     )
-
-
-def _text(value: Any) -> str:
-    """Return a cell as text; some exporters write integers with a point, so 7.0 becomes 7 and both are one patient."""
-    if value is None:
-        return ""
-    text = str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
-        raise UnusableRecord("text that is no Unicode") from None
-    return text
-
-
-def _strings(value: Any) -> list[str]:
-    """Return a list of texts from one text or several; in a CSV several are a JSON list."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError:
-            return [value]  # a file may be called so
-    values = value if isinstance(value, list) else [] if value is None else [value]
-    if any(isinstance(item, (dict, list)) for item in values):
-        raise UnusableRecord("image or view that is no text")
-    return [_text(item) for item in values]
-
-
-def _labels(value: Any, record: dict[str, Any]) -> dict[str, dict[str, int | None]]:
-    """Return labels by vocabulary, from a labels column and from columns with CheXpert's names."""
-    labels: dict[str, dict[str, int | None]] = {}
-    if isinstance(value, str):
-        value = value.strip()
-        if value.startswith("{"):
-            try:
-                value = json.loads(value)
-            except json.JSONDecodeError:
-                raise UnusableRecord("labels that are no JSON") from None
-        else:
-            value = [name.strip() for name in value.split("|") if name.strip()]
-    if isinstance(value, list):
-        value = {_text(name): 1 for name in value}
-    if isinstance(value, dict) and value:
-        nested = all(isinstance(inner, dict) for inner in value.values())
-        plain = "chexpert" if set(value) <= set(CHEXPERT) else VOCABULARY
-        for vocabulary, values in (value if nested else {plain: value}).items():
-            labels[_text(vocabulary)] = {_text(name): _label(label) for name, label in values.items()}
-    elif value:
-        raise UnusableRecord("labels that are no names")
-    own = {name: _label(record[name]) for name in CHEXPERT if name in record}
-    return {"chexpert": own, **labels} if own else labels
-
-
-def _label(value: Any) -> int | None:
-    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
-        return None
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        raise UnusableRecord("a label other than 1, 0, -1 and empty") from None
-    if number not in (1, 0, -1):
-        raise UnusableRecord("a label other than 1, 0, -1 and empty")
-    return int(number)

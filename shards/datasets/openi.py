@@ -26,9 +26,10 @@ from defusedxml import DefusedXmlException, ElementTree  # type: ignore[import-u
 
 from radhpc.core.errors import UserError
 from radhpc.core.sample import Report
+from shards import raw_files
 from shards.datasets.helpers.images import files
 from shards.datasets.reader import DatasetWarning, RawStudy, ReaderOptions, UnusableRecord, unusable_study
-from shards.tabular import external_sort, table
+from shards.tabular import cells, external_sort, identifiers, table
 
 SYNTHETIC = False
 
@@ -104,7 +105,7 @@ def _views(tables: dict[str, Path]) -> external_sort.Lookup:
         for name, image, view in ((PROJECTIONS, "filename", "projection"), (METADATA, "imageid", "View Position")):
             if name in tables:
                 for record in table.stream(tables[name], (image, view)):
-                    projection = record.values.get(view, "").strip().upper()
+                    projection = cells.known(record.values.get(view, "")).upper()
                     if projection and not record.fault:
                         yield key(record.values[image]), VIEWS.get(projection, projection)
 
@@ -123,13 +124,15 @@ def _from_xml(reports: list[Path], find: ImageLookup) -> Iterator[RawStudy]:
 def parse(path: Path) -> "plain.Element":
     """Return the root of a report's XML, which is untrusted: no entities, a limited size. Raises UnusableRecord."""
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise UnusableRecord("XML too large")
-        root: plain.Element = ElementTree.fromstring(path.read_bytes(), forbid_dtd=True)
+        root: plain.Element = ElementTree.fromstring(raw_files.read(path, MAX_BYTES), forbid_dtd=True)
     except DefusedXmlException:
         raise UnusableRecord("XML with a document type of its own") from None
-    except (plain.ParseError, LookupError, ValueError) as error:
-        raise error if isinstance(error, UnusableRecord) else UnusableRecord("broken XML") from None
+    except (plain.ParseError, LookupError, ValueError):
+        raise UnusableRecord("broken XML") from None
+    except raw_files.LargeFile:
+        raise UnusableRecord("XML too large") from None
+    except raw_files.RefusedFile as error:
+        raise UnusableRecord(error.strerror or "unreadable XML file") from None
     except OSError:
         raise UnusableRecord("unreadable XML file") from None
     return root
@@ -163,7 +166,7 @@ def _from_tables(tables: dict[str, Path], find: ImageLookup) -> Iterator[RawStud
         raise UserError(f"{tables[REPORTS]}: {PROJECTIONS} is missing: it names the images")
     images = external_sort.Lookup(
         external_sort.grouped(
-            (record.values["uid"].strip(), record.values["filename"].strip())
+            (_identifier(record), cells.known(record.values["filename"]))
             for record in table.stream(tables[PROJECTIONS], ("uid", "filename"))
             if not record.fault
         )
@@ -171,14 +174,28 @@ def _from_tables(tables: dict[str, Path], find: ImageLookup) -> Iterator[RawStud
     columns = ("uid", "MeSH", "indication", "comparison", "findings", "impression")
     for record in table.stream(tables[REPORTS], columns):
         name = f"{REPORTS} {record.where}"
-        fault = record.fault or (None if record.values["uid"].strip() else "report without a number")
-        if fault:
-            yield unusable_study(name, fault)
+        uid = "" if record.fault else _identifier(record)
+        if not uid:
+            yield unusable_study(name, record.fault or "report without a number")
             continue
-        texts = {column.upper(): record.values[column].strip() for column in columns[2:]}
-        uid = record.values["uid"].strip()
-        terms = {"openi": record.values["MeSH"].split(";")}
-        yield _assemble(f"CXR{uid}", name, images.get(uid, []), find, texts, terms)
+        texts = {column.upper(): _section(column, record.values[column]) for column in columns[2:]}
+        terms = {"openi": cells.known(record.values["MeSH"]).split(";")}
+        named = [image for image in images.get(uid, []) if image]
+        yield _assemble(f"CXR{uid}", name, named, find, texts, terms)
+
+
+def _identifier(record: table.Record) -> str:
+    """Return the number of a report; empty where there is none."""
+    try:
+        return identifiers.identifier(record.values["uid"])
+    except UnusableRecord:
+        return ""
+
+
+def _section(column: str, value: str) -> str:
+    """Return a section's text. People say `None` of indications and comparisons, so there it is no missing value."""
+    is_without = cells.is_missing if column.upper() in OTHERS else cells.is_empty
+    return "" if is_without(value) else value.strip()
 
 
 def _assemble(

@@ -63,7 +63,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
         records = [record.values for record in table.read(path).records]
     columns = dict.fromkeys(key for record in records for key in record if isinstance(key, str))
     if missing := [name for name in COLUMNS if name not in columns]:
-        raise UserError(f"{path}: no {', '.join(missing)} in the records; found are {', '.join(columns) or 'none'}")
+        raise UserError(f"{path}: no {', '.join(missing)} in the records; found are {table.listed(columns)}")
     return records
 
 

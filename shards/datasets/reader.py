@@ -15,13 +15,14 @@ are announced by an entry point `radhpc.datasets`.
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from radhpc.core.errors import UserError, nearest
 from radhpc.core.sample import Report, Split
 from shards.images.raw_image import RawImage
+from shards.tabular.faults import DatasetWarning as DatasetWarning, UnusableRecord as UnusableRecord
 
 PixelSource = Path | Callable[[], RawImage]  # where a view's pixels come from: a file, or a drawing
 
@@ -48,14 +49,6 @@ class RawStudy:
     gap: str | None = None  # what the archive itself lacks or excludes: left out by name, but not broken
 
 
-class UnusableRecord(ValueError):
-    """A record, row or study cannot be used; the message is a general phrase without particulars of the patient."""
-
-
-class DatasetWarning(UserWarning):
-    """A message from a reader to its user; the build returns it with the result."""
-
-
 def unusable_study(name: str, fault: UnusableRecord | str) -> RawStudy:
     """Return the study that takes the place of a record that cannot be used: left out by name and counted as broken."""
     return RawStudy(study="", patient="", views=(), name=name, fault=str(fault))
@@ -70,6 +63,16 @@ class ReaderOptions(BaseModel):
         None,
         pattern=r"^[a-z0-9][a-z0-9_-]{0,39}$",
         description="what to call the dataset in keys and tables, instead of the reader's name",
+    )
+    people: str | None = Field(
+        None,
+        pattern=r"^[a-z0-9][a-z0-9_-]{0,39}$",
+        description="whose patients these are, such as mimic for a table made from MIMIC-CXR, so that patients of "
+        "several datasets are compared; default: the archive's family, or the dataset's name",
+    )
+    outside: Literal["allow"] | None = Field(
+        None,
+        description="allow: also read files outside of --raw, where its tables or links lead to them",
     )
 
     @property

@@ -37,7 +37,7 @@ from radhpc.core.sample import Report, Split
 from shards.datasets.helpers import layout, vqa
 from shards.datasets.helpers.overlap import SharedGroups
 from shards.datasets.reader import DatasetWarning, RawStudy, ReaderOptions, UnusableRecord, unusable_study
-from shards.tabular import external_sort, table
+from shards.tabular import cells, external_sort, table
 
 SYNTHETIC = False
 WORDS: dict[Split, str] = {"train": "train", "validate": "valid", "test": "test"}
@@ -220,7 +220,7 @@ def _rows(path: Path, *names: str) -> Iterator[tuple[table.Record, list[str]]]:
     spelled = {name.lower(): name for name in table.read(path).columns}
     columns = [spelled.get(name.lower(), name) for name in names]
     for record in table.stream(path, columns):
-        yield record, [record.values.get(name, "").strip() for name in columns]
+        yield record, [cells.known(record.values.get(name, "")) for name in columns]
 
 
 def _images(folder: Path, word: str) -> Path:

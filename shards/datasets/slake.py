@@ -7,8 +7,9 @@
                                                 "content_type": "Modality", ...}, ...]
 
 642 images with 14,028 questions, about half of them in each language. `languages=en` (as most published results),
-`zh`, or `en,zh`. The official split is by image; no patients are known, so an image stands for its patient, and an
-image in two splits is refused. One question is one sample, and its image is stored with each. Labels: answer
+`zh`, or `en,zh`; Chinese needs `--unscrubbed`. The official split is by image; no patients are known, so an image
+stands for its patient, and an image in two splits is refused. One question is one sample, and its image is stored with
+each. Labels: answer
 type (open, closed), question type (the set's content_type), organ (its location), modality, and base type (vqa, or
 kvqa: it needs knowledge that is not in the image).
 """
@@ -56,7 +57,7 @@ def read(raw: Path | None, options: ReaderOptions) -> Iterator[RawStudy]:
     for split, path in files.items():
         rows = table.read(path)
         if missing := [name for name in COLUMNS if name not in rows.columns]:
-            raise UserError(f"{path}: no {', '.join(missing)} in the records; found are {', '.join(rows.columns)}")
+            raise UserError(f"{path}: no {', '.join(missing)} in the records; found are {table.listed(rows.columns)}")
         for record in rows.records:
             name = f"{path.name} {record.where}"
             try:

@@ -86,7 +86,7 @@ def read(raw: Path | None, options: ReaderOptions) -> Iterator[RawStudy]:
         layout.refuse_parquet(raw, "VQA-RAD", [TABLE])
     rows = table.read(table.locate(raw, [TABLE], "VQA-RAD"))
     if missing := [name for name in COLUMNS if name not in rows.columns]:
-        raise UserError(f"{rows.path}: no {', '.join(missing)} in the records; found are {', '.join(rows.columns)}")
+        raise UserError(f"{rows.path}: no {', '.join(missing)} in the records; found are {table.listed(rows.columns)}")
     folder = layout.image_folder(rows.path.parent, IMAGES, "VQA-RAD's images")
     images = SharedGroups((item.image, _split(item, options)) for item in _questions(rows))
     questions = SharedGroups((item.linked, item.official) for item in _questions(rows) if item.linked)

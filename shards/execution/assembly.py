@@ -13,10 +13,11 @@ from radhpc.core.manifest import FINGERPRINTS, INDEX, FileEntry, Manifest, Sampl
 from radhpc.core.sample import SPLITS, Split
 from shards.execution.worker import ShardRecord
 from shards.execution.writer import SampleRow
+from shards.people import Pseudonyms
 
 
 def assemble(
-    name: str,
+    pseudonyms: Pseudonyms,
     records: Iterable[tuple[Split, ShardRecord]],
     recipe: dict[str, Any],
     build_hash: str,
@@ -31,17 +32,19 @@ def assemble(
     fingerprints: list[npt.NDArray[np.uint8]] = []
     for split, record in records:
         if record.shard:
-            parts.append(index_of_shard(record.rows, record.patients, split, len(shards)))
+            parts.append(index_of_shard(record.rows, record.patients, split, len(shards), record.people))
             shards.append(record.shard)
             fingerprints.append(fingerprints_of(record))
     if not parts:
-        raise UserError(f"{name}: no study could be used")
+        raise UserError(f"{pseudonyms.name}: no study could be used")
     index = concatenate(parts)
     _assert_invariants(index)
     files = {INDEX: index.to_bytes(), FINGERPRINTS: npy_bytes(np.concatenate(fingerprints))}
     of_split = {split: index.patient[index.split == n] for n, split in enumerate(SPLITS)}
     manifest = Manifest(
-        dataset=name,
+        dataset=pseudonyms.name,
+        people=pseudonyms.people,
+        gate="unscrubbed" if recipe.get("unscrubbed") else "scrubbed",
         samples=len(index),
         splits={split: len(patients) for split, patients in of_split.items()},
         patients={split: len(np.unique(patients)) for split, patients in of_split.items()},
@@ -71,8 +74,10 @@ def _file_entry(name: str, data: bytes) -> FileEntry:
     return FileEntry(name=name, size=len(data), sha256=sha256(data))
 
 
-def index_of_shard(rows: Sequence[SampleRow], patients: Sequence[str], split: Split, shard: int) -> SampleIndex:
-    """Return the index of one shard: its number is `shard`."""
+def index_of_shard(
+    rows: Sequence[SampleRow], patients: Sequence[str], split: Split, shard: int, people: Sequence[str] | None = None
+) -> SampleIndex:
+    """Return the index of one shard: its number is `shard`; `people` are the patients' hashes in their namespace."""
     members = [member for row in rows for member in row.members]
     return SampleIndex(
         key=np.array([row.key for row in rows], "S"),
@@ -84,19 +89,22 @@ def index_of_shard(rows: Sequence[SampleRow], patients: Sequence[str], split: Sp
         offset=np.array([member.offset for member in members], np.int64),
         length=np.array([member.length for member in members], np.int64),
         crc32c=np.array([member.crc32c for member in members], np.uint32),
+        person=None if people is None else np.array(people, "S"),
     )
 
 
 def concatenate(parts: list[SampleIndex]) -> SampleIndex:
-    """Concatenate the indexes of all shards."""
+    """Concatenate the indexes of all shards. The hashes in the namespace go where they are the patients' own."""
     ends = np.cumsum([0, *(part.first[-1] for part in parts)])
     first = [part.first[:-1] + end for part, end in zip(parts, ends[:-1], strict=True)]
     columns = {
         name: np.concatenate([getattr(part, name) for part in parts])
         for name in SampleIndex.__dataclass_fields__
-        if name != "first"
+        if name not in ("first", "person")
     }
-    return SampleIndex(first=np.concatenate([*first, ends[-1:]]), **columns)
+    people = np.concatenate([part.people for part in parts])
+    person = None if np.array_equal(people, columns["patient"]) else people
+    return SampleIndex(first=np.concatenate([*first, ends[-1:]]), person=person, **columns)
 
 
 def _assert_invariants(index: SampleIndex) -> None:

@@ -22,15 +22,16 @@ from radhpc.core.errors import UserError, first_line
 from radhpc.core.manifest import FINGERPRINTS, INDEX, MANIFEST, Manifest
 from radhpc.core.sample import SPLITS
 from radhpc.storage.store import Store, write_atomically
+from shards.raw_state import describe_change
 from shards.reports.card import CARD
-from shards.reports.contact_sheet import SHEET
+from shards.reports.contact_sheet import SHEET, SUSPECTS_SHEET
 
 WORK = ".build"
 RECIPE = "recipe.json"
 LOCK = "lock"
 _SHARD = re.compile(rf"(?:{'|'.join(SPLITS)})-\d{{6,}}\.tar")
 ATTRIBUTION = "attribution.jsonl"  # the authors that the samples' licences ask to name
-SIDE_FILES = (INDEX, FINGERPRINTS, CARD, SHEET, ATTRIBUTION)  # files beside the shards and the manifest
+SIDE_FILES = (INDEX, FINGERPRINTS, CARD, SHEET, SUSPECTS_SHEET, ATTRIBUTION)  # files beside the shards and the manifest
 _TEMPORARY = re.compile(rf"\.(?:{_SHARD.pattern}|{'|'.join(map(re.escape, (MANIFEST, *SIDE_FILES)))})\..+")
 
 
@@ -48,6 +49,7 @@ class BuildOutput:
             raise UserError(f"--out {out}: '#{self.store.subset}' would name a subset; allowed is a URL without it")
         self.url, self.folder = self.store.url, self.store.folder
         self.work = _work_folder(self.store, work).resolve()
+        self.changed_files: str | None = None  # how the images differ from those that an unfinished build began with
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -97,8 +99,10 @@ class BuildOutput:
             return manifest
         with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
             begun = json.loads((self.work / RECIPE).read_bytes())
-            if begun != recipe:
+            if {**begun, "files": None} != {**json.loads(json.dumps(recipe)), "files": None}:
                 raise self._another("another, unfinished build", begun, recipe)
+            if begun.get("files") != recipe.get("files"):  # the user may have repaired images that it named
+                self.changed_files = describe_change(begun.get("files"), recipe["files"])
         write_atomically(self.work / RECIPE, json.dumps(recipe).encode(), 0o600)
         return None
 
@@ -125,9 +129,12 @@ class BuildOutput:
             pass  # a file system without locks
 
     def _another(self, kind: str, theirs: dict[str, Any], ours: dict[str, Any]) -> UserError:
-        differing = [key for key in ours if theirs.get(key) != ours[key]]
+        differing = [key for key in ours if key != "files" and theirs.get(key) != ours[key]]
+        changes = [f"other {', '.join(differing)}"] if differing else []
+        if theirs.get("files") != ours.get("files"):
+            changes.append(describe_change(theirs.get("files"), ours["files"]) if "files" in ours else "no files")
         return UserError(
-            f"{self.url}: holds {kind} (other {', '.join(differing) or 'format'}); "
+            f"{self.url}: holds {kind} ({'; '.join(changes) or 'other format'}); "
             "use another folder, or --force to replace it"
         )
 

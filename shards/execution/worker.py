@@ -23,12 +23,17 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from radhpc.core.manifest import Shard
 from radhpc.core.sample import Sample, Split
 from radhpc.storage.store import Store, write_atomically
+from shards import raw_files
 from shards.duplicates import REASON, ExcludedImages
 from shards.execution.writer import SampleRow, write_shard
 from shards.images.decoding import load
 from shards.images.encoding import EncodingSettings, encode
 from shards.images.raw_image import BadImage
+from shards.images.text_in_pixels import Box
 from shards.listing import Listing, ShardPlan, StudyRow
+from shards.people import REASON as PATIENT_REASON, ExcludedPatients
+from shards.raw_files import Archive
+from shards.reports.contact_sheet import Suspect
 from shards.summary import Summary
 from shards.text import deidentification
 
@@ -44,12 +49,15 @@ class ShardRecord(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     build_hash: str
+    files: str  # of its plan: the images that it was built from
     shard: Shard | None  # None where every study was left out
     rows: tuple[SampleRow, ...]
     patients: tuple[str, ...]  # of the rows
+    people: tuple[str, ...]  # of the rows: patients in their namespace
     fingerprints: tuple[str, ...]  # of all images, in the order of the rows, hexadecimal
     attributions: tuple[tuple[str, str], ...]  # key, the authors that its licence asks to name
     skipped: tuple[tuple[str, str, str], ...]  # study, reason, detail
+    suspects: tuple[Suspect, ...] = ()  # images that text may be written into
     summary: Summary
 
 
@@ -59,8 +67,9 @@ class BuildContext:
 
     url: str  # where the shards go
     work: Path  # the build's private folder: listing, records
-    build_hash: str
+    build_hash: str  # of the recipe without the state of the files, of which each plan has its own
     images: EncodingSettings
+    archive: Archive = Archive()  # of the raw files
 
 
 @dataclass(frozen=True)
@@ -85,6 +94,11 @@ def excluded_path(work: Path, split: Split) -> Path:
     return work / f"others-{split}.npz"
 
 
+def excluded_patients_path(work: Path, split: Split) -> Path:
+    """Return the file of patients that a split must not hold (shards/people.py)."""
+    return work / f"patients-{split}.npz"
+
+
 def record_path(task: ShardTask) -> Path:
     """Return the file of a shard's record."""
     return task.context.work / f"{task.plan.name}.json"
@@ -96,7 +110,8 @@ def read_record(task: ShardTask) -> ShardRecord | None:
         record = ShardRecord.model_validate_json(record_path(task).read_bytes())
     except (FileNotFoundError, ValidationError):
         return None
-    return record if record.build_hash == task.context.build_hash else None
+    same = (record.build_hash, record.files) == (task.context.build_hash, task.plan.files)
+    return record if same else None
 
 
 def is_finished(task: ShardTask) -> bool:
@@ -113,18 +128,25 @@ def is_finished(task: ShardTask) -> bool:
 def build_shard(task: ShardTask, tick: Callable[[], None]) -> ShardRecord:
     """Build one shard. `tick` is called after each study, and may raise to end it. Raises OSError."""
     patients: list[str] = []
+    people: list[str] = []
     summary = Summary()
     attributions: list[tuple[str, str]] = []
     fingerprints: list[str] = []
     excluded = ExcludedImages(excluded_path(task.context.work, task.plan.split))
+    elsewhere = ExcludedPatients(excluded_patients_path(task.context.work, task.plan.split))
     skipped: list[tuple[str, str, str]] = []
+    suspects: list[Suspect] = []
 
-    def samples(listing: Listing) -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
+    def samples(listing: Listing, rules: deidentification.RuleSet) -> Iterator[tuple[str, list[tuple[str, bytes]]]]:
         for row in listing.rows(task.plan):
             if task.studies is not None and row.study not in task.studies:
                 continue
+            if elsewhere.holds(row.person, row.patient):
+                skipped.append((row.study, PATIENT_REASON, ""))
+                tick()
+                continue
             try:
-                encoded = encode_study(row, listing.dataset, task.context.images)
+                encoded = encode_study(row, listing.dataset, task.context.images, rules)
             except BadImage as error:
                 skipped.append((row.study, error.reason, error.detail))
             except ValidationError as error:
@@ -138,28 +160,33 @@ def build_shard(task: ShardTask, tick: Callable[[], None]) -> ShardRecord:
                     skipped.append((row.study, REASON, twin))
                 else:
                     patients.append(row.patient)
+                    people.append(row.person)
                     summary.count(encoded.sample, encoded.scrubbed)
                     if row.raw.attribution:
                         attributions.append((row.key, row.raw.attribution))
                     fingerprints.extend(value.hex() for value in encoded.fingerprints)
+                    suspects.extend(Suspect(row.key, n, boxes) for n, boxes in enumerate(encoded.text) if boxes)
                     yield row.key, encoded.members
             tick()
 
     store = Store(task.context.url)
     folder = store.folder or task.context.work  # a shard for an object store is written here first
-    with Listing(task.context.work / LISTING) as listing:
-        shard, rows = write_shard(folder / task.plan.name, samples(listing))
+    with raw_files.inside(task.context.archive), Listing(task.context.work / LISTING) as listing:
+        shard, rows = write_shard(folder / task.plan.name, samples(listing, deidentification.with_names(listing.names)))
     if store.folder is None and shard:
         store.upload(folder / shard.name, shard.name)
         (folder / shard.name).unlink()
     record = ShardRecord(
         build_hash=task.context.build_hash,
+        files=task.plan.files,
         shard=shard,
         rows=tuple(rows),
         patients=tuple(patients),
+        people=tuple(people),
         fingerprints=tuple(fingerprints),
         attributions=tuple(attributions),
         skipped=tuple(skipped),
+        suspects=tuple(suspects),
         summary=summary,
     )
     write_atomically(record_path(task), record.model_dump_json().encode(), mode=0o600)
@@ -172,10 +199,16 @@ class StudyMembers(NamedTuple):
     sample: Sample
     members: list[tuple[str, bytes]]  # its description, then its images: (suffix, data)
     fingerprints: list[bytes]
+    text: list[tuple[Box, ...]]  # for each image, where text may be written into it
     scrubbed: Mapping[str, int]  # applications of each rule of the privacy gate
 
 
-def encode_study(row: StudyRow, dataset: str, settings: EncodingSettings) -> StudyMembers:
+def encode_study(
+    row: StudyRow,
+    dataset: str,
+    settings: EncodingSettings,
+    rules: deidentification.RuleSet = deidentification.STANDARD,
+) -> StudyMembers:
     """Read the images of a study and write its description. Raises BadImage, ValidationError, IdentifierError."""
     images = []
     for source, projection in row.raw.views:
@@ -183,13 +216,14 @@ def encode_study(row: StudyRow, dataset: str, settings: EncodingSettings) -> Stu
         if raw.modality not in RADIOGRAPHS:
             raise BadImage(str(source), "DICOM that is no radiograph", f"modality {raw.modality}")
         images.append(encode(raw, settings, projection))
-    report, scrubbed = deidentification.scrub_report(row.raw.report)
-    question, answer = (_scrub_text(text, scrubbed) for text in (row.raw.question, row.raw.answer))
+    report, scrubbed = deidentification.scrub_report(row.raw.report, rules)
+    question, answer = (_scrub_text(text, scrubbed, rules) for text in (row.raw.question, row.raw.answer))
     if answer is not None and not answer.replace(deidentification.MARK, "").strip(" .,;"):
         raise IdentifierError("answer: nothing else in it")
     sample = Sample(
         dataset=dataset,
         patient=row.patient,
+        person=None if row.person == row.patient else row.person,
         study=row.study,
         split=row.split,
         images=tuple(image.view for image in images),
@@ -204,13 +238,14 @@ def encode_study(row: StudyRow, dataset: str, settings: EncodingSettings) -> Stu
         raise IdentifierError(findings[0])
     members = [("json", sample.model_dump_json().encode())]
     members += [(f"{n}.{image.suffix}", image.data) for n, image in enumerate(images)]
-    return StudyMembers(sample, members, [image.fingerprint for image in images], scrubbed)
+    fingerprints, text = [image.fingerprint for image in images], [image.text for image in images]
+    return StudyMembers(sample, members, fingerprints, text, scrubbed)
 
 
-def _scrub_text(text: str | None, counts: Counter[str]) -> str | None:
+def _scrub_text(text: str | None, counts: Counter[str], rules: deidentification.RuleSet) -> str | None:
     if text is None:
         return None
-    clean, applied = deidentification.scrub(text)
+    clean, applied = deidentification.scrub(text, rules)
     counts.update(applied)
     return clean
 

@@ -13,9 +13,11 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from radhpc.core.errors import first_line
-from shards.images import png
+from shards import raw_files
+from shards.images import jpeg, png
 from shards.images.raw_image import BadImage, RawImage, check_size, merge_channels
 
+ORIENTATION = 0x0112  # the tag of EXIF
 MIN_SIDE = 16  # pixels: anything smaller is an icon or a broken file
 MAX_BYTES = 1 << 30  # of a raw file
 
@@ -23,9 +25,11 @@ MAX_BYTES = 1 << 30  # of a raw file
 def load(path: Path) -> RawImage:
     """Load an image of any supported kind, recognised by its content. Raises BadImage."""
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise BadImage(path, "image too large", f"{path.stat().st_size} bytes")
-        data = path.read_bytes()
+        data = raw_files.read(path, MAX_BYTES)
+    except raw_files.LargeFile as error:
+        raise BadImage(path, "image too large", error.detail) from error
+    except raw_files.RefusedFile as error:
+        raise BadImage(path, error.strerror or "", error.detail) from error
     except FileNotFoundError as error:
         raise BadImage(path, "missing image file") from error
     except OSError as error:
@@ -59,7 +63,21 @@ def decode(data: bytes, path: Path | str = "image") -> RawImage:
 
 
 def _decode_jpeg(data: bytes, path: Path | str) -> RawImage:
-    return RawImage(_eight_bits(_open(data, path)))
+    _, height, width, _ = jpeg.frame_header(data)
+    check_size(path, width, height)
+    pixels = jpeg.decode(data)
+    with Image.open(io.BytesIO(data), formats=("JPEG",)) as opened:  # reads the header alone
+        if pixels.ndim == 3 and pixels.shape[2] == 4:  # CMYK: it is whole, and Pillow knows how Adobe inverts it
+            return RawImage(_eight_bits(_open(data, path)))
+        image = ImageOps.exif_transpose(_with_orientation(Image.fromarray(pixels), opened))
+    return RawImage(_eight_bits(image))
+
+
+def _with_orientation(image: Image.Image, source: Image.Image) -> Image.Image:
+    """Give an image the EXIF orientation of another."""
+    if orientation := source.getexif().get(ORIENTATION):
+        image.getexif()[ORIENTATION] = orientation
+    return image
 
 
 def _decode_png(data: bytes, path: Path | str) -> RawImage:

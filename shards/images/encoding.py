@@ -11,6 +11,7 @@ the shrunk values themselves, to be mapped by the reader. Eight bits stay eight 
 
 import io
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -18,8 +19,10 @@ import numpy.typing as npt
 from PIL import Image
 
 from radhpc.core.sample import View
+from shards.images import blank
 from shards.images.perceptual_hash import fingerprint
-from shards.images.raw_image import RawImage
+from shards.images.raw_image import BadImage, RawImage
+from shards.images.text_in_pixels import Box, find_text
 from shards.images.windowing import apply_window, percentile_window
 
 ImageFormat = Literal["jpeg", "png16", "jxl16"]
@@ -43,10 +46,19 @@ class EncodedImage(NamedTuple):
     view: View
     suffix: str  # of its name in the tar: "jpg", "png" or "jxl"
     fingerprint: bytes  # 32 bytes, see shards.images.perceptual_hash
+    text: tuple[Box, ...]  # where text may be written into the pixels, see shards.images.text_in_pixels
 
 
-def encode(raw: RawImage, settings: EncodingSettings = EncodingSettings(), view: str | None = None) -> EncodedImage:
-    """Shrink, window to eight bits, and compress by the settings; `view` is the projection, which View records."""
+def encode(
+    raw: RawImage,
+    settings: EncodingSettings = EncodingSettings(),
+    view: str | None = None,
+    path: Path | str = "image",
+) -> EncodedImage:
+    """Shrink, window to eight bits, and compress by the settings; `view` is the projection, which View records.
+
+    Raises BadImage, with `path` in its message, for a picture of nothing.
+    """
     if raw.pixels.dtype == np.uint8:
         stored = shown = shrink(raw.pixels, settings.longest_side)
         window = raw.window
@@ -60,10 +72,12 @@ def encode(raw: RawImage, settings: EncodingSettings = EncodingSettings(), view:
         shown, _ = apply_window(stored, window)
         if settings.format == "jpeg":
             window = raw.window or (window[0] * step + offset, window[1] * step + offset)
+    if fault := blank.fault(shown):
+        raise BadImage(path, blank.REASON, fault)
     data, suffix = _compress(shown if settings.format == "jpeg" else stored, settings)
     height, width = shown.shape[:2]
-    described = View(view=view, width=width, height=height, source_bits=raw.bits, window=window)
-    return EncodedImage(data, described, suffix, fingerprint(shown))
+    described = View(view=view, width=width, height=height, source_bits=raw.bits, window=window, done=raw.done)
+    return EncodedImage(data, described, suffix, fingerprint(shown), find_text(shown))
 
 
 def shrink(pixels: npt.NDArray[Any], longest_side: int) -> npt.NDArray[Any]:

@@ -35,10 +35,13 @@ class RawImage:
     bits: int = 8  # per pixel and channel in the raw image
     window: Window | None = None  # of the file itself; where the pixels are uint8 it has been applied already
     modality: str | None = None  # of a DICOM: CR, DX, CT, ...
+    done: tuple[str, ...] = ()  # to the picture, as View.done has it
 
 
 def check_size(path: Path | str, width: int, height: int) -> None:
-    """Refuse a decompression bomb before it is decoded."""
+    """Refuse a decompression bomb, and an image of nothing, before it is decoded: some decoders survive neither."""
+    if min(width, height) < 1:
+        raise BadImage(path, "broken image", f"{width} x {height} pixels")
     if width * height > MAX_PIXELS:
         raise BadImage(path, "image too large", f"{width} x {height} pixels")
 

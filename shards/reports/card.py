@@ -158,9 +158,10 @@ def _images(summary: Summary) -> str:
 def _scrubbed(summary: Summary) -> str:
     about = (
         "Rules replace by `___` what identifies a person in a text: dates with a day or a month, times of day, "
-        "ages above 89, numbers of records and telephones, addresses, and names beside a title or a header. "
+        "ages above 89, numbers of records, devices and telephones, hospitals, addresses, and names beside a title "
+        "or a header. "
         "A name that stands alone is not found by a rule, and what is written into the pixels stays: "
-        "look for it on the contact sheet."
+        "look for it on the contact sheets."
     )
     if not summary.scrubbed:
         return f"{about}\n\nNothing was found."

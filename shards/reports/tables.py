@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from radhpc.core.untrusted import printable
 from shards.balance import BalanceResult
 from shards.datasets import registry
 from shards.settings import BuildResult
@@ -28,19 +29,21 @@ def options_table(name: str) -> RenderableType:
     return Group(Text(f"{(reader.__doc__ or '').strip()}\n"), table, Text(missing))
 
 
-def build_lines(result: BuildResult) -> Iterator[str]:
+def build_lines(result: BuildResult) -> Iterator[Text]:
     """Yield the studies left out, the warnings, the scrubbed words, and the counts."""
     for skipped in result.skipped[:SHOWN]:
-        yield f"skipped {skipped['name']}: {skipped['reason']}"
+        yield _line(f"skipped {skipped['name']}: {skipped['reason']}")
     if len(result.skipped) > SHOWN:
-        yield f"... and {len(result.skipped) - SHOWN} more: {result.skipped_file}"
+        yield _line(f"... and {len(result.skipped) - SHOWN} more: {result.skipped_file}")
     for warning in result.warnings:
-        yield f"[yellow]warning[/] {warning}"
+        yield Text.assemble(("warning", "yellow"), " ", _line(warning))
     if result.scrubbed:
         counts = ", ".join(f"{count} {rule}" for rule, count in sorted(result.scrubbed.items()))
-        yield f"scrubbed from texts: {counts}"
+        yield _line(f"scrubbed from texts: {counts}")
     outcome = "were built already" if result.reused else f"built in {result.seconds:.0f} s"
-    yield f"{result.samples} samples in {result.shards} shards {outcome}, {len(result.skipped)} skipped: {result.url}"
+    yield _line(
+        f"{result.samples} samples in {result.shards} shards {outcome}, {len(result.skipped)} skipped: {result.url}"
+    )
 
 
 def balance_line(result: BalanceResult) -> str:
@@ -51,9 +54,16 @@ def balance_line(result: BalanceResult) -> str:
     )
 
 
-def verification_lines(report: VerificationReport) -> Iterator[str]:
+def verification_lines(report: VerificationReport) -> Iterator[Text]:
     """Yield every fault with its place, and the counts."""
     for fault in report.faults:
         where = "" if fault.offset is None else f" at {fault.offset}"
-        yield f"{fault.shard} {fault.member or ''}{where}: {fault.fault}"
-    yield f"{report.samples} samples in {report.shards} shards, {len(report.faults)} fault(s)"
+        yield _line(f"{fault.shard} {fault.member or ''}{where}: {fault.fault}")
+    for warning in report.warnings:
+        yield Text.assemble(("warning", "yellow"), " ", _line(warning))
+    yield _line(f"{report.samples} samples in {report.shards} shards, {len(report.faults)} fault(s)")
+
+
+def _line(words: str) -> Text:
+    """Return a line without markup: names of files and words of others are in it, and nothing a terminal may obey."""
+    return Text(printable(words, len(words)))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from radhpc.core.errors import UserError, first_line
+from shards import raw_files
 
 MAX_BYTES = 1 << 26  # an instruction of one byte may make an object of sixty-four: at worst four gibibytes
 
@@ -31,9 +32,9 @@ PUTS = frozenset(("PUT", "BINPUT", "LONG_BINPUT"))
 def load(path: Path) -> Any:
     """Return the plain data of a pickle. Raises UserError that names the file and what it may not hold."""
     try:
-        if (size := path.stat().st_size) > MAX_BYTES:
-            raise UserError(f"{path}: {size} bytes; pickles of at most {MAX_BYTES} bytes are allowed")
-        data = path.read_bytes()
+        data = raw_files.read(path, MAX_BYTES)
+    except raw_files.LargeFile as error:
+        raise UserError(f"{path}: {error.size} bytes; pickles of at most {MAX_BYTES} bytes are allowed") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or first_line(error)})") from error
     try:

@@ -1,4 +1,4 @@
-"""Reads a table of records: JSON, JSON lines, CSV or TSV, by the standard library, in UTF-8 with or without BOM.
+"""Reads a table of records: JSON, JSON lines, CSV or TSV, by the standard library, as dialect.py finds it written.
 
     for record in stream(path, ("ImageID", "Report")):    # a large CSV: only these columns, row by row
         record.values["ImageID"], record.where, record.fault                 # "1.png", "line 7", None
@@ -7,51 +7,54 @@
 A CSV may be compressed (.csv.gz), and is never held in memory.
 """
 
+import codecs
 import contextlib
-import csv
 import gzip
 import io
-import json
+import re
+import unicodedata
+import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from radhpc.core.errors import UserError, first_line
-from shards import splits
+from radhpc.core.untrusted import printable
+from shards import raw_files
+from shards.tabular import csv_rows, dialect, json_records
+from shards.tabular.faults import DatasetWarning
+from shards.tabular.records import Record as Record, Rows, Table as Table
 
+CSV = (".csv", ".tsv")
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
-DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
-MAX_FIELD = 1 << 24  # characters: reports are longer than csv's own limit allows
+MAX_JSON = 1 << 30  # bytes of JSON, which is parsed at once; other tables are read row by row
+LONGEST_LIST = 1000  # characters
 
 
 @dataclass(frozen=True)
-class Record:
-    """One row; `fault` is the reason why a broken one cannot be used."""
+class Form:
+    """The form of a table, as far as the user names it; the rest is detected."""
 
-    where: str  # "row 3", "line 7", "record 1"
-    values: dict[str, Any]
-    fault: str | None = None
+    delimiter: str | None = None
+    encoding: str | None = None
+
+    def check(self) -> None:
+        """Raise UserError for a delimiter or an encoding that is none."""
+        if self.delimiter is not None and len(self.delimiter) != 1 and self.delimiter != "\\t":
+            raise UserError(f"delimiter={self.delimiter}: one character is allowed")
+        if self.encoding is not None:
+            try:
+                b"".decode(self.encoding)
+                codecs.lookup(self.encoding)
+            except (LookupError, ValueError):
+                raise UserError(
+                    f"encoding={self.encoding}: unknown; allowed are utf-8, utf-16, cp1252, cp1250, gb18030 and the "
+                    "others that Python knows"
+                ) from None
 
 
-@dataclass(frozen=True)
-class Table:
-    """All rows of a file, and the names of all their columns."""
-
-    path: Path
-    columns: tuple[str, ...]
-    records: Iterable[Record]  # may be walked through more than once
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The records of a CSV, read anew on each walk."""
-
-    walk: Callable[[], Iterator[Record]]
-
-    def __iter__(self) -> Iterator[Record]:
-        return self.walk()
+DETECTED = Form()
 
 
 def locate(raw: Path | None, names: Sequence[str], description: str) -> Path:
@@ -75,21 +78,45 @@ def find_one(folder: Path, names: Sequence[str]) -> Path | None:
     return next((path for name in names for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
 
 
-def stream(path: Path, columns: Sequence[str], delimiter: str | None = None) -> Iterator[Record]:
-    """Yield the rows of a CSV with only these columns. Raises UserError where one is missing.
+def stream(path: Path, columns: Sequence[str], form: Form = DETECTED) -> Iterator[Record]:
+    """Yield the rows of a CSV with only these columns. Raises UserError where one is missing or there twice.
 
     Names in the header are compared without the spaces around them. Columns that are not asked for, dates and names
     among them, never leave the file.
     """
-    with _reading(path) as file:
-        rows, header = _open_csv(path, file, delimiter)
+    with _reading(path, form) as (file, cut):
+        rows, header = csv_rows.open_csv(path, file, cut)
         if missing := [name for name in columns if name not in header]:
             raise UserError(
-                f"{path}: no column {', '.join(missing)}; found are {', '.join(header) or 'none'}; "
-                f"expected {', '.join(columns)}"
+                f"{path}: no column {', '.join(missing)}; found are {listed(header)}; expected {', '.join(columns)}"
             )
+        for name in columns:
+            if header.count(name) > 1:
+                refuse_repeated(path, header, name)
         places = [(name, header.index(name)) for name in columns]
-        yield from _records(path, rows, places, len(header))
+        yield from csv_rows.records(rows, places, len(header), cut)
+
+
+def refuse_repeated(path: Path, header: Sequence[str], name: str) -> None:
+    """Raise UserError where the header has a column twice, so that nobody can know which one is meant."""
+    places = [n for n, other in enumerate(header, 1) if other == name or letters(other) == (letters(name) or None)]
+    if len(places) < 2:
+        return
+    names = ", ".join(f"'{other}'" for other in dict.fromkeys(header[n - 1] for n in places))
+    line = f"line 1, columns {' and '.join(map(str, places))}" if kind(path) in CSV else "names in the records"
+    raise UserError(
+        f"{path}: {line} are the same ({names}), so it is not known which one is meant; rename or remove one"
+    )
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return the names of columns for a message, not all of them where there are too many to read."""
+    return printable(", ".join(names), LONGEST_LIST) or "none"
+
+
+def letters(name: str) -> str:
+    """Return the letters and digits of a column's name: PatientID, patient_id and "Patient ID" are the same."""
+    return re.sub(r"[\W_]+", "", unicodedata.normalize("NFC", name)).casefold()
 
 
 def find(raw: Path, named: str | None = None) -> Path:
@@ -104,7 +131,7 @@ def find(raw: Path, named: str | None = None) -> Path:
         return raw / named
     if (raw / "data.json").is_file():
         return raw / "data.json"
-    tables = sorted(path for path in raw.iterdir() if kind(path) in SUFFIXES and path.is_file())
+    tables = tables_in(raw)
     if not tables:
         raise UserError(f"--raw {raw}: no table there; allowed is a file that ends in {', '.join(SUFFIXES)} (also .gz)")
     if len(tables) > 1:
@@ -112,22 +139,44 @@ def find(raw: Path, named: str | None = None) -> Path:
     return tables[0]
 
 
-def read(path: Path, delimiter: str | None = None) -> Table:
+def tables_in(folder: Path) -> list[Path]:
+    """Return the files of a folder that may be tables, by their names."""
+    return sorted(path for path in folder.iterdir() if kind(path) in SUFFIXES and path.is_file())
+
+
+def read(path: Path, form: Form = DETECTED) -> Table:
     """Read a table of any kind. Raises UserError that names the file and the place of what is wrong."""
     records: Iterable[Record]
-    if kind(path) in (".csv", ".tsv"):
-        with _reading(path) as file:
-            _, header = _open_csv(path, file, delimiter)
-        columns, records = header, Rows(lambda: stream(path, header, delimiter))
+    header: list[str] = []
+    if kind(path) in CSV:
+        with _reading(path, form) as (file, cut):
+            _, header = csv_rows.open_csv(path, file, cut)
+        columns, records = list(dict.fromkeys(header)), Rows(lambda: _stream_all(path, form))
     else:
-        with _reading(path) as file:
-            text = file.read()
-        parse = _json_lines if kind(path) == ".jsonl" else _json
-        records = parse(path, text)
+        if kind(path) == ".jsonl":
+            records = Rows(lambda: _stream_lines(path, form))
+        else:
+            with _reading(path, form) as (file, _):
+                records = json_records.parse_json(path, file.read())
         columns = list(dict.fromkeys(name for record in records for name in record.values))
-    if next(iter(records), None) is None:
+    first = next(iter(records), None)
+    if first is None:
         raise UserError(f"{path}: the table is empty")
-    return Table(path, tuple(columns), records)
+    if not columns and first.fault:
+        raise UserError(f"{path}: {first.where}: {first.fault}")
+    return Table(path, tuple(columns), records, tuple(header or columns))
+
+
+def _stream_all(path: Path, form: Form) -> Iterator[Record]:
+    with _reading(path, form) as (file, cut):
+        rows, header = csv_rows.open_csv(path, file, cut)
+        places = [(name, place) for place, name in enumerate(header) if name not in header[:place]]
+        yield from csv_rows.records(rows, places, len(header), cut)
+
+
+def _stream_lines(path: Path, form: Form) -> Iterator[Record]:
+    with _reading(path, form) as (file, _):
+        yield from json_records.parse_lines(path, file)
 
 
 def kind(path: Path) -> str:
@@ -136,97 +185,29 @@ def kind(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _reading(path: Path) -> Iterator[io.TextIOWrapper]:
-    """Open for text, and turn errors in the bytes into one line."""
+def _reading(path: Path, form: Form) -> Iterator[tuple[io.TextIOWrapper, str]]:
+    """Open for text, with the delimiter of a CSV, and turn errors in the bytes into one line."""
+    form.check()
+    usual = "\t" if kind(path) == ".tsv" else ","
+    is_csv = kind(path) not in (".json", ".jsonl")
+    cut = "\t" if form.delimiter == "\\t" else form.delimiter
     try:
-        with path.open("rb") as plain:
-            binary = gzip.GzipFile(fileobj=plain) if path.suffix.lower() == ".gz" else plain
-            yield io.TextIOWrapper(binary, encoding="utf-8-sig", newline="")
+        dialected = dialect.detect(path, usual if is_csv and cut is None else None, form.encoding)
+        if message := dialected.message(usual):
+            warnings.warn(f"{path.name}: {message}", DatasetWarning, stacklevel=4)
+        with (
+            raw_files.open_table(path, MAX_JSON if kind(path) == ".json" else None) as binary,
+            io.TextIOWrapper(binary, encoding=dialected.encoding, newline="") as file,
+        ):
+            yield file, cut or dialected.delimiter or usual
     except UnicodeDecodeError as error:
+        name = dialect.NAMES.get(error.encoding, error.encoding)
         raise UserError(
-            f"{path}: byte {error.object[error.start]:#04x} is not UTF-8; save the file as UTF-8"
+            f"{path}: byte {error.object[error.start]:#04x} is not {name}; save the file as UTF-8"
         ) from error
+    except UnicodeError as error:
+        raise UserError(f"{path}: no text ({first_line(error)}); save the file as UTF-8") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: cut or damaged ({first_line(error)})") from error
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or first_line(error)})") from error
-
-
-def _open_csv(path: Path, file: Iterable[str], delimiter: str | None) -> tuple[Any, list[str]]:
-    """Return the rows after the header, and the header."""
-    delimiter = delimiter or ("\t" if kind(path) == ".tsv" else ",")
-    if delimiter == "\\t":
-        delimiter = "\t"
-    if len(delimiter) != 1:
-        raise UserError(f"delimiter={delimiter}: one character is allowed")
-    csv.field_size_limit(MAX_FIELD)
-    rows = csv.reader(file, delimiter=delimiter, strict=True)
-    try:
-        header = [name.strip() for name in next(rows, [])]
-    except csv.Error as error:
-        raise UserError(f"{path}: line {rows.line_num}: {error}") from error
-    if len(header) == 1:
-        _suggest_delimiter(path, header[0], delimiter)
-    return rows, header
-
-
-def _records(path: Path, rows: Any, places: Sequence[tuple[str, int]], length: int) -> Iterator[Record]:
-    try:
-        for row in rows:
-            if row:
-                fault = None if len(row) == length else "row of another length than the header"
-                values = {name: row[place] for name, place in places if place < len(row)}
-                yield Record(f"line {rows.line_num}", values, fault)
-    except csv.Error as error:
-        raise UserError(f"{path}: line {rows.line_num}: {error}") from error
-
-
-def _suggest_delimiter(path: Path, header: str, delimiter: str) -> None:
-    for other, name in DELIMITERS.items():
-        if other in header and other != delimiter:
-            written = "\\t" if other == "\t" else other
-            raise UserError(
-                f"{path}: cut at each {DELIMITERS.get(delimiter, delimiter)}, the header is one column, '{header}'; "
-                f"if the {name} cuts it, give delimiter='{written}'"
-            )
-
-
-def _json(path: Path, text: str) -> list[Record]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":  # one object after the other: JSON lines under another name
-            return _json_lines(path, text)
-        raise UserError(f"{path}: line {error.lineno}, column {error.colno}: no valid JSON ({error.msg})") from error
-    if isinstance(value, dict):
-        lists = {key: items for key, items in value.items() if isinstance(items, list)}
-        if len(lists) > 1 and set(map(str.lower, lists)) <= set(splits.WORDS):
-            return [
-                Record(f"{key} record {n}", {"split": key, **item})
-                for key, items in lists.items()
-                for n, item in enumerate(_objects(path, items), 1)
-            ]
-        if len(lists) != 1:
-            raise UserError(
-                f"{path}: an object with {len(lists)} lists ({', '.join(lists) or 'none'}); allowed are a list of "
-                "records, an object with one such list, or one for each split"
-            )
-        value = next(iter(lists.values()))
-    return [Record(f"record {n}", item) for n, item in enumerate(_objects(path, value), 1)]
-
-
-def _json_lines(path: Path, text: str) -> list[Record]:
-    records = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                records.append(Record(f"line {number}", _objects(path, [json.loads(line)])[0]))
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}: line {number}: no valid JSON ({error.msg})") from error
-    return records
-
-
-def _objects(path: Path, value: Any) -> list[dict[str, Any]]:
-    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        raise UserError(f'{path}: the records must be a list of objects such as {{"image": ..., "text": ...}}')
-    return value
+        raise UserError(f"{path}: cannot be read ({raw_files.reason(error)})") from error

@@ -12,10 +12,11 @@ import functools
 import hashlib
 import re
 from collections import Counter
+from collections.abc import Sequence
 
 from radhpc.core.sample import CHEXPERT, Report, Sample
 from shards.text import identifier_rules
-from shards.text.identifier_rules import Rule
+from shards.text.identifier_rules import Rule, case_rule
 from shards.text.languages import is_code
 from shards.text.name_rules import NAME_RULES
 from shards.text.number_rules import NUMBER_RULES
@@ -26,7 +27,6 @@ MARK = "___"
 REACH = 200  # characters behind a token in which a match ends
 SECTIONS = tuple(Report.model_fields)
 _DIGIT = re.compile(r"\d")
-_TOKENS = frozenset[str]().union(*(rule.tokens for rule in RULES))
 
 
 class _LettersOnly(dict[int, int | str]):
@@ -46,15 +46,38 @@ def rules_digest() -> str:
     return hashlib.sha256(patterns.encode()).hexdigest()[:16]
 
 
-def scrub(text: str) -> tuple[str, dict[str, int]]:
+class RuleSet:
+    """Rules to apply together, in their order."""
+
+    def __init__(self, rules: tuple[Rule, ...]) -> None:
+        self.rules = rules
+        self.tokens = frozenset[str]().union(*(rule.tokens for rule in rules))
+
+
+STANDARD = RuleSet(RULES)
+
+
+def with_names(names: Sequence[str]) -> RuleSet:
+    """Return the rules and, before them, one for names that a person has listed: as written, or in capitals."""
+    if not names:
+        return STANDARD
+    spelled = {form for name in names for form in (name, name.upper())}
+    pattern = "|".join(
+        re.escape(form).replace(r"\ ", r"\s+") for form in sorted(spelled, key=lambda form: (-len(form), form))
+    )
+    first = " ".join(name.lower().translate(_LETTERS).split()[0] for name in names)
+    return RuleSet((case_rule("listed name", first, (rf"(?<!\w)(?P<id>{pattern})(?!\w)",), before=0), *RULES))
+
+
+def scrub(text: str, rules: RuleSet = STANDARD) -> tuple[str, dict[str, int]]:
     """Replace what identifies a person by MARK. Returns the text, and how often each rule was applied.
 
     Repeats until no rule matches, so that scrubbing twice changes nothing.
     """
     counts: dict[str, int] = {}
     while True:
-        before, view = text, _TextView(text)
-        for rule in RULES:
+        before, view = text, _TextView(text, rules.tokens)
+        for rule in rules.rules:
             if not view.may_match(rule):
                 continue
             times = 0
@@ -63,7 +86,7 @@ def scrub(text: str) -> tuple[str, dict[str, int]]:
                 times += replaced
             if times:
                 counts[rule.name] = counts.get(rule.name, 0) + times
-                view = _TextView(text)
+                view = _TextView(text, rules.tokens)
         if text == before:
             return text, counts
 
@@ -71,12 +94,12 @@ def scrub(text: str) -> tuple[str, dict[str, int]]:
 class _TextView:
     """A text in the forms that show cheaply which rules cannot match in it."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, tokens: frozenset[str]) -> None:
         self.text, low = text, text.lower()
         self.digit = _DIGIT.search(text) is not None
         self.spaced = f" {' '.join(low.split())}"
         self.letters = f" {low.translate(_LETTERS)} "  # with a space in front, a token has the position of its space
-        self.tokens = _TOKENS.intersection(self.letters.split())
+        self.tokens = tokens.intersection(self.letters.split())
         self.aligned = len(low) == len(text)  # a few capitals have two small letters
 
     def may_match(self, rule: Rule) -> bool:
@@ -116,13 +139,13 @@ def _mark(match: re.Match[str]) -> str:
     return text[: match.start("id") - start] + MARK + text[match.end("id") - start :]
 
 
-def scrub_report(report: Report) -> tuple[Report, Counter[str]]:
+def scrub_report(report: Report, rules: RuleSet = STANDARD) -> tuple[Report, Counter[str]]:
     """Scrub all sections of a report. Returns it, and how often each rule was applied."""
     counts: Counter[str] = Counter()
     sections: dict[str, str] = {}
     for section in SECTIONS:
         if text := getattr(report, section):
-            clean, applied = scrub(text)
+            clean, applied = scrub(text, rules)
             if applied:
                 sections[section] = clean
                 counts.update(applied)
@@ -132,7 +155,8 @@ def scrub_report(report: Report) -> tuple[Report, Counter[str]]:
 def remaining_identifiers(sample: Sample) -> list[str]:
     """Return what a rule still finds in a finished description, as "field: rule"; the words are never quoted.
 
-    It checks the texts, the language, projections, and the names of labels, vocabularies and the dataset.
+    It checks the texts, the language, projections, boxes, and the names of labels, vocabularies and the
+    dataset.
     """
     texts = {section: getattr(sample.report, section) for section in SECTIONS}
     texts |= {"question": sample.question, "answer": sample.answer}
@@ -142,6 +166,10 @@ def remaining_identifiers(sample: Sample) -> list[str]:
     findings += [f"dataset: {rule}" for rule in _rules_in_name(sample.dataset)]
     for number, view in enumerate(sample.images):
         findings += [f"images.{number}.view: {rule}" for rule in _rules_in_name(view.view or "")]
+    for number, box in enumerate(sample.boxes):
+        findings += [
+            f"boxes.{number}: {rule}" for text in (box.label, box.source or "") for rule in _rules_in_name(text)
+        ]
     labels = dict.fromkeys(
         rule
         for vocabulary, values in sample.labels.items()

@@ -24,7 +24,9 @@ _NO_PLACE = (
     r"|from|with|sleep|wound|breast|transplant|asthma|dialysis|field|failure|care|surgery|disease|function"
     r"|rhythm|device|specialty|universitari[oa]|universitário|geral|comarcal|clínico|provincial|municipal"
     r"|estadual|federal|central|infantil"
-    r"|universitaires?|r[ée]gional|civils|center|centre|clinic|hospital|dose|housefield|hounsfield)\b)"
+    r"|universitaires?|r[ée]gional|civils|center|centre|clinic|hospital|home|living|trauma|level|stroke|spine"
+    r"|monday|tuesday|wednesday|thursday|friday|saturday|sunday"
+    r"|dose|housefield|hounsfield)\b)"
 )
 _P = rf"(?:(?=[{UPPER}]){_NO_PLACE}\w{LETTER}*(?:['’.-]{LETTER}+)*\b\.?)"
 _PLACE = rf"(?:{PARTICLE}|d['’]|l['’])?{_P}(?:[ \t]+{PARTICLE}?{_P}){{0,3}}"
@@ -32,16 +34,36 @@ _NAMED_HOSPITALS = (
     # Massachusetts General Hospital, St. Mary's Medical Center
     rf"(?<!\w)(?P<id>{_P}(?:[ \t]+(?:of[ \t]+|the[ \t]+|and[ \t]+)?[{UPPER}]{LETTER}+"
     rf"(?:['’-]{LETTER}+)*){{0,4}}?)[ \t]+"
-    r"(?=(?:Hospital|Medical Cent(?:er|re)|Clinic|Infirmary|Hospice|Nursing Home|Health System|Health Cent(?:er"
-    r"|re)|Rehabilitation Cent(?:er|re))\b)",
+    r"(?=(?:Hospital|Medical Cent(?:er|re)|Clinic|Infirmary|Hospice|(?:Nursing|Care) Home|Assisted Living"
+    r"|Urgent Care|Health System|Health Cent(?:er|re)|Rehabilitation Cent(?:er|re))\b)",
+    # Helios Klinikum, but not Neurologische Klinik
+    rf"(?<!\w)(?!(?:Die|Der|Das|In|Im|Zur|Aus|Von|Unsere?r?|Eine?r?|Keine|Städtische[ns]?|\w+(?:isch|lich)e[nrs]?)\b)"
+    rf"(?P<id>[{UPPER}]{LETTER}{{2,}}(?:[ \t][{UPPER}]{LETTER}+)?)[ \t]+(?=(?:Klinik|Klinikum|Krankenhaus"
+    rf"|Kliniken)\b)",
     rf"(?<!\w)(?P<id>(?:St\.-|Sankt-)?[{UPPER}]{LETTER}+(?:-[{UPPER}]{LETTER}+)*)-(?:Krankenhaus|Klinik|Klinikum"
     rf"|Hospital|Spital|Stift)\b",
 )
 _NAMED_HOSPITAL_TOKENS = (
-    "hospital medical clinic infirmary hospice nursing health rehabilitation krankenhaus klinik klinikum spital stift"
+    "hospital medical clinic infirmary hospice nursing care assisted urgent health rehabilitation kliniken"
+    " krankenhaus klinik klinikum spital stift"
 )
 _HOSPITALS = (
-    rf"\b(?:Hospital|Cent(?:er|re)|Clinic)\s+(?:in|of|at)\s+(?P<id>{_PLACE})",
+    rf"\b(?:Hospital|Cent(?:er|re)|Clinic|Infirmary)\s+(?:in|of|at|for)\s+(?:the\s+)?(?:University\s+of\s+)?"
+    rf"(?P<id>{_PLACE})",
+    rf"\b(?:[Ff]rom|[Aa]t)\s+(?P<id>(?:St\.?|Saint)\s{_P}['’]s)\b",
+    # Homes and institutes of all kinds: the word that says so, then a name with a small letter in it
+    r"\b(?:[Hh]ospital|[Cc]l[ií]nica|[Cc]omple[jx]o\s[Hh]ospitala(?:rio|r)|[Ss]anatorio|[Aa]mbulatorio|[Cc]onsultorio"
+    r"|[Cc]entro\s(?:de\s[Ss]a(?:lud|úde)|[Mm]édico)|[Rr]esidencia(?:\sde\s(?:ancianos|mayores))?|[Ff]undaci[óo]n"
+    r"|[Ff]undação|[Ii]nstituto|[Uu]nidade\s[Bb]ásica\s(?:de\s[Ss]aúde)?|[Cc]asa\sde\s[Rr]epouso"
+    r"|[Ll]ar\sde\s[Ii]dosos|[Mm]aternidade|H\.\s?U\.|HU|HC|[Cc]línico|[Ii]nstitut|[Cc]abinet|CH|EHPAD"
+    r"|[Mm]aison\sde\s(?:retraite|santé|repos)|[Rr]ésidence)\s+"
+    r"(?:(?:Universitari[oa]|Universitário|General|Geral|Comarcal|Clínico|Regional|Provincial|Municipal|Estadual"
+    r"|Federal|Central|Infantil|Nacional|U\.|e|y|et|Maternidade|de|del|da|do|des|du|la|el)\s+)*(?:d['’]|l['’])?"
+    rf"(?P<id>(?=[{UPPER}]['’]?{LETTER}*[^\W\d_{UPPER}]){_PLACE})",
+    rf"\bCentre\s+(?P<id>{_P}(?:[ \t-]{_P}){{1,3}})",
+    r"\b(?:Pflege|Alten|Alters|Senioren)(?:heim|residenz|zentrum|stift)\s+(?:(?:am|im|an\s+der|der|zum|zur)\s+)?"
+    rf"(?P<id>(?:(?:Am|Im|Haus|An\s+der|Zum|Zur)\s+)?{_PLACE})",
+    rf"\b(?:MVZ|Universitätsmedizin|Charité|Hospiz|(?:[Aa]us|[Vv]on)(?:\s+der)?\s+Klinik)\s+(?P<id>{_PLACE})",
     # Hospital Universitario La Paz, Clínica Santa Brígida, Santa Casa de Ribeira
     r"\b(?:Hospital|Clínica|Clinica|Sanatorio|Policlínic[ao]|Santa Casa|Maternidade|Maternidad|Ambulatorio"
     r"|Centro\s+(?:de\s+Salud|Médico|Hospitalar))\s+"
@@ -54,7 +76,7 @@ _HOSPITALS = (
     r"|Universitäts|Lungen|Tages|Thorax|Reha)-?klinik"
     rf"|Herzzentrum|(?:der|die|einer)\s+(?:Klinik|Praxis))\s+(?:(?:am|im|in|an\s+der|rechts\s+der|der|zum"
     rf"|zur)\s+)?(?P<id>{_PLACE})",
-    r"\b(?:[Bb]ệnh viện|[Pp]hòng khám|[Tt]rung tâm [Yy] tế|TTYT|BV)\s+"
+    r"\b(?:[Bb]ệnh viện|[Pp]hòng khám|[Tt]rung tâm [Yy] tế|[Tt]rạm [Yy] tế|(?<!ệnh )Viện|TTYT|BV)\s+"
     r"(?:(?:[ĐđD]a khoa|[Tt]rung ương|[Qq]uốc tế|[Tt]ỉnh|[Hh]uyện|[Qq]uận|[Tt]hành phố|[Đđ]ại học|Nhi|Phổi)\s+)*"
     rf"(?P<id>{SYLLABLE}(?:\s{SYLLABLE}){{1,3}})",
     # from Massachusetts General; Pronto Socorro and health posts of Brazil
@@ -66,7 +88,12 @@ _HOSPITALS = (
     rf"(?<=\w\w\w)\s\d{{1,3}})(?!\w|[.,]\d)",
 )
 _HOSPITAL_TOKENS = (
-    "from at to der die einer universitäts uni kantons landes kreis stadt lungen tages thorax reha santa"
+    "complejo complexo consultorio residencia fundación fundacion fundação instituto unidade lar h hu hc clínico"
+    " institut cabinet"
+    " ch ehpad maison résidence pflegeheim altenheim altersheim seniorenheim seniorenresidenz pflegezentrum"
+    " seniorenzentrum"
+    " altenzentrum pflegeresidenz altenstift seniorenstift mvz universitätsmedizin charité hospiz aus von trạm viện"
+    " from at to der die einer universitäts uni kantons landes kreis stadt lungen tages thorax reha santa"
     " polyclinique clinique upa ubs ama esf pronto posto cap hospital center centre clinic infirmary hospice"
     " nursing health clínica clinica sanatorio policlínica policlínico casa maternidade"
     " maternidad ambulatorio centro hôpital hôpitaux clinique polyclinique chu chru chr hospices klinikum"
@@ -143,7 +170,7 @@ _TOWNS = (
 PLACE_RULES = (
     case_rule("hospital", _NAMED_HOSPITAL_TOKENS, _NAMED_HOSPITALS, before=100),
     case_rule("hospital", _HOSPITAL_TOKENS, _HOSPITALS, before=0),
-    case_rule("address", _NUMBERED_STREET_TOKENS, _NUMBERED_STREETS, r"\d", 60),
+    case_rule("address", _NUMBERED_STREET_TOKENS, _NUMBERED_STREETS, before=60),
     case_rule("address", _STREET_TOKENS, _STREETS, before=0),
     Rule("address", tuple(map(re.compile, _GERMAN_STREETS)), _GERMAN_ENDINGS, re.compile(r"\d")),
     case_rule("address", "", _POSTCODES, r"\d\s\d[A-Z]{2}"),

@@ -12,6 +12,7 @@ from radhpc.core.sample import SPLITS, salted_hash
 from shards import salt, splits
 from shards.datasets.reader import RawStudy
 from shards.listing import Listing, write_listing
+from shards.people import Pseudonyms
 
 pytestmark = pytest.mark.timeout(60)
 Official = splits.Split | None
@@ -27,7 +28,7 @@ def assign(
     ]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "listing"
-        write_listing(path, raw, "set", b"salt", ratios, 7, None)
+        write_listing(path, raw, Pseudonyms("set", "set", False, b"salt"), ratios, 7, None)
         with Listing(path) as listing:
             rows = [row for plan in listing.plans for row in listing.rows(plan)]
             assert len(rows) == len(raw) == sum(plan.samples for plan in listing.plans)

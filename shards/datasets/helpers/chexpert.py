@@ -20,6 +20,7 @@ from radhpc.core.sample import CHEXPERT, Split
 from shards import splits
 from shards.datasets.helpers.images import entries, files, folders_with
 from shards.datasets.reader import ReaderOptions, UnusableRecord
+from shards.tabular import cells
 
 SUFFIXES = (".jpg", ".png", ".dcm")  # in the order of preference, where a folder has several
 PATIENT = re.compile(r"patient\d+")
@@ -28,8 +29,7 @@ PATH = re.compile(
 )
 Labels = tuple[int | None, ...]  # in the order of CHEXPERT: a tuple, for there are many rows
 VALUES: dict[object, int | None] = {
-    "1.0": 1, "0.0": 0, "-1.0": -1, "": None, "1": 1, "0": 0, "-1": -1, "nan": None,
-    1: 1, 0: 0, -1: -1, None: None,
+    "1.0": 1, "0.0": 0, "-1.0": -1, "": None, "1": 1, "0": 0, "-1": -1, 1: 1, 0: 0, -1: -1, None: None,
 }  # fmt: skip
 SIDES = {"frontal": "Frontal", "lateral": "L"}
 
@@ -71,9 +71,14 @@ def official_split(where: ImagePath) -> Split:
 
 def parse_labels(values: Mapping[str, object]) -> Labels:
     """Parse the fourteen labels of a row, in CheXpert's order; a missing column is None. Raises UnusableRecord."""
+    row = [values.get(name) for name in CHEXPERT]
     try:
-        return tuple([VALUES[values.get(name)] for name in CHEXPERT])
+        return tuple([VALUES[value] for value in row])  # nearly all rows: there are many
     except (KeyError, TypeError):
+        pass
+    try:
+        return tuple([None if cells.is_empty(value) else VALUES[str(value).strip()] for value in row])
+    except KeyError:
         raise UnusableRecord("a label other than 1, 0, -1 and empty") from None
 
 
@@ -82,10 +87,9 @@ def projection(side: str, position: str, image: str) -> str | None:
 
     `side` is Frontal or Lateral, or empty where the table has no such column: then the file's name decides.
     """
-    position = position.strip().upper()
-    if position not in ("", "NA", "NAN"):
-        return position
-    return SIDES.get(side.strip().lower() or image.rpartition(".")[0].rpartition("_")[2])
+    if not cells.is_empty(position):
+        return position.strip().upper()
+    return SIDES.get(cells.known(side).lower() or image.rpartition(".")[0].rpartition("_")[2])
 
 
 @dataclass(frozen=True)
@@ -145,7 +149,9 @@ class ImageFinder:
 
 
 def _find_roots(folder: Path) -> list[ImageRoot]:
-    return [ImageRoot(path, suffix) for path in folders_with(folder, PATIENT) if (suffix := _suffix(path))]
+    return [
+        ImageRoot(path, suffix) for path in folders_with(folder, PATIENT, of_folders=True) if (suffix := _suffix(path))
+    ]
 
 
 def _suffix(folder: Path) -> str | None:

@@ -32,8 +32,9 @@ from shards.datasets import reader
 from shards.datasets.helpers import mimic_reports, mimic_sections
 from shards.datasets.helpers.mimic_reports import VERSIONS
 from shards.datasets.reader import DatasetWarning, RawStudy, UnusableRecord, unusable_study
-from shards.tabular import external_sort, table
+from shards.tabular import cells, external_sort, identifiers, table
 
+IDENTIFIERS = ("study_id", "subject_id")
 VOCABULARIES = {"chexpert": "chexpert", "negbio": "negbio", "radiologist": "test-set-labeled"}  # and its table
 RENAMED = {"Airspace Opacity": "Lung Opacity"}  # what the radiologists' table calls it
 VIEWS = ("PA", "AP", "LATERAL", "LL")  # come first, in this order
@@ -122,11 +123,12 @@ def _tables(images: Path, options: MimicOptions, edition: Edition) -> dict[str, 
 def _rows(path: Path, kind: str, archive: "_Archive") -> Iterator[tuple[str, tuple[str, Any]]]:
     """Yield (study_id, (kind, value)), row by row; a row that cannot be used is a study of its own."""
     for record in table.stream(path, _columns(path, kind)):
-        values = {name: value.strip() for name, value in record.values.items()}
+        values = {name: cells.known(value) for name, value in record.values.items()}
         try:
             if record.fault:
                 raise UnusableRecord(record.fault)
-            if not all(values[name].isdecimal() for name in ("study_id", "subject_id") if name in values):
+            values |= {name: identifiers.identifier(values[name]) for name in IDENTIFIERS if name in values}
+            if not all(values[name].isdecimal() for name in IDENTIFIERS if name in values):
                 raise UnusableRecord("study_id or subject_id that is no number")
             if "subject_id" not in values or archive.has(values["subject_id"], kind):
                 yield values["study_id"], (kind, _value(kind, values))

@@ -6,6 +6,7 @@
 They belong to MIMIC-CXR; whoever has MIMIC-CXR-JPG has them in a folder beside it, or somewhere else.
 """
 
+import lzma
 import os
 import re
 import zipfile
@@ -15,10 +16,14 @@ from pathlib import Path
 from typing import Protocol
 
 from radhpc.core.errors import UserError, first_line
+from shards import raw_files
 from shards.datasets.reader import UnusableRecord
 
 VERSIONS = ("2.1.0", "2.0.0")
 NAME = "mimic-cxr-reports"  # of the zip, and of the folder that it is unpacked into
+MAX_BYTES = 1 << 20  # of a report: the longest has 8 thousand
+MAX_ZIP = 1 << 30  # bytes of the zip: the real one has 142 million
+ENCRYPTED = 1  # a bit of an entry's flags
 EXAMPLE = "files/p10/p10000032/s50414267.txt"
 
 
@@ -35,12 +40,16 @@ class ReportFolder:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self._archive = raw_files.current().including(folder)  # the threads that read have none of their own
 
     def text(self, place: str) -> str:
         try:
-            return _decode((self._folder / place).read_bytes())
+            with raw_files.inside(self._archive):
+                return _decode(raw_files.read(self._folder / place, MAX_BYTES))
         except FileNotFoundError:
             raise UnusableRecord("missing report") from None
+        except raw_files.RefusedFile as error:
+            raise UnusableRecord(f"report: {error.strerror}") from None
         except OSError:
             raise UnusableRecord("unreadable report") from None
 
@@ -50,8 +59,11 @@ class ReportZip:
 
     def __init__(self, path: Path) -> None:
         try:
-            self._zip = zipfile.ZipFile(path)
-        except (zipfile.BadZipFile, OSError) as error:
+            with raw_files.inside(raw_files.current().including(path.parent)):
+                self._zip = zipfile.ZipFile(raw_files.open_file(path, MAX_ZIP))
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror or first_line(error)})") from error
+        except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
             raise UserError(f"{path}: cannot be read ({first_line(error)})") from error
         places = (re.fullmatch(r"(.*?)p\d\d/p\d+/s\d+\.txt", name) for name in self._zip.namelist())
         first = next(filter(None, places), None)
@@ -61,10 +73,16 @@ class ReportZip:
 
     def text(self, place: str) -> str:
         try:
-            return _decode(self._zip.read(self._before + place))
+            entry = self._zip.getinfo(self._before + place)
+            if entry.file_size > MAX_BYTES:
+                raise UnusableRecord("report: file too large")
+            if entry.flag_bits & ENCRYPTED:
+                raise UnusableRecord("encrypted report")
+            with self._zip.open(entry) as file:
+                return _decode(file.read(MAX_BYTES))
         except KeyError:
             raise UnusableRecord("missing report") from None
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError):
+        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, NotImplementedError, RuntimeError, EOFError, OSError):
             raise UnusableRecord("unreadable report") from None
 
 
@@ -92,7 +110,7 @@ def find_reports(folder: Path, named: Path | None) -> ReportStore:
 def _within(folder: Path) -> ReportFolder | None:
     """Return `folder`, or its `files`, if it holds reports; only the first patients of each group are checked."""
     for files in (folder / "files", folder):
-        for group in sorted(files.glob("p[0-9][0-9]")):
+        for group in sorted(path for path in files.glob("p[0-9][0-9]") if path.is_dir()):
             with os.scandir(group) as patients:
                 if any(next(Path(patient).glob("s*.txt"), None) for patient in islice(patients, 5)):
                     return ReportFolder(files)

@@ -16,8 +16,6 @@ from collections.abc import Collection
 
 from radhpc.core.sample import CHEXPERT
 
-MISSING = ("", "nan")  # the unknown values of its tables
-
 # Each of CheXpert's names with PadChest's that say it. A name may stand under two.
 COUNTERPARTS: dict[str, tuple[str, ...]] = {
     "No Finding": ("normal",),

@@ -7,13 +7,13 @@ grounded.get("1200...")                 # (ImageID, "Sentences of the report.", 
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from radhpc.core.errors import UserError
 from radhpc.core.sample import Split
 from shards import splits
-from shards.datasets.helpers.padchest_facts import MISSING
-from shards.datasets.reader import DatasetWarning
-from shards.tabular import external_sort, table
+from shards.datasets.reader import DatasetWarning, UnusableRecord
+from shards.tabular import cells, external_sort, identifiers, table
 
 GROUNDED = "grounded_reports_20240819.json"
 GROUNDED_SPLITS = "master_table.csv"
@@ -33,10 +33,10 @@ def read_grounded(folder: Path, language: str) -> external_sort.Lookup | None:
     def studies() -> Iterator[tuple[str, tuple[str, str, Split | None]]]:
         for record in table.read(path).records:
             values = record.values
-            study = str(values.get("StudyID") or "").strip()
+            study = _identifier(values.get("StudyID"))
             findings = values.get("findings")
             sentences = [
-                " ".join(sentence.split())
+                " ".join(cells.known(sentence).split())
                 for finding in (findings if isinstance(findings, list) else [])
                 if isinstance(finding, dict) and isinstance(sentence := finding.get(f"sentence_{language}"), str)
             ]
@@ -54,16 +54,24 @@ def _read_splits(folder: Path) -> Iterator[tuple[str, Split]]:
         return
     rows = table.stream(path, ("StudyID", "split"))
     for study, words in external_sort.grouped(
-        (r.values["StudyID"].strip(), r.values["split"]) for r in rows if not r.fault
+        (_identifier(r.values["StudyID"]), r.values["split"]) for r in rows if not r.fault
     ):
         try:
-            official = {splits.parse(word) for word in words if word.strip() and word not in MISSING}
+            official = {splits.parse(word) for word in words if not cells.is_empty(word)}
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         if len(official) > 1:
             raise UserError(f"{path}: a study is in {' and '.join(sorted(official))}; allowed is one split each")
         if official:
             yield study, official.pop()
+
+
+def _identifier(value: Any) -> str:
+    """Return a study's identifier; empty for one that is no text, which no study of the table has."""
+    try:
+        return identifiers.identifier(value)
+    except UnusableRecord:
+        return ""
 
 
 def _warn(message: str) -> None:

@@ -3,17 +3,20 @@
 One question is one sample, so an image is stored once for each of its questions.
 """
 
-import math
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
 from shards.datasets.reader import UnusableRecord
+from shards.tabular import cells
 
 
 def to_text(value: Any, column: str) -> str:
-    """Return a cell as one line of text, empty for a missing one; 7.0 becomes 7. Raises UnusableRecord."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    """Return a cell as one line of text, empty for a missing one; 7.0 becomes 7. Raises UnusableRecord.
+
+    `None` and `NA` are texts: they are answers to questions, and these sets write null for what is missing.
+    """
+    if cells.is_missing(value):
         return ""
     if not isinstance(value, (str, int, float)):
         raise UnusableRecord(f"{column} is no text")
@@ -36,7 +39,7 @@ def required_text(value: Any, column: str) -> str:
 
 def image_name(value: Any) -> str:
     """Return a path relative to the folder of images, with its spaces and dots. Raises UnusableRecord."""
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or cells.is_missing(value):
         raise UnusableRecord("no image named")
     if "\0" in value:
         raise UnusableRecord("image path with a zero byte")

@@ -20,6 +20,6 @@ def test_every_version_is_listed() -> None:
 def test_what_is_written_has_the_version() -> None:
     assert Cursor.__dataclass_fields__["format"].default == formats.CHECKPOINT == 1
     manifest = Manifest.model_fields["format"]
-    assert (manifest.default, get_args(manifest.annotation)) == (formats.MANIFEST, (1,))
-    assert formats.SHARDS == 2
+    assert (manifest.default, get_args(manifest.annotation)) == (formats.MANIFEST, (1, 2))
+    assert formats.SHARDS == 3
     assert "formats.SHARDS" in inspect.getsource(shards.source)

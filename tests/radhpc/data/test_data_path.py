@@ -183,7 +183,7 @@ def test_a_manifest_that_is_none_is_named(phantom_shards: Path, tmp_path: Path) 
     manifest = folder / MANIFEST
     text = manifest.read_text()
     for wrong, words in (
-        (text.replace('"format": 1', '"format": 2'), "format"),
+        (text.replace('"format": 2', '"format": 3'), "format"),
         ("{", MANIFEST),
         ("{}", "Field required"),
     ):

@@ -9,6 +9,7 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from radhpc.core import families
 from radhpc.core.recipe import TextSettings, load
 from radhpc.core.sample import Report, Sample, View
 from radhpc.data.collate import IGNORE, StudyEncoder
@@ -52,6 +53,10 @@ def study(report: str = "", question: str | None = None, answer: str | None = No
 
 def controls(tokenizer: Any) -> list[str]:
     return sorted({*tokenizer.all_special_tokens, *(str(t) for t in tokenizer.added_tokens_decoder.values())})
+
+
+def test_every_family_is_tried() -> None:
+    assert set(FAMILIES) == set(families.BUILT_IN)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -210,6 +210,16 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "shards"
 
 
+def other_splits(out: Path) -> Path:
+    """The phantoms of the run under another name, and in other splits: some of those it was trained on are tested."""
+    from shards.build import BuildSettings, build
+
+    settings = BuildSettings(workers=1, longest_side=56, ratios=(0.1, 0.1, 0.8))
+    options = {"studies": "60", "size": "96", "name": "again", "people": "phantom"}
+    build("phantom", None, str(out), options, settings)
+    return out
+
+
 def test_what_cannot_be_evaluated_is_refused_in_one_line(
     run: RunFolder, questions: Path, tmp_path: Path, launch: Callable[..., subprocess.CompletedProcess[str]],
     capsys: pytest.CaptureFixture[str],
@@ -238,6 +248,7 @@ def test_what_cannot_be_evaluated_is_refused_in_one_line(
     assert "no evaluation of split 'train' there" in refused(run.path, "--split", "train", "--against", run.path)
     fresh = RunFolder.create(tmp_path / "fresh", run.recipe())
     assert "no checkpoint to evaluate" in refused(fresh.path)
+    assert "patients who are in another split" in refused(run.path, "--shards", other_splits(tmp_path / "again"))
     text = refused(run.path, ONE, "--shards", questions)
     assert "asks questions, and no study of the stage's training data does" in text
     assert "'temperature' 1 samples one text" in refused(run.path, "beams=2", "temperature=1.0")

@@ -48,7 +48,10 @@ def rows() -> list[dict[str, object]]:
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     raw = tmp_path_factory.mktemp("raw")
-    Image.new("L", (32, 32), 90).save(raw / "a.png")  # an empty picture is nobody's duplicate
+    picture = Image.new("L", (32, 32), 90)  # nearly an empty one, which is nobody's duplicate
+    picture.putpixel((10, 10), 200)
+    picture.putpixel((20, 24), 30)
+    picture.save(raw / "a.png")
     (raw / "data.json").write_text(json.dumps(rows()))
     out = tmp_path_factory.mktemp("balance") / "shards"
     build("image_text", raw, str(out), {}, Build(workers=1, shard_samples=50))

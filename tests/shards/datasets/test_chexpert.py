@@ -209,8 +209,8 @@ def test_the_users_mistakes_get_one_line(tmp_path: Path) -> None:
     assert len(listed("chexpert", raw, images="copy")) == 4
     shutil.rmtree(raw / "copy")
     write_table(raw / "train.csv", TRAIN, delimiter=";")
-    with pytest.raises(UserError, match="if the semicolon cuts it"):
-        listed("chexpert", raw)
+    assert len(listed("chexpert", raw)) == 4
+    assert "train.csv: read with a semicolon between the columns" in told(raw)
     write_table(raw / "train.csv", [{name: "" for name in HEADER if name != "Edema"}])
     with pytest.raises(UserError, match="no column Edema"):
         listed("chexpert", raw)
@@ -403,9 +403,23 @@ def test_plus_faults_are_named(tmp_path: Path) -> None:
     assert [faults.pop(name) for name in lines] == ["empty patient", "unknown split"]
     assert faults == {
         "train/patient00003/study1": "empty text",
-        "train/patient00006/study1": "rows of one study with different texts",
         "train/patient00007/study1": "rows of one study with different patients",
     }
+
+
+def test_plus_takes_the_text_of_the_frontal_image_where_rows_differ(tmp_path: Path) -> None:
+    study = "train/patient00006/study1"
+    rows = [
+        *PLUS_ROWS,
+        plus_row(f"{study}/view1_lateral.jpg", impression="Of 3/4/2009.", frontal_lateral="Lateral", ap_pa=""),
+        plus_row(f"{study}/view2_frontal.jpg", impression="", report=""),
+        plus_row(f"{study}/view3_frontal.jpg", impression="Of 1/2/2001."),
+        plus_row(f"{study}/view4_frontal.jpg", impression="Of 5/6/2007."),
+    ]
+    raw = plus_archive(tmp_path, rows=rows)
+    assert "1 of 4 studies have rows with different texts" in told(raw, "chexpert_plus", labels="none")[0]
+    result = by_study(listed("chexpert_plus", raw))["patient00006/study1"]
+    assert (result.fault, result.report.impression, len(result.views)) == (None, "Of 1/2/2001.", 4)
 
 
 def test_plus_refuses_a_patient_in_two_splits(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Tables of images and texts, in every form and with every fault that users have."""
 
 import csv
+import gzip
 import io
 import json
 import tempfile
@@ -111,13 +112,15 @@ def test_rows_of_a_study_are_its_views(tmp_path: Path) -> None:
         {"image": ["d.png", "e.png"], "report": "Three.", "subject_id": 1, "study_id": 11, "view": ["AP", None]},
         {"image": "f.png", "report": "Other.", "subject_id": 1, "study_id": 11, "view": None},
     ]
-    studies = listed(write_json(tmp_path, rows))
+    with pytest.warns(reader.DatasetWarning, match="1 of 3 studies have rows with different texts"):
+        studies = listed(write_json(tmp_path, rows))
     assert [[(path.name, view) for path, view in study.views] for study in studies] == [
         [("a.png", "PA"), ("c.png", "L")],
         [("b.png", "PA")],  # the same number, another patient
         [("d.png", "AP"), ("e.png", None), ("f.png", None)],
     ]
-    assert [study.fault for study in studies] == [None, None, "rows of one study with different texts"]
+    assert not any(study.fault for study in studies)
+    assert studies[2].report.other == "Three."
     assert [study.patient for study in studies] == ["1", "2", "1"]
 
 
@@ -165,6 +168,7 @@ def test_labels(tmp_path: Path) -> None:
     }
     assert labels(["nodule", "mass"]) == labels("nodule | mass") == {"own": {"nodule": 1, "mass": 1}}
     assert labels('{"radlex": {"nodule": true}}') == {"radlex": {"nodule": 1}}
+    assert labels({"Edema": "1,0", "Fracture": "-1,00"}) == {"chexpert": {"Edema": 1, "Fracture": -1}}
     assert labels(None, Edema="1.0", Fracture="") == {"chexpert": {"Edema": 1, "Fracture": None}}
     assert labels({"Edema": 2}) == labels({"Edema": "yes"}) == "a label other than 1, 0, -1 and empty"
     assert labels("{broken") == "labels that are no JSON"
@@ -201,7 +205,9 @@ VALUES = st.recursive(
 def test_any_values_are_read_or_named(row: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = [row, {**row, "image": "a.png", "text": "\ud800"}, {"image": "b.png", "text": "y", "patient": 2}]
-        studies = listed(write_json(Path(folder), rows))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", reader.DatasetWarning)
+            studies = listed(write_json(Path(folder), rows))
     for study in studies:
         assert study.fault or Sample(
             dataset="a", patient="0" * 16, study="0" * 16, split="train", images=[View(width=9, height=9)],
@@ -219,24 +225,19 @@ def test_short_rows_of_a_csv_are_named(tmp_path: Path) -> None:
     [
         (
             "a.csv",
-            "image;text\na;b\n",
-            r"a.csv: cut at each comma, the header is one column, 'image;text'; if the semi",
-        ),
-        ("a.csv", "image\ttext\na\tb\n", r"give delimiter='\\t'"),
-        (
-            "a.csv",
             "picture,words\na,b\n",
             r"no column for image and text; found are picture, words; expected image or",
         ),
         ("a.csv", "image,words\na,b\n", r"no column for text; found are image, words"),
-        ("a.csv", 'image,text\na,"b\n', r"a.csv: line 2: unexpected end of data"),
+        ("a.csv", 'image,text\na,"b\n', r"a.csv: line 2, character 3: unexpected end of data"),
         ("a.csv", "image,text\n", r"the table is empty"),
-        ("a.csv", b"image,text\na,caf\xe9\n", r"a.csv: byte 0xe9 is not UTF-8"),
+        ("a.csv", b"image,text\na,\xc3\xb3\xc3\xa9\nb,caf\xe9\n", r"line 3, character 6: byte 0xe9 is not UTF-8, as"),
+        ("a.csv", b"image,text\na,\x81\n", r"line 2, character 3: byte 0x81 is neither UTF-8 nor Windows-1252"),
         ("a.json", '[{"image": "a",}]', r"a.json: line 1, column \d+: no valid JSON"),
         ("a.json", "[1, 2]", r"the records must be a list of objects"),
         ("a.json", "3", r"the records must be a list of objects"),
         ("a.json", '{"a": [{}], "b": [{}]}', r"an object with 2 lists \(a, b\); allowed are"),
-        ("a.jsonl", '{"image": "a"}\n{"image"', r"a.jsonl: line 2: no valid JSON"),
+        ("a.jsonl", '{"image": "a"}\n{"image"', r"a.jsonl: line 2, column \d+: no valid JSON"),
         ("a.txt", "x", r"no table there; allowed is a file that ends in .json, .jsonl, .csv, .tsv"),
     ],
 )
@@ -259,6 +260,242 @@ def test_several_tables_and_none(tmp_path: Path) -> None:
     assert len(listed(tmp_path, table="b.json")) == 1
     with pytest.raises(UserError, match="table=c.json: no such file"):
         listed(tmp_path, table="c.json")
+
+
+# Encodings, delimiters and broken rows.
+
+
+def messages_of(raw: Path, **options: str) -> tuple[list[RawStudy], list[str]]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        return listed(raw, **options), [str(warning.message) for warning in caught]
+
+
+SPANISH = "image;text;patient\na.png;Sin patología, sin derrame;1\nb.png;Cardiomegalia ñ;2\n"
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_encodings_and_delimiters_are_found_and_said(encoding: str, delimiter: str, tmp_path: Path) -> None:
+    rows = [line.split(";") for line in SPANISH.splitlines()]
+    buffer = io.StringIO(newline="")
+    csv.writer(buffer, delimiter=delimiter).writerows(rows)
+    (tmp_path / "a.csv").write_bytes(buffer.getvalue().encode(encoding))
+    studies, messages = messages_of(tmp_path)
+    assert [study.report.other for study in studies] == ["Sin patología, sin derrame", "Cardiomegalia ñ"]
+    assert not any(study.fault for study in studies)
+    text = " ".join(messages)
+    assert ("Windows-1252" in text) == (encoding in ("cp1252", "latin-1"))
+    assert ("UTF-16" in text) == encoding.startswith("utf-16")
+    assert ("between the columns" in text) == (delimiter != ",")
+
+
+def test_other_files_in_other_encodings(tmp_path: Path) -> None:
+    (tmp_path / "data.json").write_bytes(json.dumps(ROWS, ensure_ascii=False).encode("utf-16"))
+    studies, messages = messages_of(tmp_path)
+    assert studies[1].report.other == ROWS[1]["text"]
+    assert messages == [messages[0]]
+    assert "read as UTF-16" in messages[0]
+    (tmp_path / "data.json").unlink()
+    (tmp_path / "a.csv.gz").write_bytes(gzip.compress(("sep=;\n" + SPANISH).encode("cp1252")))
+    studies, _ = messages_of(tmp_path)
+    assert studies[0].report.other == "Sin patología, sin derrame"
+
+
+def test_long_tables_are_looked_at_to_the_end(tmp_path: Path) -> None:
+    rows = [f"{n}.png;{'clear, ' * 40};{n}\n" for n in range(9000)]
+    (tmp_path / "a.csv").write_bytes(("image;text;patient\n" + "".join(rows) + "b.png;é;b\n").encode("cp1252"))
+    studies, messages = messages_of(tmp_path)
+    assert studies[-1].report.other == "é"
+    assert "Windows-1252, with a semicolon" in messages[0]
+
+
+def test_broken_rows_are_named_with_their_places(tmp_path: Path) -> None:
+    def faults(content: str) -> list[tuple[str, str | None]]:
+        (tmp_path / "a.csv").write_text(content)
+        return [(study.name, study.fault) for study in listed(tmp_path) if study.fault]
+
+    head = "image,text,patient\n"
+    assert faults(head + "a.png,Cle\0ar,1\nb.png,x,2\n") == [("a.csv line 2, column 2", "zero byte in a cell")]
+    assert faults(head + 'a.png,"Clear.,1\nb.png,Edema.,2\nc.png,Scar.",3\nd.png,x,4\n') == [
+        ("a.csv lines 2 to 4, column 2", "a quote that swallows rows")
+    ]
+    report = "Findings:\n1, the heart, big\n2. clear, no effusion, 3\n\nImpression: none, 7, x.y"
+    assert faults(head + f'a.png,"{report}",1\nb.png,x,2\n') == []
+    swallowed = "text,image,patient\n" + '"Clear.,a.png,1\nEdema.,b.png,2\nScar.",c.png,3\n'
+    assert faults(swallowed) == [("a.csv lines 2 to 4, column 1", "a quote that swallows rows")]
+    with pytest.raises(UserError, match=r"a.csv: line 2, character 7: a quote that is opened there .* to line 3"):
+        faults(head + 'a.png,"Clear.,1\nb.png,"Edema.",2\n')
+
+
+@pytest.mark.parametrize("header", ["image,report,report,patient", "image,Report,report,patient"])
+def test_headers_of_the_same_name_are_refused(header: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(f"{header}\na.png,first,second,1\n")
+    with pytest.raises(UserError, match=r"a.csv: line 1, columns 2 and 3 are the same"):
+        listed(tmp_path)
+    (tmp_path / "a.csv").write_text("image,report,Unnamed,Unnamed,patient\na.png,first,x,y,1\n")
+    assert listed(tmp_path)[0].report.other == "first"
+
+
+# The meaning of cells.
+
+
+@pytest.mark.parametrize("word", ["nan", "NaN", "None", "NA", "N/A", "NULL", "null", " nan ", "<NA>"])
+def test_words_for_nothing_are_nothing(word: str, tmp_path: Path) -> None:
+    row = {"image": "a.png", "findings": word, "impression": "Clear.", "patient": "1", "labels": word, "view": word}
+    (study,) = listed(write_json(tmp_path, [{**row, "language": word, "split": word, "Edema": word}]))
+    assert study.report == Report(impression="Clear.")
+    assert study.labels == {"chexpert": {"Edema": None}}
+    assert (study.views[0][1], study.language, study.split, study.fault) == (None, "en", None, None)
+    assert [s.fault for s in listed(write_json(tmp_path, [{**row, "impression": word}]))] == ["empty text"]
+    assert [s.fault for s in listed(write_json(tmp_path, [{**row, "patient": word}]))] == ["empty patient"]
+    (study,) = listed(write_json(tmp_path, [{**row, "impression": f"No {word}"}]))
+    assert study.report.impression == f"No {word}".strip()
+
+
+def test_lists_as_pandas_and_numpy_write_them(tmp_path: Path) -> None:
+    def study(**cells: str) -> RawStudy:
+        write_csv(tmp_path / "a.csv", [{"image": "a.png", "text": "x", "patient": "1", **cells}])
+        return listed(tmp_path)[0]
+
+    for labels in ("['edema', 'nodule']", "['edema' 'nodule']", '["edema", "nodule"]', "edema|nodule"):
+        assert study(labels=labels).labels == {"own": {"edema": 1, "nodule": 1}}
+    assert study(labels="['edema', nan]").labels == {"own": {"edema": 1}}
+    assert study(labels="{'Edema': 1, 'Fracture': nan}").labels == {"chexpert": {"Edema": 1, "Fracture": None}}
+    assert study(labels="[]").labels == {}
+    assert study(labels="['edema").fault == "labels that are no list"
+    assert [path.name for path, _ in study(image="['a.png', \"b's.png\"]").views] == ["a.png", "b's.png"]
+    assert study(text="['Clear.', 'Normal.']").fault == "text is no text"
+
+
+def test_paths_of_texts_are_read_or_refused(tmp_path: Path) -> None:
+    (tmp_path / "raw" / "reports").mkdir(parents=True)
+    (tmp_path / "outside.txt").write_text("Secret.")
+    (tmp_path / "raw" / "reports" / "a.txt").write_text("Findings: Clear.")
+    (tmp_path / "raw" / "reports" / "b c.txt").write_bytes("Patología.".encode("cp1252"))
+    (tmp_path / "raw" / "reports" / "link.txt").symlink_to(tmp_path / "outside.txt")
+    texts = [
+        "reports/a.txt", "reports\\b c.txt", "reports/none.txt", "../outside.txt", "reports/link.txt", "a.pdf", "b.png",
+        "Clear lungs, no change. See old.txt", str(tmp_path / "outside.txt"), "/dev/zero.txt", "reports",
+    ]  # fmt: skip
+    rows = [{"image": f"{n}.png", "text": text, "patient": n} for n, text in enumerate(texts)]
+    studies, messages = messages_of(write_json(tmp_path / "raw", rows))
+    assert [study.fault or study.report.text() or study.report.other for study in studies] == [
+        "Findings: Clear.", "Patología.", "text file that cannot be read", "text file outside of the table's folder",
+        "text file outside of the table's folder", "a path in the place of the text", "a path in the place of the text",
+        texts[7], "text file outside of the table's folder", "text file that cannot be read", "reports",
+    ]  # fmt: skip
+    assert messages == ["data.json: 2 texts are paths of text files, which were read"]
+
+
+# Patients, studies and splits.
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("7", "7.0", True), ("7", "7 ", True), (7, "7.00", True), (7.0, "7", True), ("7", "\ufeff7\u200b", True),
+        ("M\u00fcller", "Mu\u0308ller", True), ("p07", "P07", True), ("Patient07", "PATIENT07", True),
+        ("aB3x", "ab3X", False), ("7", "07", False), ("7.5", "7", False), ("p7", "p70", False),
+    ],
+)  # fmt: skip
+def test_a_patient_is_a_person(one: Any, other: Any, same: bool, tmp_path: Path) -> None:
+    rows = [{"image": f"{n}.png", "text": "x", "patient": p, "study": p} for n, p in enumerate((one, other))]
+    assert len({study.patient for study in listed(write_json(tmp_path, rows))}) == (1 if same else 2)
+    (tmp_path / "data.json").unlink()
+    write_csv(tmp_path / "a.csv", rows)
+    assert len({study.patient for study in listed(tmp_path)}) == (1 if same else 2)
+
+
+@pytest.mark.parametrize("name", ["PatientID", "patient_id", "Patient ID", "PATIENT-ID", "SubjectID", "Patient"])
+def test_columns_are_known_by_their_letters(name: str, tmp_path: Path) -> None:
+    row = {"Image Path": "a.png", "Report": "x", name: "7", "ViewPosition": "PA", "StudyID": "3"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (study,) = listed(write_json(tmp_path, [row]))
+    assert (study.patient, study.views[0][1], study.study) == ("7", "PA", "7\x1f3\x1f")
+
+
+@pytest.mark.parametrize("name", ["split", "Set", "partition", "SubSet", "fold"])
+def test_split_columns_of_other_names(name: str, tmp_path: Path) -> None:
+    rows = [{"image": f"{n}.png", "text": "x", "patient": n, name: s} for n, s in enumerate(("Train", "val", "test"))]
+    assert [study.split for study in listed(write_json(tmp_path, rows))] == ["train", "validate", "test"]
+
+
+def test_columns_that_look_like_people_and_are_not_used_are_named(tmp_path: Path) -> None:
+    row = {
+        "image": "a.png", "text": "x", "Patientennummer": "7", "AccessionNumber": "8", "fold": "3", "PatientAge": "70",
+        "Número de paciente": "7", "Partición": "A", "StudyDate": "2001", "mrn": "9", "anon_patient_key": "1",
+        "offset": "3",
+    }  # fmt: skip
+    _, messages = messages_of(write_json(tmp_path, [row]))
+    for name, role in (
+        ("Patientennummer", "patient"),
+        ("AccessionNumber", "study"),
+        ("fold", "split"),
+        ("Número de paciente", "patient"),
+        ("Partición", "split"),
+    ):
+        assert any(
+            f"column '{name}' looks like the {role} and is not used ({role}='{name}' uses it)" in m for m in messages
+        )
+    assert len(messages) == 8  # these, mrn, the key, and that there are no patients
+
+
+@pytest.mark.parametrize("layout", ["one table", "a table each", "jsonl each"])
+def test_folders_of_images_are_splits(layout: str, tmp_path: Path) -> None:
+    rows = {"train": "a.png", "validation": "b.png", "test": "c.png"}
+    for split, image in rows.items():
+        folder = tmp_path / split
+        folder.mkdir()
+        row = {"file_name": image, "text": split, "patient": image}
+        if layout == "a table each":
+            write_csv(folder / "metadata.csv", [row])
+        elif layout == "jsonl each":
+            (folder / "metadata.jsonl").write_text(json.dumps(row))
+    if layout == "one table":
+        row_of = [{"file_name": f"{split}/{name}", "text": split, "patient": name} for split, name in rows.items()]
+        write_csv(tmp_path / "metadata.csv", row_of)
+    studies, messages = messages_of(tmp_path)
+    by_text = {study.report.other: (study.split, study.views[0][0]) for study in studies}
+    assert by_text == {
+        "train": ("train", tmp_path / "train" / "a.png"),
+        "validation": ("validate", tmp_path / "validation" / "b.png"),
+        "test": ("test", tmp_path / "test" / "c.png"),
+    }
+    assert len(messages) == 1
+    if layout == "one table":
+        assert [study.split for study in listed(tmp_path, split="none")] == [None, None, None]
+
+
+def test_images_of_the_same_name_in_two_folders_are_two(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        write_csv(tmp_path / split / "metadata.csv", [{"file_name": "0001.png", "text": split}])
+    studies, _ = messages_of(tmp_path)
+    assert {(study.patient, study.split) for study in studies} == {
+        ("train/0001.png", "train"), ("test/0001.png", "test"),
+    }  # fmt: skip
+    assert len({study.study for study in studies}) == 2
+    assert {study.views[0][0] for study in studies} == {tmp_path / split / "0001.png" for split in ("train", "test")}
+
+
+def test_rows_without_a_split_among_others_are_counted(tmp_path: Path) -> None:
+    images = ["train/a.png", "test/b.png", "extra/c.png", "d.png"]
+    rows = [{"image": image, "text": "x", "patient": n} for n, image in enumerate(images)]
+    studies, messages = messages_of(write_json(tmp_path, rows))
+    assert [study.split for study in studies] == ["train", "test", None, None]
+    assert "data.json: 2 of 4 rows have no split, so theirs is made from the patients" in messages
+    for row, word in zip(rows, ["train", "NA", "test", "n/a"], strict=True):
+        row["set"] = word
+    studies, messages = messages_of(write_json(tmp_path, rows))
+    assert [study.split for study in studies] == ["train", None, "test", None]
+    assert "data.json: 2 of 4 rows have no split, so theirs is made from the patients" in messages
+
+
+def test_one_folder_called_train_is_no_split(tmp_path: Path) -> None:
+    rows = [{"image": f"train/{n}.png", "text": "x", "patient": n} for n in range(3)]
+    assert [study.split for study in listed(write_json(tmp_path, rows))] == [None, None, None]
 
 
 def test_sections() -> None:

@@ -227,10 +227,10 @@ def test_unusable_rows_are_named(tmp_path: Path) -> None:
     assert [(study.fault, study.name) for study in studies] == [
         (None, "train_captions.csv line 2: a.b c"),
         ("empty text", "train_captions.csv line 3"),
-        ("empty text", "train_captions.csv line 5"),
+        ("empty text", "train_captions.csv line 4"),
         ("no image named", "train_captions.csv line 6"),
         ("row of another length than the header", "train_captions.csv line 7"),
-        ("image path with a zero byte", "train_captions.csv line 8"),
+        ("zero byte in a cell", "train_captions.csv line 8, column 1"),
         ("image path that leaves the folder", "train_captions.csv line 9"),
         (None, "train_captions.csv line 10: a.b c"),
     ]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pydicom
+import pydicom.encaps
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian
 
@@ -26,4 +27,18 @@ def write_dicom(path: Path, pixels: np.ndarray = RAMP, **tags: object) -> Path:
     for name, value in tags.items():
         setattr(data, name, value)
     data.save_as(path, enforce_file_format=True)
+    return path
+
+
+def write_frame(path: Path, frame: bytes, pixels: np.ndarray, syntax: str, **tags: object) -> Path:
+    """Write a small file whose pixels are compressed to `frame`, with the size and the type of `pixels`."""
+    colour = (
+        {} if pixels.ndim == 2 else {"SamplesPerPixel": 3, "PlanarConfiguration": 0, "PhotometricInterpretation": "RGB"}
+    )
+    write_dicom(path, pixels, **(colour | {"PixelRepresentation": int(pixels.dtype.kind == "i")} | tags))
+    data = pydicom.dcmread(path)
+    data.file_meta.TransferSyntaxUID = pydicom.uid.UID(syntax)
+    data.PixelData = pydicom.encaps.encapsulate([frame])
+    data["PixelData"].VR, data["PixelData"].is_undefined_length = "OB", True
+    data.save_as(path)
     return path

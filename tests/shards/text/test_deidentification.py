@@ -165,7 +165,7 @@ GOES = [
 @pytest.mark.parametrize("sentence", sentences("open"), ids=lambda sentence: sentence.language)
 def test_the_sentences_that_the_rules_were_written_with(sentence: Sentence) -> None:
     clean, _ = scrub(sentence.text)
-    assert not [identifier for _, identifier in sentence.identifiers if left(identifier, clean)], clean
+    assert not [name for kind, name in sentence.identifiers if kind != "name_bare" and left(name, clean)], clean
     assert not [phrase for phrase in sentence.stays if phrase not in clean], clean
 
 

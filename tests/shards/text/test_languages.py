@@ -56,7 +56,7 @@ def test_a_language_without_rules_is_refused_unless_somebody_answers(tmp_path: P
     assert "\n" not in str(error.value)
     assert any("--unscrubbed: " in warning for warning in run(raw, tmp_path / "out", unscrubbed=True))
     assert "languages without rules" in (tmp_path / "out" / "card.md").read_text()
-    assert Manifest.load(Store(tmp_path / "out")).build["unscrubbed"]
+    assert Manifest.load(Store(tmp_path / "out")).gate == "unscrubbed"
     assert verify(str(tmp_path / "out")).ok
 
 
@@ -65,7 +65,7 @@ def test_a_language_with_rules_needs_no_answer(tmp_path: Path, language: str) ->
     raw = archive(tmp_path / "raw", language, TEXTS[primary_language(language)])
     warnings = run(raw, tmp_path / "out", unscrubbed=True)  # the flag changes nothing
     assert not any("language" in warning or "unscrubbed" in warning for warning in warnings)
-    assert "unscrubbed" not in Manifest.load(Store(tmp_path / "out")).build
+    assert Manifest.load(Store(tmp_path / "out")).gate == "scrubbed"
 
 
 def test_texts_that_do_not_read_like_their_language_are_warned_about(tmp_path: Path) -> None:
