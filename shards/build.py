@@ -81,7 +81,8 @@ def build(
                 tasks = [ShardTask(plan, context) for plan in listing.plans]
                 apart = ApartDatasets.load(settings.apart_from) if drop else None
                 skipped = build_shards(tasks, listing, settings, progress, run, apart)
-                manifest, scrubbed = _finish(output, tasks, source.pseudonyms, recipe, skipped, messages)
+                table = listing.checksums.name if listing.checksums else None
+                manifest, scrubbed = _finish(output, tasks, source.pseudonyms, recipe, skipped, messages, table)
                 if output.changed_files:  # for the user; the card says what was built, not how
                     messages.append(
                         f"changed since the build began: {output.changed_files}; what it changes was built again"
@@ -127,6 +128,7 @@ def _finish(
     recipe: dict[str, Any],
     skipped: list[SkippedStudy],
     messages: list[str],
+    checksums: str | None,
 ) -> tuple[Manifest, dict[str, int]]:
     """Write the files beside the shards, the manifest last. Returns it, and the words scrubbed from texts, by rule."""
     summary, attributions, suspects = Summary(), list[tuple[str, str]](), list[Suspect]()
@@ -141,7 +143,7 @@ def _finish(
             yield task.plan.split, record
 
     reasons = Counter(skip.reason for skip in skipped)
-    manifest, files = assemble(pseudonyms, records(), recipe, recipe_hash(recipe), reasons)
+    manifest, files = assemble(pseudonyms, records(), recipe, recipe_hash(recipe), reasons, checksums)
     images, index = summary.total.images, SampleIndex.from_bytes(files[INDEX])
     if suspects:
         messages.append(

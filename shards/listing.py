@@ -10,6 +10,7 @@ folder, and goes with it.
 """
 
 import errno
+import functools
 import hashlib
 import hmac
 import json
@@ -25,7 +26,8 @@ from typing import Any, Self
 from radhpc.core.errors import UserError
 from radhpc.core.sample import SPLITS, Split
 from radhpc.core.untrusted import printable
-from shards import splits
+from shards import checksums, raw_files, splits
+from shards.checksums import FileChecks
 from shards.datasets.reader import RawStudy
 from shards.people import Pseudonyms
 from shards.raw_state import DIGITS, MAX_VIEWS, ArchiveState
@@ -40,6 +42,7 @@ CREATE TABLE studies (place INTEGER PRIMARY KEY, study TEXT UNIQUE, patient TEXT
 CREATE TABLE skips (place INTEGER PRIMARY KEY, name TEXT, id TEXT, reason TEXT, detail TEXT, fault INTEGER);
 CREATE TABLE patients (patient TEXT PRIMARY KEY, split INTEGER) WITHOUT ROWID;
 CREATE TABLE rows (split INTEGER, study TEXT, place INTEGER, PRIMARY KEY (split, study)) WITHOUT ROWID;
+CREATE TABLE checksums (name BLOB PRIMARY KEY, digest BLOB) WITHOUT ROWID;
 CREATE TABLE facts (name TEXT PRIMARY KEY, value TEXT);
 """
 _ORDER = """
@@ -47,7 +50,7 @@ CREATE INDEX by_patient ON studies (patient);
 INSERT INTO patients SELECT patient, split_of(patient, MAX(official)) FROM studies GROUP BY patient;
 """
 _ROWS = "INSERT INTO rows SELECT split, study, place FROM studies JOIN patients USING (patient)"
-FORMAT = f"{RawStudy.__module__}.{RawStudy.__qualname__} 2"  # of a listing and the pickles in it
+FORMAT = f"{RawStudy.__module__}.{RawStudy.__qualname__} 3"  # of a listing and the pickles in it
 _COUNTS = "SELECT split, COUNT(*) FROM patients GROUP BY split"
 
 
@@ -112,8 +115,9 @@ class Listing:
             facts["without_rules"]
         )  # studies by language: text/languages.py
         self.names: list[str] = json.loads(facts["names"])  # to be removed from texts
-        self.warnings: list[str] = json.loads(facts["warnings"])  # about languages
+        self.warnings: list[str] = json.loads(facts["warnings"])  # about languages and checksums
         self.filled: tuple[Split, ...] = tuple(json.loads(facts["filled"]))  # splits that would have been empty
+        self.checksums = Path(facts["checksums"]) if facts.get("checksums") else None  # the archive's own table of them
         self.plans = tuple(ShardPlan(*row) for row in json.loads(facts["plans"]))
 
     def rows(self, plan: ShardPlan) -> Iterator[StudyRow]:
@@ -125,6 +129,12 @@ class Listing:
         )
         for study, patient, person, raw in rows:
             yield StudyRow(pickle.loads(raw), study, patient, person, plan.split, self.key(study))
+
+    def file_checks(self) -> FileChecks | None:
+        """Return the checks against the archive's own table of checksums, or None where it has none."""
+        if self.checksums is None:
+            return None
+        return FileChecks(self.checksums.name, self.checksums.parent, functools.partial(_checksum, self._connection))
 
     def key(self, study: str) -> str:
         return f"{self.dataset}-{study}"
@@ -175,6 +185,7 @@ def write_listing(
         connection.create_function("split_of", 2, lambda patient, split: _split_number(patient, split, ratios))
         for statement in filter(None, map(str.strip, _ORDER.split(";"))):
             connection.execute(statement)
+        table, problems = _add_checksums(connection, folder)
         filled = _fill_empty_splits(connection, ratios)
         connection.execute(_ROWS)
         facts = {
@@ -186,7 +197,8 @@ def write_listing(
             "filled": json.dumps(filled),
             "without_rules": json.dumps(tally.without_rules),
             "names": json.dumps(list(names)),
-            "warnings": json.dumps(tally.messages()),
+            "warnings": json.dumps([*tally.messages(), *problems]),
+            "checksums": None if table is None else str(table),
             "plans": json.dumps(list(_plans(connection, shard_samples, pseudonyms.salt))),
         }
         connection.executemany("INSERT INTO facts VALUES (?, ?)", facts.items())
@@ -227,6 +239,25 @@ def _add_studies(
             skip = count, shown, pseudonyms.skipped(shown), reason, "", reason != raw.gap
             connection.execute("INSERT INTO skips VALUES (?, ?, ?, ?, ?, ?)", skip)
     return digest.hexdigest(), count
+
+
+def _add_checksums(connection: sqlite3.Connection, folder: Path | None) -> tuple[Path | None, list[str]]:
+    """Write the archive's own table of checksums, if it has one. Returns its path, and messages for the user."""
+    table, problems = None if folder is None else checksums.find_table(folder), list[str]()
+    if folder is None or table is None:
+        return None, problems
+    try:
+        rows = checksums.read_table(table, problems)
+        connection.executemany("INSERT OR REPLACE INTO checksums VALUES (?, ?)", rows)
+        problems += checksums.check_tables(folder, table.name, functools.partial(_checksum, connection))
+    except OSError as error:
+        return None, [f"{table.name}: cannot be read ({raw_files.reason(error)}): no checksum is checked"]
+    return table, problems
+
+
+def _checksum(connection: sqlite3.Connection, name: bytes) -> bytes | None:
+    row = connection.execute("SELECT digest FROM checksums WHERE name = ?", (name,)).fetchone()
+    return None if row is None else bytes(row[0])
 
 
 def _excess(raw: RawStudy, canonical: bytes) -> str | None:

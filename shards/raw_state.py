@@ -20,15 +20,13 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from shards import raw_files
+from shards import checksums, raw_files
 from shards.datasets.reader import RawStudy
 
 THREADS = 32  # that ask for sizes and times
 BATCH = 2048  # studies that are looked at together
 CHUNK = 128  # files for one thread at a time
 MAX_VIEWS = 1000  # of a study; one with more is left out
-CHECKSUMS = ("SHA256SUMS.txt", "SHA256SUMS", "MD5SUMS.txt", "MD5SUMS")  # in the archive's folder
-MAX_CHECKSUMS = 1 << 30  # bytes of such a table
 DIGITS = 32  # hexadecimal, of a digest
 
 
@@ -78,14 +76,14 @@ class ArchiveState:
         """Return what a build records; nothing where there are no files, as in drawn datasets."""
         if not self._images:
             return {}
-        checksums = {} if self._checksums is None else {"checksums": self._checksums}
+        table = {} if self._checksums is None else {"checksums": self._checksums}
         return {
             "images": self._images,
             "missing": self._missing,
             "bytes": self._bytes,
             "sizes": self._sizes.hexdigest()[:DIGITS],
             "times": self._times.hexdigest()[:DIGITS],
-            **checksums,
+            **table,
         }
 
 
@@ -108,13 +106,12 @@ def _state_of(path: Path) -> _FileState:
 
 def _checksums(salt: bytes, folder: Path) -> str | None:
     """Return a digest of the archive's own table of checksums, or None where it has none that can be read."""
-    for name in CHECKSUMS:
-        try:
-            data = raw_files.read(folder / name, MAX_CHECKSUMS)
-        except OSError:
-            continue
-        return hmac.new(salt, data, hashlib.sha256).hexdigest()[:DIGITS]
-    return None
+    table = checksums.find_table(folder)
+    try:
+        data = None if table is None else raw_files.read(table, checksums.MAX_TABLE)
+    except OSError:
+        return None
+    return None if data is None else hmac.new(salt, data, hashlib.sha256).hexdigest()[:DIGITS]
 
 
 def describe_change(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from radhpc.core.errors import UserError
-from radhpc.core.manifest import FINGERPRINTS, INDEX, FileEntry, Manifest, SampleIndex, Shard, sha256
+from radhpc.core.manifest import FINGERPRINTS, INDEX, FileEntry, Manifest, SampleIndex, Shard, SourceChecksums, sha256
 from radhpc.core.sample import SPLITS, Split
 from shards.execution.worker import ShardRecord
 from shards.execution.writer import SampleRow
@@ -22,15 +22,20 @@ def assemble(
     recipe: dict[str, Any],
     build_hash: str,
     skipped: Mapping[str, int],
+    checksums: str | None = None,
 ) -> tuple[Manifest, dict[str, bytes]]:
     """Return the manifest and the files it names, with one record at a time in memory.
+
+    `checksums` is the name of the archive's own table of checksums.
 
     Raises UserError where no sample is left.
     """
     shards: list[Shard] = []
     parts: list[SampleIndex] = []
     fingerprints: list[npt.NDArray[np.uint8]] = []
+    checked = unchecked = 0
     for split, record in records:
+        checked, unchecked = checked + record.checked, unchecked + record.unchecked
         if record.shard:
             parts.append(index_of_shard(record.rows, record.patients, split, len(shards), record.people))
             shards.append(record.shard)
@@ -44,6 +49,7 @@ def assemble(
     manifest = Manifest(
         dataset=pseudonyms.name,
         people=pseudonyms.people,
+        checksums=None if checksums is None else SourceChecksums(file=checksums, checked=checked, unchecked=unchecked),
         gate="unscrubbed" if recipe.get("unscrubbed") else "scrubbed",
         samples=len(index),
         splits={split: len(patients) for split, patients in of_split.items()},

@@ -24,6 +24,7 @@ from radhpc.core.manifest import Shard
 from radhpc.core.sample import Sample, Split
 from radhpc.storage.store import Store, write_atomically
 from shards import raw_files
+from shards.checksums import FileChecks
 from shards.duplicates import REASON, ExcludedImages
 from shards.execution.writer import SampleRow, write_shard
 from shards.images.decoding import load
@@ -58,6 +59,8 @@ class ShardRecord(BaseModel):
     attributions: tuple[tuple[str, str], ...]  # key, the authors that its licence asks to name
     skipped: tuple[tuple[str, str, str], ...]  # study, reason, detail
     suspects: tuple[Suspect, ...] = ()  # images that text may be written into
+    checked: int = 0  # image files that have the checksum of the archive's own table
+    unchecked: int = 0  # those that the table does not name
     summary: Summary
 
 
@@ -146,7 +149,7 @@ def build_shard(task: ShardTask, tick: Callable[[], None]) -> ShardRecord:
                 tick()
                 continue
             try:
-                encoded = encode_study(row, listing.dataset, task.context.images, rules)
+                encoded = encode_study(row, listing.dataset, task.context.images, rules, checks)
             except BadImage as error:
                 skipped.append((row.study, error.reason, error.detail))
             except ValidationError as error:
@@ -172,6 +175,7 @@ def build_shard(task: ShardTask, tick: Callable[[], None]) -> ShardRecord:
     store = Store(task.context.url)
     folder = store.folder or task.context.work  # a shard for an object store is written here first
     with raw_files.inside(task.context.archive), Listing(task.context.work / LISTING) as listing:
+        checks = listing.file_checks()
         shard, rows = write_shard(folder / task.plan.name, samples(listing, deidentification.with_names(listing.names)))
     if store.folder is None and shard:
         store.upload(folder / shard.name, shard.name)
@@ -187,6 +191,8 @@ def build_shard(task: ShardTask, tick: Callable[[], None]) -> ShardRecord:
         attributions=tuple(attributions),
         skipped=tuple(skipped),
         suspects=tuple(suspects),
+        checked=checks.checked if checks else 0,
+        unchecked=checks.unchecked if checks else 0,
         summary=summary,
     )
     write_atomically(record_path(task), record.model_dump_json().encode(), mode=0o600)
@@ -208,11 +214,12 @@ def encode_study(
     dataset: str,
     settings: EncodingSettings,
     rules: deidentification.RuleSet = deidentification.STANDARD,
+    checks: FileChecks | None = None,
 ) -> StudyMembers:
     """Read the images of a study and write its description. Raises BadImage, ValidationError, IdentifierError."""
     images = []
     for source, projection in row.raw.views:
-        raw = load(source) if isinstance(source, Path) else source()
+        raw = load(source, checks.check if checks else None) if isinstance(source, Path) else source()
         if raw.modality not in RADIOGRAPHS:
             raise BadImage(str(source), "DICOM that is no radiograph", f"modality {raw.modality}")
         images.append(encode(raw, settings, projection))

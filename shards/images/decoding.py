@@ -6,6 +6,7 @@ raw = decode(data, "a.png")                 # the same from bytes
 
 import io
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,11 @@ MIN_SIDE = 16  # pixels: anything smaller is an icon or a broken file
 MAX_BYTES = 1 << 30  # of a raw file
 
 
-def load(path: Path) -> RawImage:
-    """Load an image of any supported kind, recognised by its content. Raises BadImage."""
+def load(path: Path, check: Callable[[Path, bytes], None] | None = None) -> RawImage:
+    """Load an image of any supported kind, recognised by its content. Raises BadImage.
+
+    `check` gets its bytes before they are decoded, and may raise.
+    """
     try:
         data = raw_files.read(path, MAX_BYTES)
     except raw_files.LargeFile as error:
@@ -34,6 +38,8 @@ def load(path: Path) -> RawImage:
         raise BadImage(path, "missing image file") from error
     except OSError as error:
         raise BadImage(path, "unreadable image file", error.strerror or "") from error
+    if check is not None:
+        check(path, data)
     return decode(data, path)
 
 

@@ -79,11 +79,18 @@ def _settings(manifest: Manifest) -> str:
         "kept apart from": ", ".join(hash[:16] for hash in recipe.get("apart_from", ())),
         "samples in a shard, at most": recipe.get("shard_samples"),
         "texts in languages without rules": ", ".join(recipe.get("unscrubbed", ())),
+        "checksums of the archive": _checksums(manifest),
         "versions": ", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
         "build": manifest.build_hash[:16],
     }
     rows = [(name, _plain(value)) for name, value in known.items() if value not in (None, "")]
     return _table(("", "value"), rows, numbers=False)
+
+
+def _checksums(manifest: Manifest) -> str | None:
+    if (checks := manifest.checksums) is None:
+        return None
+    return f"{checks.file}: {checks.checked:,} image files have theirs, {checks.unchecked:,} are not in it"
 
 
 def _texts(summary: Summary) -> str:
