@@ -121,5 +121,6 @@ def _explained(rows: list[dict[str, Any]]) -> Iterator[Padding | Text]:
         default = {"required": ", required", "as below": ""}.get(row["default"], f", default {row['default']}")
         if section:
             yield Text()
-        yield Text.assemble((row["key"], "bold underline" if section else "bold"), f"  {row['type']}{default}")
+        head = Text.assemble((row["key"], "bold underline" if section else "bold"), f"  {row['type']}{default}")
+        yield Padding(head, 0, expand=False)  # wraps, which a text alone does not
         yield Padding(Text(row["meaning"]), (0, 0, 0, 4))

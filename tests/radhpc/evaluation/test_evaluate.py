@@ -200,7 +200,7 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("questions")
     lines = []
     for n in range(8):
-        Image.new("L", (64, 64), 20 * n).save(folder / f"{n}.png")
+        Image.linear_gradient("L").resize((64, 64 + n)).save(folder / f"{n}.png")
         lines.append(
             {"image": f"{n}.png", "patient": str(n), "question": "Is it large?", "answer": "yes", "split": "test"}
         )

@@ -323,7 +323,7 @@ def test_generate_writes_a_text(reference: Path, launch_json: LaunchJson, tmp_pa
     from PIL import Image
 
     path = tmp_path / "image.png"
-    Image.new("I;16", (90, 120), 3000).save(path)
+    Image.linear_gradient("L").resize((90, 120)).convert("I;16").save(path)
     assert isinstance(launch_json("generate", reference, "--image", path, "--image", path)["text"], str)
 
 
