@@ -19,8 +19,9 @@ from radhpc.core import environment, log as logs
 from radhpc.core.board import Board, WandbCurves
 from radhpc.core.errors import UserError, first_line
 from radhpc.core.files import FULL, read_json, write_atomically
-from radhpc.core.ledger import Ledger
+from radhpc.core.ledger import Ledger, bytes_by_life
 from radhpc.core.log import Bar
+from radhpc.core.ownership.lease import Lease, Superseded
 from radhpc.core.protocol import Cause, CulpritRecord, Event, Outcome, OutcomeState
 from radhpc.core.recipe import Recipe, Stage
 from radhpc.core.run_folder import RunFolder, step_of
@@ -58,20 +59,21 @@ class Recorders:
     quarantine: Quarantine
 
 
-def run(path: str, stop: Stop | None = None, trial: Trial | None = None) -> Outcome:
+def run(path: str, stop: Stop | None = None, trial: Trial | None = None, lease: Lease | None = None) -> Outcome:
     """Work on a run until it is finished or interrupted. Errors are recorded for this rank, then raised.
 
     `stop`: a flag that listens already, since before this module was imported.
     `trial`: the sweep that the run belongs to, if any, which may end it early.
+    `lease`: rank 0's, by which this life may write to the folder. Once it is lost, nothing is written any more.
     """
     folder = RunFolder.open(path)
+    folder.lease = lease
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     logs.start_logging(rank, world)
     keep_freed_memory()
     if threads := os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(int(threads))
     ranks: Ranks | None = None
-    folder.end_path(rank).unlink(missing_ok=True)  # of the life before
 
     def end(state: OutcomeState, cause: str, step: int, culprits: list[CulpritRecord]) -> None:
         folder.record_end(rank, Outcome(state, cause, step), culprits=culprits)
@@ -84,6 +86,9 @@ def run(path: str, stop: Stop | None = None, trial: Trial | None = None) -> Outc
             outcome = _run(folder, ranks, stop, trial)
         except BaseException as error:
             watchdog.give_way()
+            if isinstance(error, Superseded):
+                log.error("%s; this life leaves without a word", error)
+                raise
             if isinstance(error, torch.OutOfMemoryError):
                 raise _recorded(folder, rank, explain_out_of_memory(folder, rank, world)) from error
             if isinstance(error, OSError) and error.errno in FULL:
@@ -133,6 +138,8 @@ def _evaluate(job: RunFolder, ranks: Ranks, stop: Stop) -> Outcome:
     try:
         step = evaluation_job.work(job, ranks, stop)
     except Interrupted as interrupted:
+        if interrupted.cause == Cause.SUPERSEDED:
+            return Outcome(OutcomeState.SUPERSEDED, interrupted.cause)
         if ranks.first:
             job.record(Event.INTERRUPTED, cause=interrupted.cause, waited_seconds=round(stop.waited, 3))
         return Outcome(OutcomeState.INTERRUPTED, interrupted.cause)
@@ -192,8 +199,11 @@ def _run_stage(
         # A sweep chooses by its trials' scores, so the test split is not its business.
         evaluate(position, split="test" if last and context.trial is None else None)
     except Interrupted as interrupted:
-        interrupted.final_commit = checkpointer.commit_before_exit(position)
-        board.event(position.step, Event.INTERRUPTED, interrupted.cause)
+        if interrupted.cause == Cause.SUPERSEDED:
+            checkpointer.abandon()
+        else:
+            interrupted.final_commit = checkpointer.commit_before_exit(position)
+            board.event(position.step, Event.INTERRUPTED, interrupted.cause)
         if interrupted.cause == Cause.PRUNED:
             board.end_session()
         board.close()
@@ -267,11 +277,17 @@ def _stage_loop(stage: StageContext, stream: Stream, calls: list[Hook], recorder
 
 def _record_start(run: RunFolder, recipe: Recipe, ranks: Ranks) -> int:
     """Record that a life begins; return its number, from 1, on all ranks."""
-    life: int = ranks.broadcast(run.lives + 1 if ranks.first else 0)
+    token = run.lease.token if run.lease is not None else None
+    life: int
+    life, token = ranks.broadcast([run.lives + 1, token] if ranks.first else None)
+    run.lease = Lease(run.path, token) if token is not None else None
     if ranks.first:
         job = os.environ.get("SLURM_JOB_ID", "")
         nodes = os.environ.get("SLURM_JOB_NODELIST", socket.gethostname())
-        run.record(Event.STARTED, life=life, job=job, world=ranks.world, engine=recipe.engine, nodes=nodes)
+        written = bytes_by_life(run.path / "ledger")
+        run.record(
+            Event.STARTED, life=life, job=job, world=ranks.world, engine=recipe.engine, nodes=nodes, ledger=written
+        )
         run.reserve_space()
     return life
 
@@ -289,6 +305,9 @@ def _record_finish(context: RunContext, board: Board, step: int) -> Outcome:
 
 def _record_interruption(context: RunContext, interrupted: Interrupted, position: Position | None) -> Outcome:
     """Record why the life ends and what it has committed; `position`: None before the first stage."""
+    if interrupted.cause == Cause.SUPERSEDED:
+        log.error("the run belongs to another life now; this one leaves without a word")
+        return Outcome(OutcomeState.SUPERSEDED, interrupted.cause, position.step if position else 0)
     commit: FinalCommit = interrupted.final_commit or _committed_before(context)
     step = position.step if position else commit.committed_step or 0
     pruned = interrupted.cause == Cause.PRUNED
@@ -411,6 +430,7 @@ def _quarantine_recorder(run: RunFolder) -> Callable[[str, str], None]:
 def _own_checkpoints(context: RunContext, life: int) -> Checkpoints:
     """Return the run's checkpoints; refuse those that a run of the same name has left in an object store."""
     checkpoints = context.checkpoints
+    checkpoints.take(context.run.lease)
     if life == 1 and context.recipe.checkpoint.url is not None and (others := checkpoints.names()):
         raise UserError(
             f"{checkpoints.storage.where(others[0])}: a checkpoint of another run lies where this one will write; "

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from radhpc.core.errors import UserError
-from radhpc.core.files import append_line, read_lines
+from radhpc.core.files import append_line, open_append, read_lines
 from radhpc.core.image_decoding import decode as decode_member
 from shards.images.decoding import decode, load
 from shards.images.encoding import EncodingSettings, encode
@@ -80,19 +80,16 @@ def find_studies(folder: Path) -> dict[str, list[Path]]:
 
 def read_answers(out: Path, studies: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Read the answers to these studies that a file has already. Raises UserError where it is another kind of file."""
-    try:
-        return {line["name"]: line for line in read_lines(out) if line["name"] in studies}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--out {out}: no file of answers; name a new one") from error
+    lines = read_lines(out, lambda line: isinstance(line.get("name"), str))
+    if not lines and out.exists() and b"\n" in out.read_bytes():
+        raise UserError(f"--out {out}: no file of answers; name a new one")
+    return {line["name"]: line for line in lines if line["name"] in studies}
 
 
 def append_answers(out: Path, answers: Sequence[Mapping[str, Any]]) -> None:
     """Append a line for each answer; they are on the disk when this returns. Only the user may read the file."""
-    descriptor = os.open(out, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+    descriptor = open_append(out)
     try:
-        size = os.fstat(descriptor).st_size
-        if size and os.pread(descriptor, 1, size - 1) != b"\n":  # a line that was cut by a kill
-            os.ftruncate(descriptor, out.read_bytes().rfind(b"\n") + 1)
         for answer in answers:
             append_line(descriptor, json.dumps(answer).encode() + b"\n")
         os.fsync(descriptor)

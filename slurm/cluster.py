@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from radhpc.core.errors import UserError, first_line
-from slurm.scheduler import fields
+from slurm.scheduler import clean_environment, fields
 
 # Memory that PyTorch finds on a GPU, in bytes, by what sites call it in gres types and node features. The first match
 # counts; an A100 is taken for the smaller one unless its name says 80.
@@ -120,7 +120,7 @@ def call(command: list[str], environment: Mapping[str, str]) -> str:
     """Return the output of one of SLURM's commands. Raises UserError where it is missing or refuses."""
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=60, check=False, env={**os.environ, **environment}
+            command, capture_output=True, text=True, timeout=60, check=False, env=clean_environment(dict(environment))
         )
     except FileNotFoundError as error:
         raise UserError(f"{command[0]} is not found: this is no login node of a SLURM cluster") from error

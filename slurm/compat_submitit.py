@@ -5,9 +5,10 @@ tests/slurm/test_compat_submitit.py says so first. The rest of radhpc uses submi
 JobEnvironment and the errors of submitit.core.utils.
 """
 
+import contextlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,25 @@ def batch_script(command: str, logs: Path, parameters: Mapping[str, Any], elemen
 
     array = {"map_count": elements} if elements else {}
     return str(_make_sbatch_string(command, logs.absolute(), **{**parameters, **array}))
+
+
+@contextlib.contextmanager
+def already_submitted(job: str) -> Iterator[None]:
+    """Let submitit take a job or an array that is in the queue for the one that it submits in here.
+
+    Wraps SlurmExecutor._make_submission_command, whose output submitit reads the id from. When it is gone: cancel such
+    a job instead (slurm/submission.py).
+    """
+    from submitit import SlurmExecutor
+
+    make = SlurmExecutor._make_submission_command
+    SlurmExecutor._make_submission_command = (  # type: ignore[method-assign]
+        lambda self, submission_file_path: ["echo", f"Submitted batch job {job}"]
+    )
+    try:
+        yield
+    finally:
+        SlurmExecutor._make_submission_command = make  # type: ignore[method-assign]
 
 
 def in_job() -> bool:

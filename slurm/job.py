@@ -11,6 +11,7 @@ from typing import Any
 import submitit
 
 from radhpc.core.errors import UserError
+from radhpc.core.ownership.lease import EXIT_STATUS, Life, Superseded, life_name, take
 from radhpc.core.protocol import Event
 from radhpc.core.run_folder import RunFolder
 from slurm import compat_submitit, requeue
@@ -20,7 +21,11 @@ from slurm.sweep.trial import SweepTrial
 
 def main(run: str) -> Any:
     """Run one rank. Raises UserError inline; elsewhere it ends the process with status 2 after one line."""
-    inside = join_ranks(RunFolder(run))
+    try:
+        inside = join_ranks(folder := RunFolder(run))
+    except Superseded as superseded:
+        print(superseded, file=sys.stderr, flush=True)
+        raise SystemExit(EXIT_STATUS) from superseded  # with it srun ends the other ranks, too
     from radhpc.distributed.stop import Stop
 
     try:
@@ -29,7 +34,7 @@ def main(run: str) -> Any:
                 import radhpc.worker  # the one import of what needs torch, inside the job
 
             trial = SweepTrial.of(run)
-            outcome = radhpc.worker.run(run, stop, trial)
+            outcome = radhpc.worker.run(run, stop, trial, folder.lease)
             if trial is not None and os.environ.get("RANK", "0") == "0":
                 trial.close()
             return outcome
@@ -67,8 +72,19 @@ def probe(folder: str) -> None:
 
 
 def join_ranks(run: RunFolder | None = None) -> bool:
-    """Set the variables by which PyTorch's ranks find each other; begin a run's life. Returns whether this is a job."""
+    """Take the run's lease, set the variables by which PyTorch's ranks find each other, begin a life.
+
+    Returns whether this is a job. Raises Superseded where the run is another job's.
+    """
     environment = submitit.JobEnvironment() if compat_submitit.in_job() else None
+    first = environment is None or environment.global_rank == 0
+    if run is not None:
+        owner = run.job()
+        life = Life.here(owner, environment.job_id if environment is not None else "")
+        if first and owner is not None:
+            run.lease = take(run.path, life)
+        else:
+            life.refuse(run.path, owner)
     if environment is not None:
         logs.mark(environment.global_rank, socket.gethostname())
         if environment.global_rank == 0 and run is not None:
@@ -86,7 +102,8 @@ def join_ranks(run: RunFolder | None = None) -> bool:
 
 def _begin(run: RunFolder, environment: submitit.JobEnvironment) -> None:
     """Record that a life begins, long before "started", for which all ranks and their libraries must be there."""
-    if "SLURM_JOB_ID" in os.environ:
+    if life := life_name():
+        run.clear_ends(life)
         requeue.record_unseen_end(run)
     nodes = os.environ.get("SLURM_JOB_NODELIST", socket.gethostname())
     run.record(Event.STARTING, job=environment.job_id, world=environment.num_tasks, nodes=nodes)

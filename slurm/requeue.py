@@ -25,6 +25,7 @@ import hashlib
 import os
 import re
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,7 +33,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from radhpc.core.files import read_json, write_with_reserve
+from radhpc.core.files import write_with_reserve
+from radhpc.core.ownership.lease import Life, later_life, life_name
 from radhpc.core.protocol import JOB_BEGINNINGS, LIFE_BEGINNINGS, REQUEUE_VERDICTS, Cause, Event, OutcomeState
 from radhpc.core.run_folder import RunFolder
 from slurm import compat_submitit, scheduler
@@ -44,6 +46,8 @@ _FAULTS = {
     OutcomeState.CRASHED: Event.CRASHED,
     OutcomeState.HUNG: Event.HUNG,
 }
+_LATE = 10.0  # seconds that a file may come late from another node
+_SAID = (Event.FINISHED, Event.INTERRUPTED, Event.PRUNED)  # by rank 0, in the words of its outcome
 _LOSSES = (Event.NODE_LOST, Event.RANK_LOST, Event.HUNG)
 
 
@@ -230,21 +234,55 @@ def split_earlier_attempt(events: Sequence[dict[str, Any]], job_id: str) -> tupl
     return [event for event in events if event not in own], [event["event"] for event in own]
 
 
+def read_ends(run: RunFolder, world: int, exit_status: int, patience: float | None = None) -> dict[int, dict[str, Any]]:
+    """Return what the ranks of this life have written on their way out.
+
+    Another node's files may come seconds late. Where srun says that all ranks ended well, they are waited for longer,
+    and what rank 0 has recorded last stands for those that do not come.
+    """
+    if patience is None:
+        patience = _LATE if exit_status == 0 else _LATE / 5
+    until = time.monotonic() + patience
+    while True:
+        ends = {rank: end for rank, end in run.ends().items() if end.get("life") in (None, "", life_name())}
+        if len(ends) >= world or time.monotonic() >= until:
+            break
+        time.sleep(min(0.5, patience))
+        for rank in range(world):  # asks for the very name, where a listing may come from a client's memory
+            with contextlib.suppress(OSError), open(run.end_path(rank), "rb"):
+                pass
+    said = run.events(*LIFE_BEGINNINGS, *_SAID)
+    if exit_status == 0 and len(ends) < world and said and said[-1]["event"] in _SAID:
+        last = said[-1]
+        spoken = {"state": str(last["event"]), "cause": last.get("cause", ""), "step": last.get("step", 0)}
+        ends = {rank: ends.get(rank, spoken) for rank in range(world)}
+    return ends
+
+
 def main(run_path: str, exit_status: int) -> None:
     """Decide, record, and requeue if so decided. The batch script calls it once more where it fails."""
     run = RunFolder.open(run_path)
     profile = load(str(run.path / "profile.yaml"))
     job_id = os.environ["SLURM_JOB_ID"]
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    name = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else job_id  # the array's id alone means all elements
+    owner, life = run.job(), Life.here(None, job_id)
+    if not life.owns(owner) or later_life(run.path, life):
+        print(f"slurm.requeue: {run.path} belongs to another job or a later life: nothing is decided", file=sys.stderr)
+        return
 
     def record(event: Event, **details: Any) -> None:
         write_with_reserve(run.reserve_path("decision"), lambda: run.record(event, **details))
 
-    ends = {rank: read_json(path) for rank, path in run.end_paths().items()}
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     earlier, recorded = split_earlier_attempt(run.events(), job_id)
-    job, before = scheduler.own_job(job_id), history(earlier)
+    job, before = scheduler.own_job(name), history(earlier)
     down = scheduler.down_nodes(os.environ.get("SLURM_JOB_NODELIST", ""))
     world = int(os.environ["SLURM_JOB_NUM_NODES"]) * profile.tasks_per_node  # of this life: `nodes` may be a range
+    ends = read_ends(run, world, exit_status)
+    if owner is not None and not owner.get("id"):
+        record(Event.FAILED, job=job_id, why="its submission was cut short, so that no rank could start")
+        return
     decision = decide(job, ends, world, exit_status, profile, before, restarts, down)
     step = max((end["step"] for end in ends.values()), default=0)
     if decision.cause not in (Event.FINISHED, Event.PRUNED, *recorded):
@@ -258,11 +296,10 @@ def main(run_path: str, exit_status: int) -> None:
     if decision.gave_up and profile.requeue:
         record(Event.GAVE_UP, job=job_id, after=decision.cause, why=decision.gave_up)
     put_back = int(job.get("Restarts", "0")) > restarts
-    array = os.environ.get("SLURM_ARRAY_JOB_ID")
-    name = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else job_id
     if not decision.requeue:
         if put_back and decision.gave_up:
-            scheduler.cancel({"id": name})
+            with contextlib.suppress(scheduler.NoAnswer):
+                scheduler.cancel({"id": name})
         return
     compat_submitit.remove_partial_results(run.path / "logs")
     record(Event.REQUEUED, job=job_id, cause=decision.cause)

@@ -1,10 +1,15 @@
-"""Ask the scheduler about a job: by scontrol, which needs no accounting as submitit's sacct does."""
+"""Ask the scheduler about a job: by scontrol, which needs no accounting as submitit's sacct does.
+
+A question has three answers: the job lives, it is gone, or nobody says (NoAnswer). The last is never taken for the
+second: a busy controller or a login node without SLURM would otherwise let a second job onto a run.
+"""
 
 import contextlib
 import os
 import re
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,35 +26,75 @@ _LIVING = {
     "CONFIGURING",
     "COMPLETING",
     "REQUEUED",
+    "REQUEUE_FED",
+    "REQUEUE_HOLD",
+    "SPECIAL_EXIT",
+    "RESV_DEL_HOLD",
     "STOPPED",
     "SIGNALING",
     "RESIZING",
+    "STAGE_OUT",
 }
+# Options of SLURM's commands that a shell may hold: they would filter what we ask, and change what we submit.
+SHELL_OPTIONS = ("SQUEUE_", "SCONTROL_", "SINFO_", "SCANCEL_", "SBATCH_")
+_GONE = "Invalid job id"
 
+
+class NoAnswer(UserError):
+    """Nobody says whether a job lives."""
+
+
+_PATIENCE = 60  # seconds for one question
 _PAUSES = (1, 2, 4, 8, 16)  # seconds between questions that must be answered
 
 
 def show_job(job_id: str, environment: dict[str, str] | None = None) -> dict[str, str]:
-    """Return the fields of `scontrol show job`, such as JobState and PreemptTime; empty where the job is forgotten."""
-    return fields(_output(["scontrol", "show", "job", "--oneliner", job_id], environment))
+    """Return the fields of `scontrol show job`, such as JobState and PreemptTime; empty where the job is forgotten.
+
+    `job_id`: of an array's element as ARRAY_TASK, as the array's id alone means all of its elements. Raises NoAnswer.
+    """
+    text = ask(["scontrol", "show", "job", "--oneliner", job_id], environment, gone=_GONE)
+    lines = text.strip().splitlines()
+    if len(lines) > 1 and "_" not in job_id:  # an array that waits as a whole, or its elements: take the job's own line
+        lines = [line for line in lines if line.startswith(f"JobId={job_id} ")] or lines[:1]
+    return fields(lines[0]) if lines else {}
 
 
-def own_job(job_id: str) -> dict[str, str]:
+def own_job(name: str) -> dict[str, str]:
     """Return the fields of the job that this process is part of, however long the controller takes to answer.
 
-    Raises RuntimeError where it does not answer: if the job's state is unknown, do not requeue it.
+    `name`: its id, of an array's element ARRAY_TASK. Raises RuntimeError where there is no answer: if the job's state
+    is unknown, do not requeue it.
     """
     for pause in (*_PAUSES, 0):
-        if job := show_job(job_id):
-            return job
+        with contextlib.suppress(NoAnswer):
+            if job := show_job(name):
+                return job
         time.sleep(pause)
-    raise RuntimeError(f"scontrol show job {job_id}: no answer")
+    raise RuntimeError(f"scontrol show job {name}: no answer")
+
+
+def find(submission: str, environment: dict[str, str] | None = None) -> list[str]:
+    """Return the ids of the jobs in the queue, arrays as one, whose comment has the token of a submission.
+
+    Raises NoAnswer.
+    """
+    command = ["squeue", "--noheader", f"--user={os.getuid()}", "--states=all", "--Format=ArrayJobID:|,Comment:|"]
+    rows = [line.split("|") for line in ask(command, environment).splitlines() if line.count("|") >= 2]
+    return sorted({row[0].strip() for row in rows if comment(submission) in row[1].split()})
+
+
+def comment(submission: str) -> str:
+    """Return the word in a job's comment by which `find` knows it."""
+    return f"radhpc:{submission}"
 
 
 def requeue(name: str) -> str:
     """Put a running job back into the queue; a controller that is away may come back. Returns "" or the refusal."""
     for pause in (*_PAUSES, 0):
-        done = subprocess.run(["scontrol", "requeue", name], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["scontrol", "requeue", name], capture_output=True, text=True, check=False, env=clean_environment()
+        )
         if not done.returncode:
             return ""
         time.sleep(pause)
@@ -88,19 +133,45 @@ def node_restarted(node: str, since: datetime) -> bool:
 def exclude_nodes(job_id: str, nodes: str) -> bool:
     """Tell a job that waits, or is about to, which nodes to avoid. Returns whether it was accepted."""
     done = subprocess.run(
-        ["scontrol", "update", f"JobId={job_id}", f"ExcNodeList={nodes}"], capture_output=True, check=False
+        ["scontrol", "update", f"JobId={job_id}", f"ExcNodeList={nodes}"],
+        capture_output=True,
+        check=False,
+        env=clean_environment(),
     )
     return done.returncode == 0
 
 
+def clean_environment(environment: dict[str, str] | None = None) -> dict[str, str]:
+    """Return the variables for one of SLURM's commands: this process's without the options of its shell, and more."""
+    return {
+        name: value for name, value in os.environ.items() if not name.startswith(SHELL_OPTIONS)
+    } | (environment or {})  # fmt: skip
+
+
+def ask(command: list[str], environment: dict[str, str] | None = None, gone: str | None = None) -> str:
+    """Return what one of SLURM's commands prints; nothing where it fails with the message `gone`. Raises NoAnswer."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_PATIENCE, check=False, env=clean_environment(environment)
+        )
+    except FileNotFoundError:
+        raise NoAnswer(f"{command[0]} is not found: look from a login node of its cluster") from None
+    except subprocess.TimeoutExpired:
+        raise NoAnswer(f"the scheduler does not answer within {_PATIENCE} s ({command[0]}); try again") from None
+    if done.returncode == 0:
+        return done.stdout
+    if gone is not None and gone in done.stderr:
+        return ""
+    said = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+    raise NoAnswer(f"the scheduler does not answer: {command[0]}: {said}; try again")
+
+
 def _output(command: list[str], environment: dict[str, str] | None = None) -> str:
     """Return what one of SLURM's commands prints; nothing where it fails or is missing."""
-    variables = {**os.environ, **(environment or {})}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=variables)
-    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return ask(command, environment)
+    except NoAnswer:
         return ""
-    return done.stdout if done.returncode == 0 else ""
 
 
 def fields(line: str) -> dict[str, str]:
@@ -109,13 +180,25 @@ def fields(line: str) -> dict[str, str]:
 
 
 def state(job: dict[str, Any] | None) -> str:
-    """Return PENDING, RUNNING, ... of a run's job; "" where it lives no longer."""
+    """Return PENDING, RUNNING, ... of a run's job; "" where it lives no longer. Raises NoAnswer where nobody says."""
     if job is None:
         return ""
-    if job["cluster"] == "slurm":
-        shown = show_job(job["id"], job.get("environment")).get("JobState", "")
-        return shown if shown in _LIVING else ""
-    return "RUNNING" if process_alive(job) else ""
+    if job["cluster"] != "slurm":
+        if job.get("host") != socket.gethostname():
+            raise NoAnswer(f"its ranks are on host {job.get('host')} and cannot be seen from here")
+        return "RUNNING" if process_alive(job) else ""
+    states = [show_job(name, job.get("environment")).get("JobState", "") for name in ids(job)]
+    return next((shown for shown in states if shown in _LIVING), "")
+
+
+def ids(job: dict[str, Any]) -> list[str]:
+    """Return the ids of a run's job in SLURM. Raises NoAnswer.
+
+    Where a submission was cut short and the id was never written down, its token in the jobs' comments tells.
+    """
+    if job["id"]:
+        return [job["id"]]
+    return find(job["submission"], job.get("environment")) if job.get("submission") else []
 
 
 @dataclass(frozen=True)
@@ -137,7 +220,7 @@ def queue_entries(jobs: Sequence[dict[str, Any] | None]) -> list[QueueEntry]:
     """Return the entries of many jobs (what job.json holds), by one squeue for each cluster that they are on."""
     clusters: dict[frozenset[tuple[str, str]], dict[str, QueueEntry]] = {}
     for job in jobs:
-        if job is not None and job["cluster"] == "slurm":
+        if job is not None and job["cluster"] == "slurm" and job["id"]:
             clusters.setdefault(_variables(job), {})[job["id"]] = QueueEntry()
     for variables, entries in clusters.items():
         entries.update(_squeue(list(entries), dict(variables)))
@@ -147,6 +230,11 @@ def queue_entries(jobs: Sequence[dict[str, Any] | None]) -> list[QueueEntry]:
 def _entry(job: dict[str, Any] | None, clusters: dict[frozenset[tuple[str, str]], dict[str, QueueEntry]]) -> QueueEntry:
     if job is None:
         return QueueEntry()
+    if job["cluster"] == "slurm" and not job["id"]:
+        try:
+            return QueueEntry(state(job))
+        except NoAnswer as error:
+            return QueueEntry(problem=str(error))
     if job["cluster"] == "slurm":
         return clusters[_variables(job)][job["id"]]
     if job.get("host") != socket.gethostname():
@@ -168,7 +256,7 @@ def _squeue(ids: list[str], environment: dict[str, str]) -> dict[str, QueueEntry
     command.append("--Format=" + ",".join(f"{field}:|" for field in _FIELDS))
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_TIMEOUT, check=False, env={**os.environ, **environment}
+            command, capture_output=True, text=True, timeout=_TIMEOUT, check=False, env=clean_environment(environment)
         )
     except FileNotFoundError:
         return dict.fromkeys(ids, QueueEntry(problem="squeue is not found: look from a login node of its cluster"))
@@ -204,16 +292,41 @@ def _status(code: str) -> str:
 
 
 def refuse_if_alive(run: RunFolder) -> None:
-    """Raise UserError while a job still works, or waits to work, on the run."""
+    """Raise UserError while a job still works, or waits to work, on the run, and while nobody says whether it does."""
     job = run.job()
-    if alive := state(job):
+    try:
+        alive = state(job)
+    except NoAnswer as error:
+        assert job is not None
+        if job["cluster"] == "slurm":
+            raise NoAnswer(f"{run.path}: nobody says whether {_name(job)} still lives: {error}") from error
+        if (silent := _silence(run)) > _SILENT:
+            return
+        raise NoAnswer(
+            f"{run.path}: {_name(job)} gave a sign of life {silent:.0f} s ago: {error}; look there, or wait {_SILENT} s"
+        ) from error
+    if alive:
         assert job is not None
         raise UserError(
-            f"{run.path}: in use by {job['cluster']} job {job['id']} ({alive.lower()}); "
-            f"end it with 'radhpc stop {run.path}'"
+            f"{run.path}: in use by {_name(job)} ({alive.lower()}); end it with 'radhpc stop {run.path}'"
         )
 
 
+_SILENT = 600  # seconds without a heartbeat after which ranks on a host that cannot be seen count as gone
+
+
+def _silence(run: RunFolder) -> float:
+    """Return the seconds since a rank wrote its heartbeat, by the clock of the file server."""
+    beats = [path.stat().st_mtime for path in (run.path / "logs").glob("heartbeat.rank-*.json")]
+    with tempfile.NamedTemporaryFile(dir=run.path) as now:
+        return os.stat(now.name).st_mtime - max(beats, default=0.0)
+
+
+def _name(job: dict[str, Any]) -> str:
+    return f"{job['cluster']} job {job['id'] or 'of a submission that was cut short'}"
+
+
 def cancel(job: dict[str, Any]) -> None:
-    """Take a job that has not started out of the queue."""
-    subprocess.run(["scancel", job["id"]], check=False, env={**os.environ, **job.get("environment", {})})
+    """End a job, or take it out of the queue where it waits. Raises NoAnswer where that may not have happened."""
+    for name in ids(job):
+        ask(["scancel", name], job.get("environment"), gone=_GONE)

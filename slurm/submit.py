@@ -5,35 +5,51 @@ again, days later, reads the run as it is then; and imports the code that was fr
 (frozen_code.py).
 """
 
+import logging
 import os
 import shlex
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import submitit
 
-from radhpc.core.errors import UserError, first_line
+from radhpc.core.errors import UserError
 from radhpc.core.files import write_atomically
-from radhpc.core.protocol import END_FILES, Event
-from radhpc.core.run_folder import RunFolder, process_start
+from radhpc.core.ownership.lease import SUBMISSION
+from radhpc.core.process import started_at
+from radhpc.core.protocol import Event
+from radhpc.core.run_folder import RunFolder
 from slurm import container, frozen_code, job as slurm_job, precheck, scheduler
 from slurm.profile import Profile
+from slurm.submission import NothingSubmitted, Submission, ignored_shell_options, refusals_as_user_errors
+
+log = logging.getLogger("radhpc")
 
 
-def submit(run: RunFolder, profile: Profile, current_code: bool = False) -> submitit.Job[Any]:
+def submit(
+    run: RunFolder, profile: Profile, current_code: bool = False, prepare: Callable[[], None] = lambda: None
+) -> submitit.Job[Any]:
     """Submit, and make the job the run's owner. An inline job runs when its result is requested.
 
     The job runs the code in the run folder, which is this process's where there is none yet, or where
-    `current_code` is asked for. An inline job cannot but run this process's.
+    `current_code` is asked for. An inline job cannot but run this process's. `prepare` is called once the run is known
+    to be free. Raises UserError where a job works on the run, or another command does.
     """
-    scheduler.refuse_if_alive(run)
+    with run.lock("submit"):
+        scheduler.refuse_if_alive(run)
+        prepare()
+        return _submit(run, profile, current_code)
+
+
+def _submit(run: RunFolder, profile: Profile, current_code: bool) -> submitit.Job[Any]:
     if profile.container is not None:
         container.check(profile.container)
+    submission = Submission(profile)
     precheck.refuse(run, profile, slurm_parameters(run, profile, host_python(profile)))
     same_python = profile.python is None and profile.container is None
     if current_code and run.code.exists():
@@ -44,17 +60,25 @@ def submit(run: RunFolder, profile: Profile, current_code: bool = False) -> subm
     if profile.cluster != "inline":
         frozen_code.check_profile(run.code, run.path / "profile.yaml")
     run.clear_stop()
+    run.clear_ends()
     try:
         run.reserve_space()
     except OSError as error:
         raise UserError(f"{run.path}: {error.strerror}") from error
-    with submission_environment(run, profile), refusals_as_user_errors():
-        job = executor(run, profile).submit(slurm_job.main, str(run.path))
+    before = run.job()
+    owner = {**submission.owner, "host": socket.gethostname()}
+    run.write_job(**owner)  # before the scheduler hears of it: a job without an id is looked for by its token
+    try:
+        with submission_environment(run, profile, submission), refusals_as_user_errors():
+            job = submission.send(lambda: executor(run, profile, submission).submit(slurm_job.main, str(run.path)))
+    except NothingSubmitted as refusal:
+        run.write_job(**before) if before is not None else (run.path / "job.json").unlink()
+        raise UserError(str(refusal)) from refusal
     pid = os.getpid() if profile.cluster == "inline" else int(job.job_id) if profile.cluster == "local" else None
-    owner: dict[str, Any] = {"cluster": profile.cluster, "id": str(job.job_id), "host": socket.gethostname()}
+    owner["id"] = str(job.job_id)
     if pid is not None:
-        owner |= {"pid": pid, "process_start": process_start(pid)}
-    run.write_job(**owner, environment=profile.environment)
+        owner |= {"pid": pid, "process_start": started_at(pid) or "gone"}
+    run.write_job(**owner)
     run.record(
         Event.SUBMITTED, job=str(job.job_id), cluster=profile.cluster, nodes=profile.nodes, world=profile.world,
         code=frozen["code"] if profile.cluster != "inline" else frozen_code.current(), commit=frozen["commit"],
@@ -62,7 +86,7 @@ def submit(run: RunFolder, profile: Profile, current_code: bool = False) -> subm
     return job
 
 
-def executor(run: RunFolder, profile: Profile) -> submitit.Executor:
+def executor(run: RunFolder, profile: Profile, submission: Submission | None = None) -> submitit.Executor:
     """Return the submitit executor that a profile describes."""
     folder = run.folder("logs")
     if profile.cluster == "inline":
@@ -85,11 +109,13 @@ def executor(run: RunFolder, profile: Profile) -> submitit.Executor:
             signal_delay_s=profile.signal_seconds,
         )
         return local
+    for name in ignored_shell_options():
+        log.warning("%s=%s of this shell is not used: options of sbatch belong to the profile", name, os.environ[name])
     try:
         slurm = submitit.SlurmExecutor(folder, python=python)
     except RuntimeError as error:
         raise UserError("srun is not found: submit from a login node of the cluster") from error
-    slurm.update_parameters(**slurm_parameters(run, profile, host_python(profile)))
+    slurm.update_parameters(**slurm_parameters(run, profile, host_python(profile), submission=submission))
     return slurm
 
 
@@ -113,11 +139,17 @@ def setup_lines(profile: Profile, frozen: Path) -> list[str]:
     ]
 
 
-def slurm_parameters(run: RunFolder, profile: Profile, python: str, frozen: Path | None = None) -> dict[str, Any]:
+def slurm_parameters(
+    run: RunFolder,
+    profile: Profile,
+    python: str,
+    frozen: Path | None = None,
+    submission: Submission | None = None,
+) -> dict[str, Any]:
     """Return what submitit puts into the batch script.
 
     `python`: the shell words for slurm.requeue's Python, outside any container; `frozen`: the code that the job runs,
-    the run's own by default.
+    the run's own by default; `submission`: whose token the job bears, none in a mere check.
     """
     frozen = frozen or run.code
     decide = f"{python} -m slurm.requeue {shlex.quote(str(run.path))} $status"
@@ -139,6 +171,7 @@ def slurm_parameters(run: RunFolder, profile: Profile, python: str, frozen: Path
             **more,
             "requeue" if profile.requeue else "no-requeue": True,
             **profile.sbatch,
+            **({"comment": submission.comment} if submission else {}),
         },
         "srun_args": [
             "--kill-on-bad-exit=1",  # no GPU waits for a dead peer
@@ -149,10 +182,9 @@ def slurm_parameters(run: RunFolder, profile: Profile, python: str, frozen: Path
             # The batch shell outlives the ranks, so that slurm.requeue can decide what follows when all are gone.
             "trap : TERM USR2",
             "export RADHPC_JOB_STARTED=$(date +%s)",  # radhpc/distributed/stop.py
+            *([submission.export] if submission else []),
             *setup_lines(profile, frozen),
             *tasks,
-            # What ranks said at the end of the life before is not for the decision on this one: there may be fewer now.
-            f"rm -f {shlex.quote(str(run.path))}/logs/{END_FILES}",
         ],
         # From here on a signal must not end the decision half way; where it fails nevertheless, the run would be lost.
         "teardown": [
@@ -197,15 +229,6 @@ def site_parameters(profile: Profile) -> dict[str, Any]:
 
 
 @contextmanager
-def refusals_as_user_errors() -> Iterator[None]:
-    """Turn a scheduler's refusal into one line."""
-    try:
-        yield
-    except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError, RuntimeError) as error:
-        raise UserError(f"submission failed: {_reason(error)}") from error
-
-
-@contextmanager
 def detached_output(run: RunFolder) -> Iterator[None]:
     """Redirect the output of processes started in here to the run's logs: nobody waits for the end of a pipe they hold.
 
@@ -227,20 +250,25 @@ def detached_output(run: RunFolder) -> Iterator[None]:
 
 
 @contextmanager
-def submission_environment(run: RunFolder, profile: Profile) -> Iterator[None]:
-    """Set what submission needs: the profile's variables, and for local ranks the code they import."""
+def submission_environment(run: RunFolder, profile: Profile, submission: Submission | None = None) -> Iterator[None]:
+    """Set what submission needs: the profile's variables, and for local ranks the code they import and their token."""
     if profile.cluster != "local":
         with profile_environment(profile):
             yield
         return
     inside = {**frozen_code.variables(run.code), **container.variables(profile.container, run.code)}
+    if submission is not None:
+        inside[SUBMISSION] = submission.token
     with profile_environment(profile, inside), detached_output(run):
         yield
 
 
 @contextmanager
 def profile_environment(profile: Profile, more: dict[str, str] | None = None) -> Iterator[None]:
-    """Set the profile's variables, for submitit's own calls of sbatch and for the processes it starts."""
+    """Set the profile's variables, for submitit's own calls of sbatch and for the processes it starts.
+
+    Options of SLURM's commands that this shell holds (SBATCH_PARTITION, SQUEUE_USERS, ...) do not reach them.
+    """
     threads = profile.threads or profile.cpus_per_task
     limits = {
         "RADHPC_HANG_SECONDS": str(profile.hang_seconds),
@@ -251,7 +279,10 @@ def profile_environment(profile: Profile, more: dict[str, str] | None = None) ->
         variables |= {"RADHPC_GRACE_SECONDS": str(profile.grace_seconds)}
         variables |= {"RADHPC_SIGNAL_SECONDS": str(profile.signal_seconds)}
         variables |= {"RADHPC_LIMIT_SECONDS": str(profile.minutes * 60)}
-    before = {name: os.environ.get(name) for name in variables}
+    hidden = [name for name in os.environ if name.startswith(scheduler.SHELL_OPTIONS)]
+    before = {name: os.environ.get(name) for name in [*variables, *hidden]}
+    for name in hidden:
+        del os.environ[name]
     os.environ.update(variables)
     try:
         yield
@@ -261,10 +292,3 @@ def profile_environment(profile: Profile, more: dict[str, str] | None = None) ->
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-
-
-def _reason(error: Exception) -> str:
-    """Return sbatch's message without its banner."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    messages = [line.removeprefix("sbatch: error: ") for line in lines if line.startswith("sbatch: error: ")]
-    return "; ".join(messages) or first_line(error)

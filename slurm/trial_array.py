@@ -7,6 +7,7 @@ slurm/trials.py, which draws the trial's parameters or finds them drawn.
 """
 
 import json
+import os
 import shlex
 import socket
 import time
@@ -17,15 +18,17 @@ import submitit
 
 from radhpc.core.errors import UserError, first_line
 from radhpc.core.files import write_atomically
+from radhpc.core.ownership.folder_lock import hold
+from radhpc.core.ownership.lease import LOCK, SUBMISSION
 from radhpc.core.protocol import Cause, Event, OutcomeState, RunState
 from radhpc.core.recipe import Recipe
 from radhpc.core.run_folder import RunFolder
 from slurm import frozen_code, job as slurm_job, precheck, scheduler
 from slurm.profile import Profile
+from slurm.submission import NothingSubmitted, Submission
 from slurm.submit import (
     host_python,
     profile_environment,
-    refusals_as_user_errors,
     slurm_parameters,
     submit as submit_run,
 )
@@ -59,7 +62,12 @@ def due(study: SweepStudy) -> list[int]:
 
 
 def submit(study: SweepStudy, profile: Profile) -> str | None:
-    """Submit what is due to SLURM. Returns the array's id, None where nothing is due."""
+    """Submit what is due to SLURM. Returns the array's id, None where nothing is due. Raises UserError."""
+    with hold(study.path / LOCK, "sweep", 60):
+        return _submit(study, profile)
+
+
+def _submit(study: SweepStudy, profile: Profile) -> str | None:
     numbers = due(study)
     if not numbers:
         return None
@@ -70,37 +78,57 @@ def submit(study: SweepStudy, profile: Profile) -> str | None:
     folder.mkdir(mode=0o700, exist_ok=True)
     frozen = folder / f"{len(list(folder.iterdir())):03d}.yaml"
     python = host_python(profile)
-    parameters = _array_parameters(study, profile, python, numbers, frozen)
+    submission = Submission(profile)
+    parameters = _array_parameters(study, profile, python, numbers, frozen, submission)
     precheck.refuse(RunFolder(study.path), profile, parameters, len(numbers))
     write_atomically(frozen, profile.to_yaml(), 0o600)
     frozen_code.freeze(study.path / "code", same_python=profile.python is None)
-    with profile_environment(profile), refusals_as_user_errors():
+    jobs_by_trial = submitted_jobs(study)
+    intent = {**submission.owner, "host": socket.gethostname()}
+    names = [study.run_path(number).name for number in numbers]
+    _write_jobs(study, jobs_by_trial | dict.fromkeys(names, intent))
+    with profile_environment(profile):
         try:
             executor = submitit.SlurmExecutor(study.path / "logs", python=python)
         except RuntimeError as error:
             raise UserError("srun is not found: submit from a login node of the cluster") from error
         executor.update_parameters(**parameters)
-        jobs = executor.map_array(slurm_job.main, [str(study.run_path(number)) for number in numbers])
-    jobs_by_trial = submitted_jobs(study)
-    owners = {number: owner_record(str(job.job_id), profile) for number, job in zip(numbers, jobs, strict=True)}
-    jobs_by_trial |= {study.run_path(number).name: owner for number, owner in owners.items()}
-    write_atomically(study.path / "jobs.json", json.dumps(jobs_by_trial).encode(), 0o600)
+        paths = [str(study.run_path(number)) for number in numbers]
+        try:
+            jobs = submission.send(lambda: executor.map_array(slurm_job.main, paths))
+        except NothingSubmitted:
+            _write_jobs(study, jobs_by_trial)
+            raise
+    owners = {number: {**intent, "id": str(job.job_id)} for number, job in zip(numbers, jobs, strict=True)}
+    _write_jobs(study, jobs_by_trial | dict(zip(names, owners.values(), strict=True)))
     for number, owner in owners.items():
         if (run := RunFolder(study.run_path(number))).recipe_path.exists():
-            take_ownership(run, owner, profile)
+            with run.lock("sweep"):
+                take_ownership(run, owner, profile)
     return str(jobs[0].job_id).split("_")[0]
+
+
+def _write_jobs(study: SweepStudy, jobs: dict[str, dict[str, Any]]) -> None:
+    write_atomically(study.path / "jobs.json", json.dumps(jobs).encode(), 0o600)
 
 
 def stop(study: SweepStudy) -> list[str]:
     """Cancel the jobs of all trials that wait or run: those save and end, and come back when the sweep is submitted
-    again. Returns the jobs' ids.
+    again. Returns the jobs' ids. Raises NoAnswer, which names those that may go on.
     """
-    jobs = live_jobs(study)
-    for number, (job, _) in jobs.items():
-        if job["cluster"] == "slurm":
-            scheduler.cancel(job)
-        else:
-            RunFolder(study.run_path(number)).request_stop()
+    unsure: list[str] = []
+    with hold(study.path / LOCK, "stop", 60):
+        jobs = live_jobs(study)
+        for number, (job, _) in jobs.items():
+            if job["cluster"] != "slurm":
+                RunFolder(study.run_path(number)).request_stop()
+                continue
+            try:
+                scheduler.cancel(job)
+            except scheduler.NoAnswer as error:
+                unsure.append(f"{job['id']} ({error})")
+    if unsure:
+        raise scheduler.NoAnswer(f"{study.path}: these jobs may go on: {', '.join(unsure)}; say it again")
     return [str(job["id"]) for job, _ in jobs.values()]
 
 
@@ -136,10 +164,10 @@ def _wait(run: RunFolder) -> bool:
 
 
 def _array_parameters(
-    study: SweepStudy, profile: Profile, python: str, numbers: list[int], frozen: Path
+    study: SweepStudy, profile: Profile, python: str, numbers: list[int], frozen: Path, submission: Submission
 ) -> dict[str, Any]:
     """Return what submitit puts into the batch script: that of one run, with the run as a variable of the shell."""
-    parameters = slurm_parameters(RunFolder(_ANY), profile, python, study.path / "code")
+    parameters = slurm_parameters(RunFolder(_ANY), profile, python, study.path / "code", submission)
     for part in ("setup", "teardown"):
         parameters[part] = [line.replace(_ANY, '"$trial"') for line in parameters[part]]
     names = " ".join(study.run_path(number).name for number in numbers)
@@ -156,11 +184,16 @@ def _array_parameters(
 
 
 def owner_record(job_id: str, profile: Profile) -> dict[str, Any]:
-    return {"cluster": "slurm", "id": job_id, "host": socket.gethostname(), "environment": profile.environment}
+    """Return the owner that an element is, by its own account."""
+    submission = os.environ.get(SUBMISSION, "")
+    return {
+        "cluster": "slurm", "id": job_id, "submission": submission, "host": socket.gethostname(),
+        "environment": profile.environment,
+    }  # fmt: skip
 
 
 def take_ownership(run: RunFolder, owner: dict[str, Any], profile: Profile) -> None:
-    """Make a job the owner of a run, once: a life that comes back is the owner already."""
+    """Make a job the owner of a run, once: a life that comes back is the owner already. Call it under the run's lock."""
     if (run.job() or {}).get("id") == owner["id"]:
         return
     run.clear_stop()

@@ -6,9 +6,12 @@ The path and the arguments never change: batch scripts that wait in a queue name
 start; ENDED: there is nothing left to train; 2: a mistake, which is printed in one line.
 """
 
+import contextlib
 import os
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 from radhpc.core.errors import UserError
 from radhpc.core.protocol import RunState
@@ -27,11 +30,13 @@ def main(folder: str, number: int, frozen: str) -> int:
         return ENDED
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     job_id = f"{array}_{task}" if array else os.environ["SLURM_JOB_ID"]
-    owner = run.job()
-    if owner is not None and owner["id"] != job_id and scheduler.state(owner):
-        raise UserError(f"{run.path}: in use by job {owner['id']}")
     profile = profiles.load(str(study.path / "profiles" / frozen))
-    take_ownership(run, owner_record(job_id, profile), profile)
+    with run.lock(f"start of job {job_id}", 600):
+        owner, ours = run.job(), owner_record(job_id, profile)
+        same = owner is not None and (owner["id"] == job_id or owner.get("submission") == ours["submission"] != "")
+        if owner is not None and not same and _lives(owner):
+            raise UserError(f"{run.path}: in use by job {owner['id']}")
+        take_ownership(run, ours, profile)
     compat_submitit.remove_partial_results(study.path / "logs", job_id)
     for rank in range(profile.world):
         for stream in ("out", "err"):
@@ -40,6 +45,15 @@ def main(folder: str, number: int, frozen: str) -> int:
             if not link.is_symlink():
                 link.symlink_to(Path("../../../logs") / name)
     return 0
+
+
+def _lives(owner: dict[str, Any]) -> bool:
+    """Return whether another job works on the trial, however long the controller takes to say. Raises NoAnswer."""
+    for pause in (1, 2, 4, 8, 16):
+        with contextlib.suppress(scheduler.NoAnswer):
+            return bool(scheduler.state(owner))
+        time.sleep(pause)
+    return bool(scheduler.state(owner))
 
 
 if __name__ == "__main__":

@@ -75,11 +75,15 @@ def submit_job(
     announce: Callable[["RunFolder", str], None],
     current_code: bool = False,
     as_json: bool = False,
+    prepare: Callable[[], None] = lambda: None,
 ) -> None:
-    """Submit a job; an inline job runs now, and its error is raised here."""
+    """Submit a job; an inline job runs now, and its error is raised here.
+
+    `prepare`: called once the run is known to be free, before it is submitted.
+    """
     from slurm.submit import profile_environment, submit
 
-    job = submit(run, profile, current_code)
+    job = submit(run, profile, current_code, prepare)
     announce(run, str(job.job_id))
     if profile.cluster == "inline":
         with profile_environment(profile):

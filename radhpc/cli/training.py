@@ -120,8 +120,14 @@ def resume(
     recipe = run_folder.recipe() if engine is None else run_folder.recipe().under(engine, run_folder.recipe_path)
     check_engine(recipe, profile)
     chosen = _choose_checkpoint(run_folder, profile, as_json)
-    run_folder.change_engine(recipe.engine)
-    submit_job(run_folder, profile, watch, lambda run, job: announce(run, job, as_json), current_code)
+    submit_job(
+        run_folder,
+        profile,
+        watch,
+        lambda run, job: announce(run, job, as_json),
+        current_code,
+        prepare=lambda: run_folder.change_engine(recipe.engine),
+    )
     emit({"run": str(run_folder.path), "job": (run_folder.job() or {}).get("id"), **chosen}, as_json)
 
 
@@ -182,14 +188,20 @@ def stop(run: RunPath, as_json: Json = False) -> None:
         emit({"sweep": str(run.absolute()), "jobs": jobs}, as_json)
         return
     run_folder = RunFolder.open(run)
-    job = run_folder.job()
-    state = scheduler.state(job)
-    if not state or job is None:
-        raise UserError(f"{run}: no living job to stop")
-    run_folder.request_stop()
-    if state == "PENDING":
-        scheduler.cancel(job)
-        run_folder.record(Event.STOPPED, cause=Cause.TAKEN_OUT)
+    with run_folder.lock("stop"):
+        job = run_folder.job()
+        try:
+            state = scheduler.state(job)
+            if not state or job is None:
+                raise UserError(f"{run}: no living job to stop")
+            run_folder.request_stop()
+            if state == "PENDING":
+                scheduler.cancel(job)
+                run_folder.record(Event.STOPPED, cause=Cause.TAKEN_OUT)
+        except scheduler.NoAnswer as error:
+            run_folder.request_stop()
+            asked = "the request to stop is noted, and a job that lives will see it"
+            raise scheduler.NoAnswer(f"{run}: {error}; {asked}; say it again to be sure") from error
     say(f"{run}: job {job['id']} ({state.lower()}) was asked to stop", as_json)
     emit({"run": str(run_folder.path), "job": job["id"]}, as_json)
 
@@ -221,7 +233,7 @@ def start_run(
             lineage.take_over(run, first, before)
         submit_job(run, profile, watch, announce)
     except UserError:
-        if not run.events(Event.SUBMITTED):  # refused before anything was submitted: the name is free again
+        if run.job() is None and not run.events(Event.SUBMITTED):  # refused before anything was submitted: the name is free again
             shutil.rmtree(run.path)
         raise
     return run

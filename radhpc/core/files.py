@@ -7,6 +7,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 import os
 import re
 import stat
@@ -21,6 +22,8 @@ from radhpc.core.errors import UserError
 NODE_LOCAL = frozenset(
     ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "jfs", "overlay", "tmpfs", "ramfs")
 )
+
+log = logging.getLogger("radhpc")
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -85,15 +88,59 @@ def read_json(path: Path) -> Any:
         return None
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Parse a JSONL file; a last line without its line feed was cut by a crash and is left out."""
+def read_record(path: Path) -> dict[str, Any] | None:
+    """Parse a small JSON object that says where something stands; None where there is none, or none that can be read.
+
+    Another node, a power cut or a hand may have left it empty or half written. That is named once and believed never.
+    """
+    try:
+        record = read_json(path)
+    except (ValueError, RecursionError):
+        record = ()
+    except OSError as error:
+        _name_once(path, f"cannot be read: {error.strerror}")
+        return None
+    if record is not None and not isinstance(record, dict):
+        _name_once(path, "holds no JSON object and is left out")
+        return None
+    return record
+
+
+def read_lines(path: Path, whole: Callable[[dict[str, Any]], bool] = lambda line: True) -> list[dict[str, Any]]:
+    """Parse a JSONL file of objects. Lines that are none, or that `whole` refuses, are left out.
+
+    They are counted and named once: a crash may cut a line, a file system lose a page, two nodes write over each other.
+    A last line without its line feed may still be being written, and is left out without a word.
+    """
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        return
-    for line in data.split(b"\n")[:-1]:
-        if line:
-            yield json.loads(line)
+        return []
+    lines = [line for line in data.split(b"\n")[:-1] if line]
+    records = _parse(b"[" + b",".join(lines) + b"]")  # at once: there may be thousands of files
+    if not isinstance(records, list) or len(records) != len(lines):
+        records = [_parse(line) for line in lines]
+    kept = [record if isinstance(record, dict) and whole(record) else None for record in records]
+    if damaged := kept.count(None):
+        first = 1 + kept.index(None)
+        _name_once(path, f"{damaged} line(s) cannot be read and are left out, the first is line {first}")
+    return [record for record in kept if record is not None]
+
+
+def _parse(text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+_named: dict[Path, str] = {}
+
+
+def _name_once(path: Path, fault: str) -> None:
+    if _named.get(path) != fault:
+        _named[path] = fault
+        log.warning("%s: %s", path, fault)
 
 
 def write_with_reserve(reserve: Path, write: Callable[[], None]) -> None:
@@ -108,11 +155,23 @@ def write_with_reserve(reserve: Path, write: Callable[[], None]) -> None:
 
 
 def append_line(descriptor: int, line: bytes) -> None:
-    """Append a line or nothing: half a line, as a full disk would leave it, is truncated. Raises OSError."""
+    """Append a line or nothing: half a line, as a full disk would leave it, is truncated. Raises OSError.
+
+    A line that a crash has cut is ended first, so that it takes no other with it; for that the descriptor must be open
+    for reading, too.
+    """
+    size = os.fstat(descriptor).st_size
+    if size and os.pread(descriptor, 1, size - 1) != b"\n":
+        line = b"\n" + line
     written = os.write(descriptor, line)
     if written < len(line):
         os.ftruncate(descriptor, os.fstat(descriptor).st_size - written)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def open_append(path: Path) -> int:
+    """Open a file of lines for `append_line`, private to this user."""
+    return os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
 
 def private_folder(folder: Path, longest: int) -> Path:

@@ -15,7 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from radhpc.core.files import append_line, read_lines
+from radhpc.core.files import append_line, open_append, read_lines
+
+
+def _whole(line: dict[str, Any]) -> bool:
+    kinds = {"stage": int, "step": int, "keys": list, "bad": list}
+    return all(isinstance(line.get(key), kind) for key, kind in kinds.items())
 
 
 class Ledger:
@@ -23,7 +28,7 @@ class Ledger:
 
     def __init__(self, folder: Path, life: int, rank: int) -> None:
         path = folder / f"life-{life:04d}.rank-{rank:05d}.jsonl"
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        self._descriptor = open_append(path)
 
     def append(self, stage: int, step: int, keys: list[str], bad: list[tuple[str, str]]) -> None:
         """Record one step: its global number (from 1), the keys trained on, (key, reason) of unreadable ones."""
@@ -32,6 +37,14 @@ class Ledger:
 
     def close(self) -> None:
         os.close(self._descriptor)
+
+
+def bytes_by_life(folder: Path) -> dict[str, int]:
+    """Return how much each life has written so far, by its number: whoever writes more later is not over."""
+    sizes: dict[str, int] = defaultdict(int)
+    for path in folder.glob("life-*.rank-*.jsonl"):
+        sizes[str(int(path.name[5:].partition(".")[0]))] += path.stat().st_size
+    return dict(sizes)
 
 
 @dataclass
@@ -50,7 +63,7 @@ def read_ledger(folder: Path, up_to: int | None = None) -> ConsumedSamples:
     for path in sorted(folder.glob("life-*.rank-*.jsonl")):
         match = re.fullmatch(r"life-(\d+)\.rank-\d+\.jsonl", path.name)
         assert match, path
-        for line in read_lines(path):
+        for line in read_lines(path, _whole):
             if up_to is None or line["step"] <= up_to:
                 lives[line["step"]][int(match[1])].append(line)
     result = ConsumedSamples()

@@ -12,9 +12,10 @@ strings are a format: they never change, and new ones are only added.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 
 class Event(StrEnum):
@@ -23,7 +24,7 @@ class Event(StrEnum):
     # The job
     SUBMITTED = "submitted"  # job, cluster, nodes, world, code, commit
     STARTING = "starting"  # job, world, nodes: rank 0 is there, its libraries are not loaded yet
-    STARTED = "started"  # life, job, world, engine, nodes: all ranks have met
+    STARTED = "started"  # life, job, world, engine, nodes: all ranks have met; ledger: bytes of each life before
     REQUEUED = "requeued"  # job, cause
     EXCLUDED = "excluded"  # job, nodes: left out from now on
     GAVE_UP = "gave_up"  # job, after, why: the run does not come back, though its cause would allow it
@@ -85,6 +86,7 @@ class OutcomeState(StrEnum):
     CRASHED = "crashed"
     HUNG = "hung"
     LOST_PEER = "lost_peer"
+    SUPERSEDED = "superseded"  # leaves no end file: the run is not its own any more
 
 
 class Cause(StrEnum):
@@ -98,6 +100,7 @@ class Cause(StrEnum):
     SAVE_FAILED = "save failed"
     PRUNED = "pruned"  # no signal came, but a sweep has seen enough
     TAKEN_OUT = "taken out of the queue"  # `radhpc stop`, before the job began
+    SUPERSEDED = "superseded"  # the run is another job's, or a later life's: nothing is written any more
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,29 @@ LIFE_BEGINNINGS = (Event.STARTING, Event.STARTED)
 JOB_BEGINNINGS = (Event.SUBMITTED, *LIFE_BEGINNINGS, Event.REQUEUED)
 
 
+# What those who read an event count on, beside its name and its time.
+_NEEDED: Mapping[str, Mapping[str, type]] = {
+    Event.SUBMITTED: {"job": str},
+    Event.STARTED: {"world": int},
+    Event.ENGINE_CHANGED: {"engine": str},
+    Event.RESUMED: {"step": int},
+    Event.TAKEN_OVER: {"step": int, "number": int},
+    Event.SAVED: {"step": int},
+    Event.STAGE_FINISHED: {"number": int},
+    Event.QUARANTINED: {"key": str},
+}
+
+
+def is_whole(event: Mapping[str, Any]) -> bool:
+    """Return whether a line of events.jsonl is an event that can be read: with a name, a time and what it must tell."""
+    try:
+        datetime.fromisoformat(event["time"])
+        needed = _NEEDED.get(event["event"], {})
+    except (KeyError, ValueError, TypeError):
+        return False
+    return isinstance(event["event"], str) and all(isinstance(event.get(key), kind) for key, kind in needed.items())
+
+
 class CulpritRecord(TypedDict):
     """A rank that is to blame; its host is "" where it never started."""
 
@@ -158,6 +184,13 @@ class RankEnd(TypedDict):
     host: str
     traceback: str
     culprits: list[CulpritRecord]
+    life: str  # of which job and start; "" outside SLURM
+
+
+def is_whole_end(end: Mapping[str, Any]) -> bool:
+    """Return whether an end file says what it must."""
+    kinds: Mapping[str, type] = {"state": str, "cause": str, "step": int, "host": str}
+    return all(isinstance(end.get(key), kind) for key, kind in kinds.items())
 
 
 END_FILES = "end.rank-*.json"  # in logs/

@@ -3,6 +3,7 @@
     recipe.yaml     the frozen recipe            checkpoints/   step-N/, see checkpoint.py
     events.jsonl    what happened, append-only   tensorboard/   event files
     job.json        the job that owns the run    logs/          output, heartbeats, stacks and ends by rank
+    lease.json      the life that may write      lock           while a command or a start is at work
     progress.json   step, loss, rate             ledger/        keys of the samples trained on
     tokenizer/      where it was trained here    evaluation/    step-N/: reports, scores
     base.json       identity of the frozen base  adapter/       the newest stage's adapter, for PEFT
@@ -20,17 +21,45 @@ import re
 import socket
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from radhpc.core.errors import UserError, nearest
-from radhpc.core.files import append_line, read_json, read_lines, write_atomically, write_with_reserve
-from radhpc.core.protocol import END_FILES, CulpritRecord, Event, Outcome, RankEnd, end_file, rank_of
+from radhpc.core.files import (
+    append_line,
+    open_append,
+    read_json,
+    read_lines,
+    read_record,
+    write_atomically,
+    write_with_reserve,
+)
+from radhpc.core.ownership.folder_lock import Lock, hold
+from radhpc.core.ownership.lease import LOCK, Lease, life_name
+from radhpc.core.process import started_at
+from radhpc.core.protocol import (
+    END_FILES,
+    CulpritRecord,
+    Event,
+    Outcome,
+    RankEnd,
+    end_file,
+    is_whole,
+    is_whole_end,
+    rank_of,
+)
 from radhpc.core.recipe import Recipe, load
 
 EVALUATION = "evaluation.json"  # in the folder of a job that evaluates another run, see job.py
 
+_NUMBER = (int, float)
+# What those who read progress.json count on.
+_PROGRESS: dict[str, type | tuple[type, ...]] = {
+    "time": _NUMBER, "stage": str, "step": int, "steps": int, "loss": _NUMBER, "world": int, "slowest": dict,
+    "samples_per_second": _NUMBER, "step_seconds": _NUMBER,
+}  # fmt: skip
 _RESERVE = 1 << 16  # bytes
 Speaker = Literal["ranks", "decision"]
 _SPEAKERS: tuple[Speaker, ...] = ("ranks", "decision")
@@ -41,6 +70,16 @@ class RunFolder:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path).absolute()
+        self.lease: Lease | None = None  # of the life that this process belongs to: nothing is written without it
+
+    def lock(self, purpose: str, patience: float = 60.0) -> AbstractContextManager[Lock]:
+        """Keep other commands, and the start of lives, from this run. Raises UserError where one is at work."""
+        return hold(self.path / LOCK, purpose, patience)
+
+    def check_lease(self) -> None:
+        """Raise Superseded once another life has taken the run."""
+        if self.lease is not None:
+            self.lease.check()
 
     @classmethod
     def create(cls, path: Path, recipe: Recipe) -> "RunFolder":
@@ -56,6 +95,8 @@ class RunFolder:
             for name in ("checkpoints", "tensorboard", "logs", "ledger", "evaluation"):
                 (run.path / name).mkdir()
             write_atomically(run.recipe_path, recipe.to_yaml().encode())
+        except FileExistsError as error:
+            raise UserError(f"{path}: another command makes a run there at this moment; name another folder") from error
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}") from error
         return run
@@ -106,10 +147,11 @@ class RunFolder:
     def record(self, event: Event, **details: Any) -> None:
         """Append one line to events.jsonl: one write, so that lines of two processes never mix on a local disk.
 
-        Raises ValueError for an event that the protocol does not have.
+        Raises ValueError for an event that the protocol does not have, Superseded where the run is another life's.
         """
+        self.check_lease()
         line = json.dumps({"time": now(), "event": Event(event), **details}) + "\n"
-        descriptor = os.open(self.path / "events.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        descriptor = open_append(self.path / "events.jsonl")
         try:
             append_line(descriptor, line.encode())
             os.fsync(descriptor)
@@ -133,8 +175,9 @@ class RunFolder:
         return self.folder("logs") / f"reserve.{speaker}"
 
     def events(self, *names: Event) -> list[dict[str, Any]]:
-        """Return the events so far, or those of some names, oldest first; a last line cut by a crash is left out."""
-        return [event for event in read_lines(self.path / "events.jsonl") if not names or event["event"] in names]
+        """Return the events so far, or those of some names, oldest first; lines that cannot be read are left out."""
+        events = read_lines(self.path / "events.jsonl", is_whole)
+        return [event for event in events if not names or event["event"] in names]
 
     @property
     def lives(self) -> int:
@@ -151,11 +194,28 @@ class RunFolder:
         """Return the end files that exist, by rank."""
         return {rank_of(path): path for path in sorted((self.path / "logs").glob(END_FILES))}
 
+    def ends(self) -> dict[int, dict[str, Any]]:
+        """Return what ranks have written on their way out, by rank; what cannot be read is left out."""
+        ends = {rank: read_record(path) for rank, path in self.end_paths().items()}
+        return {rank: end for rank, end in ends.items() if end is not None and is_whole_end(end)}
+
+    def clear_ends(self, life: str = "") -> None:
+        """Delete the end files of the lives before this one; of all by default."""
+        ends = self.ends()
+        for rank, path in self.end_paths().items():
+            if not life or ends.get(rank, {}).get("life") != life:
+                path.unlink(missing_ok=True)
+
     def record_end(self, rank: int, outcome: Outcome, trace: str = "", culprits: Sequence[CulpritRecord] = ()) -> None:
-        """Write a rank's end file. Raises OSError if the disk is full and the reserve of the ranks is used up."""
+        """Write a rank's end file; nothing where the run is another life's.
+
+        Raises OSError if the disk is full and the reserve of the ranks is used up.
+        """
+        if self.lease is not None and not self.lease.held:
+            return
         end: RankEnd = {
             "state": outcome.state, "cause": outcome.cause, "step": outcome.step,
-            "host": node_name(), "traceback": trace, "culprits": list(culprits),
+            "host": node_name(), "traceback": trace, "culprits": list(culprits), "life": life_name(),
         }  # fmt: skip
         self.folder("logs")
         write_with_reserve(
@@ -169,16 +229,26 @@ class RunFolder:
         write_atomically(self.path / "job.json", json.dumps(job).encode(), 0o600)
 
     def job(self) -> dict[str, Any] | None:
-        job: dict[str, Any] | None = read_json(self.path / "job.json")
-        return job
+        """Return the job that may work on this run; None where it was never given to one.
+
+        Where job.json cannot be read, the last submission that was recorded counts: a job may live.
+        """
+        path = self.path / "job.json"
+        job = read_record(path)
+        if job is not None and isinstance(job.get("cluster"), str) and isinstance(job.get("id"), str):
+            return job
+        submitted = self.events(Event.SUBMITTED) if path.exists() else []
+        return {"cluster": submitted[-1].get("cluster", "slurm"), "id": submitted[-1]["job"]} if submitted else None
 
     # Where it stands
 
     def write_progress(self, **progress: Any) -> None:
+        self.check_lease()
         write_atomically(self.path / "progress.json", json.dumps({"time": time.time(), **progress}).encode(), 0o600)
 
     def progress(self) -> dict[str, Any]:
-        return read_json(self.path / "progress.json") or {}
+        progress = read_record(self.path / "progress.json") or {}
+        return {key: value for key, value in progress.items() if isinstance(value, _PROGRESS.get(key, object))}
 
     # A request to stop
 
@@ -209,18 +279,10 @@ def by_step(path: Path) -> tuple[int, str]:
 
 def process_alive(job: dict[str, Any]) -> bool:
     """Return whether the process that job.json names still runs on this machine; another host's cannot be seen."""
-    if job.get("host") != socket.gethostname():
+    if job.get("host") != socket.gethostname() or not isinstance(job.get("pid"), int):
         return False
-    try:
-        fields = Path(f"/proc/{job['pid']}/stat").read_text().rsplit(")", 1)[1].split()
-    except FileNotFoundError:
-        return False
-    return fields[0] != "Z" and (job.get("process_start") in (None, fields[19]))
-
-
-def process_start(pid: int) -> str:
-    """Return the kernel's start time of a process: as pids are reused, both together identify a process."""
-    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    start = started_at(job["pid"])
+    return start is not None and job.get("process_start") in (None, start)
 
 
 def node_name() -> str:

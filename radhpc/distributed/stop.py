@@ -22,8 +22,9 @@ from typing import Any
 from radhpc.core.protocol import Cause
 from radhpc.core.run_folder import RunFolder
 
-# By increasing weight: a user's request outweighs the scheduler's, and a save that failed ends the run in any case.
-CAUSES = (Cause.NONE, Cause.SIGUSR2, Cause.SIGTERM, Cause.SIGINT, Cause.STOP, Cause.SAVE_FAILED)
+# By increasing weight: a user's request outweighs the scheduler's, a save that failed ends the run in any case,
+# and who has lost the run may not even save.
+CAUSES = (Cause.NONE, Cause.SIGUSR2, Cause.SIGTERM, Cause.SIGINT, Cause.STOP, Cause.SAVE_FAILED, Cause.SUPERSEDED)
 _SIGNALS = {signal.SIGUSR2: Cause.SIGUSR2, signal.SIGTERM: Cause.SIGTERM, signal.SIGINT: Cause.SIGINT}
 _GRACE = {Cause.SIGTERM: "RADHPC_GRACE_SECONDS", Cause.SIGUSR2: "RADHPC_SIGNAL_SECONDS"}  # the surer kill first
 _EARLY = 90.0  # seconds by which the warning before the time limit may come too early, SLURM's minute and some more
@@ -99,11 +100,13 @@ class Stop:
         return None if math.isinf(self.left) else round(self.left, 3)
 
     def poll(self) -> int:
-        """Return the current code; the run folder's request file is looked at once a second."""
+        """Return the current code; once a second the run folder is looked at: for a request, and whose the run is."""
         if self.run is not None and time.monotonic() - self._polled > self._poll_seconds:
             self._polled = time.monotonic()
             if self.run.stop_requested():
                 self.tell(Cause.STOP)
+            if self.run.lease is not None and not self.run.lease.held:
+                self.tell(Cause.SUPERSEDED)
         return self.code
 
     def check(self, agree: Agree) -> None:

@@ -32,9 +32,10 @@ from pathlib import Path
 from typing import Any
 
 from radhpc.core.errors import UserError, first_line
-from radhpc.core.files import read_json
+from radhpc.core.files import read_record
+from radhpc.core.process import process_start, started_at
 from radhpc.core.protocol import CulpritRecord, Event, OutcomeState
-from radhpc.core.run_folder import RunFolder, node_name, process_start
+from radhpc.core.run_folder import RunFolder, node_name
 
 log = logging.getLogger("radhpc")
 
@@ -208,7 +209,7 @@ class Watchdog:
         local = [(rank, pid, start) for rank, host, pid, start in processes if host == self._process[0]]
         # In a container each rank may see its own processes only.
         self._neighbours = [
-            (rank, pid, start) for rank, pid, start in local if rank != self.rank and _alive(pid, start)
+            (rank, pid, start) for rank, pid, start in local if rank != self.rank and started_at(pid) == start
         ]
 
     @property
@@ -308,7 +309,7 @@ class Watchdog:
     def _kill(self, beat: Beat) -> None:
         """End a process of this host that cannot end itself. A scheduler would; without one it would stay."""
         with contextlib.suppress(OSError):
-            if beat.host == self._process[0] and process_start(beat.pid) == beat.process_start:
+            if beat.host == self._process[0] and started_at(beat.pid) == beat.process_start:
                 os.kill(beat.pid, signal.SIGKILL)
 
     def _leave(self, verdict: dict[str, Any]) -> None:
@@ -338,14 +339,14 @@ class Watchdog:
         machine does not, and some transports wait for a dead peer as if it lived.
         """
         for rank, pid, start in self._neighbours:
-            if _alive(pid, start):
+            if started_at(pid) == start:
                 continue
             since = self._left.setdefault(rank, now)
             if now - since < 5:  # the main thread may notice by itself, and says more
                 continue
             assert self._run is not None
             assert self._end is not None
-            end = read_json(self._run.end_path(rank))
+            end = self._run.ends().get(rank)
             if end is not None and end["state"] in (OutcomeState.FINISHED, OutcomeState.INTERRUPTED):
                 continue
             cause = f"rank {rank} on {self._process[0]}: process {pid} is gone"
@@ -380,11 +381,7 @@ class Watchdog:
         return {rank: beat for rank, beat in local if rank < self.world and beat.life == self._life}
 
     def _verdict(self) -> dict[str, Any] | None:
-        try:
-            verdict: dict[str, Any] | None = read_json(self._verdict_path)
-        except ValueError:
-            return None  # another rank is just writing it
-        return verdict
+        return read_record(self._verdict_path)
 
     @property
     def _verdict_path(self) -> Path:
@@ -401,18 +398,10 @@ def read(run: RunFolder) -> dict[int, Beat]:
     known = {field.name for field in fields(Beat)}
     beats = {}
     for path in sorted((run.path / "logs").glob("heartbeat.rank-*.json")):
-        data = read_json(path)
+        data = read_record(path)
         if data is not None and known == data.keys():
             beats[data["rank"]] = Beat(**data)
     return beats
-
-
-def _alive(pid: int, start: str) -> bool:
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    except OSError:
-        return False
-    return stat[0] not in "ZX" and stat[19] == start
 
 
 def _private(path: str, flags: int) -> int:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from radhpc.core import formats
 from radhpc.core.errors import UserError
+from radhpc.core.ownership.lease import Lease, Superseded
 from radhpc.core.run_folder import step_of
 from radhpc.storage.checkpoint_storage import Buffer, CheckpointStorage, FolderStorage, ObjectStorage
 from radhpc.storage.store import PART
@@ -66,6 +67,21 @@ class Checkpoints:
 
     def __init__(self, storage: CheckpointStorage) -> None:
         self.storage = storage
+        self._lease: Lease | None = None
+
+    def take(self, lease: Lease | None) -> None:
+        """Write from now on only while this lease is held; in an object store, too, which another folder may share."""
+        if lease is not None:
+            self.storage.take(lease.token)
+            self.storage.sweep()  # a life that was killed may have left half a checkpoint
+        self._lease = lease
+
+    def _check_lease(self) -> None:
+        """Raise Superseded where the checkpoints are another life's by now."""
+        if self._lease is not None:
+            self._lease.check()
+            if not self.storage.held(self._lease.token):
+                raise Superseded(f"{self.storage.where('')}: another life has taken over these checkpoints")
 
     @classmethod
     def of(cls, run: Path, recipe: "Recipe") -> "Checkpoints":
@@ -77,8 +93,10 @@ class Checkpoints:
         return cls(FolderStorage(run / "checkpoints"))
 
     def save(self, tensors: "Tensors", cursor: Cursor, cancelled: threading.Event | None = None) -> tuple[str, int]:
-        """Write and commit; return the name and the bytes. Raises UserError, or SaveCancelled soon after `cancelled` is
-        set. In both cases, as after a kill, the checkpoint does not count.
+        """Write and commit; return the name and the bytes.
+
+        Raises UserError, SaveCancelled soon after `cancelled` is set, or Superseded where the run is another life's. In
+        all cases, as after a kill, the checkpoint does not count.
         """
         name, storage = name_of(cursor.step), self.storage
         files: dict[str, dict[str, str | int]] = {}
@@ -99,16 +117,20 @@ class Checkpoints:
             files[file] = {"size": size, "sha256": digest.hexdigest()}
 
         try:
-            storage.remove(name, _FILES)  # a torn one of an earlier life
-            storage.begin(name)
+            self._check_lease()
+            storage.begin(name, _FILES)
             put(_STATE, _serialised(tensors, {"step": str(cursor.stage_step)}))
             put(_CURSOR, [json.dumps(asdict(cursor), indent=1).encode()])
             manifest = json.dumps(files, indent=1).encode()
             put(_MANIFEST, [manifest])
+            self._check_lease()
             storage.commit(name, _MARKER, hashlib.sha256(manifest).hexdigest().encode())
+        except Superseded:
+            storage.discard(name, ())
+            raise
         except BaseException as error:
             with contextlib.suppress(OSError, UserError):
-                storage.remove(name, _FILES)
+                storage.discard(name, _FILES)
             if isinstance(error, OSError):
                 problem = f"{storage.where(name)}: the checkpoint could not be written: {error.strerror or error}"
                 if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -137,8 +159,9 @@ class Checkpoints:
 
     def prune(self, keep: int) -> list[str]:
         """Delete all but the newest `keep` committed ones, and torn ones behind the newest; the last one of each
-        stage stays. Returns the names.
+        stage stays. Returns the names. Raises Superseded where the run is another life's.
         """
+        self._check_lease()
         committed = self.committed()
         newest = step_of(committed[0]) if committed else -1
         torn = [name for name in self.names() if name not in committed and step_of(name) < newest]

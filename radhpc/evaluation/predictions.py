@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from radhpc.core.files import append_line, read_lines, write_atomically
+from radhpc.core.files import append_line, open_append, read_lines, write_atomically
 
 Batch = dict[str, Any]
 
@@ -31,23 +31,13 @@ class PredictionLog:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(mode=0o700, parents=True)
             write_atomically(known, identity.encode(), 0o600)
-        files = sorted(self.folder.glob("rank-*.jsonl"))
-        for path in files:
-            _cut_back(path)
-        return [batch for path in files for batch in read_lines(path)]
+        return [batch for path in sorted(self.folder.glob("rank-*.jsonl")) for batch in read_lines(path)]
 
     def append(self, batch: Batch) -> None:
         """Append a batch: complete and flushed to the disk, or not at all. Raises OSError."""
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        descriptor = open_append(self.path)
         try:
             append_line(descriptor, json.dumps(batch).encode() + b"\n")
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _cut_back(path: Path) -> None:
-    """Remove an incomplete last line: the next one would be appended to it."""
-    data = path.read_bytes()
-    if data and not data.endswith(b"\n"):
-        os.truncate(path, data.rfind(b"\n") + 1)

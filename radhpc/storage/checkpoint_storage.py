@@ -1,16 +1,19 @@
 """Store checkpoints in a folder or below a prefix of an object store. checkpoint.py defines what is in them.
 
     storage = Folder(Path("runs/x/checkpoints"))        # or Bucket("s3://bucket/prefix/x")
-    storage.begin("step-000120")
+    storage.begin("step-000120", files)
     storage.put("step-000120", "state.safetensors", pieces)
     storage.commit("step-000120", "COMMITTED", marker)   # until here it does not count
 
-In a folder a checkpoint is written under a temporary name, flushed and renamed; in an object store every object appears
-complete or not at all. In both the marker comes last, and goes first when a checkpoint is deleted.
+In a folder a checkpoint is written under a temporary name, its process's own, flushed and renamed, so that of two that
+write it one is complete; in an object store every object appears complete or not at all, and an object says which life
+writes. In both the marker comes last, and goes first when a checkpoint is deleted.
 """
 
+import contextlib
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,6 +23,7 @@ from radhpc.core.files import sync, write_atomically
 from radhpc.storage.store import PART, Store
 
 Buffer = bytes | memoryview
+_LEASE = "lease"  # the object that holds the token of the life that writes
 
 
 class CheckpointStorage(Protocol):
@@ -31,8 +35,20 @@ class CheckpointStorage(Protocol):
         """Return the names of all checkpoints, torn ones too."""
         ...
 
-    def begin(self, name: str) -> None:
-        """Remove what an earlier life may have left under this name."""
+    def take(self, token: str) -> None:
+        """Note that the life with this token writes here from now on."""
+        ...
+
+    def held(self, token: str) -> bool:
+        """Return whether the life with this token is the last one that has taken the place."""
+        ...
+
+    def begin(self, name: str, files: Iterable[str]) -> None:
+        """Make room for a checkpoint; `files`: of one that an earlier life may have left, in the order of deletion."""
+        ...
+
+    def discard(self, name: str, files: Iterable[str]) -> None:
+        """Delete what was put since begin(), and with `files` what stands under the name."""
         ...
 
     def put(self, name: str, file: str, pieces: Iterable[Buffer]) -> None: ...
@@ -65,13 +81,23 @@ class FolderStorage:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._own = secrets.token_hex(4)
+
+    def take(self, token: str) -> None:
+        pass  # the lease lies in the run folder, beside it
+
+    def held(self, token: str) -> bool:
+        return True
 
     def names(self) -> list[str]:
         return [path.name for path in self.path.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
 
-    def begin(self, name: str) -> None:
+    def begin(self, name: str, files: Iterable[str]) -> None:
         shutil.rmtree(self._unfinished(name), ignore_errors=True)
         self._unfinished(name).mkdir(mode=0o700)
+
+    def discard(self, name: str, files: Iterable[str]) -> None:
+        shutil.rmtree(self._unfinished(name), ignore_errors=True)
 
     def put(self, name: str, file: str, pieces: Iterable[Buffer]) -> None:
         with open(self._unfinished(name) / file, "wb", opener=lambda path, flags: os.open(path, flags, 0o600)) as out:
@@ -81,21 +107,23 @@ class FolderStorage:
             os.fsync(out.fileno())
 
     def commit(self, name: str, file: str, marker: bytes) -> None:
-        path = self.path / name
+        path, before = self.path / name, self._unfinished(name).with_suffix(".replaced")
         sync(self._unfinished(name))
+        with contextlib.suppress(FileNotFoundError):  # a damaged or torn one of an earlier life
+            path.rename(before)
         self._unfinished(name).rename(path)
         sync(self.path)
         write_atomically(path / file, marker, 0o600)
         sync(path)
+        shutil.rmtree(before, ignore_errors=True)
 
     def remove(self, name: str, files: Iterable[str]) -> None:
         for file in files:
             (self.path / name / file).unlink(missing_ok=True)
         shutil.rmtree(self.path / name, ignore_errors=True)
-        shutil.rmtree(self._unfinished(name), ignore_errors=True)
 
     def sweep(self) -> None:
-        for path in self.path.glob(".step-*.writing"):
+        for path in [*self.path.glob(".step-*.writing"), *self.path.glob(".step-*.replaced")]:
             shutil.rmtree(path, ignore_errors=True)
 
     def has(self, name: str, file: str) -> bool:
@@ -110,7 +138,7 @@ class FolderStorage:
         return str(self.path / name)
 
     def _unfinished(self, name: str) -> Path:
-        return self.path / f".{name}.writing"
+        return self.path / f".{name}.{self._own}.writing"
 
 
 class ObjectStorage:
@@ -122,8 +150,20 @@ class ObjectStorage:
     def names(self) -> list[str]:
         return [name for name in self._store.folders() if re.fullmatch(r"step-\d+", name)]
 
-    def begin(self, name: str) -> None:
-        pass  # what lies there is written over, behind the marker that remove() has deleted
+    def take(self, token: str) -> None:
+        self._store.write(_LEASE, token.encode())
+
+    def held(self, token: str) -> bool:
+        try:
+            return self._store.read(_LEASE).decode(errors="replace") == token
+        except FileNotFoundError:
+            return True  # deleted by hand: that is no other life
+
+    def begin(self, name: str, files: Iterable[str]) -> None:
+        self.remove(name, files)  # the marker first: what lies behind it is written over
+
+    def discard(self, name: str, files: Iterable[str]) -> None:
+        self.remove(name, files)
 
     def put(self, name: str, file: str, pieces: Iterable[Buffer]) -> None:
         self._store.write_pieces(f"{name}/{file}", pieces)

@@ -18,6 +18,7 @@ import time
 from dataclasses import dataclass
 
 from radhpc.core.errors import UserError
+from radhpc.core.ownership.lease import Superseded
 from radhpc.core.protocol import Cause, Event
 from radhpc.distributed.grace_period import RESERVE, SAFETY, Plan, RecentMaximum, choose
 from radhpc.distributed.stop import CAUSES, Interrupted
@@ -68,9 +69,9 @@ class AsyncCheckpointer:
         """Estimate the seconds of a save from those of this stage in earlier lives."""
         if self.ranks.first:
             for event in self.stage.context.run.events(Event.SAVED):
-                if event["stage"] == self.stage.number:
-                    self.copy_seconds.add(event["copy_seconds"])
-                    self.write_seconds.add(event["seconds"] - event["blocked_seconds"])
+                if event.get("stage") == self.stage.number:
+                    self.copy_seconds.add(event.get("copy_seconds", 0.0))
+                    self.write_seconds.add(event.get("seconds", 0.0) - event.get("blocked_seconds", 0.0))
 
     def __call__(self, position: Position, metrics: StepMetrics) -> None:
         """Copy the state and leave the writing to the background; a hook of the loop."""
@@ -103,6 +104,12 @@ class AsyncCheckpointer:
             self._save.join(max(0.0, min(_UNWIND, deadline - time.monotonic())))
         margin = None if math.isinf(left) else round(deadline - time.monotonic(), 3)
         return FinalCommit(self.committed_step, plan, margin, round(waited, 3))
+
+    def abandon(self) -> None:
+        """Leave without a commit: the run is another life's, and so is the place where the save in flight writes."""
+        if self._save is not None:
+            self._save.cancelled.set()
+            self._save.join(_UNWIND)
 
     def _warn_of_short_grace(self) -> None:
         """Warn once that a preemption will cost steps, while something can still be done about it."""
@@ -162,7 +169,8 @@ class AsyncCheckpointer:
     def _wait(self, until: float = math.inf, poll: bool = True) -> bool:
         """Wait for the save in flight; return True when none is left, False when it is `until` by time.monotonic().
 
-        Raises UserError on all ranks when it failed, and Interrupted, with `poll`, when any is told to stop.
+        Raises UserError on all ranks when it failed; Interrupted where the run is another life's, and, with `poll`,
+        when any is told to stop.
         """
         with self.ranks.watchdog.poll():
             while True:
@@ -173,6 +181,8 @@ class AsyncCheckpointer:
                 failed = self._save is not None and not busy and self._save.error is not None
                 flags = [float(busy), float(failed), float(time.monotonic() > until), float(self.stop.poll())]
                 any_busy, any_failed, over, code = self.ranks.max(flags)
+                if CAUSES[int(code)] == Cause.SUPERSEDED:  # what this life writes counts no more
+                    raise Interrupted(Cause.SUPERSEDED)
                 if any_failed:
                     self._raise_error()
                 if not any_busy:
@@ -219,6 +229,8 @@ class _BackgroundSave(threading.Thread):
             self._write()
         except SaveCancelled:
             pass
+        except Superseded:
+            self._checkpointer.stop.tell(Cause.SUPERSEDED)
         except BaseException as error:  # for the main thread to raise
             self.error = error
             self._checkpointer.stop.tell(Cause.SAVE_FAILED)

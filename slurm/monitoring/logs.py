@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.text import Text
 
 from radhpc.core.errors import UserError
-from radhpc.core.files import read_json
 from radhpc.core.protocol import JOB_BEGINNINGS, LIFE_BEGINNINGS, Event, OutcomeState
 from radhpc.core.run_folder import RunFolder, now
 from slurm import compat_submitit, scheduler
@@ -166,10 +165,10 @@ def culprit(run: RunFolder) -> dict[str, Any] | None:
     """Return the end file of the rank that ended the newest life by an error; its peers' errors follow from its own."""
     starts = run.events(Event.STARTED)
     ends = []
-    for rank, path in run.end_paths().items():
-        end = read_json(path)
-        if end and end["state"] in _CULPRITS and (not starts or rank < starts[-1]["world"]):
-            ends.append((_CULPRITS.index(end["state"]), path.stat().st_mtime, {**end, "rank": rank}))
+    for rank, end in run.ends().items():
+        if end["state"] in _CULPRITS and (not starts or rank < starts[-1]["world"]):
+            written = run.end_path(rank).stat().st_mtime
+            ends.append((_CULPRITS.index(end["state"]), written, {**end, "rank": rank}))
     return min(ends, key=lambda one: one[:2])[2] if ends else None
 
 

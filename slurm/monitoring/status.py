@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from radhpc.core import formats
-from radhpc.core.files import read_json, write_atomically
+from radhpc.core.files import read_json, read_record, write_atomically
 from radhpc.core.protocol import JOB_BEGINNINGS, LIFE_BEGINNINGS, LIFE_ENDS, Event, RunState
 from radhpc.core.run_folder import RunFolder, by_step
 from slurm import scheduler
@@ -55,7 +55,7 @@ class _Digest:
 
     @classmethod
     def of(cls, key: str, run: RunFolder) -> "_Digest":
-        events = _events(run)
+        events = run.events()
         names = [event["event"] for event in events]
         begun = max((n for n, name in enumerate(names) if name in JOB_BEGINNINGS), default=-1)
 
@@ -261,22 +261,13 @@ def _eta(progress: dict[str, Any], now: float) -> float | None:
     return round(max(0.0, left), 1)
 
 
-def _events(run: RunFolder) -> list[dict[str, Any]]:
-    """Return all events, parsed in one go: there may be a thousand runs with hundreds of checkpoints each."""
-    try:
-        data = (run.path / "events.jsonl").read_text()
-    except FileNotFoundError:
-        return []
-    whole = data[: data.rfind("\n") + 1].split("\n")  # a last line that was cut by a crash is left out
-    events: list[dict[str, Any]] = json.loads(f"[{','.join(filter(None, whole))}]")
-    return events
-
-
 def _newest_evaluation(run: RunFolder) -> dict[str, Any] | None:
     paths = sorted((run.path / "evaluation").glob("step-*/scores.json"), key=lambda path: by_step(path.parent))
     if not paths:
         return None
-    scores = read_json(paths[-1])
+    scores = read_record(paths[-1])
+    if scores is None:
+        return None
     return {"step": scores["step"], "split": scores["split"], **{n: s["value"] for n, s in scores["scores"].items()}}
 
 

@@ -23,7 +23,8 @@ from radhpc.core.files import read_lines, write_atomically
 from radhpc.core.run_folder import RunFolder
 from slurm import frozen_code, job as slurm_job, scheduler
 from slurm.profile import Profile
-from slurm.submit import executor, host_python, refusals_as_user_errors, slurm_parameters, submission_environment
+from slurm.submission import refusals_as_user_errors
+from slurm.submit import executor, host_python, slurm_parameters, submission_environment
 
 Check = dict[str, Any]
 MINUTES = 2  # SLURM may send the warning a minute early, and the ranks want half a minute to be ready for it
@@ -145,7 +146,7 @@ def _preempt(profile: Profile, partition: str) -> str:
     if profile.account:
         command.insert(1, f"--account={profile.account}")
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, **profile.environment}
+        command, capture_output=True, text=True, check=False, env=scheduler.clean_environment(profile.environment)
     )
     if done.returncode:
         raise UserError(f"--preempt-with {partition}: {done.stderr.strip().removeprefix('sbatch: error: ')}")

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from radhpc.core import recipe as recipes
 from radhpc.core.errors import UserError, nearest
 from radhpc.core.files import read_json, write_atomically
+from radhpc.core.ownership.folder_lock import beside, hold
 from radhpc.core.protocol import Event
 from radhpc.core.recipe import Recipe, read_yaml, validate
 from radhpc.core.run_folder import RunFolder
@@ -50,6 +51,11 @@ class SweepStudy:
     @classmethod
     def create(cls, path: Path, sweep: Sweep, base: Recipe) -> "SweepStudy":
         """Make the folder, or go on with the one that is there. Raises UserError where that is another sweep."""
+        with hold(beside(path), "sweep", 60):
+            return cls._create(path, sweep, base)
+
+    @classmethod
+    def _create(cls, path: Path, sweep: Sweep, base: Recipe) -> "SweepStudy":
         study, frozen = cls(path), sweep.model_copy(update={"recipe": "base.yaml", "overrides": ()})
         if is_sweep(path):
             if why := study.difference(sweep, base):

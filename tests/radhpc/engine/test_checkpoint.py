@@ -147,7 +147,8 @@ def test_the_marker_is_the_last_thing_that_a_save_writes(fresh: Callable[[], Pat
     with CrashDisk(folder) as disk:
         save(Checkpoints(FolderStorage(folder)), 3)
     disk.close()
-    place, unfinished = str(folder / "step-000003"), str(folder / ".step-000003.writing")
+    place = str(folder / "step-000003")
+    (unfinished,) = {path for call, path in disk.calls if call == "fsync" and path.endswith(".writing")}
     filled = disk.calls.index(("fsync", unfinished))
     named = disk.calls.index(("rename", place))
     flushed = disk.calls.index(("fsync", str(folder)), named)

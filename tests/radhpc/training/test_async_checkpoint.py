@@ -159,23 +159,27 @@ def wait_while_running(condition: Callable[[], bool], processes: list[subprocess
     wait_for(holds, 60)
 
 
+def unfinished(run: RunFolder, step: int) -> list[Path]:
+    """Return the tensors of a save that is being written."""
+    return list((run.path / "checkpoints").glob(f".step-{step:06d}.*.writing/state.safetensors"))
+
+
 def test_a_kill_while_a_save_is_written_leaves_the_one_before(
     new_run: Callable[..., RunFolder], undisturbed: Path
 ) -> None:
     run = new_run()
     (process,) = ranks(run, 1.0, 1)
     try:
-        half = run.path / "checkpoints/.step-000008.writing/state.safetensors"
-        wait_while_running(lambda: half.exists() and half.stat().st_size > 0, [process])
+        wait_while_running(lambda: any(path.stat().st_size for path in unfinished(run, 8)), [process])
     finally:
         process.kill()
         process.communicate()
-    assert half.exists(), "the save had ended before the kill: nothing was tested"
+    assert unfinished(run, 8), "the save had ended before the kill: nothing was tested"
     assert Checkpoints(FolderStorage(run.path / "checkpoints")).newest() == ("step-000004", [])
     assert worker.run(str(run.path)).state == "finished"
     assert [event["step"] for event in events(run, "resumed")] == [4]
     assert_equal(run.path, undisturbed)
-    assert not half.parent.exists()
+    assert not unfinished(run, 8)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs to mount a small file system")
@@ -266,7 +270,7 @@ def test_one_rank_is_told_and_both_leave_together(new_run: Callable[..., RunFold
     run = new_run("stages.scratch.steps=100000")
     processes = ranks(run, 60.0, 2, RADHPC_GRACE_SECONDS=str(RESERVE + 1))
     try:
-        wait_while_running(lambda: (run.path / "checkpoints/.step-000004.writing").exists(), processes)
+        wait_while_running(lambda: unfinished(run, 4), processes)
         processes[1].send_signal(signal.SIGTERM)
         for process in processes:
             process.communicate(timeout=30)
