@@ -4,7 +4,6 @@ cluster = Cluster.ask(profile.environment)
 cluster.partition(None).fields["GraceTime"]         # of the default partition
 """
 
-import os
 import re
 import socket
 import subprocess

@@ -265,7 +265,9 @@ def main(run_path: str, exit_status: int) -> None:
     profile = load(str(run.path / "profile.yaml"))
     job_id = os.environ["SLURM_JOB_ID"]
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
-    name = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else job_id  # the array's id alone means all elements
+    name = (
+        f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else job_id
+    )  # the array's id alone means all elements
     owner, life = run.job(), Life.here(None, job_id)
     if not life.owns(owner) or later_life(run.path, life):
         print(f"slurm.requeue: {run.path} belongs to another job or a later life: nothing is decided", file=sys.stderr)

@@ -307,9 +307,7 @@ def refuse_if_alive(run: RunFolder) -> None:
         ) from error
     if alive:
         assert job is not None
-        raise UserError(
-            f"{run.path}: in use by {_name(job)} ({alive.lower()}); end it with 'radhpc stop {run.path}'"
-        )
+        raise UserError(f"{run.path}: in use by {_name(job)} ({alive.lower()}); end it with 'radhpc stop {run.path}'")
 
 
 _SILENT = 600  # seconds without a heartbeat after which ranks on a host that cannot be seen count as gone

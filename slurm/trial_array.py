@@ -193,7 +193,7 @@ def owner_record(job_id: str, profile: Profile) -> dict[str, Any]:
 
 
 def take_ownership(run: RunFolder, owner: dict[str, Any], profile: Profile) -> None:
-    """Make a job the owner of a run, once: a life that comes back is the owner already. Call it under the run's lock."""
+    """Make a job the owner of a run, once: a life that comes back is the owner already. Call it under its lock."""
     if (run.job() or {}).get("id") == owner["id"]:
         return
     run.clear_stop()

@@ -233,7 +233,9 @@ def start_run(
             lineage.take_over(run, first, before)
         submit_job(run, profile, watch, announce)
     except UserError:
-        if run.job() is None and not run.events(Event.SUBMITTED):  # refused before anything was submitted: the name is free again
+        if run.job() is None and not run.events(
+            Event.SUBMITTED
+        ):  # refused before anything was submitted: the name is free again
             shutil.rmtree(run.path)
         raise
     return run

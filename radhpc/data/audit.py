@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from radhpc.core.errors import UserError
-from radhpc.core.ledger import read_ledger
+from radhpc.core.ledger import bytes_by_life, read_ledger
 from radhpc.core.protocol import Event
 from radhpc.core.recipe import Recipe
 from radhpc.core.run_folder import RunFolder
@@ -40,6 +40,9 @@ def audit(run: RunFolder) -> dict[str, Any]:
         source = Source(recipe.shards_of(stage), "train")
         epochs += _epochs(recipe, number, source, batches, first)
         first = max(steps) + 1
+    together = overlaps(run)
+    for epoch in epochs if together else []:
+        epoch["exactly_once"] = False  # of what two jobs trained at the same time, one's has been lost
     topologies: list[dict[str, Any]] = []
     for event in run.events(Event.STARTED, Event.RESUMED):
         if event["event"] == Event.STARTED:
@@ -51,7 +54,30 @@ def audit(run: RunFolder) -> dict[str, Any]:
         "replayed_steps": len(seen.replayed),
         "quarantined": sorted({key for keys in seen.bad.values() for key in keys}),
         "topologies": topologies,
+        "overlaps": together,
     }
+
+
+def overlaps(run: RunFolder) -> list[dict[str, int]]:
+    """Return the lives that worked while a later one did: (life, beside).
+
+    A life notes how much each earlier one had written to the ledger; one that has written more since was not over. Of
+    runs that noted nothing, a step that was saved twice before the next life began tells the same.
+    """
+    found: set[tuple[int, int]] = set()
+    written = bytes_by_life(run.path / "ledger")
+    life, saved = 0, set[int]()
+    for event in run.events(Event.STARTED, Event.SAVED):
+        if event["event"] == Event.STARTED:
+            life, saved = life + 1, set()
+            noted = event.get("ledger")
+            for before, size in noted.items() if isinstance(noted, dict) else ():
+                if written.get(before, 0) > size:
+                    found.add((int(before), life))
+        elif event["step"] in saved:
+            found.add((life - 1, life))
+        saved |= {event["step"]} if event["event"] == Event.SAVED else set()
+    return [{"life": first, "beside": second} for first, second in sorted(found)]
 
 
 def _epochs(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from radhpc.core import formats
+from radhpc.core.errors import first_line
 from radhpc.core.files import read_json, read_record, write_atomically
 from radhpc.core.protocol import JOB_BEGINNINGS, LIFE_BEGINNINGS, LIFE_ENDS, Event, RunState
 from radhpc.core.run_folder import RunFolder, by_step
@@ -31,6 +32,7 @@ _RESTARTS = (
 )  # fmt: skip
 _THREADS = 16  # a shared file system answers slowly, and many questions at once
 _QUIET = 120.0  # seconds without a step after which a running job is said to make none, or twenty of its steps
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 LIVING = (RunState.PENDING, RunState.RUNNING)
 
 
@@ -123,6 +125,16 @@ class _Read:
     progress: dict[str, Any] = field(default_factory=dict)
     digest: _Digest = field(default_factory=_Digest)
 
+    problem: str = ""  # why the files cannot be understood
+
+    def read_safely(self, digests: _Digests) -> None:
+        """Read, and note what is wrong: one run's files are no reason to say nothing of the others."""
+        try:
+            self.read(digests)
+            self.problem = ""
+        except _DAMAGE as error:
+            self.problem = first_line(error)
+
     def read(self, digests: _Digests) -> None:
         self.job, self.progress = self.run.job(), self.run.progress()
         try:
@@ -149,7 +161,7 @@ class Statuses:
     def now(self) -> list[dict[str, Any]]:
         """Return the keys of `radhpc status --json`, for each run."""
         with ThreadPoolExecutor(_THREADS) as pool:
-            list(pool.map(lambda read: read.read(self._digests), self._read))
+            list(pool.map(lambda read: read.read_safely(self._digests), self._read))
         if self._asked == float("-inf"):  # once: whoever watches has all in memory
             self._digests.keep(self._read)
         jobs = [read.job for read in self._read]
@@ -158,7 +170,7 @@ class Statuses:
             self._entries = scheduler.queue_entries([None if _has_finished(read) else read.job for read in self._read])
         now = time.time()
         return [
-            _describe(read, QueueEntry() if _has_finished(read) else entry, now)
+            _describe_safely(read, QueueEntry() if _has_finished(read) else entry, now)
             for read, entry in zip(self._read, self._entries, strict=True)
         ]
 
@@ -166,6 +178,17 @@ class Statuses:
 def _has_finished(read: _Read) -> bool:
     """Return whether the run is over for certain: no life follows, and the scheduler need not be asked."""
     return read.digest.newest == Event.FINISHED and "process_start" not in (read.job or {})
+
+
+def _describe_safely(read: _Read, entry: QueueEntry, now: float) -> dict[str, Any]:
+    problem = read.problem
+    if not problem:
+        try:
+            return _describe(read, entry, now)
+        except _DAMAGE as error:
+            problem = first_line(error)
+    nothing = _describe(_Read(read.run), QueueEntry(), now)
+    return {**nothing, "state": RunState.FAILED, "why": f"its files cannot be understood: {problem}"}
 
 
 def _describe(read: _Read, entry: QueueEntry, now: float) -> dict[str, Any]:

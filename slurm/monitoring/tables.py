@@ -97,6 +97,9 @@ def audit_sentences(results: list[dict[str, Any]]) -> Iterator[str]:
         over = f"{lives} lives on {' and '.join(map(str, worlds))} rank(s)"
         wrong = sum(not epoch["exactly_once"] for epoch in result["epochs"])
         verdict = f"NOT exactly once in {wrong} epoch(s)" if wrong else "every sample due so far exactly once"
+        if together := result["overlaps"]:
+            pairs = ", ".join(f"{pair['life']} and {pair['beside']}" for pair in together)
+            verdict = f"NOT exactly once: two jobs trained it at the same time (lives {pairs})"
         bad = f", {len(result['quarantined'])} of them unreadable and left out" if result["quarantined"] else ""
         yield f"{Path(result['run']).name}: {verdict}{bad}, over {over}"
         for epoch in result["epochs"]:

@@ -8,7 +8,6 @@ cannot be provoked without a second job, by one that `preempt_with` names the pa
 """
 
 import json
-import os
 import subprocess
 import time
 from collections.abc import Callable, Sequence

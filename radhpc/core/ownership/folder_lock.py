@@ -96,20 +96,17 @@ def hold(path: Path, purpose: str, patience: float = 0.0) -> Iterator[Lock]:
     _write(own, holder)
     try:
         while not _link(own, path):
-            current = _read(path)
+            current, busy = _read(path), ""
             if current is not None and not _dead(path, current, own):
-                if time.monotonic() >= deadline:
-                    raise UserError(f"{path.parent}: {current} is at work here; try again when it has ended")
-                time.sleep(_POLL)
+                busy = f"{path.parent}: {current} is at work here; try again when it has ended"
             elif current is not None:
                 _remove_dead(path, current, own)
-            elif _nameless(path):
-                if not _remove_nameless(path, own):
-                    if time.monotonic() >= deadline:
-                        raise UserError(
-                            f"{path}: a lock that cannot be read, and is fresh; delete it if none is at work"
-                        )
-                    time.sleep(_POLL)
+            elif _nameless(path) and not _remove_nameless(path, own):
+                busy = f"{path}: a lock that cannot be read, and is fresh; delete it if nothing is at work here"
+            if busy and time.monotonic() >= deadline:
+                raise UserError(busy)
+            if busy:
+                time.sleep(_POLL)
     except BaseException:
         own.unlink(missing_ok=True)
         raise
@@ -199,7 +196,7 @@ def _nameless(path: Path) -> bool:
 
 
 def _remove_nameless(path: Path, own: Path) -> bool:
-    """Remove a lock that cannot be read, as a power cut leaves it, once it is old. Returns whether something was done."""
+    """Remove a lock that cannot be read, as a power cut leaves it, once it is old. Returns whether it is gone."""
     try:
         about = os.stat(path)
     except FileNotFoundError:

@@ -55,7 +55,7 @@ class Life:
         return cls(submission, job, int(os.environ.get("SLURM_RESTART_COUNT", "0")))
 
     def owns(self, owner: Mapping[str, Any] | None) -> bool:
-        """Return whether the run is this job's. A job that no file names may work: an older release has submitted it."""
+        """Return whether the run is this job's. One that no file names may work: an older release submitted it."""
         if owner is None:
             return True
         if self.submission and owner.get("submission"):
@@ -66,7 +66,9 @@ class Life:
         """Raise Superseded where the run is another job's."""
         if not self.owns(owner):
             assert owner is not None
-            raise Superseded(f"{folder}: belongs to job {owner.get('id') or 'that is being submitted'}, not to {self.job}")
+            raise Superseded(
+                f"{folder}: belongs to job {owner.get('id') or 'that is being submitted'}, not to {self.job}"
+            )
 
 
 class Lease:
@@ -78,7 +80,7 @@ class Lease:
     @property
     def held(self) -> bool:
         """Return whether no other life has taken the run. A file that cannot be read says nothing."""
-        return _holder(self.folder).get("token", self.token) == self.token
+        return bool(_holder(self.folder).get("token", self.token) == self.token)
 
     def check(self) -> None:
         """Raise Superseded once another life has taken the run."""

@@ -303,7 +303,7 @@ def test_what_was_digested_counts_while_the_events_are_the_same(
     run.record("crashed", job="5", why="boom")
     first = status(run)
     assert (first["state"], first["why"], first["checkpoint_step"]) == ("failed", "boom", 4)
-    monkeypatch.setattr("slurm.monitoring.status._events", lambda run: pytest.fail("the events were read again"))
+    monkeypatch.setattr(RunFolder, "events", lambda *names: pytest.fail("the events were read again"))
     again = status(run)
     assert {**again, "checkpoint_age_seconds": 0} == {**first, "checkpoint_age_seconds": 0}
     monkeypatch.undo()

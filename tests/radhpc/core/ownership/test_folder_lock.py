@@ -115,18 +115,18 @@ def test_never_two_though_owners_die_all_the_time(tmp_path: Path) -> None:
 
 
 def test_who_comes_second_is_told_who_is_at_work(tmp_path: Path) -> None:
-    with hold(tmp_path / "lock", "resume"):
-        with pytest.raises(UserError, match=r"'resume' \(process \d+ on \S+\) is at work here") as caught:
-            with hold(tmp_path / "lock", "train"):
-                pass
-        assert "\n" not in str(caught.value)
+    second = hold(tmp_path / "lock", "train")
+    told = pytest.raises(UserError, match=r"'resume' \(process \d+ on \S+\) is at work here")
+    with hold(tmp_path / "lock", "resume"), told as caught, second:
+        pass
+    assert "\n" not in str(caught.value)
     assert os.listdir(tmp_path) == []
 
 
 def test_one_that_is_not_there_yet_has_a_lock_beside_it(tmp_path: Path) -> None:
-    with hold(beside(tmp_path / "new" / "out"), "export"):
-        with pytest.raises(UserError, match="'export'"), hold(beside(tmp_path / "new" / "out"), "export"):
-            pass
+    place = beside(tmp_path / "new" / "out")
+    with hold(place, "export"), pytest.raises(UserError, match="'export'"), hold(place, "index"):
+        pass
     assert os.listdir(tmp_path / "new") == []
 
 
