@@ -21,7 +21,7 @@ from radhpc.core.errors import UserError, nearest
 from radhpc.core.files import NODE_LOCAL, file_system
 from radhpc.core.protocol import Event
 from radhpc.core.run_folder import RunFolder
-from slurm import compat_submitit
+from slurm import compat_submitit, scheduler
 from slurm.cluster import Cluster, call, minutes
 from slurm.profile import Profile
 
@@ -160,7 +160,7 @@ def _refused(profile: Profile, parameters: Mapping[str, Any], elements: int) -> 
         text=True,
         timeout=60,
         check=False,
-        env={**os.environ, **profile.environment},
+        env=scheduler.clean_environment(profile.environment),
     )
     if not done.returncode or _WAITS.search(done.stderr):
         return []

@@ -111,13 +111,25 @@ def down_nodes(nodes: str) -> list[str]:
     lines = (
         _output(["sinfo", "--noheader", "--Node", f"--nodes={nodes}", "--format=%N %T"]).splitlines() if nodes else []
     )
-    return sorted({name for name, state in map(str.split, lines) if state.startswith("down") or state.endswith("*")})
+    return sorted(
+        {
+            name
+            for name, state in map(str.split, filter(str.strip, lines))
+            if state.startswith("down") or state.endswith("*")
+        }
+    )
 
 
 def usable_nodes(partition: str) -> list[str]:
     """Return the nodes of a partition that jobs can run on, now or later."""
     lines = _output(["sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N %T"]).splitlines()
-    return sorted({name for name, state in map(str.split, lines) if re.match(r"idle|mix|alloc|comp|plan", state)})
+    return sorted(
+        {
+            name
+            for name, state in map(str.split, filter(str.strip, lines))
+            if re.match(r"idle|mix|alloc|comp|plan", state)
+        }
+    )
 
 
 def node_restarted(node: str, since: datetime) -> bool:

@@ -50,6 +50,8 @@ def _submit(run: RunFolder, profile: Profile, current_code: bool) -> submitit.Jo
     if profile.container is not None:
         container.check(profile.container)
     submission = Submission(profile)
+    for name in ignored_shell_options() if profile.cluster == "slurm" else ():
+        log.warning("%s=%s of this shell is not used: options of sbatch belong to the profile", name, os.environ[name])
     precheck.refuse(run, profile, slurm_parameters(run, profile, host_python(profile)))
     same_python = profile.python is None and profile.container is None
     if current_code and run.code.exists():
@@ -109,8 +111,6 @@ def executor(run: RunFolder, profile: Profile, submission: Submission | None = N
             signal_delay_s=profile.signal_seconds,
         )
         return local
-    for name in ignored_shell_options():
-        log.warning("%s=%s of this shell is not used: options of sbatch belong to the profile", name, os.environ[name])
     try:
         slurm = submitit.SlurmExecutor(folder, python=python)
     except RuntimeError as error:

@@ -197,7 +197,7 @@ class RunFolder:
     def ends(self) -> dict[int, dict[str, Any]]:
         """Return what ranks have written on their way out, by rank; what cannot be read is left out."""
         ends = {rank: read_record(path) for rank, path in self.end_paths().items()}
-        return {rank: end for rank, end in ends.items() if end is not None and is_whole_end(end)}
+        return {rank: {"host": "", **end} for rank, end in ends.items() if end is not None and is_whole_end(end)}
 
     def clear_ends(self, life: str = "") -> None:
         """Delete the end files of the lives before this one; of all by default."""
