@@ -42,7 +42,6 @@ def prepare(
     if shards:
         folder = folder.with_name(f"{folder.name}-{'-'.join(_plain(url) for url in shards)}")
     job = RunFolder(folder / "job")
-    scheduler.refuse_if_alive(job)
     scorers = {**settings.scorers.folders(), "sha256": settings.scorers.sha256}  # absolute: a job runs elsewhere
     task = {
         "run": str(run.path),
@@ -56,12 +55,15 @@ def prepare(
     }
     try:
         job.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for name in ("code", "logs"):  # of an evaluation before this one
-            shutil.rmtree(job.path / name, ignore_errors=True)
-        (job.path / "events.jsonl").unlink(missing_ok=True)
-        (job.path / "logs").mkdir()
-        write_atomically(job.path / EVALUATION, json.dumps(task, indent=1).encode(), 0o600)
-        write_atomically(job.recipe_path, run.recipe_path.read_bytes())
+        with job.lock("evaluate"):
+            scheduler.refuse_if_alive(job)
+            for name in ("code", "logs"):  # of an evaluation before this one
+                shutil.rmtree(job.path / name, ignore_errors=True)
+            for name in ("events.jsonl", "lease.json"):
+                (job.path / name).unlink(missing_ok=True)
+            (job.path / "logs").mkdir()
+            write_atomically(job.path / EVALUATION, json.dumps(task, indent=1).encode(), 0o600)
+            write_atomically(job.recipe_path, run.recipe_path.read_bytes())
     except OSError as error:
         raise UserError(f"{job.path}: {error.strerror}") from error
     return job

@@ -35,6 +35,9 @@ _LIVING = {
     "RESIZING",
     "STAGE_OUT",
 }
+WAITING = frozenset(
+    ("PENDING", "REQUEUED", "CONFIGURING", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD")
+)
 # Options of SLURM's commands that a shell may hold: they would filter what we ask, and change what we submit.
 SHELL_OPTIONS = ("SQUEUE_", "SCONTROL_", "SINFO_", "SCANCEL_", "SBATCH_")
 _GONE = "Invalid job id"

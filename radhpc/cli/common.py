@@ -6,6 +6,7 @@ def count(run: RunPath, as_json: Json = False) -> None:
     emit({"runs": 3}, as_json)              # for programs, with --json
 """
 
+import contextlib
 import getpass
 import inspect
 import json
@@ -23,6 +24,7 @@ from typer.core import TyperCommand
 
 from radhpc.core.errors import UserError
 from radhpc.core.log import console
+from radhpc.core.ownership.folder_lock import beside, hold
 
 TRAINING, DATA, MONITORING = "Training", "Data", "Monitoring"
 MODELS, PREFLIGHT = "Trained models", "Before submitting"
@@ -112,6 +114,14 @@ def with_examples(*examples: str) -> type[TyperCommand]:
 def new_run(name: str) -> Path:
     """Return a fresh run folder's path in runs/, named after the recipe and the time."""
     return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+until_the_end = contextlib.ExitStack()  # of what the command holds; main.py closes it
+
+
+def keep_to_this_command(path: Path, verb: str) -> None:
+    """Keep other commands from a folder or file, there or not, until this one ends. Raises UserError."""
+    until_the_end.enter_context(hold(beside(path), verb))
 
 
 def from_elsewhere(port: int) -> str:

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from radhpc.cli.common import MODELS, Json, On, RunPath, emit, from_elsewhere, one_of, say, verb
+from radhpc.cli.common import MODELS, Json, On, RunPath, emit, from_elsewhere, keep_to_this_command, one_of, say, verb
 from radhpc.cli.submission import compare_patients, submit_job
 from radhpc.core.errors import UserError
 from radhpc.core.log import Bar, console, start_logging
@@ -123,6 +123,8 @@ def generate(
 
     run_folder, target = image_settings(run)
     studies = views.find_studies(folder) if folder else {" ".join(map(str, image or [])): image or []}
+    if out:
+        keep_to_this_command(out, "generate")
     answered = views.read_answers(out, studies) if out else {}
     if not folder:  # one broken image of one study: before the model is loaded
         views.load_study("", next(iter(studies.values())), target)
@@ -212,6 +214,7 @@ def index(
 ) -> None:
     """Index the training studies by the model's vision features, for `generate --retrieve` and `demo`."""
     context = context_of(run)
+    keep_to_this_command(context.run.path / "index", "index")
     from radhpc.serving.feature_index import build as build_index
     from radhpc.training.engine_builder import restore_engine
 
@@ -244,6 +247,7 @@ def export(
     """
     if dtype is not None:
         one_of("--dtype", dtype, ("float32", "bfloat16", "float16"))
+    keep_to_this_command(out, "export")
     context = context_of(run)
     from radhpc.serving import export as exports
 

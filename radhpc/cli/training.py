@@ -195,7 +195,7 @@ def stop(run: RunPath, as_json: Json = False) -> None:
             if not state or job is None:
                 raise UserError(f"{run}: no living job to stop")
             run_folder.request_stop()
-            if state == "PENDING":
+            if state in scheduler.WAITING:
                 scheduler.cancel(job)
                 run_folder.record(Event.STOPPED, cause=Cause.TAKEN_OUT)
         except scheduler.NoAnswer as error:

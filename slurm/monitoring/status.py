@@ -25,7 +25,6 @@ from slurm.monitoring import goodput, logs, pending_reasons
 from slurm.monitoring.goodput import Life, TimeAccount
 from slurm.scheduler import QueueEntry
 
-_WAITING = {"PENDING", "REQUEUED", "CONFIGURING", "REQUEUE_HOLD", "SPECIAL_EXIT"}
 # Causes that are named even where there were none.
 _RESTARTS = (
     Event.PREEMPTED, Event.TIME_LIMIT, Event.NODE_LOST, Event.RANK_LOST, Event.HUNG, Event.CRASHED,
@@ -233,7 +232,7 @@ def _describe(read: _Read, entry: QueueEntry, now: float) -> dict[str, Any]:
 def _state(read: _Read, entry: QueueEntry) -> tuple[RunState, str]:
     """Return the state of a run and the reason."""
     if entry.living:
-        if entry.state in _WAITING:
+        if entry.state in scheduler.WAITING:
             return RunState.PENDING, pending_reasons.words(entry.reason)
         return RunState.RUNNING, "" if entry.state in ("RUNNING", "COMPLETING") else f"SLURM says {entry.state.lower()}"
     if end := read.digest.end_since:

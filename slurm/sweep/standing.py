@@ -77,7 +77,7 @@ def trial_state(study: SweepStudy, number: int, living: str) -> tuple[RunState, 
         if end in names:
             return RunState(end), ""
     if living:
-        waits = living in ("PENDING", "REQUEUED", "CONFIGURING")
+        waits = living in scheduler.WAITING
         return RunState.PENDING if waits else RunState.RUNNING, ""
     if not run.recipe_path.exists():
         job = submitted_jobs(study).get(run.path.name, {}).get("id")
