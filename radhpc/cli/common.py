@@ -7,6 +7,7 @@ def count(run: RunPath, as_json: Json = False) -> None:
 """
 
 import contextlib
+import functools
 import getpass
 import inspect
 import json
@@ -52,6 +53,9 @@ On = Annotated[
 ]
 
 
+until_the_end = contextlib.ExitStack()  # of what the command holds
+
+
 def _print_version(requested: bool) -> None:
     if not requested:
         return
@@ -83,7 +87,14 @@ def verb(panel: str, *examples: str) -> Callable[[Verb], Verb]:
 
     def register(function: Verb) -> Verb:
         text = help_text(function.__doc__ or "")
-        return app.command(help=text, cls=with_examples(*examples), rich_help_panel=panel)(function)
+
+        @functools.wraps(function)
+        def run(*arguments: Any, **options: Any) -> Any:
+            with until_the_end:
+                return function(*arguments, **options)
+
+        app.command(help=text, cls=with_examples(*examples), rich_help_panel=panel)(run)
+        return function
 
     return register
 
@@ -114,9 +125,6 @@ def with_examples(*examples: str) -> type[TyperCommand]:
 def new_run(name: str) -> Path:
     """Return a fresh run folder's path in runs/, named after the recipe and the time."""
     return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
-
-
-until_the_end = contextlib.ExitStack()  # of what the command holds; main.py closes it
 
 
 def keep_to_this_command(path: Path, verb: str) -> None:

@@ -7,7 +7,7 @@ import sys
 
 from rich.text import Text
 
-from radhpc.cli.common import app, until_the_end
+from radhpc.cli.common import app
 from radhpc.core.errors import UserError
 from radhpc.core.log import console, start_logging
 from radhpc.core.untrusted import printable
@@ -20,8 +20,7 @@ def main() -> None:
     """Exit status 0 done, 1 failed, 2 the user's mistake: one line and no traceback."""
     start_logging()
     try:
-        with until_the_end:
-            app(prog_name="radhpc")
+        app(prog_name="radhpc")
     except UserError as error:
         message = str(error)  # names of files and words of others are in it: no markup, and nothing a terminal obeys
         console.print(Text.assemble(("error", "red"), f" {printable(message, len(message))}"), soft_wrap=True)
