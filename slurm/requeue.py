@@ -251,9 +251,9 @@ def read_ends(run: RunFolder, world: int, exit_status: int, patience: float | No
         for rank in range(world):  # asks for the very name, where a listing may come from a client's memory
             with contextlib.suppress(OSError), open(run.end_path(rank), "rb"):
                 pass
-    said = run.events(*LIFE_BEGINNINGS, *_SAID)
-    if exit_status == 0 and len(ends) < world and said and said[-1]["event"] in _SAID:
-        last = said[-1]
+    words = run.events(*LIFE_BEGINNINGS, *_SAID)
+    if exit_status == 0 and len(ends) < world and words and words[-1]["event"] in _SAID:
+        last = words[-1]
         spoken = {"state": str(last["event"]), "cause": last.get("cause", ""), "step": last.get("step", 0)}
         ends = {rank: ends.get(rank, spoken) for rank in range(world)}
     return ends

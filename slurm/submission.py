@@ -79,8 +79,8 @@ class Submission:
         unanswered: scheduler.NoAnswer | None = None
         for pause in (*_PAUSES, 0.0):
             try:
-                if found := scheduler.find(self.token, self.profile.environment):
-                    return found[0]
+                if jobs := scheduler.find(self.token, self.profile.environment):
+                    return jobs[0]
                 if not uncertain:
                     return None
                 unanswered = None

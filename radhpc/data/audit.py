@@ -64,7 +64,7 @@ def overlaps(run: RunFolder) -> list[dict[str, int]]:
     A life notes how much each earlier one had written to the ledger; one that has written more since was not over. Of
     runs that noted nothing, a step that was saved twice before the next life began tells the same.
     """
-    found: set[tuple[int, int]] = set()
+    pairs: set[tuple[int, int]] = set()
     written = bytes_by_life(run.path / "ledger")
     life, saved = 0, set[int]()
     for event in run.events(Event.STARTED, Event.SAVED):
@@ -73,11 +73,11 @@ def overlaps(run: RunFolder) -> list[dict[str, int]]:
             noted = event.get("ledger")
             for before, size in noted.items() if isinstance(noted, dict) else ():
                 if written.get(before, 0) > size:
-                    found.add((int(before), life))
+                    pairs.add((int(before), life))
         elif event["step"] in saved:
-            found.add((life - 1, life))
+            pairs.add((life - 1, life))
         saved |= {event["step"]} if event["event"] == Event.SAVED else set()
-    return [{"life": first, "beside": second} for first, second in sorted(found)]
+    return [{"life": first, "beside": second} for first, second in sorted(pairs)]
 
 
 def _epochs(

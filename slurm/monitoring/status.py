@@ -186,8 +186,8 @@ def _describe_safely(read: _Read, entry: QueueEntry, now: float) -> dict[str, An
             return _describe(read, entry, now)
         except _DAMAGE as error:
             problem = first_line(error)
-    nothing = _describe(_Read(read.run), QueueEntry(), now)
-    return {**nothing, "state": RunState.FAILED, "why": f"its files cannot be understood: {problem}"}
+    blank = _describe(_Read(read.run), QueueEntry(), now)
+    return {**blank, "state": RunState.FAILED, "why": f"its files cannot be understood: {problem}"}
 
 
 def _describe(read: _Read, entry: QueueEntry, now: float) -> dict[str, Any]:
