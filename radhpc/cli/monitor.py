@@ -1,6 +1,5 @@
 """Monitor runs: status, logs, board, profile."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -98,14 +97,13 @@ def board(
     runs: Annotated[
         list[Path] | None, typer.Argument(metavar="RUN", help="Run folders or sweeps; default: all in runs/.")
     ] = None,
-    port: Annotated[int, typer.Option(help="Port on this machine's loopback.", min=1, max=65535)] = 6006,
+    port: Annotated[
+        int, typer.Option(help="Port on this machine's loopback; 0: any free port.", min=0, max=65535)
+    ] = 6006,
 ) -> None:
-    """Serve TensorBoard for these runs on this machine's loopback."""
-    import socket
-    import subprocess
-    import tempfile
-
+    """Serve TensorBoard for these runs on this machine, to you alone: the address that is printed holds a secret."""
     from radhpc.core.run_folder import RunFolder
+    from radhpc.serving.board_page import BoardPage
     from slurm.sweep.study import is_sweep
 
     inside = [
@@ -120,20 +118,12 @@ def board(
     # Two runs of one name, of two sweeps for example, are told apart by their folders.
     alone = [path.name for path in chosen]
     titles = [path.name if alone.count(path.name) == 1 else " ".join(path.parts[-3:]) for path in chosen]
-    with socket.socket() as probe:
-        if probe.connect_ex(("127.0.0.1", port)) == 0:
-            raise UserError(f"--port {port}: something listens there already; name another one")
-    say(f"http://localhost:{port}/\n{from_elsewhere(port)}", False)
-    with tempfile.TemporaryDirectory(prefix="radhpc-board-") as folder:
-        for title, path in zip(titles, chosen, strict=True):
-            (Path(folder) / title).symlink_to(path / "tensorboard")
-        command = [sys.executable, "-m", "tensorboard.main", "--host", "127.0.0.1", "--port", str(port)]
-        try:
-            ended = subprocess.run([*command, "--logdir", folder], check=False)
-        except KeyboardInterrupt:
-            say("ended", False)
-            return
-    raise typer.Exit(ended.returncode)
+    page = BoardPage({title: path / "tensorboard" for title, path in zip(titles, chosen, strict=True)}, port)
+    say(f"{page.url}\n{from_elsewhere(page.port)}\nCtrl-C ends it.", False)
+    try:
+        page.serve()
+    except KeyboardInterrupt:
+        say("ended", False)
 
 
 @verb(MONITORING, "radhpc profile runs/padchest-20261122-101500")
