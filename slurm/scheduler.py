@@ -177,8 +177,8 @@ def ask(command: list[str], environment: dict[str, str] | None = None, gone: str
         return done.stdout
     if gone is not None and gone in done.stderr:
         return ""
-    said = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-    raise NoAnswer(f"the scheduler does not answer: {command[0]}: {said}; try again")
+    message = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+    raise NoAnswer(f"the scheduler does not answer: {command[0]}: {message}; try again")
 
 
 def _output(command: list[str], environment: dict[str, str] | None = None) -> str:

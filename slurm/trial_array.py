@@ -117,7 +117,7 @@ def stop(study: SweepStudy) -> list[str]:
     again. Returns the jobs' ids. Raises NoAnswer, which names those that may go on.
     """
     unsure: list[str] = []
-    with hold(study.path / LOCK, "stop", 60):
+    with hold(study.path / LOCK, "radhpc stop", 60):
         jobs = live_jobs(study)
         for number, (job, _) in jobs.items():
             if job["cluster"] != "slurm":

@@ -188,7 +188,7 @@ def stop(run: RunPath, as_json: Json = False) -> None:
         emit({"sweep": str(run.absolute()), "jobs": jobs}, as_json)
         return
     run_folder = RunFolder.open(run)
-    with run_folder.lock("stop"):
+    with run_folder.lock("radhpc stop"):
         job = run_folder.job()
         try:
             state = scheduler.state(job)

@@ -20,7 +20,7 @@ import resource, signal, sys
 from radhpc.core.run_folder import RunFolder
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 run = RunFolder(sys.argv[1])
-run.record("started", life=1)
+run.record("started", life=1, world=1)
 resource.setrlimit(resource.RLIMIT_FSIZE, (150, resource.RLIM_INFINITY))
 try:
     run.record("interrupted", cause="x" * 200)

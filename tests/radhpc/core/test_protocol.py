@@ -21,7 +21,7 @@ ON_DISK = {
     "preempted requeued rank_lost time_limit cancelled stopped crashed failed node_lost hung gave_up excluded finished "
     "starting first_step stuck straggler compiled code_replaced environment_changed engine_changed pruned taken_over "
     "profiled neighbours",
-    OutcomeState: "finished interrupted mistake pruned lost_peer crashed hung",
+    OutcomeState: "finished interrupted mistake pruned lost_peer crashed hung superseded",
     RunState: "pending running finished stopped failed pruned missing",
 }
 # Words of other protocols that happen to be the same: (file, word).
@@ -113,4 +113,5 @@ def test_an_end_file_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert end.pop("host")
     assert list(end.items()) == [
         ("state", "interrupted"), ("cause", "SIGTERM"), ("step", 40), ("traceback", ""), ("culprits", []),
+        ("life", ""),
     ]  # fmt: skip
