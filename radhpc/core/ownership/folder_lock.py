@@ -111,8 +111,8 @@ def hold(path: Path, purpose: str, patience: float = 0.0) -> Iterator[Lock]:
         own.unlink(missing_ok=True)
         raise
     lock = Lock(path, holder)
+    _sweep(path, own)
     own.unlink(missing_ok=True)
-    _sweep(path)
     try:
         yield lock
     finally:
@@ -230,12 +230,11 @@ def _claim(path: Path, token: str, own: Path) -> Path | None:
         number += 1
 
 
-def _sweep(path: Path) -> None:
+def _sweep(path: Path, own: Path) -> None:
     """Delete what waiters and claimers left that died long ago. Only the owner of the lock calls it."""
     for left in path.parent.glob(f"{path.name}.*"):
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - left.stat().st_mtime > 3600:
-                left.unlink()
+        if left != own and _age(left, own) > 3600:
+            left.unlink(missing_ok=True)
 
 
 def _namespace() -> str:
