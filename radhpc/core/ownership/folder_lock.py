@@ -232,9 +232,14 @@ def _claim(path: Path, token: str, own: Path) -> Path | None:
 
 def _sweep(path: Path, own: Path) -> None:
     """Delete what waiters and claimers left that died long ago. Only the owner of the lock calls it."""
-    for left in path.parent.glob(f"{path.name}.*"):
-        if left != own and _age(left, own) > 3600:
-            left.unlink(missing_ok=True)
+    os.utime(own)
+    now = os.stat(own).st_mtime  # by the server's clock
+    with os.scandir(path.parent) as entries:
+        for entry in entries:
+            if entry.name.startswith(f"{path.name}."):
+                with contextlib.suppress(FileNotFoundError):
+                    if now - entry.stat().st_mtime > 3600:
+                        os.unlink(entry.path)
 
 
 def _namespace() -> str:
